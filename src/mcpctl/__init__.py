@@ -1,0 +1,3 @@
+"""mcpctl: authenticated, isolated, audited MCP access to PostgreSQL."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,110 @@
+"""mcpctl audit: who did what."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mcpctl.cli import output
+from mcpctl.cli.common import ConfigOption, JsonOption, settings
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
+_HEAD = ("TIME", "EVENT", "TOKEN", "USER", "DATABASE", "OUTCOME", "ROWS", "MS", "WHAT")
+
+
+@app.callback()
+def group() -> None:
+    """Read the audit log."""
+
+
+@app.command("tail")
+def tail(
+    context: typer.Context,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what is written from now on.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", metavar="N", min=0, help="How many of the last lines.")] = 10,
+    user: Annotated[str | None, typer.Option("--user", metavar="U", help="Only this user's.")] = None,
+    token: Annotated[str | None, typer.Option("--token", metavar="ID", help="Only this token's.")] = None,
+    event: Annotated[str | None, typer.Option("--event", metavar="E", help="Only this event, or family such as token.*")] = None,
+    since: Annotated[str | None, typer.Option("--since", metavar="WHEN", help="Only from then on: 2h, 7d, or a time.")] = None,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Show the end of the audit log; columns on a terminal. With --json each line as it is in the log."""
+    from collections import deque
+
+    from mcpctl import audit
+
+    found = settings(context, config)
+    begin = _since(since)
+    newer = audit.follow(found.audit.file) if follow else None
+    if newer is not None:
+        next_line = newer  # opened at the end before the old lines are read, so that none between is lost
+
+    def wanted(line: dict[str, Any]) -> bool:
+        return (
+            (user is None or line.get("user") == user)
+            and (token is None or line.get("token") == token)
+            and (event is None or _is_event(line.get("event", ""), event))
+            and (begin is None or _after(line.get("time"), begin))
+        )
+
+    known = deque((line for line in audit.read_lines(found.audit.file) if wanted(line)), maxlen=lines if since is None else None)
+    _show(list(known), json)
+    if newer is None:
+        return
+    last = known[-1].get("seq", 0) if known else 0
+    for line in next_line:
+        if wanted(line) and line.get("seq", 0) > last:
+            _show([line], json)
+
+
+def _since(text: str | None) -> "datetime | None":
+    from datetime import UTC, datetime, timedelta
+
+    from mcpctl.config_keys import duration
+    from mcpctl.errors import UsageError
+
+    if text is None:
+        return None
+    try:
+        return datetime.now(UTC) - timedelta(seconds=duration(text))
+    except (ValueError, OverflowError):
+        try:
+            when = datetime.fromisoformat(text)
+        except ValueError:
+            raise UsageError(f"--since {text!r} is no time", "say 2h, 7d, or 2027-01-31T12:00:00Z") from None
+    return when if when.tzinfo else when.replace(tzinfo=UTC)
+
+
+def _after(text: Any, begin: "datetime") -> bool:
+    from datetime import datetime
+
+    try:
+        return datetime.fromisoformat(text) >= begin
+    except (TypeError, ValueError):
+        return True
+
+
+def _is_event(found: str, wanted: str) -> bool:
+    return found == wanted or (wanted.endswith(".*") and found.startswith(wanted[:-1]))
+
+
+def _show(lines: list[dict[str, Any]], json: bool) -> None:
+    if json:
+        for line in lines:
+            output.put_json(line)
+        return
+    rows = []
+    for line in lines:
+        what = line.get("statement") or line.get("reason") or line.get("statement_hmac") or ""
+        tool = line.get("tool")
+        rows.append(
+            [
+                line.get("time"), line.get("event"), line.get("token"), line.get("user"), line.get("database"),
+                line.get("outcome"), line.get("rows"), line.get("elapsed_ms"),
+                f"{tool}: {' '.join(str(what).split())}" if tool else what,
+            ]
+        )  # fmt: skip
+    output.put_table(_HEAD, rows)

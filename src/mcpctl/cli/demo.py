@@ -1,0 +1,157 @@
+"""mcpctl demo: everything at once, in a temporary folder, and gone again with Ctrl-C."""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mcpctl.cli import output
+
+if TYPE_CHECKING:
+    from mcpctl.config_keys import Settings
+    from mcpctl.postgres.embedded import Cluster
+
+_CONFIG = """\
+# Made by `mcpctl demo`; it goes away with the demo.
+server: {{port: {port}}}
+databases:
+  shop:
+    host: {host}
+    port: {pg_port}
+    dbname: shop
+    user: shop_reader
+    password_file: shop.password
+    description: "a small shop: customers, orders, order_items, products, monthly_revenue"
+"""
+_QUESTION = "select name, price from products order by price desc limit 3"
+
+
+def demo(
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
+    json: Annotated[bool, typer.Option("--json", help="Print one line when ready: url, token, dsn, config, pid.")] = False,
+) -> None:
+    """Try it: an embedded PostgreSQL with a small shop, a user, a token and a server on HTTP.
+
+    Stays in front; Ctrl-C leaves nothing behind.
+    """
+    from mcpctl import config
+    from mcpctl.server import run
+    from mcpctl.server.logs import set_up
+
+    set_up("warning")
+    with _stopped_by_signals(), ExitStack() as stack:
+        cluster, folder, token = _set_up(stack, port)
+        settings = config.load(folder / "config.yaml", {})
+
+        def ready(url: str) -> None:
+            if json:
+                facts = {"url": url, "token": token, "dsn": _shop(cluster), "config": str(settings.source), "pid": os.getpid()}
+                output.put_json(facts)
+            else:
+                _explain(url, token, settings)
+
+        output.say("starting the server …")
+        run.serve(run.Listening(settings), ready)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """TERM and HUP end the demo as Ctrl-C does: through every clean-up on the way."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
+    yield
+
+
+def _set_up(stack: ExitStack, port: int) -> "tuple[Cluster, Path, str]":
+    """PostgreSQL with the shop, and mcpctl's own files with a user and a one-day token."""
+    import datetime
+
+    from mcpctl.cli import init
+    from mcpctl.identity import tokens, users
+    from mcpctl.postgres.embedded import Cluster
+
+    cluster = stack.enter_context(Cluster.start(progress=output.say))
+    output.say("making a small shop in it …")
+    password = _load_shop(cluster)
+    folder = Path(tempfile.mkdtemp(prefix="mcpctl-demo-"))
+    stack.callback(shutil.rmtree, folder)
+    init.make(folder, _CONFIG.format(port=port, host=cluster.host, pg_port=cluster.port))
+    secret = folder / "shop.password"
+    secret.touch(0o600)
+    secret.write_text(password + "\n")
+    now = tokens.utcnow()
+    users.add(users.user_file(folder / "users.yaml"), "demo", "made by mcpctl demo", now)
+    wanted = tokens.Wanted(user="demo", expires_at=now + datetime.timedelta(days=1), note="made by mcpctl demo")
+    _, token = tokens.add(tokens.token_file(folder / "tokens.yaml"), wanted, now)
+    return cluster, folder, token
+
+
+def _shop(cluster: "Cluster") -> str:
+    return cluster.dsn_for("postgres", cluster.superuser_password, "shop")
+
+
+def _load_shop(cluster: "Cluster") -> str:
+    """The sample data, and a login role that can only read; returns that role's password."""
+    import secrets
+    from importlib.resources import files
+
+    import psycopg
+    from psycopg import sql
+
+    scripts = files("mcpctl.cli")
+    with psycopg.connect(cluster.dsn, autocommit=True) as connection:
+        connection.execute("CREATE DATABASE shop")
+    password = secrets.token_urlsafe(32)
+    with psycopg.connect(_shop(cluster), autocommit=True) as connection:
+        for name in ("shop.sql", "shop_reader.sql"):
+            connection.execute((scripts / name).read_bytes())
+        verifier = connection.pgconn.encrypt_password(password.encode(), b"shop_reader", b"scram-sha-256")
+        connection.execute(
+            sql.SQL("ALTER ROLE shop_reader PASSWORD {}").format(sql.Literal(verifier.decode("ascii")))
+        )
+    return password
+
+
+def _explain(url: str, token: str, settings: "Settings") -> None:
+    """How to ask the first question, with curl and with each client."""
+    python = f"{sys.executable} -m mcpctl"
+    body = (
+        '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"query_database","arguments":'
+        f'{{"query":"{_QUESTION}"}}}}}}'
+    )
+    output.put(f"""
+A shop is open at {url}
+
+  export MCP_TOKEN={token}
+
+Ask it a question:
+
+  curl -s {url} -H "Authorization: Bearer $MCP_TOKEN" -H 'Content-Type: application/json' -H 'Accept: application/json' -d '{body}'
+
+Connect a client:
+
+  Claude Code     claude mcp add --transport http shop {url} --header "Authorization: Bearer $MCP_TOKEN"
+  Codex           ~/.codex/config.toml:    [mcp_servers.shop] url = "{url}", bearer_token_env_var = "MCP_TOKEN"
+  Gemini CLI      ~/.gemini/settings.json: {{"mcpServers":{{"shop":{{"type":"http","url":"{url}","headers":{{"Authorization":"Bearer $MCP_TOKEN"}}}}}}}}
+  Cursor          ~/.cursor/mcp.json:      {{"mcpServers":{{"shop":{{"url":"{url}","headers":{{"Authorization":"Bearer ${{env:MCP_TOKEN}}"}}}}}}}}
+  VS Code         .vscode/mcp.json:        {{"servers":{{"shop":{{"type":"http","url":"{url}","headers":{{"Authorization":"Bearer ${{env:MCP_TOKEN}}"}}}}}}}}
+  Claude Desktop  claude_desktop_config.json: {{"mcpServers":{{"shop":{{"command":"{sys.executable}","args":["-m","mcpctl","serve","--stdio","--config","{settings.source}"],"env":{{"MCPCTL_TOKEN":"{token}"}}}}}}}}
+
+Look after it, in another terminal:
+
+  {python} --config {settings.source} token list
+  {python} --config {settings.source} audit tail -f
+
+The token ends in a day. Ctrl-C ends everything and leaves nothing behind.""")

@@ -1,0 +1,83 @@
+"""The command line's one entry and one exit."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mcpctl import __version__
+from mcpctl.cli import audit, config, demo, init, serve, token, user
+from mcpctl.cli.output import error
+from mcpctl.errors import Error
+
+app = typer.Typer(
+    name="mcpctl",
+    help="Authenticated, isolated, audited MCP access to PostgreSQL.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("init")(init.init)
+app.command("serve")(serve.serve)
+app.add_typer(token.app, name="token")
+app.add_typer(user.app, name="user")
+app.add_typer(audit.app, name="audit")
+app.add_typer(config.app, name="config")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mcpctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Config file, for every command.")] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Authenticated, isolated, audited MCP access to PostgreSQL."""
+    context.obj = config
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed or no, 2 usage, 3 config or file mode, 4 no such thing,
+    5 conflict, 130 interrupted."""
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        done = app(arguments, standalone_mode=False)
+    except Error as problem:
+        error(problem.message, problem.hint)
+        return problem.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read us has seen enough
+        return 0
+    except PermissionError as problem:
+        error(f"{problem.filename or 'a file'}: {problem.strerror}", "run as the owner of mcpctl's files, or as root")
+        return 3
+    except Exception as problem:
+        told = getattr(problem, "format_message", None)
+        if told is None:
+            raise
+        text = told()
+        if not text or "\n" in text:  # a bare `mcpctl` or `mcpctl token`: the help says more than an error
+            print(text or "", file=sys.stderr)  # noqa: T201
+            return 2
+        context = getattr(problem, "ctx", None)
+        path = context.command_path if context is not None else "mcpctl"
+        error(text, f"`{path} --help` shows what it takes")
+        return int(getattr(problem, "exit_code", 2))
+    return done if isinstance(done, int) else 0

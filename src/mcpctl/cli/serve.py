@@ -1,0 +1,90 @@
+"""mcpctl serve: the server."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mcpctl.cli import output
+from mcpctl.cli.common import ConfigOption, settings
+
+if TYPE_CHECKING:
+    from mcpctl.config_keys import Settings
+
+
+def serve(
+    context: typer.Context,
+    stdio: Annotated[bool, typer.Option("--stdio", help="Speak MCP on stdin and stdout.")] = False,
+    http: Annotated[bool, typer.Option("--http", help="Speak MCP over HTTP. The default.")] = False,
+    host: Annotated[str | None, typer.Option("--host", metavar="ADDRESS", help="Address to listen on. Default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Port to listen on. Default 8080; 0 takes a free one.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option("--tls-cert", metavar="FILE", help="Certificate in PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", metavar="FILE", help="Its private key in PEM.")] = None,
+    tls_chain: Annotated[Path | None, typer.Option("--tls-chain", metavar="FILE", help="Intermediate certificates in PEM.")] = None,
+    behind_proxy: Annotated[bool, typer.Option("--behind-proxy", help="A proxy of server.trusted_proxies does the TLS.")] = False,
+    workers: Annotated[int | None, typer.Option("--workers", metavar="N", min=1, max=64, help="Processes that share the port.")] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask nobody for a token. Loopback only.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Serve MCP: over HTTP on 127.0.0.1:8080 without a flag, or on stdin and stdout.
+
+    On stdio the caller is the token in MCPCTL_TOKEN; without one, the local user. MCPCTL_DATABASE_URL alone is
+    enough there. Anything but loopback needs --tls-cert and --tls-key, or --behind-proxy.
+    """
+    from dataclasses import replace
+
+    from mcpctl.errors import UsageError
+
+    if stdio and http:
+        raise UsageError("--stdio and --http exclude each other", "choose one")
+    found = settings(context, config)
+    from mcpctl.server.logs import set_up
+
+    set_up(found.log.level)
+    over_http = (host, port, tls_cert, tls_key, tls_chain, workers)
+    if stdio or (found.server.stdio and not http):
+        if behind_proxy or no_auth or any(value is not None for value in over_http):
+            raise UsageError("the flags for HTTP do not go with --stdio", "leave them out")
+        _stdio(found)
+        return
+    if (tls_cert is None) != (tls_key is None):
+        raise UsageError("--tls-cert and --tls-key go together", "give both")
+    server = found.server
+    tls = replace(server.tls, cert=tls_cert, key=tls_key, chain=tls_chain) if tls_cert is not None else server.tls
+    if tls_chain is not None and tls.cert is None:
+        raise UsageError("--tls-chain goes with --tls-cert and --tls-key", "give all three")
+    server = replace(
+        server,
+        host=host or server.host,
+        port=server.port if port is None else port,
+        workers=workers or server.workers,
+        tls=replace(tls, chain=tls_chain or tls.chain),
+    )
+    if server.sse and server.workers > 1:
+        raise UsageError("server.sse goes with one worker only", "say --workers 1")
+    from mcpctl.server import run
+
+    listening = run.Listening(replace(found, server=server), behind_proxy=behind_proxy, no_auth=no_auth)
+    run.serve(listening, lambda url: output.say(f"serving at {url}"))
+
+
+def _stdio(found: "Settings") -> None:
+    """One person's server. Without a config file its audit log and key are made in the user's own folder."""
+    import os
+
+    from mcpctl import audit, private_file
+    from mcpctl.server import stdio
+    from mcpctl.server.parts import running
+
+    token = stdio.token_from_environment()
+    if found.source is None and not found.audit.key_file.exists():
+        before = os.umask(0o077)
+        found.audit.key_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_file.create(found.audit.key_file, audit.new_key())
+        os.umask(before)
+
+    async def main() -> None:
+        async with running(found, files=token is not None) as core:
+            await stdio.serve(core, token)
+
+    stdio.run(main())

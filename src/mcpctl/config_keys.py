@@ -1,0 +1,259 @@
+"""What may stand in config.yaml: every key with its type, default and one line of meaning.
+
+This is the only list of them. `config.py` reads files by it, and a test holds `config.example.yaml` and
+`docs/reference/config.md` to it. A reader takes a plain YAML value and returns ours, or raises ValueError with
+what would have been right.
+"""
+
+import ipaddress
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Reader = Callable[[Any], Any]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
+_SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def duration(value: Any) -> float:
+    """Seconds, from `250ms 30s 5m 12h 90d 2w 1y`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w|y)", value) if isinstance(value, str) else None
+    if not found:
+        raise ValueError("a duration such as 30s, 5m, 12h, 90d")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def _positive_duration(value: Any) -> float:
+    seconds = duration(value)
+    if seconds <= 0:
+        raise ValueError("a duration above 0")
+    return seconds
+
+
+def _optional_duration(value: Any) -> float | None:
+    return None if value is None else _positive_duration(value)
+
+
+def _size(value: Any) -> int:
+    found = re.fullmatch(r"(\d+) ?(B|KiB|MiB|GiB|)", str(value)) if isinstance(value, str | int) else None
+    if isinstance(value, bool) or not found or int(found[1]) == 0:
+        raise ValueError("a size such as 64KiB or 4MiB")
+    return int(found[1]) * _SIZES[found[2]]
+
+
+def _number(low: int, high: int) -> Reader:
+    def read(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"a whole number from {low} to {high}")
+        return value
+
+    return read
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")  # noqa: TRY004 - every reader says so in the same way
+    return value
+
+
+def text(value: Any) -> str:
+    """A text that is not empty."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("a text")
+    return value
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else text(value)
+
+
+def _path(value: Any) -> Path:
+    return Path(text(value))
+
+
+def _optional_path(value: Any) -> Path | None:
+    return None if value is None else _path(value)
+
+
+def _choice(*names: str) -> Reader:
+    def read(value: Any) -> str:
+        if value not in names:
+            raise ValueError("one of " + ", ".join(names))
+        return str(value)
+
+    return read
+
+
+def _optional_choice(*names: str) -> Reader:
+    read = _choice(*names)
+    return lambda value: None if value is None else read(value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError("a list of texts")  # noqa: TRY004
+    return tuple(text(item) for item in value)
+
+
+def network(value: Any) -> Network:
+    """An address or a network in CIDR notation."""
+    try:
+        return ipaddress.ip_network(text(value))
+    except ValueError as problem:
+        raise ValueError(f"an address or network such as 10.0.0.0/8 ({problem})") from None
+
+
+def _networks(value: Any) -> tuple[Network, ...]:
+    if not isinstance(value, list):
+        raise ValueError("a list of networks")  # noqa: TRY004
+    return tuple(network(item) for item in value)
+
+
+def _public_url(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", text(value)):
+        raise ValueError("a URL such as https://mcp.example.org, without user, query or fragment")
+    return str(value).rstrip("/")
+
+
+def setting(default: Any, read: Reader, doc: str) -> Any:
+    """A dataclass field that is a key of the config."""
+    return field(default=default, metadata={"read": read, "doc": doc})
+
+
+def section(cls: type, doc: str) -> Any:
+    """A dataclass field that is a section of the config."""
+    return field(default_factory=cls, metadata={"section": cls, "doc": doc})
+
+
+@dataclass(frozen=True)
+class Tls:
+    """server.tls"""
+
+    cert: Path | None = setting(None, _optional_path, "certificate in PEM, for HTTPS; with `key`")
+    key: Path | None = setting(None, _optional_path, "its private key in PEM, 0600")
+    chain: Path | None = setting(None, _optional_path, "intermediate certificates in PEM, where `cert` has only its own")
+
+
+@dataclass(frozen=True)
+class Server:
+    """server"""
+
+    host: str = setting("127.0.0.1", text, "address to listen on; anything but loopback needs TLS or --behind-proxy")
+    port: int = setting(8080, _number(0, 65535), "port to listen on; 0 takes a free one")
+    public_url: str | None = setting(None, _public_url, "what clients call the server by, where that is not host and port")
+    tls: Tls = section(Tls, "HTTPS")
+    allowed_hosts: tuple[str, ...] = setting((), _texts, "further Host headers to answer to, such as mcp.example.org")
+    allowed_origins: tuple[str, ...] = setting((), _texts, "further Origin headers of browsers to answer to")
+    trusted_proxies: tuple[Network, ...] = setting((), _networks, "networks whose X-Forwarded-For is believed")
+    workers: int = setting(1, _number(1, 64), "processes that share the port")
+    stdio: bool = setting(False, _bool, "`serve` without a flag speaks on stdin and stdout instead of HTTP")
+    sse: bool = setting(False, _bool, "also serve /sse and /messages, for clients of before 2025-03; one worker only")
+    runtime_dir: Path | None = setting(None, _optional_path, "folder of the control sockets; default: that of token_file")
+
+
+@dataclass(frozen=True)
+class Auth:
+    """auth"""
+
+    token_file: Path = setting(Path("tokens.yaml"), _path, "the tokens, 0600")
+    user_file: Path = setting(Path("users.yaml"), _path, "the users, 0600")
+    token_lifetime: float | None = setting(None, _optional_duration, "lifetime of `token add` without --expiry; none: required")
+    max_token_lifetime: float | None = setting(None, _optional_duration, "no token may live longer; none: no bound")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """databases.NAME.pool"""
+
+    max_size: int = setting(4, _number(1, 100), "connections that one token may hold at once")
+    wait: float = setting(30.0, _positive_duration, "how long a call waits for one of them")
+    max_waiting: int = setting(40, _number(1, 10000), "calls of one token that may wait; more are refused at once")
+    max_idle: float = setting(300.0, _positive_duration, "an unused pool is closed after this")
+    max_lifetime: float = setting(3600.0, _positive_duration, "a connection is replaced after this")
+
+
+@dataclass(frozen=True)
+class DatabaseLimits:
+    """databases.NAME.limits"""
+
+    max_rows: int | None = setting(
+        None, lambda v: None if v is None else _number(1, 1_000_000)(v), "instead of limits.max_rows"
+    )
+    max_bytes: int | None = setting(None, lambda v: None if v is None else _size(v), "instead of limits.max_bytes")
+    statement_timeout: float | None = setting(None, _optional_duration, "instead of limits.statement_timeout")
+
+
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
+@dataclass(frozen=True)
+class Database:
+    """databases.NAME"""
+
+    dsn: str | None = setting(None, _optional_text, "libpq connection string or URL, without a password; or host, port, …")
+    host: str | None = setting(None, _optional_text, "host name, address, or folder of the socket")
+    port: int | None = setting(None, lambda v: None if v is None else _number(1, 65535)(v), "default 5432")
+    dbname: str | None = setting(None, _optional_text, "name of the database in PostgreSQL; default: the name here")
+    user: str | None = setting(None, _optional_text, "the login role; give it no right to write")
+    password_file: Path | None = setting(None, _optional_path, "file with the password and nothing else, 0600")
+    sslmode: str | None = setting(
+        None, _optional_choice(*SSL_MODES), "default: verify-full for another machine, prefer on this one"
+    )
+    sslrootcert: str | None = setting(None, _optional_text, "CA file that signed the server's certificate; default: the system's")
+    description: str | None = setting(None, _optional_text, "one line on what is in it, shown by list_databases")
+    required: bool = setting(True, _bool, "/ready answers 503 while it cannot be reached")
+    default: bool = setting(False, _bool, "the one that is meant when a call names none; a single one always is")
+    allow_privileged_login: bool = setting(
+        False, _bool, "take a superuser, BYPASSRLS or replication login, which can read files and run programs"
+    )
+    pool: Pool = section(Pool, "connections of one token to it")
+    limits: DatabaseLimits = section(DatabaseLimits, "limits that differ here")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """limits"""
+
+    max_rows: int = setting(1000, _number(1, 1_000_000), "rows of one answer; more are cut off and it says so")
+    max_bytes: int = setting(1 << 20, _size, "bytes of one answer's rows, as JSON")
+    statement_timeout: float = setting(30.0, _positive_duration, "a statement is cancelled after this")
+    request_bytes: int = setting(1 << 20, _size, "bytes of one request's body")
+    connections: int = setting(20, _number(1, 10000), "connections to PostgreSQL of the whole server, all workers together")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """audit"""
+
+    file: Path = setting(Path("audit.jsonl"), _path, "the log, one JSON line an event, 0600")
+    key_file: Path = setting(Path("audit.key"), _path, "the key of its chain, 0600; keep it, or the log proves nothing")
+    statements: str = setting("full", _choice("full", "hash", "off"), "keep statements as text, as an HMAC, or not at all")
+    on_failure: str = setting("refuse", _choice("refuse", "warn"), "what happens to calls while the log cannot be written")
+
+
+@dataclass(frozen=True)
+class Log:
+    """log"""
+
+    level: str = setting("info", _choice("debug", "info", "warning", "error"), "how much goes to stderr")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole configuration, checked. `source` is the file it came from (None: environment alone)."""
+
+    server: Server = section(Server, "where and how it listens")
+    auth: Auth = section(Auth, "who may ask")
+    databases: dict[str, Database] = field(
+        default_factory=dict, metadata={"named": Database, "doc": "what can be asked, by name"}
+    )
+    limits: Limits = section(Limits, "what one call, and all of them, may take")
+    audit: Audit = section(Audit, "the log of who did what")
+    log: Log = section(Log, "the server's own messages")
+    source: Path | None = None

@@ -1,0 +1,79 @@
+"""The one exception base. Imports nothing.
+
+An `Error` is for a person: it says what was wrong, where, and (in `hint`) what to do. It carries the
+command line's exit code and the HTTP status, so that one place at each edge turns it into an answer.
+"""
+
+
+class Error(Exception):
+    """Something a person has to know.
+
+    `message` names the object and the fault, `hint` says what to do. `exit_code` is the command
+    line's (0 done, 1 failed, 2 usage, 3 config or file mode, 4 no such thing, 5 conflict, 130
+    interrupted); `status` is HTTP's.
+    """
+
+    exit_code = 1
+    status = 500
+
+    def __init__(
+        self, message: str, hint: str | None = None, *, exit_code: int | None = None, status: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        if exit_code is not None:
+            self.exit_code = exit_code
+        if status is not None:
+            self.status = status
+
+
+class UsageError(Error):
+    """The command's words or a call's arguments are off."""
+
+    exit_code = 2
+    status = 400
+
+
+class ConfigError(Error):
+    """A file cannot be trusted or understood: its content, mode or owner."""
+
+    exit_code = 3
+    status = 503
+
+
+class NotFoundError(Error):
+    """There is no such thing."""
+
+    exit_code = 4
+    status = 404
+
+
+class ConflictError(Error):
+    """It exists already, or is not as the command expects."""
+
+    exit_code = 5
+    status = 409
+
+
+class UnauthorizedError(Error):
+    """A credential that opens nothing. `message` is for the log; outside there is one 401 for all."""
+
+    status = 401
+
+    def __init__(self, message: str, *, token_id: str | None = None, status: int = 401, retry_after: int = 0) -> None:
+        super().__init__(message, status=status)
+        self.token_id = token_id
+        self.retry_after = retry_after
+
+
+class ForbiddenError(Error):
+    """A known caller asks for what it may not have."""
+
+    status = 403
+
+
+class UnavailableError(Error):
+    """Not now: a file is broken, the log cannot be written, the server is full or stopping."""
+
+    status = 503

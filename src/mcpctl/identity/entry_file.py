@@ -1,0 +1,152 @@
+"""A private YAML file of named entries, one entry a line: tokens.yaml and users.yaml.
+
+    version: 1
+    tokens:
+      ab12cd34: {user: alice, hash: "$argon2id$…", …}
+
+The command line writes it, under its lock, as a whole; the server only reads. An entry whose line has not changed
+is not parsed again, so that one change in ten thousand costs one. A file that a person has laid out differently
+is read as well, as a whole.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+
+from mcpctl import config, private_file
+from mcpctl.errors import ConfigError, Error
+from mcpctl.private_file import Fingerprint
+
+E = TypeVar("E")
+
+
+@dataclass(frozen=True)
+class Shape(Generic[E]):
+    """What stands in such a file: its top key, how a name looks, and an entry to and from plain values.
+
+    `read` gets (name, values) and returns the entry or raises ValueError saying what is wrong.
+    """
+
+    top: str
+    name: re.Pattern[str]
+    read: Callable[[str, dict[str, Any]], E]
+    write: Callable[[E], dict[str, Any]]
+
+
+@dataclass
+class EntryFile(Generic[E]):
+    """One such file. `current()` is for the server, `edit()` for the command line."""
+
+    path: Path
+    shape: Shape[E]
+    _entries: dict[str, E] = field(default_factory=dict)
+    _fingerprint: Fingerprint | None = None
+    _lines: dict[str, E] = field(default_factory=dict)
+    _broken: ConfigError | None = None
+    version: int = 0
+
+    def current(self) -> Mapping[str, E]:
+        """The entries of the file as it is now: one stat, and a parse where it has changed.
+
+        `version` counts the contents seen. Raises ConfigError while the file is missing or broken.
+        """
+        now = private_file.fingerprint(self.path)
+        if now != self._fingerprint or now == private_file.ABSENT:
+            try:
+                content = private_file.read(self.path)
+                self._entries = self._parse(content.data)
+            except Error as problem:
+                self._broken, self._fingerprint = ConfigError(problem.message, problem.hint), now
+                raise self._broken from None
+            self._broken, self._fingerprint = None, content.fingerprint
+            self.version += 1
+        if self._broken:
+            raise self._broken
+        return self._entries
+
+    @contextlib.contextmanager
+    def edit(self) -> Iterator[dict[str, E]]:
+        """The entries, held under the file's lock; what the block leaves in them is written when it ends well."""
+        with private_file.edit(self.path) as held:
+            before = self._parse(held.data)
+            entries = dict(before)
+            yield entries
+            if entries != before:
+                held.replace(self.render(entries))
+
+    def render(self, entries: Mapping[str, E]) -> bytes:
+        """The file's bytes for these entries."""
+        if not entries:
+            return f"version: 1\n{self.shape.top}: {{}}\n".encode()
+        lines = [f"version: 1\n{self.shape.top}:"]
+        for name, entry in entries.items():
+            values = {key: value for key, value in self.shape.write(entry).items() if value is not None}
+            flow = yaml.safe_dump(values, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True)
+            lines.append(f"  {name}: {flow.strip()}")
+        return ("\n".join(lines) + "\n").encode()
+
+    def _parse(self, data: bytes) -> dict[str, E]:
+        faults: list[str] = []
+        entries = self._by_line(data)
+        if entries is None:
+            entries = self._whole(data, faults)
+        if faults:
+            raise ConfigError("\n  ".join([f"{self.path} is not in order:", *faults]), f"mend {self.path}, or restore it")
+        return entries
+
+    def _by_line(self, data: bytes) -> dict[str, E] | None:
+        """The entries where every line is one as we write it; None where the file must be read as a whole."""
+        try:
+            head, top, *lines = data.decode("utf-8").splitlines()
+        except (UnicodeDecodeError, ValueError):
+            return None
+        if head != "version: 1" or top != f"{self.shape.top}:":
+            return None
+        entries: dict[str, E] = {}
+        known: dict[str, E] = {}
+        for line in lines:
+            name = line[2:].partition(":")[0]
+            if not line.startswith("  ") or not self.shape.name.fullmatch(name) or name in entries:
+                return None
+            entry = self._lines.get(line)
+            if entry is None:
+                faults: list[str] = []
+                found = self._whole(f"version: 1\n{top}\n{line}\n".encode(), faults)
+                if faults or len(found) != 1:
+                    return None
+                entry = found[name]
+            entries[name] = known[line] = entry
+        self._lines = known
+        return entries
+
+    def _whole(self, data: bytes, faults: list[str]) -> dict[str, E]:
+        tree = config.parse_yaml(data, self.path, faults)
+        entries: dict[str, E] = {}
+        values = config.as_plain(tree)
+        if faults:
+            return entries
+        unknown = [key for key in values if key not in ("version", self.shape.top)]
+        faults += [f"{self.path}: {key}: there is no such key; there are version and {self.shape.top}" for key in unknown]
+        if values.get("version") != 1:
+            faults.append(f"{self.path}: version: is {values.get('version')!r}, and this mcpctl knows 1")
+        named = values.get(self.shape.top)
+        if named is None or not isinstance(named, dict):
+            faults.append(f"{self.path}: {self.shape.top}: is missing, or has no entries with names")
+            return entries
+        for name, fields in named.items():
+            where = config.where(tree, self.shape.top, name)
+            if not self.shape.name.fullmatch(name):
+                faults.append(f"{where}: {name!r} cannot be a name here")
+            elif not isinstance(fields, dict):
+                faults.append(f"{where}: {name}: expected {{key: value, …}}")
+            else:
+                try:
+                    entries[name] = self.shape.read(name, fields)
+                except ValueError as problem:
+                    faults.append(f"{where}: {name}: {problem}")
+        return entries

@@ -1,0 +1,351 @@
+"""The token file: mint, match, add, rotate, revoke, remove.
+
+A token is `mcp_<id>_<secret>_<checksum>`: 8 characters of a-z0-9, 256 random bits in base62, and the CRC-32 of all
+before it in base62, so that a typo is told from an attack without a hash, and secret scanners can find it. The file
+keeps an Argon2id hash of the whole token; the secret is random, so the cheapest profile is enough (RFC 9106 is about
+passwords that people choose).
+"""
+
+import ipaddress
+import re
+import secrets
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import argon2
+from argon2.exceptions import InvalidHashError
+
+from mcpctl.config_keys import Network, duration, network
+from mcpctl.errors import ConflictError, NotFoundError, UsageError
+from mcpctl.identity.entry_file import EntryFile, Shape
+from mcpctl.identity.users import NAME as USER_NAME
+
+# The secret has 256 random bits: nobody guesses it, so a hash that costs .02 ms is as good as one that costs 500.
+CHEAP_ARGON2ID = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1, hash_len=32, salt_len=16)
+EXPIRING = timedelta(days=14)
+_TOKEN = re.compile(r"mcp_([0-9a-z]{8})_[0-9A-Za-z]{43}_[0-9A-Za-z]{6}")
+_ID = re.compile(r"[0-9a-z]{8}")
+_BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_PERMISSION = re.compile(r"\*|[a-z*][a-z0-9_*-]*(:[A-Za-z*][A-Za-z0-9_.*-]*){1,3}")
+_FIELDS = (
+    "user", "hash", "created_at", "expires_at", "revoked_at", "databases", "permissions", "allow_ips", "note",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One entry of tokens.yaml. Of what is None there is no limit, or it has not happened."""
+
+    id: str
+    user: str | None
+    hash: str
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    databases: tuple[str, ...] | None = None
+    permissions: tuple[str, ...] | None = None
+    allow_ips: tuple[Network, ...] | None = None
+    note: str | None = None
+
+    def status(self, now: datetime) -> str:
+        """active, expiring (within 14 days), expired or revoked."""
+        if self.revoked_at is not None and self.revoked_at <= now:
+            return "revoked"
+        if self.expires_at is None:
+            return "active"
+        if self.expires_at <= now:
+            return "expired"
+        return "expiring" if self.expires_at - now <= EXPIRING else "active"
+
+
+def utcnow() -> datetime:
+    """The clock that everything is handed unless a test hands another."""
+    return datetime.now(UTC)
+
+
+def rfc3339(when: datetime) -> str:
+    """RFC 3339 in UTC, to the second or, where there is a part of one, to the microsecond."""
+    return when.astimezone(UTC).isoformat().replace("+00:00", "Z")
+
+
+def _base62(number: int, width: int) -> str:
+    digits = ""
+    for _ in range(width):
+        number, digit = divmod(number, 62)
+        digits = _BASE62[digit] + digits
+    return digits
+
+
+def _checksum(body: str) -> str:
+    return _base62(zlib.crc32(body.encode("ascii")), 6)
+
+
+def mint(taken: Iterable[str] = ()) -> tuple[str, str]:
+    """A new (id, token). The id is none of those taken."""
+    taken = set(taken)
+    while True:
+        name = "".join(secrets.choice("0123456789abcdefghijklmnopqrstuvwxyz") for _ in range(8))
+        if name not in taken:
+            break
+    body = f"mcp_{name}_{_base62(secrets.randbits(256), 43)}"
+    return name, f"{body}_{_checksum(body)}"
+
+
+def token_id(text: str) -> str | None:
+    """The id of a token whose form and checksum are right; None for anything else. Costs no hash."""
+    found = _TOKEN.fullmatch(text)
+    if not found or not secrets.compare_digest(_checksum(text[:-7]), text[-6:]):
+        return None
+    return found[1]
+
+
+def matches(token: Token, text: str) -> bool:
+    """Whether this text is that token: one Argon2id of the cheap profile (20 µs)."""
+    try:
+        return CHEAP_ARGON2ID.verify(token.hash, text)
+    except argon2.exceptions.VerificationError:
+        return False
+
+
+def parse_expiry(text: str, now: datetime) -> datetime | None:
+    """When a token ends, from `12h 30d 2w 1y`, a date (its beginning, UTC), an RFC 3339 time, or `never` (None)."""
+    if text == "never":
+        return None
+    try:
+        when = now + timedelta(seconds=duration(text))
+    except (ValueError, OverflowError):
+        try:
+            day = re.fullmatch(r"\d{4}-\d\d-\d\d", text)
+            if day:
+                when = datetime.combine(date.fromisoformat(text), datetime.min.time(), UTC)
+            else:
+                when = datetime.fromisoformat(text)
+        except ValueError:
+            raise UsageError(
+                f"--expiry {text!r} is no lifetime", "say 12h, 30d, 2w, 1y, a date such as 2027-01-31, or never"
+            ) from None
+        if when.tzinfo is None:
+            raise UsageError(f"--expiry {text!r} has no time zone", "write it as 2027-01-31T12:00:00Z") from None
+    if when <= now:
+        raise UsageError(f"--expiry {text!r} is not in the future", "a token that has ended already helps nobody")
+    return when.astimezone(UTC)
+
+
+def _time(value: Any, name: str) -> datetime | None:
+    if value is None:
+        return None
+    try:
+        when = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: {value!r} is not a time such as 2027-01-31T12:00:00Z") from None
+    if when.tzinfo is None:
+        raise ValueError(f"{name}: has no time zone")
+    return when.astimezone(UTC)
+
+
+def _texts(value: Any, name: str) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"{name}: expected a list of texts")
+    return tuple(value)
+
+
+def _read_hash(value: Any) -> str:
+    """An Argon2id PHC string no dearer than ours: a dearer one would let a stranger make us pay."""
+    try:
+        cost = argon2.extract_parameters(value)
+    except (InvalidHashError, AttributeError, TypeError):
+        raise ValueError("hash: is not an Argon2id hash as `mcpctl token add` makes it") from None
+    most = argon2.extract_parameters(CHEAP_ARGON2ID.hash(""))
+    if cost.type is not argon2.Type.ID:
+        raise ValueError("hash: is not of the type Argon2id")
+    if (cost.time_cost, cost.memory_cost, cost.parallelism) != (most.time_cost, most.memory_cost, most.parallelism):
+        raise ValueError(
+            f"hash: t={cost.time_cost}, m={cost.memory_cost}, p={cost.parallelism}; only t=1, m=8, p=1 is taken here"
+        )
+    return str(value)
+
+
+def check_permission(text: str) -> str:
+    """A permission pattern such as `*`, `tools:*`, `databases:sales:read`; ValueError for anything else."""
+    if not _PERMISSION.fullmatch(text):
+        raise ValueError(f"{text!r} is no permission; they look like tools:query_database, databases:sales:read, tools:*")
+    return text
+
+
+def _read(name: str, fields: dict[str, Any]) -> Token:
+    if unknown := [field for field in fields if field not in _FIELDS]:
+        raise ValueError(f"{unknown[0]}: there is no such key; there are {', '.join(_FIELDS)}")
+    user, note, created = fields.get("user"), fields.get("note"), _time(fields.get("created_at"), "created_at")
+    if user is not None and not (isinstance(user, str) and USER_NAME.fullmatch(user)):
+        raise ValueError(f"user: {user!r} is no user name")
+    if created is None:
+        raise ValueError("created_at: is missing")
+    if note is not None and not isinstance(note, str):
+        raise ValueError("note: expected a text")
+    permissions = _texts(fields.get("permissions"), "permissions")
+    for permission in permissions or ():
+        check_permission(permission)
+    allow_ips = _texts(fields.get("allow_ips"), "allow_ips")
+    return Token(
+        id=name,
+        user=user,
+        hash=_read_hash(fields.get("hash")),
+        created_at=created,
+        expires_at=_time(fields.get("expires_at"), "expires_at"),
+        revoked_at=_time(fields.get("revoked_at"), "revoked_at"),
+        databases=_texts(fields.get("databases"), "databases"),
+        permissions=permissions,
+        allow_ips=None if allow_ips is None else tuple(network(item) for item in allow_ips),
+        note=note,
+    )
+
+
+def as_values(token: Token) -> dict[str, Any]:
+    """The entry's fields as plain values, in the file's order, without its id."""
+    return {
+        "user": token.user,
+        "hash": token.hash,
+        "created_at": rfc3339(token.created_at),
+        "expires_at": token.expires_at and rfc3339(token.expires_at),
+        "revoked_at": token.revoked_at and rfc3339(token.revoked_at),
+        "databases": None if token.databases is None else list(token.databases),
+        "permissions": None if token.permissions is None else list(token.permissions),
+        "allow_ips": None if token.allow_ips is None else [str(item) for item in token.allow_ips],
+        "note": token.note,
+    }
+
+
+_SHAPE: Shape[Token] = Shape("tokens", _ID, _read, as_values)
+
+
+def token_file(path: Path) -> EntryFile[Token]:
+    """The token file at `path`."""
+    return EntryFile(path, _SHAPE)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a new token is to be limited to."""
+
+    user: str | None = None
+    expires_at: datetime | None = None
+    databases: tuple[str, ...] | None = None
+    permissions: tuple[str, ...] | None = None
+    allow_ips: tuple[Network, ...] | None = None
+    note: str | None = None
+
+
+def add(file: EntryFile[Token], wanted: Wanted, now: datetime) -> tuple[Token, str]:
+    """Write a new token into the file; returns its entry and the token itself, which exists nowhere else."""
+    with file.edit() as entries:
+        name, text = mint(entries)
+        entry = Token(
+            id=name,
+            user=wanted.user,
+            hash=CHEAP_ARGON2ID.hash(text),
+            created_at=now,
+            expires_at=wanted.expires_at,
+            databases=wanted.databases,
+            permissions=wanted.permissions,
+            allow_ips=wanted.allow_ips,
+            note=wanted.note,
+        )
+        entries[name] = entry
+    return entry, text
+
+
+def _find(entries: Mapping[str, Token], name: str) -> Token:
+    try:
+        return entries[name]
+    except KeyError:
+        whole = token_id(name)
+        hint = f"that is a whole token; its id is {whole}" if whole else "`mcpctl token list` shows the ids"
+        shown = name if _ID.fullmatch(name) else "of that form"
+        raise NotFoundError(f"there is no token {shown}", hint) from None
+
+
+def show(file: EntryFile[Token], name: str) -> Token:
+    """The entry of that id, or NotFoundError (exit 4)."""
+    return _find(file.current(), name)
+
+
+def rotate(
+    file: EntryFile[Token], name: str, overlap: timedelta | None, expires_at: datetime | None, now: datetime
+) -> tuple[Token, Token, str]:
+    """A new token with the rights of an old one; returns (old, new, the new token's text).
+
+    The new one ends at `expires_at` or when the old one would have, whichever is first. The old one ends after
+    `overlap`, or now. Both changes are one write.
+    """
+    with file.edit() as entries:
+        old = _find(entries, name)
+        if old.status(now) in ("revoked", "expired"):
+            raise ConflictError(f"token {name} is {old.status(now)} already", "make a new one with `mcpctl token add`")
+        fresh, text = mint(entries)
+        ends = [when for when in (old.expires_at, expires_at) if when is not None]
+        new = replace(
+            old,
+            id=fresh,
+            hash=CHEAP_ARGON2ID.hash(text),
+            created_at=now,
+            expires_at=min(ends, default=None),
+        )
+        if overlap is None:
+            old = replace(old, revoked_at=now)
+        else:
+            old = replace(old, expires_at=min([now + overlap, *ends[: old.expires_at is not None]]))
+        entries[name] = old
+        entries[fresh] = new
+    return old, new, text
+
+
+def revoke(file: EntryFile[Token], names: Iterable[str] | None, now: datetime) -> list[tuple[Token, bool]]:
+    """End tokens now (all of them for None), keeping their record: [(entry, whether it was alive until now)].
+
+    An unknown id is NotFoundError and then nothing is changed. Revoking twice is fine.
+    """
+    done = []
+    with file.edit() as entries:
+        for name in list(entries) if names is None else dict.fromkeys(names):
+            entry = _find(entries, name)
+            alive = entry.revoked_at is None
+            if alive:
+                entry = entries[name] = replace(entry, revoked_at=now)
+            done.append((entry, alive))
+    return done
+
+
+def remove(file: EntryFile[Token], name: str) -> Token:
+    """Take a token out of the file, record and all."""
+    with file.edit() as entries:
+        entry = _find(entries, name)
+        del entries[name]
+    return entry
+
+
+def prune(file: EntryFile[Token], now: datetime) -> list[Token]:
+    """Take out every token that is expired or revoked; returns them."""
+    with file.edit() as entries:
+        dead = [entry for entry in entries.values() if entry.status(now) in ("expired", "revoked")]
+        for entry in dead:
+            del entries[entry.id]
+    return dead
+
+
+def allows_address(token: Token, address: str | None) -> bool:
+    """Whether the token may be used from there. A caller on stdio is on this machine."""
+    if token.allow_ips is None:
+        return True
+    try:
+        found = ipaddress.ip_address(address or "127.0.0.1")
+    except ValueError:
+        return False
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped:
+        found = found.ipv4_mapped
+    return any(found.version == item.version and found in item for item in token.allow_ips)

@@ -1,0 +1,110 @@
+"""How mcpctl logs in: the operator's settings as one libpq connection string, and what a new connection is made to be.
+
+PostgreSQL, "Database Connection Control Functions", lists the keywords; the operator may use those below.
+"""
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, LiteralString
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from mcpctl import private_file
+from mcpctl.config_keys import Database
+from mcpctl.errors import ConfigError
+
+_KEYWORDS = frozenset({
+    "host", "hostaddr", "port", "dbname", "user", "password", "sslmode", "sslrootcert", "sslcert", "sslkey",
+    "sslcrl", "channel_binding", "require_auth", "gssencmode", "connect_timeout", "target_session_attrs",
+    "keepalives", "keepalives_idle", "tcp_user_timeout",
+})  # fmt: skip
+CONNECT_TIMEOUT = 5
+"""Seconds that opening a connection may take, unless the DSN says otherwise."""
+
+SETTINGS: LiteralString = """
+SELECT pg_catalog.pg_backend_pid(),
+       (SELECT backend_start::text FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid()),
+       session_user::text,
+       (SELECT rolsuper OR rolbypassrls OR rolreplication FROM pg_catalog.pg_roles WHERE rolname = session_user),
+       pg_catalog.set_config('default_transaction_read_only', 'on', false),
+       pg_catalog.set_config('statement_timeout', %s, false),
+       pg_catalog.set_config('idle_in_transaction_session_timeout', '10s', false),
+       pg_catalog.set_config('client_connection_check_interval', '250ms', false),
+       pg_catalog.set_config('DateStyle', 'ISO, YMD', false),
+       pg_catalog.set_config('IntervalStyle', 'iso_8601', false),
+       pg_catalog.set_config('bytea_output', 'hex', false),
+       pg_catalog.set_config('extra_float_digits', '1', false)
+"""
+"""What every connection is made to be, in one round trip, and what mcpctl has to know about it.
+
+`client_connection_check_interval` ends a backend whose socket we closed although it will not be cancelled.
+"""
+
+
+@dataclass(frozen=True)
+class Login:
+    """A database of the config, ready to be connected to. `dsn()` reads the password file each time."""
+
+    name: str
+    settings: Database
+
+    def dsn(self) -> str:
+        """The libpq connection string. Raises ConfigError for a keyword or a password file that is not right."""
+        values = self._keywords()
+        if self.settings.password_file is not None:
+            password = private_file.read(self.settings.password_file, limit=4096).data
+            values["password"] = password.decode("utf-8", "replace").rstrip("\r\n")
+        values.setdefault("connect_timeout", CONNECT_TIMEOUT)
+        if "sslmode" not in values and not _is_here(str(values.get("host") or values.get("hostaddr") or "")):
+            values["sslmode"] = "verify-full"
+            values.setdefault("sslrootcert", "system")
+        return make_conninfo("", **values)
+
+    def _keywords(self) -> dict[str, Any]:
+        config = self.settings
+        if config.dsn is None:
+            return {
+                name: value
+                for name, value in {
+                    "host": config.host,
+                    "port": config.port,
+                    "dbname": config.dbname or self.name,
+                    "user": config.user,
+                    "sslmode": config.sslmode,
+                    "sslrootcert": config.sslrootcert,
+                }.items()
+                if value is not None
+            }
+        try:
+            values = conninfo_to_dict(config.dsn)
+        except psycopg.Error:
+            raise ConfigError(
+                f"databases.{self.name}.dsn is no libpq connection string",
+                "such as postgresql://reader@db.example.org/sales, or: host=db.example.org dbname=sales user=reader",
+            ) from None
+        if unknown := sorted(values.keys() - _KEYWORDS):
+            raise ConfigError(f"databases.{self.name}.dsn: the keyword {unknown[0]} is not taken", "leave it out")
+        return dict(values)
+
+
+def _is_here(host: str) -> bool:
+    """Whether every host named is this machine: a socket's folder, or loopback."""
+    for one in host.split(","):
+        if one in ("", "localhost") or one.startswith(("/", "@")):
+            continue
+        try:
+            if not ipaddress.ip_address(one).is_loopback:
+                return False
+        except ValueError:
+            return False
+    return True
+
+
+def logins(databases: Mapping[str, Database]) -> dict[str, Login]:
+    """All databases of the config by name, each checked as far as it can be without connecting."""
+    found = {name: Login(name, database) for name, database in databases.items()}
+    for login in found.values():
+        login.dsn()
+    return found

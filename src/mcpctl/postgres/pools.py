@@ -1,0 +1,152 @@
+"""One pool per token and database: opened on first use, closed when idle, cut when the token ends.
+
+All pools live under one budget of connections; a full budget closes the longest-idle pool before it refuses.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from time import monotonic
+
+from psycopg import pq
+
+from mcpctl.errors import UnauthorizedError, UnavailableError
+from mcpctl.identity.principal import Principal
+from mcpctl.postgres.cutting import Cut, cut
+from mcpctl.postgres.login import Login
+from mcpctl.postgres.token_pool import Session, TokenPool
+from mcpctl.postgres.verdicts import Verdicts
+
+log = logging.getLogger("mcpctl.pools")
+Told = Callable[..., None]
+
+
+@dataclass
+class _Shared:
+    """What all pools of one database share, whoever they belong to."""
+
+    login: Login
+    verdicts: Verdicts
+
+
+class Pools:
+    """All pools of this process. `told(event, **fields)` hears of each opening and closing; `valid(principal)` says
+    whether a principal still is what it was when its request came in."""
+
+    def __init__(
+        self,
+        logins: Mapping[str, Login],
+        budget: int,
+        statement_timeout: float,
+        told: Told,
+        valid: Callable[[Principal], bool],
+    ) -> None:
+        self._shared = {name: _Shared(login, Verdicts()) for name, login in logins.items()}
+        self._budget = budget
+        self._statement_timeout = statement_timeout
+        self._told = told
+        self._valid = valid
+        self._pools: dict[tuple[str, str], TokenPool] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self.lingering: dict[int, str] = {}
+
+    @property
+    def connections(self) -> int:
+        """Connections open or being opened."""
+        return sum(pool.count for pool in self._pools.values())
+
+    def __len__(self) -> int:
+        return len(self._pools)
+
+    @contextlib.asynccontextmanager
+    async def borrow(self, principal: Principal, database: str) -> AsyncIterator[Session]:
+        """A connection of this principal's own pool for that database; given back, clean or closed, afterwards."""
+        pool = await self._pool(principal, database)
+        session = await pool.take()
+        try:
+            self._check(principal)  # it may have been cut while this call waited
+            yield session
+        finally:
+            await pool.give_back(session)
+
+    async def _pool(self, principal: Principal, database: str) -> TokenPool:
+        if self._closed:
+            raise UnavailableError("the server is stopping", "ask again in a moment")
+        self._check(principal)
+        key = (principal.pool, database)
+        pool = self._pools.get(key)
+        if pool is None:
+            shared = self._shared[database]
+            pool = TokenPool(
+                shared.login, principal, self._statement_timeout, shared.verdicts, lambda asking: self._make_room(asking)
+            )
+            self._pools[key] = pool
+            await pool.open()
+            self._tell("pool.opened", pool, None)
+        return pool
+
+    def _check(self, principal: Principal) -> None:
+        if not self._valid(principal):
+            raise UnauthorizedError("the token ended while the call was on its way", token_id=principal.token)
+
+    def _tell(self, event: str, pool: TokenPool, reason: str | None) -> None:
+        word = event.removeprefix("pool.")
+        log.info("pool %s for token %s, database %s: %d left", word, pool.short, pool.login.name, len(self._pools))
+        owner = pool.principal
+        self._told(event, token=owner.token, user=owner.user, database=pool.login.name, reason=reason)
+
+    async def _make_room(self, asking: TokenPool) -> None:
+        """Keep within the budget: called when `asking` is about to connect and counts already."""
+        while self.connections > self._budget:
+            idle = [pool for pool in self._pools.values() if pool is not asking and pool.idle]
+            if not idle:
+                raise UnavailableError(
+                    f"all {self._budget} database connections of this server are in use", "ask again in a moment"
+                )
+            await self._close(min(idle, key=lambda pool: pool.last_used), "the budget of connections is full")
+
+    async def _close(self, pool: TokenPool, reason: str) -> None:
+        for key, found in list(self._pools.items()):
+            if found is pool:
+                del self._pools[key]
+                await pool.close()
+                self._tell("pool.closed", pool, reason)
+
+    async def sweep(self) -> None:
+        """Close the pools that nobody has used for their `max_idle`."""
+        now = monotonic()
+        for pool in list(self._pools.values()):
+            if pool.idle and now - pool.last_used > pool.login.settings.pool.max_idle:
+                await self._close(pool, "idle")
+
+    async def cut(self, token: str | None, reason: str) -> Cut:
+        """End all that a token has open: cancel, terminate, close. Returns what was done; see `cutting`."""
+        victims = [pool for pool in self._pools.values() if pool.principal.token == token]
+        for key, pool in list(self._pools.items()):
+            if pool in victims:
+                del self._pools[key]
+        done = await cut(victims)
+        for pool in victims:
+            self._tell("pool.closed", pool, f"{reason}: {done}")
+        for pid in done.lingering:
+            self.lingering[pid] = reason
+        return done
+
+    async def close(self) -> None:
+        """Cut everything, for the end of the server."""
+        self._closed = True
+        for token in {pool.principal.token for pool in self._pools.values()}:
+            await self.cut(token, "the server stops")
+
+    async def reachable(self, database: str) -> bool:
+        """Whether the database's server takes connections now (PQping: no login, no slot)."""
+        dsn = self._shared[database].login.dsn()
+        answer = await asyncio.to_thread(pq.PGconn.ping, dsn.encode())
+        return answer == pq.Ping.OK
+
+    def login(self, database: str) -> Login:
+        """The login of a database of the config."""
+        return self._shared[database].login

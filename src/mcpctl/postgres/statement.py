@@ -1,0 +1,449 @@
+"""One statement: one read-only transaction, bounded rows, bytes and time, and nothing of it left behind.
+
+A text is asked about before it runs (Parse and Describe; PostgreSQL's word decides, never ours), and what PostgreSQL
+said is remembered. A known question is then one flush and one round trip in libpq's pipeline:
+
+    BEGIN READ ONLY · limits, which also take the snapshot · the statement · sync
+    ROLLBACK · unlock and look for what would outlive it · sync
+
+The second segment stands behind its own sync, since an error aborts the rest of its segment. A SELECT of ours stands
+before the statement, since SET TRANSACTION READ WRITE works until a query has taken the snapshot. It ends with
+ROLLBACK, never COMMIT: that undoes what PostgreSQL lets a read-only transaction write, and every setting.
+"""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, TypeVar
+
+import msgspec
+from psycopg import pq
+from psycopg.adapt import Transformer
+
+from mcpctl.errors import Error
+from mcpctl.postgres import cutting
+from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.values import Types, UnknownType
+from mcpctl.postgres.verdicts import Verdict, Verdicts
+from mcpctl.postgres.wire import ConnectionLostError, TooLargeError, Wire
+
+T = TypeVar("T")
+_Status = pq.ExecStatus
+_LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, true),
+ pg_catalog.set_config('lock_timeout', $1, true)"""
+_UNLOCK = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
+ (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements)"""
+_CURSOR = b"declare c no scroll cursor for\n"
+_LOCKED = b"""SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_catalog.pg_locks l
+ JOIN pg_catalog.pg_class c ON c.oid = l.relation JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+ AND l.relation NOT IN ('pg_catalog.pg_locks'::regclass, 'pg_catalog.pg_class'::regclass,
+                        'pg_catalog.pg_namespace'::regclass) ORDER BY 1"""
+_TYPES = b"""SELECT t.oid, pg_catalog.format_type(t.oid, NULL), CASE WHEN t.typcategory = 'A' THEN t.typelem ELSE 0 END,
+ coalesce(e.typdelim, ',') FROM pg_catalog.pg_type t LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem
+ WHERE t.oid = ANY($1::oid[])"""
+_CHUNK = 100
+_GROWTH = 24 << 20
+"""How much libpq may grow for one answer; one cell of 12 MiB already makes it grow by 16."""
+_AFTER = 1.0
+"""Seconds beyond statement_timeout after which our own deadline ends it."""
+_ERROR_BYTES = 2000
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one statement may take: rows, bytes of rows as JSON, seconds."""
+
+    rows: int
+    bytes: int
+    seconds: float
+
+
+@dataclass
+class Rows:
+    """A bounded answer. `json` is the rows as a JSON array, `note` says why it was cut off and what to do."""
+
+    columns: list[tuple[str, str]]
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+    json: bytes = b"[]"
+    note: str | None = None
+    relations: tuple[str, ...] | None = None
+
+
+class StatementError(Error):
+    """What PostgreSQL said of the statement, in its own words, each bounded.
+
+    `described` is whether it had described columns of it before; a text of which it has not may hold anything.
+    """
+
+    status = 200
+
+    def __init__(self, message: str, fields: dict[str, str]) -> None:
+        super().__init__(message, fields.get("hint"))
+        self.fields = fields
+        self.described = True
+
+
+class NotAQuestionError(Error):
+    """PostgreSQL would neither open a cursor for it nor describe columns of it."""
+
+    status = 200
+
+
+async def run(session: Session, text: str, bounds: Bounds, params: Sequence[bytes | None] | None = None) -> Rows:
+    """Run one question of the caller's, or of ours where there are `params`. Raises an Error with the reason.
+
+    Cancelled, or past its deadline, it makes sure that the backend stops: cancel, then terminate, then close.
+    """
+    exchange = _Exchange(session, bounds)
+    return await _guarded(exchange, exchange.run(_encode(text), params))
+
+
+async def is_question(session: Session, text: str, bounds: Bounds) -> bool:
+    """Whether PostgreSQL would open a cursor for the text. Raises its error where it is not even a statement."""
+    exchange = _Exchange(session, bounds)
+    return (await _guarded(exchange, exchange.ask(_encode(text))))[0]
+
+
+async def _guarded(exchange: "_Exchange", work: Coroutine[Any, Any, T]) -> T:
+    """Do the work within its time; however it ends, the backend ends with it."""
+    try:
+        async with asyncio.timeout(exchange.bounds.seconds + _AFTER):
+            return await work
+    except TimeoutError:
+        await _despite_cancel(exchange.stop())
+        raise StatementError(
+            f"canceling statement due to statement timeout ({exchange.bounds.seconds:g} s)", {"sqlstate": "57014"}
+        ) from None
+    except asyncio.CancelledError:
+        await _despite_cancel(exchange.stop())
+        raise
+    except (ConnectionLostError, TooLargeError):
+        exchange.session.close()
+        raise
+
+
+def _encode(text: str) -> bytes:
+    if "\0" in text:
+        raise StatementError("the statement holds a NUL character, which PostgreSQL's texts cannot", {})
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise StatementError(f"the statement is not valid Unicode at character {problem.start}", {}) from None
+
+
+async def _despite_cancel(work: Coroutine[Any, Any, None]) -> None:
+    """Finish `work` even when we are cancelled again meanwhile."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
+    task.result()
+
+
+class _Exchange:
+    """One statement's conversation on one connection."""
+
+    def __init__(self, session: Session, bounds: Bounds) -> None:
+        self.session = session
+        self._pgconn = session.pgconn
+        self.bounds = bounds
+        self._verdicts: Verdicts = session.pool.verdicts
+        self._types: Types = session.pool.verdicts.types
+        self._growth = max(_GROWTH, 4 * bounds.bytes)
+        self._syncs = 0
+
+    async def run(self, text: bytes, params: Sequence[bytes | None] | None) -> Rows:
+        with Wire(self._pgconn, self._growth) as wire:
+            if params is not None:
+                return await self._framed(wire, text, params, None)
+            key = self._verdicts.key(self.session.login, text)
+            verdict = self._verdicts.get(key)
+            if verdict is None:
+                question, shows = await self.judge(wire, text)
+                if not question and not shows:
+                    raise NotAQuestionError(
+                        "PostgreSQL describes no columns for this statement, so it is no question, and was not run",
+                        "query_database takes what has an answer: SELECT, VALUES, TABLE, WITH … SELECT, EXPLAIN, SHOW",
+                    )
+                verdict = Verdict(question, await self._relations(wire, text) if question else None)
+                self._verdicts.remember(key, verdict)
+            return await self._framed(wire, text, (), verdict)
+
+    async def ask(self, text: bytes) -> tuple[bool, bool]:
+        """`judge` alone."""
+        with Wire(self._pgconn, self._growth) as wire:
+            return await self.judge(wire, text)
+
+    def _sync(self) -> None:
+        self._pgconn.pipeline_sync()
+        self._syncs += 1
+
+    async def _synced(self, wire: Wire) -> None:
+        await wire.sync()
+        self._syncs -= 1
+
+    # -- what PostgreSQL says of a text ------------------------------------------------------------------------
+
+    async def judge(self, wire: Wire, text: bytes) -> tuple[bool, bool]:
+        """(would it open a cursor for it, does it describe columns of it), without running anything."""
+        self._pgconn.send_prepare(b"", _CURSOR + text)
+        self._sync()
+        self._pgconn.send_prepare(b"", text)
+        self._pgconn.send_describe_prepared(b"")
+        self._sync()
+        await wire.flush()
+        cursor = await wire.command()
+        await self._synced(wire)
+        parsed = await wire.command()
+        described = await wire.command()
+        await self._synced(wire)
+        for answer in (parsed, described):
+            if answer.status != _Status.COMMAND_OK:
+                problem = _error(answer)
+                problem.described = False
+                raise problem
+        oids = {described.ftype(i) for i in range(described.nfields)}
+        if unknown := self._types.unknown(oids):
+            await self._learn(wire, unknown)
+        return cursor.status == _Status.COMMAND_OK, described.nfields > 0
+
+    async def _learn(self, wire: Wire, oids: set[int]) -> None:
+        """Ask the catalog about types that PostgreSQL did not come with, and about their elements."""
+        wanted = "{" + ",".join(map(str, sorted(oids))) + "}"
+        answer = await self._raw(wire, _TYPES, (wanted.encode(),))
+        found = [UnknownType(int(row[0]), row[1].decode(), int(row[2]), row[3].decode()) for row in answer]
+        for one in found:
+            self._types.learn(one)
+
+    async def _relations(self, wire: Wire, text: bytes) -> tuple[str, ...] | None:
+        """The tables and views in PostgreSQL's plan for a question; None where it would not plan it.
+
+        A cursor is declared for it, which plans it and locks what the plan reads, and is never fetched from. (EXPLAIN
+        would print every constant that the planner has folded, of a gigabyte if need be.)
+        """
+        try:
+            answer = await self._raw(wire, _LOCKED, (), before=_CURSOR + text)
+        except StatementError:
+            return None
+        return tuple(row[0].decode("utf-8", "replace") for row in answer)
+
+    async def _raw(
+        self, wire: Wire, text: bytes, params: Sequence[bytes | None], before: bytes | None = None
+    ) -> list[tuple[bytes, ...]]:
+        """The cells of a statement of ours as they came; another may stand before it in its transaction."""
+        self._send(text, params, before)
+        await wire.flush()
+        await self._begun(wire)
+        if before is not None:
+            await wire.command()
+        result = await wire.command()
+        await self._ended(wire)
+        if result.status != _Status.TUPLES_OK:
+            raise _error(result)
+        return [
+            tuple(result.get_value(row, column) or b"" for column in range(result.nfields)) for row in range(result.ntuples)
+        ]
+
+    # -- the frame -------------------------------------------------------------------------------------------
+
+    def _send(self, text: bytes, params: Sequence[bytes | None], before: bytes | None = None) -> None:
+        if self.session.conn.closed:
+            raise ConnectionLostError("the connection to the database was lost")
+        milliseconds = b"%d" % int(self.bounds.seconds * 1000)
+        pgconn = self._pgconn
+        pgconn.send_query_params(b"BEGIN READ ONLY", None)
+        pgconn.send_query_params(_LIMITS, [milliseconds])
+        if before is not None:
+            pgconn.send_query_params(before, None)
+        pgconn.send_query_params(text, list(params) or None)
+        self._sync()
+        pgconn.send_query_params(b"ROLLBACK", None)
+        pgconn.send_query_params(_UNLOCK, None)
+        self._sync()
+
+    async def _begun(self, wire: Wire) -> None:
+        begin = await wire.command()
+        limits = await wire.command()
+        if begin.status != _Status.COMMAND_OK or limits.status != _Status.TUPLES_OK:
+            self.session.close()
+            raise _error(begin if begin.status != _Status.COMMAND_OK else limits)
+
+    async def _ended(self, wire: Wire) -> None:
+        """Take the rest of the frame; where it is not as it should be, the connection is closed."""
+        await self._synced(wire)
+        rollback = await wire.command()
+        unlock = await wire.command()
+        await self._synced(wire)
+        clean = (
+            rollback.status == _Status.COMMAND_OK
+            and unlock.status == _Status.TUPLES_OK
+            and unlock.get_value(0, 1) == b"0"
+            and self._pgconn.transaction_status == pq.TransactionStatus.IDLE
+        )
+        if not clean:  # a late cancel hit the frame, or a prepared statement would have outlived the call
+            self.session.close()
+
+    async def _framed(
+        self, wire: Wire, text: bytes, params: Sequence[bytes | None], verdict: Verdict | None
+    ) -> Rows:
+        self._send(text, params)
+        await wire.flush()
+        await self._begun(wire)
+        answer = _Answer(self._types, self.bounds)
+        self._pgconn.set_chunked_rows_mode(min(_CHUNK, self.bounds.rows + 1))
+        failed: StatementError | None = None
+        stop: asyncio.Task[None] | None = None
+        try:
+            while (result := await wire.result()) is not None:
+                if result.status in (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COMMAND_OK, _Status.SINGLE_TUPLE):
+                    if stop is None and not answer.take(result):
+                        stop = asyncio.create_task(self.session.cancel())
+                elif result.status in (_Status.COPY_IN, _Status.COPY_OUT, _Status.COPY_BOTH):
+                    raise ConnectionLostError("the statement turned out to be a COPY, which is not a question")
+                elif stop is None:
+                    failed = _error(result)
+        except TooLargeError:
+            if not answer.columns:
+                raise
+            answer.too_large()
+            return answer.done(verdict)
+        finally:
+            if stop is not None:
+                await asyncio.shield(stop)
+        await self._ended(wire)
+        if failed is not None:
+            raise failed
+        return answer.done(verdict)
+
+    async def stop(self) -> None:
+        """End what is still running: politely, so that the connection can be used again, or else for good."""
+        if self.session.cut or self.session.conn.closed:
+            self.session.close()
+            return
+        try:
+            async with asyncio.timeout(0.5):
+                await self.session.cancel(0.4)
+                with Wire(self._pgconn, self._growth) as wire:
+                    while self._syncs:
+                        result = await wire.result()
+                        if result is not None and result.status == _Status.PIPELINE_SYNC:
+                            self._syncs -= 1
+        except (TimeoutError, ConnectionLostError, TooLargeError):
+            await cutting.end(self.session)
+            return
+        # A cancel that came late may have hit the ROLLBACK: what is not clearly clean is not used again.
+        self.session.close()
+
+
+class _Answer:
+    """Rows as they arrive, until one bound is reached."""
+
+    def __init__(self, types: Types, bounds: Bounds) -> None:
+        self._types = types
+        self._bounds = bounds
+        self._transformer: Transformer | None = None
+        self._pieces: list[bytes] = []
+        self._size = 2
+        self.columns: list[tuple[str, str]] | None = None
+        self.rows: list[tuple[Any, ...]] = []
+        self.note: str | None = None
+
+    def take(self, result: Any) -> bool:
+        """Add what one result holds; False when no more is wanted."""
+        if self._transformer is None:
+            self.columns = [
+                ((result.fname(i) or b"").decode("utf-8", "replace"), self._types.name(result.ftype(i)))
+                for i in range(result.nfields)
+            ]
+            self._transformer = Transformer(self._types)
+            self._transformer.set_pgresult(result)
+        else:
+            self._transformer.set_pgresult(result, set_loaders=False)
+        if not result.ntuples:
+            return True
+        rows = self._transformer.load_rows(0, result.ntuples, tuple)
+        room = self._bounds.rows - len(self.rows)
+        if len(rows) > room:
+            rows = rows[:room]
+            self.note = _note(f"at {self._bounds.rows} rows, the most that one answer may have here")
+        self._add(rows)
+        return self.note is None
+
+    def _add(self, rows: list[tuple[Any, ...]]) -> None:
+        piece = _encode_json(rows)[1:-1]
+        if self._size + len(piece) <= self._bounds.bytes:
+            self._keep(rows, piece)
+            return
+        for row in rows:
+            piece = _encode_json(row)
+            if self._size + len(piece) + 1 > self._bounds.bytes:
+                self.note = _note(f"before its bytes were more than {self._bounds.bytes}, the most that an answer may have here")
+                return
+            self._keep([row], piece)
+
+    def _keep(self, rows: list[tuple[Any, ...]], piece: bytes) -> None:
+        if piece:
+            self.rows += rows
+            self._pieces.append(piece)
+            self._size += len(piece) + 1
+
+    def too_large(self) -> None:
+        """The connection was closed under a row that is far too large."""
+        self.note = _note("before a row that is far larger than an answer may be")
+
+    def done(self, verdict: Verdict | None) -> Rows:
+        return Rows(
+            columns=self.columns or [],
+            rows=self.rows,
+            json=b"[" + b",".join(self._pieces) + b"]",
+            note=self.note,
+            relations=verdict.relations if verdict else None,
+        )
+
+
+_encode_json = msgspec.json.Encoder().encode
+
+
+def _note(where: str) -> str:
+    return (
+        f"The answer was cut off {where}. For the rest: ask for fewer columns or rows (WHERE, LIMIT and OFFSET with an "
+        "ORDER BY), aggregate, or take a part of a long value with substr()."
+    )
+
+
+def _error(result: Any) -> StatementError:
+    """What PostgreSQL said, or that what stood before it went wrong (PIPELINE_ABORTED has no words of its own)."""
+    if result.status == _Status.PIPELINE_ABORTED:
+        return StatementError("the statement was not run", {})
+    return _said(result)
+
+
+def _said(result: Any) -> StatementError:
+    """PostgreSQL's own words: message, SQLSTATE, detail, hint, position. Never where it runs or who we are."""
+    wanted = {
+        "sqlstate": pq.DiagnosticField.SQLSTATE,
+        "detail": pq.DiagnosticField.MESSAGE_DETAIL,
+        "hint": pq.DiagnosticField.MESSAGE_HINT,
+        "position": pq.DiagnosticField.STATEMENT_POSITION,
+        "context": pq.DiagnosticField.CONTEXT,
+    }
+    fields = {name: _bounded(value) for name, code in wanted.items() if (value := result.error_field(code))}
+    primary = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY)
+    if primary is None:
+        raise ConnectionLostError("the connection to the database was lost")
+    return StatementError(_bounded(primary), fields)
+
+
+def _bounded(value: bytes) -> str:
+    text = value[:_ERROR_BYTES].decode("utf-8", "ignore" if len(value) > _ERROR_BYTES else "replace")
+    return text + "…" if len(value) > _ERROR_BYTES else text
+
+
+def elapsed(since: float) -> float:
+    """Milliseconds since a `monotonic()`, to the microsecond."""
+    return round((monotonic() - since) * 1000, 3)

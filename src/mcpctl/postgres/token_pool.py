@@ -1,0 +1,227 @@
+"""The pool of one token for one database: psycopg_pool, with the failures told at once and every backend known."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from time import monotonic
+from typing import Any
+
+import psycopg
+import psycopg_pool
+from psycopg import AsyncConnection, pq
+
+from mcpctl.errors import Error, ForbiddenError, UnavailableError
+from mcpctl.identity.principal import Principal
+from mcpctl.postgres.login import SETTINGS, Login
+from mcpctl.postgres.verdicts import Verdicts
+
+log = logging.getLogger("mcpctl.pools")
+MakeRoom = Callable[["TokenPool"], Awaitable[None]]
+
+
+class _Login(AsyncConnection[Any]):
+    """A connection whose pool hears why it could not be made."""
+
+    @classmethod
+    async def connect(cls, conninfo: str = "", *, failed: Callable[[Exception], None], **options: Any) -> "_Login":  # type: ignore[override]
+        try:
+            return await super().connect(conninfo, **options)
+        except Exception as problem:
+            failed(problem)
+            raise
+
+
+class Session:
+    """One backend that has logged in, and who uses it now."""
+
+    __slots__ = ("conn", "cut", "login", "pid", "pool", "started", "task")
+
+    def __init__(self, conn: AsyncConnection[Any], pool: "TokenPool", pid: int, started: str, login: str) -> None:
+        self.conn = conn
+        self.pool = pool
+        self.pid = pid
+        self.started = started
+        self.login = login
+        self.cut = False
+        self.task: asyncio.Task[Any] | None = None
+
+    @property
+    def pgconn(self) -> pq.abc.PGconn:
+        """libpq's own connection, in pipeline mode."""
+        return self.conn.pgconn
+
+    async def cancel(self, timeout: float = 1.0) -> None:
+        """Ask the backend to give up what it does (PQcancelStart). Whether it obeys is its affair."""
+        try:
+            await self.conn.cancel_safe(timeout=timeout)
+        except psycopg.Error as problem:
+            log.debug("cancelling backend %d: %s", self.pid, problem)
+
+    def close(self) -> None:
+        """Close the socket, now."""
+        self.pgconn.finish()
+
+
+class TokenPool:
+    """See the module. `make_room` is asked before each new connection."""
+
+    def __init__(
+        self, login: Login, principal: Principal, timeout: float, verdicts: Verdicts, make_room: MakeRoom
+    ) -> None:
+        settings = login.settings.pool
+        self.login = login
+        self.principal = principal
+        self.verdicts = verdicts
+        self.short = principal.pool[:12]
+        self.sessions: dict[AsyncConnection[Any], Session] = {}
+        self.out: set[Session] = set()
+        self.last_used = monotonic()
+        self._timeout = timeout
+        self._make_room = make_room
+        self._connecting = 0
+        self._waiting: set[asyncio.Timeout] = set()
+        self._error: Error | None = None
+        self._wait = settings.wait
+        self._pool: psycopg_pool.AsyncConnectionPool[_Login] = psycopg_pool.AsyncConnectionPool(
+            self._conninfo,
+            connection_class=_Login,
+            kwargs={
+                "autocommit": True,
+                "prepare_threshold": None,
+                "client_encoding": "UTF8",
+                "application_name": f"mcpctl {self.short}",
+                "failed": self._failed,
+            },
+            min_size=0,
+            max_size=settings.max_size,
+            max_waiting=settings.max_waiting,
+            max_lifetime=settings.max_lifetime,
+            max_idle=settings.max_idle,
+            timeout=settings.wait,
+            reconnect_timeout=0,  # the next caller tries again; nobody waits for a database that is down
+            num_workers=1,
+            open=False,
+            configure=self._configure,
+            name=f"token {self.short}, database {login.name}",
+        )
+
+    @property
+    def count(self) -> int:
+        """Connections open or being opened."""
+        for conn in [conn for conn in self.sessions if conn.closed]:
+            del self.sessions[conn]
+        return len(self.sessions) + self._connecting
+
+    @property
+    def idle(self) -> bool:
+        """Nobody uses it, waits for it, or is being connected."""
+        return not self.out and not self._waiting and not self._connecting
+
+    async def open(self) -> None:
+        """Start it; it connects when the first call comes."""
+        await self._pool.open()
+
+    async def close(self) -> None:
+        """Close it and its idle connections; what is out is closed when it comes back."""
+        await self._pool.close(timeout=0.2)
+
+    async def _conninfo(self) -> str:
+        self._connecting += 1
+        try:
+            await self._make_room(self)
+            return self.login.dsn()
+        except Error as problem:
+            self._failed(problem)
+            raise
+
+    def _failed(self, problem: Exception) -> None:
+        """A connection could not be made: whoever waits is told, unless one that is out may still come back."""
+        self._connecting -= 1
+        if isinstance(problem, Error):
+            self._error = problem
+        else:
+            log.warning("database %s: %s", self.login.name, str(problem).strip())
+            self._error = UnavailableError(
+                f"database {self.login.name!r} cannot be reached right now, or takes no further connection",
+                "your token is fine; ask again in a moment, or tell the administrator",
+            )
+        if not self.out:
+            now = asyncio.get_running_loop().time()
+            for waiting in self._waiting:
+                waiting.reschedule(now)
+
+    async def _configure(self, conn: _Login) -> None:
+        try:
+            timeout = f"{int(self._timeout * 1000)}ms"
+            row = await (await conn.execute(SETTINGS, (timeout,))).fetchone()
+            if row is None or (row[3] and not self.login.settings.allow_privileged_login):
+                raise ForbiddenError(
+                    f"database {self.login.name!r} is not served: its login is a superuser, bypasses row security, "
+                    "or may replicate",
+                    "the administrator makes a role that can only read, or sets allow_privileged_login",
+                )
+        except Exception as problem:
+            self._failed(problem)
+            raise
+        conn.pgconn.enter_pipeline_mode()
+        self._connecting -= 1
+        self.sessions[conn] = Session(conn, self, row[0], row[1], row[2])
+
+    async def take(self) -> Session:
+        """A live connection, waiting for one as long as the config says. Raises UnavailableError with the reason."""
+        self.last_used = monotonic()
+        self._error = None
+        while True:
+            conn = await self._getconn()
+            session = self.sessions.get(conn)
+            if session is not None and _alive(conn):
+                break
+            await conn.close()
+            await self._pool.putconn(conn)
+        session.task = asyncio.current_task()
+        self.out.add(session)
+        return session
+
+    async def _getconn(self) -> _Login:
+        try:
+            async with asyncio.timeout(self._wait) as waiting:
+                self._waiting.add(waiting)
+                try:
+                    return await self._pool.getconn()
+                finally:
+                    self._waiting.discard(waiting)
+        except (TimeoutError, psycopg_pool.PoolTimeout):
+            if self._error is not None:
+                raise self._error from None
+            raise UnavailableError(
+                f"no connection of this token to {self.login.name!r} came free in {self._wait:g} s",
+                "wait for the token's other calls to end",
+            ) from None
+        except psycopg_pool.TooManyRequests:
+            raise UnavailableError("too many calls of this token are waiting", "wait for some of them to end") from None
+        except psycopg_pool.PoolClosed:
+            raise UnavailableError("the pool was closed meanwhile", "ask again in a moment") from None
+
+    async def give_back(self, session: Session) -> None:
+        """Return a connection. One that is not as it was when it was new is closed instead."""
+        session.task = None
+        self.last_used = monotonic()
+        conn = session.conn
+        if not conn.closed and conn.pgconn.transaction_status != pq.TransactionStatus.IDLE:
+            session.close()
+        self.out.discard(session)
+        if conn.closed:
+            self.sessions.pop(conn, None)
+        task = asyncio.ensure_future(self._pool.putconn(conn))
+        await asyncio.shield(task)
+
+
+def _alive(conn: AsyncConnection[Any]) -> bool:
+    """Whether the server still holds its end: a FATAL message or the end of the stream would be waiting."""
+    for _ in range(2):
+        try:
+            conn.pgconn.consume_input()
+            conn.pgconn.is_busy()
+        except psycopg.Error:
+            return False
+    return not conn.closed

@@ -1,0 +1,54 @@
+"""What PostgreSQL said of a text before it ran, remembered so that a known question is one round trip."""
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from time import monotonic
+
+from mcpctl.postgres.values import Types
+
+MOST = 4096
+SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`question`: PostgreSQL would open a cursor for it (SELECT, VALUES, TABLE, and nothing else).
+
+    `relations` are the tables in PostgreSQL's plan for it, schema-qualified; None where it made none.
+    """
+
+    question: bool
+    relations: tuple[str, ...] | None
+
+
+@dataclass
+class Verdicts:
+    """The verdicts and the types of one database, bounded in number and age.
+
+    Only questions are remembered: EXECUTE, CALL, FETCH and their like can change under the same text.
+    """
+
+    types: Types = field(default_factory=Types)
+    _known: OrderedDict[bytes, tuple[float, Verdict]] = field(default_factory=OrderedDict)
+
+    @staticmethod
+    def key(login: str, text: bytes) -> bytes:
+        """The digest that stands for a text of that login role."""
+        return hashlib.blake2b(text, digest_size=16, key=login.encode()[:64]).digest()
+
+    def get(self, key: bytes) -> Verdict | None:
+        """What is remembered, unless it is too old."""
+        found = self._known.get(key)
+        if found is None or monotonic() - found[0] > SECONDS:
+            return None
+        return found[1]
+
+    def remember(self, key: bytes, verdict: Verdict) -> None:
+        """Keep it, and let go of the oldest beyond the bound."""
+        if not verdict.question:
+            return
+        self._known[key] = (monotonic(), verdict)
+        self._known.move_to_end(key)
+        while len(self._known) > MOST:
+            self._known.popitem(last=False)

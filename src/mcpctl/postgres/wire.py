@@ -1,0 +1,134 @@
+"""libpq on the event loop: send what is queued, take result after result, and never read more than was asked for.
+
+One `Wire` serves one exchange on one non-blocking connection in pipeline mode. What one cell may make libpq allocate
+is bounded here: libpq grows its buffer to the next power of two as soon as it has seen a row's header, long before
+the data, so the process's virtual size tells at once (libpq `pqCheckInBufferSpace`).
+"""
+
+import asyncio
+import os
+import sys
+from typing import Any
+
+from psycopg import pq
+
+from mcpctl.errors import Error
+
+_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+class ConnectionLostError(Error):
+    """The connection ended in the middle of an exchange. Its message is ours; libpq's names hosts."""
+
+    status = 503
+
+
+class TooLargeError(Error):
+    """One answer of the server would take more memory than it may. The connection has been closed."""
+
+
+_TOO_LARGE = (
+    "one row or value of the answer is far larger than an answer may be; nothing of it was taken",
+    "take a part of it with substr(), or ask for its length with octet_length()",
+)
+
+
+def _virtual_size() -> int:
+    """Bytes of this process's address space; 0 where there is no /proc."""
+    if sys.platform != "linux":
+        return 0
+    fd = os.open("/proc/self/statm", os.O_RDONLY)
+    try:
+        return int(os.read(fd, 32).split(b" ", 1)[0]) * _PAGE
+    finally:
+        os.close(fd)
+
+
+class Wire:
+    """One exchange. `async with` adds and removes the loop's reader; `cap` bounds libpq's growth in bytes."""
+
+    def __init__(self, pgconn: pq.abc.PGconn, cap: int) -> None:
+        self._pgconn = pgconn
+        self._cap = cap
+        self._grown = 0
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._fd = pgconn.socket
+
+    def __enter__(self) -> "Wire":
+        self._loop.add_reader(self._fd, self._wake)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.remove_reader(self._fd)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _ready(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    async def flush(self) -> None:
+        """Send all that is queued, reading meanwhile, so that neither side waits for the other for ever."""
+        if not self._flush():
+            return
+        self._loop.add_writer(self._fd, self._wake)
+        try:
+            while self._flush():
+                await self._ready()
+                self._consume()
+        finally:
+            self._loop.remove_writer(self._fd)
+
+    def _flush(self) -> bool:
+        try:
+            return bool(self._pgconn.flush())
+        except Exception as problem:
+            raise ConnectionLostError("the connection to the database was lost") from problem
+
+    def _consume(self) -> None:
+        """Read what has come, watching how libpq's buffer grows."""
+        before = _virtual_size()
+        try:
+            self._pgconn.consume_input()
+        except Exception as problem:
+            raise ConnectionLostError("the connection to the database was lost") from problem
+        self._grown += max(0, _virtual_size() - before)
+        if self._grown > self._cap:
+            self._pgconn.finish()
+            raise TooLargeError(*_TOO_LARGE)
+
+    def _busy(self) -> bool:
+        before = _virtual_size()
+        busy = bool(self._pgconn.is_busy())
+        self._grown += max(0, _virtual_size() - before)
+        if self._grown > self._cap:
+            self._pgconn.finish()
+            raise TooLargeError(*_TOO_LARGE)
+        return busy
+
+    async def result(self) -> Any:
+        """The next result, or None at the end of a command's results (PQgetResult)."""
+        while self._busy():
+            await self._ready()
+            self._consume()
+        return self._pgconn.get_result()
+
+    async def command(self) -> Any:
+        """The one result of a command that has one, with the None behind it taken."""
+        result = await self.result()
+        if result is not None:
+            while await self.result() is not None:
+                pass
+        return result
+
+    async def sync(self) -> None:
+        """The result that stands for a sync point."""
+        result = await self.result()
+        if result is None or result.status != pq.ExecStatus.PIPELINE_SYNC:
+            raise ConnectionLostError("the conversation with the database is out of step")

@@ -1,0 +1,275 @@
+"""Files that only their owner may read: checked before they are believed, replaced as a whole.
+
+The rules, all of them checked on the open descriptor and not on the name:
+
+- a regular file, owned by the caller (`read(..., trusted_owner=0)` also believes root's);
+- no right for group or others beyond `mode`;
+- no folder above it in which others could swap it; a symbolic link only into a folder that nobody but its
+  owner can write, and never for root;
+- a new content is written beside it, synced, renamed over it, and the folder synced: whoever reads sees the
+  old whole file or the new whole file. Owner, group and mode stay what they were.
+
+On Windows there are no such modes: the checks of mode and owner are left out there, the atomic replace is not.
+"""
+
+import contextlib
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mcpctl.errors import ConfigError, ConflictError, NotFoundError
+
+POSIX = sys.platform != "win32"
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+Fingerprint = tuple[int, int, int, int]
+"""(inode, size, mtime, ctime, both in ns): differs when the content, the mode or the owner may differ."""
+
+ABSENT: Fingerprint = (0, -1, 0, 0)
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """What `stat` says of the file now; `ABSENT` when there is none. Costs one system call."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ABSENT
+    return _fingerprint(found)
+
+
+def _fingerprint(found: os.stat_result) -> Fingerprint:
+    return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def become_owner(path: Path) -> None:
+    """Give up root for good, in favour of the owner of `path`, when another user owns it.
+
+    Run as root, the command line works on the service's files as the service's user, so that nothing it makes
+    there is root's and nothing planted there is followed with root's rights. Does nothing for an ordinary user,
+    for root's own files, and where there is no such file. Order as setuid(2) asks: groups, gid, uid.
+    """
+    if not POSIX or os.geteuid() != 0:
+        return
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if found.st_uid == 0:
+        return
+    import pwd
+
+    try:
+        name = pwd.getpwuid(found.st_uid).pw_name
+        groups = os.getgrouplist(name, found.st_gid)
+    except KeyError:
+        groups = [found.st_gid]
+    os.setgroups(groups)
+    os.setgid(found.st_gid)
+    os.setuid(found.st_uid)
+
+
+def _real_path(path: Path) -> Path:
+    """The file itself, behind a symbolic link that can be trusted; else refused."""
+    if not path.is_symlink():
+        return path
+    if POSIX and os.geteuid() == 0:
+        raise ConfigError(
+            f"{path} is a symbolic link, and root follows none", "name the file itself in the config, or use its owner"
+        )
+    real = path.resolve()
+    if POSIX:
+        with contextlib.suppress(FileNotFoundError):
+            folder = os.stat(real.parent)
+            if folder.st_mode & 0o022 or folder.st_uid not in (0, os.geteuid()):
+                raise ConfigError(
+                    f"{path} is a symbolic link into {real.parent}, where others can write",
+                    f"move the file, or: chmod go-w {real.parent}",
+                )
+    return real
+
+
+def _check(path: Path, found: os.stat_result, mode: int, trusted_owner: int | None) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise ConfigError(f"{path} is not a regular file", "name a file in the config")
+    if not POSIX:
+        return
+    if found.st_uid not in (os.geteuid(), trusted_owner):
+        raise ConfigError(
+            f"{path} belongs to another user (uid {found.st_uid}, and this is uid {os.geteuid()})",
+            f"run as its owner, or: chown {os.geteuid()} {path}",
+        )
+    extra = stat.S_IMODE(found.st_mode) & ~mode & 0o777
+    if extra:
+        raise ConfigError(
+            f"{path} has mode {stat.S_IMODE(found.st_mode):04o}, and may have {mode:04o} at most",
+            f"chmod {mode:04o} {path}",
+        )
+    folder = os.stat(path.parent)
+    if folder.st_mode & 0o002 and not folder.st_mode & stat.S_ISVTX:
+        raise ConfigError(f"{path.parent}, which holds {path.name}, can be written by anybody", f"chmod o-w {path.parent}")
+
+
+def open_checked(path: Path, flags: int, *, mode: int = 0o600, trusted_owner: int | None = None) -> int:
+    """A descriptor of a private file that has passed the rules above; `flags` as for os.open.
+
+    With O_CREAT a file that is missing is made with `mode`.
+    """
+    real = _real_path(path)
+    try:
+        fd = os.open(real, flags | _NOFOLLOW | _CLOEXEC, mode)
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no file {path}", "mcpctl init makes the files", exit_code=3, status=503) from None
+    except OSError as problem:
+        raise ConfigError(f"cannot open {path}: {problem.strerror}", "check its owner and mode") from None
+    try:
+        _check(real, os.fstat(fd), mode, trusted_owner)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@dataclass(frozen=True)
+class Content:
+    """A private file as it was read: its bytes, and the fingerprint of exactly these bytes' file."""
+
+    data: bytes
+    fingerprint: Fingerprint
+
+
+def read(path: Path, *, mode: int = 0o600, trusted_owner: int | None = None, limit: int = 64 << 20) -> Content:
+    """The content of a private file. Raises ConfigError (exit 3) for a file that breaks a rule."""
+    fd = open_checked(path, os.O_RDONLY, mode=mode, trusted_owner=trusted_owner)
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ConfigError(f"{path} is larger than {limit >> 20} MiB", "this is not a file that mcpctl wrote")
+        found = os.fstat(file.fileno())
+    return Content(data, _fingerprint(found))
+
+
+def create(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Make a new private file, or refuse where there is one already (exit 5)."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _CLOEXEC, mode)
+    except FileExistsError:
+        raise ConflictError(f"{path} exists already", "it is left as it is; remove it or choose another name") from None
+    except OSError as problem:
+        raise ConfigError(f"cannot make {path}: {problem.strerror}", "check the folder's owner and mode") from None
+    try:
+        with os.fdopen(fd, "wb") as file:
+            if POSIX:
+                os.fchmod(file.fileno(), mode)  # whatever the umask says
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(path.parent)
+    except OSError as problem:
+        path.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {problem.strerror}", "is the disk full?") from None
+
+
+def lock(fd: int) -> None:
+    """Wait for the descriptor's file to be ours alone; released when it is closed, also by a crash."""
+    if POSIX:
+        import fcntl
+
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    else:  # pragma: no cover - Windows
+        import msvcrt
+
+        os.lseek(fd, 0, os.SEEK_SET)
+        msvcrt.locking(fd, msvcrt.LK_LOCK, 1)
+
+
+def unlock(fd: int) -> None:
+    """Let go of what `lock` took, keeping the descriptor."""
+    if POSIX:
+        import fcntl
+
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    else:  # pragma: no cover - Windows
+        import msvcrt
+
+        os.lseek(fd, 0, os.SEEK_SET)
+        msvcrt.locking(fd, msvcrt.LK_UNLCK, 1)
+
+
+class Edit:
+    """A private file held under its lock: `data` is its content, `replace` puts another in its place."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self._fd = fd
+        with os.fdopen(os.dup(fd), "rb") as file:
+            self.data = file.read()
+
+    def replace(self, data: bytes) -> None:
+        """Put `data` in place of the file in one step; owner, group and mode stay. Raises ConfigError."""
+        old = os.fstat(self._fd)
+        beside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
+        try:
+            fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _CLOEXEC, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                if POSIX:
+                    if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                        os.fchown(file.fileno(), old.st_uid, old.st_gid)
+                    os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.path)
+        except OSError as problem:
+            beside.unlink(missing_ok=True)
+            raise ConfigError(
+                f"cannot write {self.path}: {problem.strerror}; nothing was changed", "is the disk full, or not yours?"
+            ) from None
+        _sync_folder(self.path.parent)
+
+
+@contextlib.contextmanager
+def edit(path: Path) -> Iterator[Edit]:
+    """Hold a private file for a change. Others who want to change it wait; readers don't.
+
+    The lock is on the file itself, which nobody but its owner can open: no stranger can hold up a revocation.
+    Since a change replaces the file, a waiter may wake up holding the old one; it then takes the new one's lock.
+    """
+    real = _real_path(path)
+    while True:
+        fd = open_checked(real, os.O_RDWR)
+        try:
+            lock(fd)
+            mine = os.fstat(fd)
+            try:
+                now = os.stat(real)
+            except FileNotFoundError:
+                raise ConfigError(f"{path} went away meanwhile", "is somebody else working on it?") from None
+            if (mine.st_ino, mine.st_dev) != (now.st_ino, now.st_dev):
+                continue
+            _sweep(real)
+            yield Edit(real, fd)
+            return
+        finally:
+            os.close(fd)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed writer left half written; called under the lock, when nobody writes."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable (fsync(2): the folder needs its own)."""
+    if not POSIX:
+        return
+    fd = os.open(folder, os.O_RDONLY | _CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

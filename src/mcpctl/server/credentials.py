@@ -1,0 +1,125 @@
+"""What an HTTP request says of itself before anything of it is believed: host, origin, address, credential."""
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from mcpctl.config_keys import Network, Settings
+from mcpctl.errors import Error, UnauthorizedError, UsageError
+
+Headers = Sequence[tuple[bytes, bytes]]
+_FORWARDING = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip")
+_SCHEMES = ("http", "https")
+
+
+def header(headers: Headers, name: bytes) -> str | None:
+    """The one value of a header; UsageError where it stands there twice."""
+    found = [value for key, value in headers if key == name]
+    if len(found) > 1:
+        raise UsageError(f"the header {name.decode()} stands there {len(found)} times", "send it once")
+    return found[0].decode("latin-1") if found else None
+
+
+def token(headers: Headers, query: bytes) -> str | None:
+    """The credential of a request: Authorization: Bearer, or X-API-Key; None where there is none.
+
+    UsageError (400) for two of them, or for one in the URL, where logs and histories keep it. UnauthorizedError for
+    another scheme.
+    """
+    if b"mcp_" in query or any(part.split(b"=")[0].lower() in _IN_URL for part in query.split(b"&")):
+        raise UsageError("a token in the URL is not taken", "send it as a header: Authorization: Bearer …")
+    bearer, api_key = header(headers, b"authorization"), header(headers, b"x-api-key")
+    if bearer is not None and api_key is not None:
+        raise UsageError("two credentials in one request: Authorization and X-API-Key", "send one of them")
+    if bearer is None:
+        return api_key
+    scheme, _, rest = bearer.partition(" ")
+    if scheme.lower() != "bearer":
+        raise UnauthorizedError("another scheme than Bearer")
+    return rest.strip(" ")
+
+
+_IN_URL = (b"token", b"access_token", b"api_key", b"apikey", b"authorization", b"bearer")
+
+
+@dataclass(frozen=True)
+class Gatekeeper:
+    """Checks Host and Origin, and finds the client's address, by what the config allows."""
+
+    hosts: frozenset[str]
+    origins: frozenset[str]
+    loopback: bool
+    proxies: tuple[Network, ...]
+    authority: str
+
+    @classmethod
+    def of(cls, settings: Settings, host: str, port: int, *, behind_proxy: bool) -> "Gatekeeper":
+        """What is allowed for a server that listens there. Loopback's own names are, on loopback."""
+        loopback = is_loopback(host)
+        hosts = set(settings.server.allowed_hosts)
+        origins = set(settings.server.allowed_origins)
+        if settings.server.public_url:
+            url = urlsplit(settings.server.public_url)
+            hosts.add(url.netloc)
+            origins.add(f"{url.scheme}://{url.netloc}")
+        shown = f"[{host}]" if ":" in host else host
+        if loopback:
+            names = {"localhost", "127.0.0.1", "[::1]", shown}
+            hosts |= {f"{name}:{port}" for name in names}
+            origins |= {f"{scheme}://{name}:{port}" for scheme in _SCHEMES for name in names}
+        else:
+            hosts |= {f"{shown}:{port}"}
+        return cls(
+            frozenset(hosts), frozenset(origins), loopback, settings.server.trusted_proxies if behind_proxy else (), f"{shown}:{port}"
+        )
+
+    def check(self, headers: Headers) -> None:
+        """Raise where Host or Origin is none of ours: another site's page, or a name that was bound to us."""
+        host = header(headers, b"host")
+        if host is None or (host not in self.hosts and host.lower() not in self.hosts):
+            raise Error(
+                f"Host {(host or '')[:100]!r} is none of this server's", "add it to server.allowed_hosts", status=421
+            )
+        origin = header(headers, b"origin")
+        if origin is not None and origin not in self.origins:
+            raise Error(
+                f"Origin {origin[:100]!r} may not ask this server", "add it to server.allowed_origins", status=403
+            )
+
+    def address(self, headers: Headers, peer: str | None) -> str | None:
+        """The client's address: the peer's, or, behind a trusted proxy, the last of X-Forwarded-For that is none."""
+        if peer is None or not self._trusted(peer):
+            return peer
+        hops = [part.strip() for key, value in headers if key == b"x-forwarded-for" for part in value.decode("latin-1").split(",")]
+        for hop in reversed(hops):
+            try:
+                ipaddress.ip_address(hop)
+            except ValueError:
+                return peer
+            if not self._trusted(hop):
+                return hop
+            peer = hop
+        return peer
+
+    def _trusted(self, address: str) -> bool:
+        try:
+            found = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(found.version == item.version and found in item for item in self.proxies)
+
+
+def forwarded(headers: Headers) -> bool:
+    """Whether a proxy had the request before us."""
+    return any(key in _FORWARDING for key, _ in headers)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is this machine's alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,152 @@
+"""The express lane: the one hot request, `tools/call`, without the SDK's streams and models.
+
+It answers only what it knows to the last byte, and hands everything else to the SDK; a differential test holds both
+lanes to the same answers. What the SDK would validate of a request's `_meta`, the SDK's own validator is asked about
+once, and the verdict remembered by the `_meta`'s bytes.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from mcp_types import (
+    CLIENT_CAPABILITIES_META_KEY,
+    CLIENT_INFO_META_KEY,
+    INVALID_PARAMS,
+    PROTOCOL_VERSION_META_KEY,
+    SERVER_INFO_META_KEY,
+    methods,
+)
+from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS, LATEST_HANDSHAKE_VERSION, MODERN_PROTOCOL_VERSIONS
+from pydantic import ValidationError
+
+from mcpctl import __version__
+from mcpctl.calls import Answer
+
+Headers = Sequence[tuple[bytes, bytes]]
+_decode = msgspec.json.Decoder().decode
+_encode = msgspec.json.Encoder().encode
+_SAFE = 2**53 - 1
+_MOST_METAS = 1000
+_MODERN_META = {PROTOCOL_VERSION_META_KEY, CLIENT_CAPABILITIES_META_KEY, CLIENT_INFO_META_KEY, "progressToken"}
+_ROUTING = (b"mcp-protocol-version", b"mcp-method", b"mcp-name")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tools/call that the express lane can answer."""
+
+    id: int | str
+    name: str
+    arguments: dict[str, Any] | None
+    modern: bool
+
+
+class Express:
+    """Reads requests and writes answers; remembers which `_meta` the SDK found in order."""
+
+    def __init__(self) -> None:
+        self._metas: OrderedDict[bytes, None] = OrderedDict()
+
+    def read(self, headers: Headers, body: bytes) -> Call | None:
+        """The call in a POST to /mcp, or None where the SDK is to see to it."""
+        try:
+            message = _decode(body)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return None
+        if not isinstance(message, dict) or message.keys() != {"jsonrpc", "id", "method", "params"}:
+            return None
+        number, params = message["id"], message["params"]
+        if message["jsonrpc"] != "2.0" or message["method"] != "tools/call" or not isinstance(params, dict):
+            return None
+        if not (type(number) is str and len(number) <= 200) and not (type(number) is int and abs(number) <= _SAFE):
+            return None
+        name, arguments, meta = params.get("name"), params.get("arguments"), params.get("_meta")
+        if not isinstance(name, str) or not params.keys() <= {"name", "arguments", "_meta"}:
+            return None
+        if not isinstance(arguments, dict) and "arguments" in params:
+            return None
+        modern = self._era(headers, name)
+        if modern is None or not self._meta_is_good(meta, "_meta" in params, modern, name, headers):
+            return None
+        return Call(number, name, arguments, modern)
+
+    def _era(self, headers: Headers, name: str) -> bool | None:
+        """Whether the headers are those of a modern or of an older tools/call of this tool; None for any other."""
+        found: dict[bytes, bytes] = {}
+        accept = content_type = b""
+        for key, value in headers:
+            if key in _ROUTING:
+                if key in found:
+                    return None
+                found[key] = value
+            elif key == b"accept":
+                accept = value
+            elif key == b"content-type":
+                content_type = value
+            elif key.startswith(b"mcp-param-"):
+                return None
+        if content_type not in (b"application/json", b"application/json; charset=utf-8"):
+            return None
+        if b"application/json" not in accept and b"*/*" not in accept:
+            return None
+        version = found.get(b"mcp-protocol-version", b"").decode("latin-1")
+        if version in MODERN_PROTOCOL_VERSIONS:
+            good = found.get(b"mcp-method") == b"tools/call" and found.get(b"mcp-name") == name.encode()
+            return True if good else None
+        if not version or version in HANDSHAKE_PROTOCOL_VERSIONS:
+            return False
+        return None
+
+    def _meta_is_good(self, meta: Any, given: bool, modern: bool, name: str, headers: Headers) -> bool:
+        if not given:
+            return not modern
+        if not isinstance(meta, dict):
+            return False
+        if not isinstance(meta.get("progressToken", 0), str | int) or isinstance(meta.get("progressToken"), bool):
+            return False
+        rest = {key: value for key, value in meta.items() if key != "progressToken"}
+        if not modern:
+            return not rest
+        version = rest.get(PROTOCOL_VERSION_META_KEY)
+        if not rest.keys() <= _MODERN_META or version not in MODERN_PROTOCOL_VERSIONS:
+            return False
+        if (b"mcp-protocol-version", str(version).encode()) not in headers:
+            return False
+        if CLIENT_CAPABILITIES_META_KEY not in rest:
+            return False
+        digest = hashlib.blake2b(_encode(rest), digest_size=16).digest()
+        if digest in self._metas:
+            return True
+        try:
+            methods.validate_client_request("tools/call", str(version), {"name": name, "_meta": rest})
+        except (ValidationError, KeyError):
+            return False
+        self._metas[digest] = None
+        while len(self._metas) > _MOST_METAS:
+            self._metas.popitem(last=False)
+        return True
+
+    def answer(self, call: Call, answer: Answer) -> tuple[int, bytes]:
+        """(HTTP status, body) of a call's answer, as the SDK would have written it."""
+        result: dict[str, Any] = {}
+        if call.modern:
+            result["_meta"] = {SERVER_INFO_META_KEY: {"name": "mcpctl", "version": __version__}}
+        result["content"] = [{"type": "text", "text": answer.text}]
+        if answer.structured is not None:
+            result["structuredContent"] = msgspec.Raw(answer.text.encode())
+        result["isError"] = answer.is_error
+        if call.modern:
+            result["resultType"] = "complete"
+        return 200, _encode({"jsonrpc": "2.0", "id": call.id, "result": result})
+
+    def unknown_tool(self, call: Call, message: str) -> tuple[int, bytes]:
+        """The protocol's error for a tool that there is not: HTTP 400 in the modern era, 200 before."""
+        error = {"code": INVALID_PARAMS, "message": message}
+        return 400 if call.modern else 200, _encode({"jsonrpc": "2.0", "id": call.id, "error": error})
+
+
+__all__ = ["LATEST_HANDSHAKE_VERSION", "Call", "Express", "Headers"]

@@ -1,0 +1,382 @@
+"""The ASGI app: routes, the checks before a call, the two lanes, and the answers.
+
+An answer waits until it is whole, so that a call that is cut answers 401, and a client that goes away ends its call:
+the request's task is cancelled, and with it the statement.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from mcpctl.calls import Calls, Request, UnknownToolError
+from mcpctl.config_keys import Settings
+from mcpctl.errors import Error, UnauthorizedError
+from mcpctl.identity.authenticate import Authenticator
+from mcpctl.identity.principal import LOCAL, Principal
+from mcpctl.postgres.pools import Pools
+from mcpctl.recorder import Recorder
+from mcpctl.server import credentials, encoding
+from mcpctl.server.credentials import Gatekeeper
+from mcpctl.server.express import Express
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+log = logging.getLogger("mcpctl.http")
+_JSON = b"application/json"
+_READY_FOR = 2.0
+_BODY_SECONDS = 30.0
+_INVALID_REQUEST, _INTERNAL = -32600, -32603
+
+
+@dataclass
+class Parts:
+    """What the app is made of; built in one place, `run.py`. `cancel_elsewhere` asks the sibling workers."""
+
+    settings: Settings
+    calls: Calls
+    pools: Pools
+    authenticator: Authenticator
+    recorder: Recorder
+    gatekeeper: Gatekeeper
+    sdk: App
+    no_auth: bool = False
+    tls: bool = False
+    sse: App | None = None
+    cancel_elsewhere: Callable[[str | None, str | int, int], Awaitable[None]] | None = None
+    express: Express | None = field(default_factory=Express)
+
+
+class Http:
+    """The app. One instance a worker."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._ready: tuple[float, dict[str, bool]] | None = None
+        self._streams: dict[asyncio.Task[Any], Principal] = {}
+        self.answered_express = 0
+        self.answered_sdk = 0
+        self._routes: dict[str, Callable[[Scope, Receive, Send, str], Awaitable[None]]] = {
+            "/mcp": self._mcp,
+            "/health": self._health,
+            "/ready": self._is_ready,
+            "/.well-known/oauth-protected-resource": self._metadata,
+            "/.well-known/oauth-protected-resource/mcp": self._metadata,
+        }
+        if parts.sse is not None:
+            self._routes |= {"/sse": self._old_stream, "/messages": self._old_message, "/messages/": self._old_message}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        request_id = secrets.token_hex(8)
+        route = self._routes.get(scope["path"])
+        try:
+            if route is None:
+                raise Error("there is nothing here", "the server answers at /mcp", status=404)
+            await route(scope, receive, send, request_id)
+        except Error as problem:
+            await self._refuse(scope, send, problem, request_id)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            await _json(send, 500, encoding.rpc_error(_INTERNAL, f"Internal error. Request {request_id}."), request_id)
+
+    # -- /mcp ----------------------------------------------------------------------------------------------------
+
+    async def _mcp(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        address, principal = await self._admit(scope, request_id)
+        if scope["method"] != "POST":
+            raise Error("only POST is answered here", status=405)
+        body = await self._body(scope, receive)
+        task = asyncio.current_task()
+        gone = asyncio.Event()
+        watcher = asyncio.create_task(_watch(receive, task, gone))
+        try:
+            status, answer, headers = await self._answer(scope, principal, address, body, request_id)
+        except asyncio.CancelledError:
+            if gone.is_set():
+                return
+            if task is None or self._parts.authenticator.still_valid(principal):
+                raise
+            task.uncancel()
+            raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
+        finally:
+            watcher.cancel()
+        if not self._parts.authenticator.still_valid(principal):
+            raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
+        await _json(send, status, answer, request_id, headers)
+
+    async def _admit(self, scope: Scope, request_id: str) -> tuple[str | None, Principal]:
+        """Host, origin, address and credential: the caller's address and principal, or a refusal."""
+        parts, headers = self._parts, scope["headers"]
+        parts.gatekeeper.check(headers)
+        peer = scope["client"][0] if scope.get("client") else None
+        if parts.no_auth:
+            if credentials.forwarded(headers):
+                raise Error("--no-auth takes no request that a proxy has forwarded", "use tokens", status=403)
+            return peer, LOCAL
+        address = parts.gatekeeper.address(headers, peer)
+        try:
+            text = credentials.token(headers, scope["query_string"])
+            if text is None:
+                raise UnauthorizedError("no credential")
+            principal = await parts.authenticator.authenticate(text, address)
+        except UnauthorizedError as problem:
+            parts.recorder.auth_refused(
+                address, problem.message, request_id=request_id, token=problem.token_id, transport="http"
+            )
+            raise
+        parts.recorder.auth_ok(principal.token, principal.user, address, request_id=request_id, transport="http")
+        return address, principal
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The request's body, never more of it than the config allows, and not for ever."""
+        most = self._parts.settings.limits.request_bytes
+        if credentials.header(scope["headers"], b"content-encoding") not in (None, "identity"):
+            raise Error("a packed body is not taken", "send it without Content-Encoding", status=415)
+        length = credentials.header(scope["headers"], b"content-length")
+        too_large = Error(f"the body is larger than {most} bytes", "ask for less at once", status=413)
+        if length is not None and (not length.isascii() or not length.isdigit() or int(length) > most):
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Error("the client went away", status=400)
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise Error("the body did not come in time", status=408) from None
+
+    async def _answer(
+        self, scope: Scope, principal: Principal, address: str | None, body: bytes, request_id: str
+    ) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+        parts = self._parts
+        call = parts.express.read(scope["headers"], body) if parts.express is not None else None
+        if call is not None and parts.express is not None:
+            self.answered_express += 1
+            request = Request(request_id, address, "http", call.id, asyncio.current_task())
+            try:
+                answer = await parts.calls.call(principal, call.name, call.arguments, request)
+                return *parts.express.answer(call, answer), []
+            except UnknownToolError as problem:
+                return *parts.express.unknown_tool(call, problem.message), []
+        self.answered_sdk += 1
+        if b"notifications/cancelled" in body:
+            await self._cancelled(principal, body)
+        scope["mcpctl"] = Caller(principal, Request(request_id, address, "http", None, asyncio.current_task()))
+        return await _through(self._parts.sdk, scope, body)
+
+    async def _cancelled(self, principal: Principal, body: bytes) -> None:
+        """An older client's `notifications/cancelled` ends the one call of that token and number, if it is one. The
+        SDK still answers the notification."""
+        number = _cancelled_number(body)
+        if number is None:
+            return
+        here = self._parts.calls.matching(principal.token, number)
+        if self._parts.cancel_elsewhere is not None:
+            await self._parts.cancel_elsewhere(principal.token, number, here)
+        elif here == 1:
+            self._parts.calls.cancel(principal.token, number)
+
+    # -- what else there is --------------------------------------------------------------------------------------
+
+    async def _health(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        _only_get(scope)
+        await _json(send, 200, b'{"status":"ok"}', request_id)
+
+    async def _is_ready(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        """Whether every database marked `required` takes connections; looked at every 2 s at most."""
+        _only_get(scope)
+        now = monotonic()
+        if self._ready is None or now - self._ready[0] > _READY_FOR:
+            names = [name for name, database in self._parts.settings.databases.items() if database.required]
+            found = await asyncio.gather(*(self._parts.pools.reachable(name) for name in names))
+            self._ready = (now, dict(zip(names, found, strict=True)))
+        ready = all(self._ready[1].values())
+        await _json(send, 200 if ready else 503, encoding.encode({"ready": ready}), request_id)
+
+    async def _metadata(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        """Protected resource metadata (RFC 9728)."""
+        _only_get(scope)
+        self._parts.gatekeeper.check(scope["headers"])
+        found = {
+            "resource": f"{self._base(scope)}/mcp",
+            "bearer_methods_supported": ["header"],
+            "resource_name": "mcpctl",
+        }
+        await _json(send, 200, encoding.encode(found), request_id)
+
+    def _base(self, scope: Scope) -> str:
+        """What clients call this server by."""
+        if self._parts.settings.server.public_url:
+            return self._parts.settings.server.public_url
+        try:
+            host = credentials.header(scope["headers"], b"host")
+            self._parts.gatekeeper.check(scope["headers"])
+        except Error:
+            host = None
+        return f"{'https' if self._parts.tls else 'http'}://{host or self._parts.gatekeeper.authority}"
+
+    async def _old_stream(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        """/sse, for clients of before 2025-03: a stream that ends when its token does."""
+        if self._parts.sse is None or scope["method"] != "GET":
+            raise Error("only GET is answered here", status=405)
+        address, principal = await self._admit(scope, request_id)
+        task = asyncio.current_task()
+        scope["mcpctl"] = Caller(principal, Request(request_id, address, "sse", None, None))
+        if task is not None:
+            self._streams[task] = principal
+        try:
+            await self._parts.sse(scope, receive, send)
+        except asyncio.CancelledError:
+            if task is None or self._parts.authenticator.still_valid(principal):
+                raise
+            task.uncancel()
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            if task is not None:
+                self._streams.pop(task, None)
+
+    async def _old_message(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        if self._parts.sse is None or scope["method"] != "POST":
+            raise Error("only POST is answered here", status=405)
+        address, principal = await self._admit(scope, request_id)
+        body = await self._body(scope, receive)
+        scope["mcpctl"] = Caller(principal, Request(request_id, address, "sse", None, None))
+        await self._parts.sse(scope, _replay(body), send)
+
+    def end_streams(self) -> int:
+        """End the open streams of tokens that are no longer valid; how many there were."""
+        ended = [task for task, principal in self._streams.items() if not self._parts.authenticator.still_valid(principal)]
+        for task in ended:
+            task.cancel()
+        return len(ended)
+
+    # -- refusals --------------------------------------------------------------------------------------------------
+
+    async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
+        """One answer for every refusal; a 401 says the same whatever the reason, which is in the audit log."""
+        headers: list[tuple[bytes, bytes]] = []
+        message, hint = problem.message, problem.hint
+        if isinstance(problem, UnauthorizedError):
+            message, hint = "Unauthorized: a valid token is needed", "send it as Authorization: Bearer …"
+            if problem.status == 429:
+                message, hint = "Too many attempts", None
+                headers.append((b"retry-after", str(problem.retry_after).encode()))
+            else:
+                where = f"{self._base(scope)}/.well-known/oauth-protected-resource/mcp"
+                error = "" if problem.message == "no credential" else ', error="invalid_token"'
+                headers.append((b"www-authenticate", f'Bearer resource_metadata="{where}"{error}'.encode("latin-1", "replace")))
+        if problem.status == 405:
+            headers.append((b"allow", b"POST" if scope["path"] in ("/mcp", "/messages", "/messages/") else b"GET"))
+        if problem.status in (400, 408, 413):
+            headers.append((b"connection", b"close"))
+        if problem.status >= 500:
+            log.warning("request %s: %s", request_id, problem.message)
+            message = message if problem.status == 503 and "cannot be written" in message else outside(problem)
+        data = {"hint": hint} if hint and problem.status < 500 else None
+        await _json(send, problem.status, encoding.rpc_error(_INVALID_REQUEST, message, data), request_id, headers)
+
+
+def outside(problem: Error) -> str:
+    """What a stranger may hear of a fault of ours: files and their paths are for the log."""
+    return "The server cannot answer calls right now; the administrator's log says why" if problem.status == 503 else "Internal error"
+
+
+@dataclass
+class Caller:
+    """Who an SDK request comes from; put into the scope. `problem` comes back where the transport has to answer."""
+
+    principal: Principal
+    request: Request
+    problem: Error | None = None
+
+
+async def _watch(receive: Receive, task: "asyncio.Task[Any] | None", gone: asyncio.Event) -> None:
+    """Cancel the request's task when the client closes the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    gone.set()
+    if task is not None:
+        task.cancel()
+
+
+async def _through(app: App, scope: Scope, body: bytes) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+    """The SDK's answer to a request, whole: (status, body, the headers that are its own)."""
+    status, kept, chunks = 500, [], []
+
+    async def send(message: Message) -> None:
+        nonlocal status, kept
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            kept = [(key, value) for key, value in message["headers"] if key.lower() == b"allow"]
+        elif message["type"] == "http.response.body":
+            chunks.append(message.get("body", b""))
+
+    await app(scope, _replay(body), send)
+    caller: Caller = scope["mcpctl"]
+    if caller.problem is not None:
+        raise caller.problem
+    return status, encoding.again(b"".join(chunks)), kept
+
+
+def _replay(body: bytes) -> Receive:
+    """A `receive` that gives this body, and then waits: whether the client is there, the outer watcher knows."""
+    given = False
+
+    async def receive() -> Message:
+        nonlocal given
+        if not given:
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        await asyncio.Event().wait()
+        return {"type": "http.disconnect"}
+
+    return receive
+
+
+def _cancelled_number(body: bytes) -> str | int | None:
+    try:
+        message = json.loads(body)
+        if message.get("method") != "notifications/cancelled" or "id" in message:
+            return None
+        number = message["params"]["requestId"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return number if isinstance(number, str | int) and not isinstance(number, bool) else None
+
+
+def _only_get(scope: Scope) -> None:
+    if scope["method"] not in ("GET", "HEAD"):
+        raise Error("only GET is answered here", status=405)
+
+
+async def _json(
+    send: Send, status: int, body: bytes, request_id: str, headers: list[tuple[bytes, bytes]] | None = None
+) -> None:
+    own = [
+        (b"content-type", _JSON),
+        (b"content-length", str(len(body)).encode()),
+        (b"cache-control", b"no-store"),
+        (b"x-content-type-options", b"nosniff"),
+        (b"x-request-id", request_id.encode()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": own[not body :] + (headers or [])})
+    await send({"type": "http.response.body", "body": body})
+
+
+__all__ = ["Caller", "Http", "Parts"]

@@ -1,0 +1,72 @@
+"""The one place that builds the long-lived objects, and takes them down again."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from mcpctl import audit, control
+from mcpctl.calls import Calls
+from mcpctl.config_keys import Settings
+from mcpctl.errors import ConfigError
+from mcpctl.identity.authenticate import Authenticator
+from mcpctl.identity.tokens import utcnow
+from mcpctl.postgres.login import logins
+from mcpctl.postgres.pools import Pools
+from mcpctl.recorder import Recorder
+from mcpctl.server.watch import Watch
+
+log = logging.getLogger("mcpctl")
+
+
+@dataclass
+class Core:
+    """What every way of serving needs."""
+
+    settings: Settings
+    authenticator: Authenticator
+    pools: Pools
+    calls: Calls
+    recorder: Recorder
+    watch: Watch
+
+
+@contextlib.asynccontextmanager
+async def running(settings: Settings, *, files: bool, workers: int = 1) -> AsyncIterator[Core]:
+    """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all."""
+    if not settings.databases:
+        raise ConfigError("the config names no database", "add one below `databases:`; config.example.yaml shows how")
+    authenticator = Authenticator(settings.auth.token_file, settings.auth.user_file)
+    if files:
+        authenticator.tokens.current()
+        authenticator.users.current()
+    key = audit.read_key(settings.audit.key_file)
+    book = audit.AuditLog(settings.audit.file, key, utcnow)
+    recorder = Recorder(book, settings.audit.statements, refuse=settings.audit.on_failure == "refuse")
+    pools = Pools(
+        logins(settings.databases),
+        max(1, settings.limits.connections // workers),
+        settings.limits.statement_timeout,
+        recorder.note,
+        authenticator.still_valid,
+    )
+    calls = Calls(settings, pools, recorder)
+    folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
+    watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0)
+    core = Core(settings, authenticator, pools, calls, recorder, watch)
+    looking = None
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            if files:
+                await stack.enter_async_context(watch.listening())
+                looking = asyncio.create_task(watch.run())
+            yield core
+    finally:
+        if looking is not None:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+        await pools.close()
+        recorder.flush(everything=True)
+        authenticator.close()
+        book.close()

@@ -1,0 +1,327 @@
+"""Serving over HTTP: builds everything once, runs it, shuts it down; with several workers, watches over them."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from mcp.server import Server
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
+from mcp.server.auth.provider import AccessToken
+from mcp.server.sse import SseServerTransport
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+from mcp.server.transport_security import TransportSecuritySettings
+
+from mcpctl import __version__
+from mcpctl.calls import Request
+from mcpctl.config_keys import Settings
+from mcpctl.errors import ConfigError, Error
+from mcpctl.identity.principal import Principal
+from mcpctl.server import credentials, http, protocol
+from mcpctl.server.credentials import Gatekeeper
+from mcpctl.server.http import Caller, Http, Parts
+from mcpctl.server.parts import Core, running
+
+log = logging.getLogger("mcpctl")
+_DRAIN = 5
+"""Seconds that running calls have to end when the server is told to stop."""
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where and how to listen: the config's `server` with the command line's flags over it."""
+
+    settings: Settings
+    behind_proxy: bool = False
+    no_auth: bool = False
+
+    @property
+    def tls(self) -> bool:
+        """Whether it speaks HTTPS."""
+        return self.settings.server.tls.cert is not None
+
+    def check(self) -> None:
+        """Refuse what would send tokens or rows in clear, or let strangers in."""
+        server = self.settings.server
+        loopback = credentials.is_loopback(server.host)
+        if self.behind_proxy and not server.trusted_proxies:
+            raise ConfigError("--behind-proxy needs server.trusted_proxies", "name the proxy's address there")
+        if not loopback and not self.tls and not self.behind_proxy:
+            raise ConfigError(
+                f"plain HTTP on {server.host} would send tokens and rows in clear",
+                "give --tls-cert and --tls-key, or --behind-proxy with server.trusted_proxies, or listen on 127.0.0.1",
+            )
+        if self.no_auth and not loopback:
+            raise ConfigError(f"--no-auth is for loopback only, not for {server.host}", "use tokens")
+        if self.no_auth and (self.behind_proxy or server.public_url or server.trusted_proxies):
+            raise ConfigError("--no-auth does not go with public_url, trusted_proxies or --behind-proxy", "use tokens")
+
+
+Ready = Callable[[str], None]
+
+
+def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
+    """Serve until told to stop. `ready(url)` is called once every worker answers."""
+    listening.check()
+    settings = listening.settings
+    if listening.tls:
+        tls_context(settings)
+    bound = _bind(settings.server.host, settings.server.port)
+    port = bound.getsockname()[1]
+    settings = replace(settings, server=replace(settings.server, port=port))
+    listening = replace(listening, settings=settings)
+    shown = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
+    url = settings.server.public_url or f"{'https' if listening.tls else 'http'}://{shown}:{port}"
+    if listening.no_auth:
+        log.warning("AUTHENTICATION IS OFF: whoever reaches %s has what the config's login has", url)
+        log.warning("Connection isolation: DISABLED (--no-auth: all share one pool)")
+    else:
+        log.info("Connection isolation: ENABLED (per-token database connections)")
+    try:
+        if settings.server.workers == 1:
+            asyncio.run(_worker(listening, bound, lambda: ready(f"{url}/mcp"), None, 1))
+        else:
+            _supervise(listening, bound, lambda: ready(f"{url}/mcp"))
+    finally:
+        bound.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        made = socket.socket(family, socket.SOCK_STREAM)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(1024)
+    except OSError as problem:
+        raise Error(f"cannot listen on {host} port {port}: {problem.strerror}", "is another server there?") from None
+    made.set_inheritable(True)
+    return made
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext:
+    """TLS 1.2 at least, with the certificate, its chain and key. Raises ConfigError where they don't fit together."""
+    tls = settings.server.tls
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if tls.cert is None or tls.key is None:
+        raise ConfigError("TLS needs a certificate and its key", "give --tls-cert and --tls-key")
+    try:
+        with _with_chain(tls.cert, tls.chain) as cert:
+            context.load_cert_chain(cert, tls.key, password=lambda: "")
+    except (OSError, ssl.SSLError) as problem:
+        reason = getattr(problem, "reason", None) or problem.strerror or str(problem)
+        raise ConfigError(
+            f"the certificate {tls.cert} and key {tls.key} cannot be used: {reason}",
+            "both in PEM, the key without a passphrase and belonging to the certificate",
+        ) from None
+    return context
+
+
+@contextlib.contextmanager
+def _with_chain(cert: Path, chain: Path | None) -> Any:
+    """The certificate's file, or one that has its chain behind it, as OpenSSL wants them."""
+    if chain is None:
+        yield cert
+        return
+    with tempfile.NamedTemporaryFile(suffix=".pem") as both:
+        both.write(cert.read_bytes().rstrip() + b"\n" + chain.read_bytes())
+        both.flush()
+        yield Path(both.name)
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, which says when it is up."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._tell = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._tell()
+
+
+async def _worker(
+    listening: Listening, bound: socket.socket, started: Callable[[], None], lifeline: int | None, workers: int
+) -> None:
+    """One process's server. `lifeline`: a pipe whose end says that the supervisor is gone."""
+    settings = listening.settings
+    async with running(settings, files=not listening.no_auth, workers=workers) as core, _app(listening, core) as app:
+        config = uvicorn.Config(
+            app,
+            http="h11",  # strips header values on both sides (RFC 9110); httptools leaves the end
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,  # the audit log is the record; an access log would keep URLs
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=_DRAIN,
+            ssl_context_factory=(lambda config, default: tls_context(settings)) if listening.tls else None,
+        )
+        server = _Uvicorn(config, started)
+        if lifeline is not None:
+            asyncio.get_running_loop().add_reader(lifeline, lambda: setattr(server, "should_exit", True))
+        core.recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
+        try:
+            await server.serve(sockets=[bound])
+        finally:
+            core.recorder.note("server.stopped", reason=f"pid {os.getpid()}")
+
+
+@contextlib.asynccontextmanager
+async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
+    """The ASGI app with both lanes."""
+    settings = listening.settings
+
+    async def who(context: protocol.Context) -> tuple[Principal, Request]:
+        caller: Caller = context.request.scope["mcpctl"]
+        return caller.principal, replace(caller.request, rpc_id=context.request_id)
+
+    def failed(context: protocol.Context, problem: Error) -> str:
+        context.request.scope["mcpctl"].problem = problem
+        return http.outside(problem)
+
+    server = protocol.build(core.calls, who, failed)
+    # The gatekeeper has checked Host and Origin for both lanes before the SDK sees a request.
+    checked = TransportSecuritySettings(enable_dns_rebinding_protection=False)
+    manager = StreamableHTTPSessionManager(
+        server,
+        json_response=True,
+        stateless=True,
+        security_settings=checked,
+        max_request_body_size=settings.limits.request_bytes,
+    )
+    gatekeeper = Gatekeeper.of(
+        settings, settings.server.host, settings.server.port, behind_proxy=listening.behind_proxy
+    )
+    app = Http(
+        Parts(
+            settings=settings,
+            calls=core.calls,
+            pools=core.pools,
+            authenticator=core.authenticator,
+            recorder=core.recorder,
+            gatekeeper=gatekeeper,
+            sdk=manager.handle_request,
+            no_auth=listening.no_auth,
+            tls=listening.tls,
+            sse=_old_clients(server, checked) if settings.server.sse else None,
+            cancel_elsewhere=core.watch.cancel_elsewhere,
+        )
+    )
+    core.watch.end_streams = app.end_streams
+    async with manager.run():
+        yield app
+
+
+def _old_clients(server: Server[Any], checked: TransportSecuritySettings) -> http.App:
+    """/sse and /messages of the revision 2024-11-05, through the SDK."""
+    transport = SseServerTransport("/messages/", checked)
+
+    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+        caller: Caller = scope["mcpctl"]
+        owner = caller.principal.token or "local"  # the SDK lets nobody else post to this one's stream
+        scope["user"] = AuthenticatedUser(AccessToken(token="", client_id=owner, scopes=[], subject=owner))  # noqa: S106
+        if scope["path"] == "/sse":
+            async with transport.connect_sse(scope, receive, send) as (read, write):
+                await server.run(read, write, server.create_initialization_options())
+        else:
+            await transport.handle_post_message(scope, receive, send)
+
+    return app
+
+
+# -- several workers -----------------------------------------------------------------------------------------------
+
+
+def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], None]) -> None:
+    """Fork the workers, start again those that die, and pass on the signal to stop."""
+    if not hasattr(os, "fork"):
+        raise ConfigError("several workers need fork, which this system has not", "set server.workers to 1")
+    workers = listening.settings.server.workers
+    told_read, told_write = os.pipe()
+    lifeline_read, lifeline_write = os.pipe()
+    children: set[int] = set()
+    stop: list[int] = []
+
+    def told(number: int, _: Any) -> None:
+        stop.append(number)
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def fork() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            children.add(pid)
+            return
+        status = 1
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            os.close(lifeline_write)
+            asyncio.run(_worker(listening, bound, lambda: _tell(told_write), lifeline_read, workers))
+            status = 0
+        except Error as problem:
+            log.error("%s", problem.message)
+        except KeyboardInterrupt:
+            status = 0
+        except Exception:
+            log.exception("worker %d failed", os.getpid())
+        finally:
+            os._exit(status)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, told)
+    for _ in range(workers):
+        fork()
+    up = 0
+    failed = 0
+    os.set_blocking(told_read, False)
+    while children:
+        with contextlib.suppress(BlockingIOError):
+            up += len(os.read(told_read, 64))
+            if up >= workers and failed >= 0:
+                failed = -1
+                ready()
+        pid, _ = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            children.discard(pid)
+            if not stop and up < workers:
+                failed += 1
+                stop.append(0)
+                told(signal.SIGTERM, None)
+            elif not stop:
+                log.error("worker %d died; another takes its place", pid)
+                fork()
+            continue
+        _pause()
+    os.close(lifeline_write)
+    if failed > 0:
+        raise Error("a worker did not start", "the log above says why")
+
+
+def _tell(fd: int) -> None:
+    os.write(fd, b".")
+
+
+def _pause() -> None:
+    import select
+
+    select.select([], [], [], 0.05)

@@ -1,0 +1,198 @@
+"""File changes and expiry: notices what ended, cuts it, and tells the command line what was done."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from mcpctl import control
+from mcpctl.calls import Calls
+from mcpctl.errors import Error
+from mcpctl.identity.authenticate import Authenticator
+from mcpctl.identity.tokens import EXPIRING, utcnow
+from mcpctl.postgres.pools import Cut, Pools
+from mcpctl.recorder import Recorder
+
+log = logging.getLogger("mcpctl.watch")
+TICK = 0.2
+"""Seconds between two looks at the files; a request looks as well, so this bounds only what runs unattended."""
+_SWEEP = 5.0
+_REMEMBERED = 1000
+
+
+class Watch:
+    """One per process. `end_streams` ends what is open over HTTP of tokens that are no longer valid."""
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        calls: Calls,
+        pools: Pools,
+        recorder: Recorder,
+        folder: Path,
+        end_streams: Callable[[], int],
+    ) -> None:
+        self._authenticator = authenticator
+        self._calls = calls
+        self._pools = pools
+        self._recorder = recorder
+        self._folder = folder
+        self.end_streams = end_streams
+        self._cuts: dict[str, asyncio.Task[Cut]] = {}
+        self._warned: dict[str, int] = {}
+        self._broken: str | None = None
+        authenticator.ended = self._ended
+
+    def _ended(self, ids: dict[str, str]) -> None:
+        """A reload found these ended. Called before the request that noticed is answered."""
+        for token, reason in ids.items():
+            self._cuts[token] = asyncio.create_task(self._cut(token, reason))
+        while len(self._cuts) > _REMEMBERED:
+            self._cuts.pop(next(iter(self._cuts)))
+
+    async def _cut(self, token: str, reason: str) -> Cut:
+        self.end_streams()
+        done = await self._calls.cut(token, reason)
+        log.info("token %s: %s: cut: %s", token, reason, done)
+        if done.queries:
+            self._recorder.note("query.cancelled", token=token, reason=f"{reason}: {done}")
+        if reason == "expired":
+            self._recorder.note("token.expired", token=token, reason=str(done))
+        return done
+
+    async def run(self) -> None:
+        """Look after the files, the expiries and the idle pools, for ever."""
+        loop = asyncio.get_running_loop()
+        swept = loop.time()
+        while True:
+            try:
+                self._look()
+                if loop.time() - swept > _SWEEP:
+                    swept = loop.time()
+                    await self._pools.sweep()
+                    self._recorder.flush()
+                    self._remind()
+            except Exception:
+                log.exception("looking after the files failed; it is tried again")
+            expiry = self._authenticator.next_expiry()
+            await asyncio.sleep(TICK if expiry is None else min(TICK, expiry + 0.001))
+
+    def _look(self) -> None:
+        try:
+            self._authenticator.refresh()
+        except Error as problem:
+            if self._broken != problem.message:
+                log.error("calls are refused: %s%s", problem.message, f" ({problem.hint})" if problem.hint else "")
+            self._broken = problem.message
+        else:
+            if self._broken is not None:
+                log.info("the token and user files are in order again")
+            self._broken = None
+        expired = self._authenticator.expired()
+        if expired:
+            self._ended(dict.fromkeys(expired, "expired"))
+
+    def _remind(self) -> None:
+        """Warn 14, 7 and 1 days before a token ends, once each."""
+        if self._broken is not None:
+            return
+        now = utcnow()
+        for token in self._authenticator.tokens.current().values():
+            if token.expires_at is None or token.status(now) != "expiring":
+                continue
+            left = token.expires_at - now
+            days = next(days for days in (1, 7, EXPIRING.days) if left <= timedelta(days=days))
+            if self._warned.get(token.id) != days and token.expires_at - token.created_at > timedelta(days=days):
+                self._warned[token.id] = days
+                log.warning("token %s (%s) ends within %d days", token.id, token.user or "service", days)
+
+    # -- the control socket --------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> Any:
+        """Answer on the control socket as long as the block runs. Where there are no such sockets, don't."""
+        if not hasattr(socket, "AF_UNIX"):
+            yield
+            return
+        made, path = control.listen(self._folder)
+        server = await asyncio.start_unix_server(self._serve, sock=made)
+        try:
+            yield
+        finally:
+            server.close()
+            path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(5):
+                request = json.loads(await reader.readline())
+                answer = await self._answer(request)
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        except (ValueError, KeyError, TypeError, TimeoutError, OSError) as problem:
+            log.debug("control socket: %r", problem)
+        finally:
+            writer.close()
+
+    async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        match request["do"]:
+            case "ping":
+                return {"pid": os.getpid()}
+            case "settle":
+                return await self._settle([str(token) for token in request["tokens"]])
+            case "matching":
+                return {"matching": self._calls.matching(request["token"], request["id"])}
+            case "cancel":
+                self._calls.cancel(request["token"], request["id"])
+                return {}
+            case other:
+                return {"error": f"unknown request {other!r}"}
+
+    async def _settle(self, tokens: list[str]) -> dict[str, Any]:
+        """Take note of the files, and wait until what ended is cut: what was done for these tokens."""
+        self._look()
+        done = Cut()
+        for token in tokens:
+            task = self._cuts.get(token)
+            if task is not None:
+                found = await asyncio.shield(task)
+                done.queries += found.queries
+                done.backends_left += found.backends_left
+                done.lingering += found.lingering
+        return {"queries": done.queries, "backends_left": done.backends_left, "lingering": done.lingering}
+
+    async def cancel_elsewhere(self, token: str | None, number: str | int, here: int) -> None:
+        """End the one call of that token and number, wherever it runs; not when there is more than one."""
+        others = [path for path in control.sockets(self._folder) if path.name != f"control.{os.getpid()}.sock"]
+        if not others:
+            if here == 1:
+                self._calls.cancel(token, number)
+            return
+        found = await asyncio.gather(
+            *(self._ask(path, {"do": "matching", "token": token, "id": number}) for path in others)
+        )
+        if here + sum(answer.get("matching", 0) for answer in found) != 1:
+            return
+        if here == 1:
+            self._calls.cancel(token, number)
+        for path, answer in zip(others, found, strict=True):
+            if answer.get("matching"):
+                await self._ask(path, {"do": "cancel", "token": token, "id": number})
+
+    async def _ask(self, path: Path, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(1):
+                with control.short(path) as name:
+                    reader, writer = await asyncio.open_unix_connection(name)
+                writer.write(json.dumps(request).encode() + b"\n")
+                answer = json.loads(await reader.readline())
+                writer.close()
+                return answer if isinstance(answer, dict) else {}
+        except (OSError, ValueError, TimeoutError):
+            return {}

@@ -1,0 +1,121 @@
+"""query_database and explain_query: a statement in, its rows or its plan out."""
+
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+from mcpctl.errors import UsageError
+from mcpctl.postgres import statement
+from mcpctl.postgres.statement import Bounds, Rows, StatementError
+from mcpctl.postgres.token_pool import Session
+from mcpctl.tools.definition import Result, Tool, encode, result
+
+DATABASE = {"type": "string", "description": "from list_databases; else the default"}
+
+
+async def _query(session: Session, arguments: dict[str, Any], bounds: Bounds) -> Result:
+    begun = monotonic()
+    limit = arguments.get("limit")
+    if limit is not None and limit < bounds.rows:
+        bounds = Bounds(limit, bounds.bytes, bounds.seconds)
+    found = await statement.run(session, arguments["query"], bounds)
+    return _as_result(found, statement.elapsed(begun))
+
+
+def _as_result(found: Rows, elapsed: float) -> Result:
+    head: dict[str, Any] = {"columns": [{"name": name, "type": kind} for name, kind in found.columns]}
+    tail: dict[str, Any] = {
+        "row_count": len(found.rows),
+        "truncated": found.note is not None,
+        "elapsed_ms": elapsed,
+    }
+    if found.note is not None:
+        tail["note"] = found.note
+    text = encode({**head, "rows": msgspec.Raw(found.json), **tail}).decode()
+    return Result(
+        {**head, "rows": found.rows, **tail}, text, rows=len(found.rows), bytes=len(found.json), relations=found.relations
+    )
+
+
+QUERY = Tool(
+    name="query_database",
+    description=(
+        "Run one read-only SQL question (SELECT, VALUES, WITH, EXPLAIN, SHOW) on PostgreSQL. Rows come as arrays in "
+        "column order; `truncated` and `note` say when more exist."
+    ),
+    permission="tools:query_database",
+    properties={
+        "query": {"type": "string", "description": "one SQL statement"},
+        "database": DATABASE,
+        "limit": {"type": "integer", "minimum": 1, "description": "rows at most"},
+    },
+    required=("query",),
+    output={
+        "type": "object",
+        "properties": {
+            "columns": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {"name": {"type": "string"}, "type": {"type": "string"}},
+                },
+            },
+            "rows": {"type": "array", "items": {"type": "array"}},
+            "row_count": {"type": "integer"},
+            "truncated": {"type": "boolean"},
+            "elapsed_ms": {"type": "number"},
+            "note": {"type": "string"},
+        },
+        "required": ["columns", "rows", "row_count", "truncated", "elapsed_ms"],
+    },
+    ask=_query,
+    statement="query",
+)
+
+
+async def _explain(session: Session, arguments: dict[str, Any], bounds: Bounds) -> Result:
+    begun = monotonic()
+    query, analyze = arguments["query"], arguments.get("analyze", False)
+    if analyze and not await statement.is_question(session, query, bounds):
+        raise UsageError(
+            "analyze runs the statement, and this one is no question (SELECT, VALUES, TABLE, WITH … SELECT)",
+            "leave out analyze to see its plan alone",
+        )
+    prefix = "EXPLAIN (ANALYZE, BUFFERS)\n" if analyze else "EXPLAIN\n"
+    try:
+        found = await statement.run(session, prefix + query, bounds)
+    except StatementError as problem:
+        if "position" in problem.fields:
+            problem.fields["position"] = str(max(1, int(problem.fields["position"]) - len(prefix)))
+        raise
+    answer: dict[str, Any] = {"plan": [row[0] for row in found.rows], "elapsed_ms": statement.elapsed(begun)}
+    if found.note is not None:
+        answer["note"] = found.note
+    done = result(answer)
+    done.rows, done.bytes = len(found.rows), len(found.json)
+    return done
+
+
+EXPLAIN = Tool(
+    name="explain_query",
+    description="Show PostgreSQL's plan for a statement without running it; with `analyze`, run it and show the times.",
+    permission="tools:explain_query",
+    properties={
+        "query": {"type": "string", "description": "one SQL statement, without EXPLAIN"},
+        "analyze": {"type": "boolean", "description": "run it too (questions only)"},
+        "database": DATABASE,
+    },
+    required=("query",),
+    output={
+        "type": "object",
+        "properties": {
+            "plan": {"type": "array", "items": {"type": "string"}},
+            "elapsed_ms": {"type": "number"},
+            "note": {"type": "string"},
+        },
+        "required": ["plan", "elapsed_ms"],
+    },
+    ask=_explain,
+    statement="query",
+)
