@@ -111,7 +111,8 @@ class AuditLog:
             found = os.stat(self.path)
         except FileNotFoundError:
             found = None
-        if self._end is not None and found is not None and (found.st_ino, found.st_size) == (self._end.inode, self._end.size):
+        here = found is not None and (found.st_ino, found.st_size)
+        if self._file >= 0 and self._end is not None and here == (self._end.inode, self._end.size):
             return self._end
         if self._file >= 0:
             os.close(self._file)

@@ -13,8 +13,10 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, ForbiddenError, NotFoundError, UnauthorizedError, UsageError
 from mcpctl.identity.principal import Principal
 from mcpctl.policy import access
-from mcpctl.postgres.pools import Cut, Pools, Session
+from mcpctl.postgres.cutting import Cut
+from mcpctl.postgres.pools import Pools
 from mcpctl.postgres.statement import Bounds, NotAQuestionError, StatementError, elapsed
+from mcpctl.postgres.token_pool import Session
 from mcpctl.recorder import Recorder
 from mcpctl.tools.definition import Databases, Result, Tool
 from mcpctl.tools.table import TOOLS
@@ -183,7 +185,9 @@ class Calls:
             raise UsageError("there is no default database", "name one; list_databases shows those you may ask")
         decision = access.may(principal, f"databases:{wanted}:read")
         if wanted not in self._settings.databases or not decision.allowed:
-            raise ForbiddenError(f"there is no database {wanted[:63]!r} for you", "list_databases shows those you may ask")
+            raise ForbiddenError(
+                f"there is no database {wanted[:63]!r} for you", "list_databases shows those you may ask"
+            )
         return wanted
 
     def _bounds(self, database: str) -> Bounds:

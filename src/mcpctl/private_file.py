@@ -23,6 +23,11 @@ from pathlib import Path
 
 from mcpctl.errors import ConfigError, ConflictError, NotFoundError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 POSIX = sys.platform != "win32"
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -176,9 +181,7 @@ def create(path: Path, data: bytes, *, mode: int = 0o600) -> None:
 
 def lock(fd: int) -> None:
     """Wait for the descriptor's file to be ours alone; released when it is closed, also by a crash."""
-    if POSIX:
-        import fcntl
-
+    if fcntl is not None:
         fcntl.flock(fd, fcntl.LOCK_EX)
     else:  # pragma: no cover - Windows
         import msvcrt
@@ -189,9 +192,7 @@ def lock(fd: int) -> None:
 
 def unlock(fd: int) -> None:
     """Let go of what `lock` took, keeping the descriptor."""
-    if POSIX:
-        import fcntl
-
+    if fcntl is not None:
         fcntl.flock(fd, fcntl.LOCK_UN)
     else:  # pragma: no cover - Windows
         import msvcrt

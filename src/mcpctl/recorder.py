@@ -20,7 +20,9 @@ _ADDRESSES = 10_000
 class Recorder:
     """Writes events. `refuse` is whether a call may be answered while the log cannot be written."""
 
-    def __init__(self, audit: AuditLog, statements: str, *, refuse: bool, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self, audit: AuditLog, statements: str, *, refuse: bool, clock: Callable[[], float] = monotonic
+    ) -> None:
         self._audit = audit
         self._statements = statements
         self._refuse = refuse

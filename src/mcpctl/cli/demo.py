@@ -34,8 +34,12 @@ _QUESTION = "select name, price from products order by price desc limit 3"
 
 
 def demo(
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8080,
-    json: Annotated[bool, typer.Option("--json", help="Print one line when ready: url, token, dsn, config, pid.")] = False,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8080,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one line when ready: url, token, dsn, config, pid.")
+    ] = False,
 ) -> None:
     """Try it: an embedded PostgreSQL with a small shop, a user, a token and a server on HTTP.
 
@@ -52,7 +56,13 @@ def demo(
 
         def ready(url: str) -> None:
             if json:
-                facts = {"url": url, "token": token, "dsn": _shop(cluster), "config": str(settings.source), "pid": os.getpid()}
+                facts = {
+                    "url": url,
+                    "token": token,
+                    "dsn": _shop(cluster),
+                    "config": str(settings.source),
+                    "pid": os.getpid(),
+                }
                 output.put_json(facts)
             else:
                 _explain(url, token, settings)
@@ -118,9 +128,7 @@ def _load_shop(cluster: "Cluster") -> str:
         for name in ("shop.sql", "shop_reader.sql"):
             connection.execute((scripts / name).read_bytes())
         verifier = connection.pgconn.encrypt_password(password.encode(), b"shop_reader", b"scram-sha-256")
-        connection.execute(
-            sql.SQL("ALTER ROLE shop_reader PASSWORD {}").format(sql.Literal(verifier.decode("ascii")))
-        )
+        connection.execute(sql.SQL("ALTER ROLE shop_reader PASSWORD {}").format(sql.Literal(verifier.decode("ascii"))))
     return password
 
 

@@ -48,7 +48,9 @@ async def tables(session: Session, schema: str | None, bounds: Bounds) -> Rows:
     """The tables and views that the role may read: schema, name, kind, estimated rows, comment."""
     found = await statement.run(session, _TABLES, bounds, [_param(schema)])
     if schema is not None and not found.rows:
-        raise NotFoundError(f"there is no schema {schema!r} with a table that you may read", "leave out `schema` to see all")
+        raise NotFoundError(
+            f"there is no schema {schema!r} with a table that you may read", "leave out `schema` to see all"
+        )
     return found
 
 

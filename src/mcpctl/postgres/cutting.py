@@ -71,7 +71,7 @@ async def _cut_backends(login: Login, sessions: list[Session]) -> list[int]:
     opening = asyncio.create_task(_open(login))
     loop = asyncio.get_running_loop()
     begun = loop.time()
-    while any(session.task for session in running) and loop.time() - begun < GRACE:
+    while any(session.task for session in running) and loop.time() - begun < GRACE:  # noqa: ASYNC110 - for GRACE at most
         await asyncio.sleep(0.005)
     terminator = (await opening) or (await _open(login))  # what the cancels freed may let us in now
     left = list(sessions)

@@ -81,7 +81,11 @@ class Pools:
         if pool is None:
             shared = self._shared[database]
             pool = TokenPool(
-                shared.login, principal, self._statement_timeout, shared.verdicts, lambda asking: self._make_room(asking)
+                shared.login,
+                principal,
+                self._statement_timeout,
+                shared.verdicts,
+                lambda asking: self._make_room(asking),
             )
             self._pools[key] = pool
             await pool.open()

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 import msgspec
-from psycopg import pq
+from psycopg import abc, pq
 from psycopg.adapt import Transformer
 
 from mcpctl.errors import Error
@@ -246,7 +246,8 @@ class _Exchange:
         if result.status != _Status.TUPLES_OK:
             raise _error(result)
         return [
-            tuple(result.get_value(row, column) or b"" for column in range(result.nfields)) for row in range(result.ntuples)
+            tuple(result.get_value(row, column) or b"" for column in range(result.nfields))
+            for row in range(result.ntuples)
         ]
 
     # -- the frame -------------------------------------------------------------------------------------------
@@ -288,9 +289,7 @@ class _Exchange:
         if not clean:  # a late cancel hit the frame, or a prepared statement would have outlived the call
             self.session.close()
 
-    async def _framed(
-        self, wire: Wire, text: bytes, params: Sequence[bytes | None], verdict: Verdict | None
-    ) -> Rows:
+    async def _framed(self, wire: Wire, text: bytes, params: Sequence[bytes | None], verdict: Verdict | None) -> Rows:
         self._send(text, params)
         await wire.flush()
         await self._begun(wire)
@@ -346,7 +345,7 @@ class _Answer:
     def __init__(self, types: Types, bounds: Bounds) -> None:
         self._types = types
         self._bounds = bounds
-        self._transformer: Transformer | None = None
+        self._transformer: abc.Transformer | None = None
         self._pieces: list[bytes] = []
         self._size = 2
         self.columns: list[tuple[str, str]] | None = None
@@ -382,7 +381,9 @@ class _Answer:
         for row in rows:
             piece = _encode_json(row)
             if self._size + len(piece) + 1 > self._bounds.bytes:
-                self.note = _note(f"before its bytes were more than {self._bounds.bytes}, the most that an answer may have here")
+                self.note = _note(
+                    f"before its bytes were more than {self._bounds.bytes}, the most that an answer may have here"
+                )
                 return
             self._keep([row], piece)
 

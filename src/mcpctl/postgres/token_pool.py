@@ -36,7 +36,7 @@ class Session:
 
     __slots__ = ("conn", "cut", "login", "pid", "pool", "started", "task")
 
-    def __init__(self, conn: AsyncConnection[Any], pool: "TokenPool", pid: int, started: str, login: str) -> None:
+    def __init__(self, conn: "_Login", pool: "TokenPool", pid: int, started: str, login: str) -> None:
         self.conn = conn
         self.pool = pool
         self.pid = pid
@@ -73,7 +73,7 @@ class TokenPool:
         self.principal = principal
         self.verdicts = verdicts
         self.short = principal.pool[:12]
-        self.sessions: dict[AsyncConnection[Any], Session] = {}
+        self.sessions: dict[_Login, Session] = {}
         self.out: set[Session] = set()
         self.last_used = monotonic()
         self._timeout = timeout

@@ -71,7 +71,11 @@ class Gatekeeper:
         else:
             hosts |= {f"{shown}:{port}"}
         return cls(
-            frozenset(hosts), frozenset(origins), loopback, settings.server.trusted_proxies if behind_proxy else (), f"{shown}:{port}"
+            frozenset(hosts),
+            frozenset(origins),
+            loopback,
+            settings.server.trusted_proxies if behind_proxy else (),
+            f"{shown}:{port}",
         )
 
     def check(self, headers: Headers) -> None:
@@ -91,7 +95,12 @@ class Gatekeeper:
         """The client's address: the peer's, or, behind a trusted proxy, the last of X-Forwarded-For that is none."""
         if peer is None or not self._trusted(peer):
             return peer
-        hops = [part.strip() for key, value in headers if key == b"x-forwarded-for" for part in value.decode("latin-1").split(",")]
+        hops = [
+            part.strip()
+            for key, value in headers
+            if key == b"x-forwarded-for"
+            for part in value.decode("latin-1").split(",")
+        ]
         for hop in reversed(hops):
             try:
                 ipaddress.ip_address(hop)

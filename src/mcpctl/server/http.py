@@ -15,7 +15,7 @@ from typing import Any
 
 from mcpctl.calls import Calls, Request, UnknownToolError
 from mcpctl.config_keys import Settings
-from mcpctl.errors import Error, UnauthorizedError
+from mcpctl.errors import Error, UnauthorizedError, UsageError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.postgres.pools import Pools
@@ -143,6 +143,8 @@ class Http:
         if credentials.header(scope["headers"], b"content-encoding") not in (None, "identity"):
             raise Error("a packed body is not taken", "send it without Content-Encoding", status=415)
         length = credentials.header(scope["headers"], b"content-length")
+        if length is not None and credentials.header(scope["headers"], b"transfer-encoding") is not None:
+            raise UsageError("Content-Length and Transfer-Encoding in one request", "send one of them")
         too_large = Error(f"the body is larger than {most} bytes", "ask for less at once", status=413)
         if length is not None and (not length.isascii() or not length.isdigit() or int(length) > most):
             raise too_large
@@ -261,7 +263,9 @@ class Http:
 
     def end_streams(self) -> int:
         """End the open streams of tokens that are no longer valid; how many there were."""
-        ended = [task for task, principal in self._streams.items() if not self._parts.authenticator.still_valid(principal)]
+        ended = [
+            task for task, principal in self._streams.items() if not self._parts.authenticator.still_valid(principal)
+        ]
         for task in ended:
             task.cancel()
         return len(ended)
@@ -280,7 +284,9 @@ class Http:
             else:
                 where = f"{self._base(scope)}/.well-known/oauth-protected-resource/mcp"
                 error = "" if problem.message == "no credential" else ', error="invalid_token"'
-                headers.append((b"www-authenticate", f'Bearer resource_metadata="{where}"{error}'.encode("latin-1", "replace")))
+                headers.append(
+                    (b"www-authenticate", f'Bearer resource_metadata="{where}"{error}'.encode("latin-1", "replace"))
+                )
         if problem.status == 405:
             headers.append((b"allow", b"POST" if scope["path"] in ("/mcp", "/messages", "/messages/") else b"GET"))
         if problem.status in (400, 408, 413):
@@ -294,7 +300,11 @@ class Http:
 
 def outside(problem: Error) -> str:
     """What a stranger may hear of a fault of ours: files and their paths are for the log."""
-    return "The server cannot answer calls right now; the administrator's log says why" if problem.status == 503 else "Internal error"
+    return (
+        "The server cannot answer calls right now; the administrator's log says why"
+        if problem.status == 503
+        else "Internal error"
+    )
 
 
 @dataclass

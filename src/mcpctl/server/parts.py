@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from mcpctl import audit, control
+from mcpctl import __version__, audit, control
 from mcpctl.calls import Calls
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError
@@ -61,6 +62,7 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
             if files:
                 await stack.enter_async_context(watch.listening())
                 looking = asyncio.create_task(watch.run())
+            recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
             yield core
     finally:
         if looking is not None:
@@ -68,5 +70,6 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
             await asyncio.gather(looking, return_exceptions=True)
         await pools.close()
         recorder.flush(everything=True)
+        recorder.note("server.stopped", reason=f"pid {os.getpid()}")
         authenticator.close()
         book.close()

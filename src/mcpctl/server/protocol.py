@@ -1,4 +1,4 @@
-"""The SDK's edge: the whole protocol, both eras, served by the official SDK, every tools/call ending in `calls.call`."""
+"""The SDK's edge: the whole protocol, both eras; every tools/call ends in `calls.call`."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any

@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import ssl
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from mcp.server.sse import SseServerTransport
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
 
-from mcpctl import __version__
 from mcpctl.calls import Request
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, Error
@@ -68,6 +68,7 @@ class Listening:
 
 
 Ready = Callable[[str], None]
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
@@ -89,11 +90,13 @@ def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
         log.info("Connection isolation: ENABLED (per-token database connections)")
     try:
         if settings.server.workers == 1:
-            asyncio.run(_worker(listening, bound, lambda: ready(f"{url}/mcp"), None, 1))
+            told = asyncio.run(_worker(listening, bound, lambda: ready(f"{url}/mcp"), None, 1))
         else:
-            _supervise(listening, bound, lambda: ready(f"{url}/mcp"))
+            told = _supervise(listening, bound, lambda: ready(f"{url}/mcp"))
     finally:
         bound.close()
+    for number in told[:1]:
+        signal.raise_signal(number)  # so that the exit status tells what ended it
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -141,22 +144,37 @@ def _with_chain(cert: Path, chain: Path | None) -> Any:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn, which says when it is up."""
+    """uvicorn, which says when it is up, and leaves it to us to raise a signal again: after all is closed."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
         self._tell = started
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in _STOPPING}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._tell()
 
+    @property
+    def captured(self) -> list[int]:
+        """The signals that told it to stop."""
+        return self._captured_signals
+
 
 async def _worker(
     listening: Listening, bound: socket.socket, started: Callable[[], None], lifeline: int | None, workers: int
-) -> None:
-    """One process's server. `lifeline`: a pipe whose end says that the supervisor is gone."""
+) -> list[int]:
+    """One process's server; returns the signals that ended it. `lifeline`: a pipe whose end says that the supervisor
+    is gone."""
     settings = listening.settings
     async with running(settings, files=not listening.no_auth, workers=workers) as core, _app(listening, core) as app:
         config = uvicorn.Config(
@@ -175,11 +193,8 @@ async def _worker(
         server = _Uvicorn(config, started)
         if lifeline is not None:
             asyncio.get_running_loop().add_reader(lifeline, lambda: setattr(server, "should_exit", True))
-        core.recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
-        try:
-            await server.serve(sockets=[bound])
-        finally:
-            core.recorder.note("server.stopped", reason=f"pid {os.getpid()}")
+        await server.serve(sockets=[bound])
+    return server.captured
 
 
 @contextlib.asynccontextmanager
@@ -188,11 +203,11 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
     settings = listening.settings
 
     async def who(context: protocol.Context) -> tuple[Principal, Request]:
-        caller: Caller = context.request.scope["mcpctl"]
+        caller = _caller(context)
         return caller.principal, replace(caller.request, rpc_id=context.request_id)
 
     def failed(context: protocol.Context, problem: Error) -> str:
-        context.request.scope["mcpctl"].problem = problem
+        _caller(context).problem = problem
         return http.outside(problem)
 
     server = protocol.build(core.calls, who, failed)
@@ -228,6 +243,14 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
         yield app
 
 
+def _caller(context: protocol.Context) -> Caller:
+    """What the app put into the scope of the HTTP request that an SDK request came with."""
+    if context.request is None:
+        raise TypeError("an SDK request over HTTP without its HTTP request")
+    caller: Caller = context.request.scope["mcpctl"]
+    return caller
+
+
 def _old_clients(server: Server[Any], checked: TransportSecuritySettings) -> http.App:
     """/sse and /messages of the revision 2024-11-05, through the SDK."""
     transport = SseServerTransport("/messages/", checked)
@@ -235,7 +258,7 @@ def _old_clients(server: Server[Any], checked: TransportSecuritySettings) -> htt
     async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
         caller: Caller = scope["mcpctl"]
         owner = caller.principal.token or "local"  # the SDK lets nobody else post to this one's stream
-        scope["user"] = AuthenticatedUser(AccessToken(token="", client_id=owner, scopes=[], subject=owner))  # noqa: S106
+        scope["user"] = AuthenticatedUser(AccessToken(token="", client_id=owner, scopes=[], subject=owner))
         if scope["path"] == "/sse":
             async with transport.connect_sse(scope, receive, send) as (read, write):
                 await server.run(read, write, server.create_initialization_options())
@@ -248,8 +271,8 @@ def _old_clients(server: Server[Any], checked: TransportSecuritySettings) -> htt
 # -- several workers -----------------------------------------------------------------------------------------------
 
 
-def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], None]) -> None:
-    """Fork the workers, start again those that die, and pass on the signal to stop."""
+def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], None]) -> list[int]:
+    """Fork the workers, start again those that die, and pass on the signal to stop; returns the signals that came."""
     if not hasattr(os, "fork"):
         raise ConfigError("several workers need fork, which this system has not", "set server.workers to 1")
     workers = listening.settings.server.workers
@@ -273,7 +296,7 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
             return
         status = 1
         try:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _STOPPING:
                 signal.signal(number, signal.SIG_DFL)
             os.close(lifeline_write)
             asyncio.run(_worker(listening, bound, lambda: _tell(told_write), lifeline_read, workers))
@@ -287,7 +310,7 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
         finally:
             os._exit(status)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOPPING:
         signal.signal(number, told)
     for _ in range(workers):
         fork()
@@ -311,17 +334,14 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
                 log.error("worker %d died; another takes its place", pid)
                 fork()
             continue
-        _pause()
+        select.select([], [], [], 0.05)
     os.close(lifeline_write)
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
     if failed > 0:
         raise Error("a worker did not start", "the log above says why")
+    return stop
 
 
 def _tell(fd: int) -> None:
     os.write(fd, b".")
-
-
-def _pause() -> None:
-    import select
-
-    select.select([], [], [], 0.05)

@@ -8,6 +8,8 @@ import asyncio
 import os
 import secrets
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 from mcp.server import ServerRequestContext
 from mcp.server.stdio import stdio_server
@@ -22,7 +24,7 @@ from mcpctl.server.protocol import build
 async def serve(core: Core, token: str | None) -> None:
     """Serve until stdin ends."""
 
-    async def who(context: ServerRequestContext) -> tuple[Principal, Request]:
+    async def who(context: ServerRequestContext[Any, Any]) -> tuple[Principal, Request]:
         request = Request(secrets.token_hex(8), None, "stdio", context.request_id)
         if token is None:
             return LOCAL, request
@@ -39,7 +41,7 @@ async def serve(core: Core, token: str | None) -> None:
         await server.run(read, write, server.create_initialization_options())
 
 
-def run(main: "asyncio._CoroutineLike[None]") -> None:
+def run(main: Coroutine[Any, Any, None]) -> None:
     """Run on a loop that can wait for sockets of libpq's: on Windows the default one cannot."""
     if sys.platform == "win32":  # pragma: no cover - Windows
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:

@@ -16,7 +16,8 @@ from mcpctl.calls import Calls
 from mcpctl.errors import Error
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.tokens import EXPIRING, utcnow
-from mcpctl.postgres.pools import Cut, Pools
+from mcpctl.postgres.cutting import Cut
+from mcpctl.postgres.pools import Pools
 from mcpctl.recorder import Recorder
 
 log = logging.getLogger("mcpctl.watch")

@@ -76,7 +76,9 @@ class Tool:
                 raise UsageError(f"{self.name} takes no argument {name[:60]!r}", meant)
         for name in self.required:
             if name not in given:
-                raise UsageError(f"{self.name} needs the argument {name}", f"its schema: {encode(self.properties).decode()}")
+                raise UsageError(
+                    f"{self.name} needs the argument {name}", f"its schema: {encode(self.properties).decode()}"
+                )
         for name, value in given.items():
             self._check_one(name, value)
         return given

@@ -34,7 +34,11 @@ def _as_result(found: Rows, elapsed: float) -> Result:
         tail["note"] = found.note
     text = encode({**head, "rows": msgspec.Raw(found.json), **tail}).decode()
     return Result(
-        {**head, "rows": found.rows, **tail}, text, rows=len(found.rows), bytes=len(found.json), relations=found.relations
+        {**head, "rows": found.rows, **tail},
+        text,
+        rows=len(found.rows),
+        bytes=len(found.json),
+        relations=found.relations,
     )
 
 

@@ -15,9 +15,7 @@ async def _schema(session: Session, arguments: dict[str, Any], bounds: Bounds) -
         return result({"table": await catalog.table(session, schema, name, bounds)})
     found = await catalog.tables(session, schema, bounds)
     names = [column for column, _ in found.columns]
-    tables = [
-        {key: value for key, value in zip(names, row, strict=True) if value is not None} for row in found.rows
-    ]
+    tables = [{key: value for key, value in zip(names, row, strict=True) if value is not None} for row in found.rows]
     answer: dict[str, Any] = {"tables": tables}
     if found.note is not None:
         answer["note"] = "There are more tables; name a `schema`."

@@ -1,0 +1,30 @@
+# Every target does its own set-up, in a virtual environment beside this file.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.installed
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	@exec $(BIN)/mcpctl demo --port $(or $(PORT),8080)
+
+test: $(STAMP)
+	@tests/clients/setup.sh || test $$? -eq 3
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 -q)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_reference.py
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable '.[demo]' --group dev
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV)

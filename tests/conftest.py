@@ -1,0 +1,101 @@
+"""Real parts for every test: PostgreSQL of the oldest and the newest version at hand, and mcpctl's server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trustme
+
+import pg
+import site_of_mcpctl as site
+from mcpctl.postgres.embedded import Binaries
+
+_VERSIONS = pg.oldest_and_newest()
+
+
+@pytest.fixture(scope="session", params=_VERSIONS, ids=str)
+def shop(request: pytest.FixtureRequest) -> Iterator[site.Shop]:
+    """The shop, on the oldest and on the newest version."""
+    with site.shop(request.param) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def newest() -> Binaries:
+    return _VERSIONS[-1]
+
+
+@pytest.fixture(scope="session")
+def newest_shop(newest: Binaries) -> Iterator[site.Shop]:
+    """The shop on the newest version alone, for what does not depend on it."""
+    with site.shop(newest) as found:
+        yield found
+
+
+@pytest.fixture
+def make_site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., site.Site]]:
+    made: list[site.Site] = []
+
+    def make(shop: site.Shop, **options: str) -> site.Site:
+        made.append(site.Site(tmp_path / f"site{len(made)}", shop, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+        if getattr(request.node, "failed", False):
+            print("".join(one.stderr[-200:]))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    outcome = yield
+    if outcome.get_result().failed:  # type: ignore[attr-defined]
+        item.failed = True  # type: ignore[attr-defined]
+
+
+@dataclass
+class Live:
+    """A running server, for real clients."""
+
+    url: str
+    token: str
+    config: Path
+    ca: Path | None = None
+
+
+@pytest.fixture(scope="session")
+def live(newest_shop: site.Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    found = site.Site(tmp_path_factory.mktemp("live") / "site", newest_shop).start()
+    yield Live(found.url, found.token()[1], found.config)
+    assert found.stop() in (0, -15)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a throw-away CA: ca.pem, cert.pem and key.pem for localhost."""
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    issued = authority.issue_cert("localhost", "127.0.0.1")
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    issued.private_key_pem.write_to_path(folder / "key.pem")
+    (folder / "key.pem").chmod(0o600)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def live_tls(newest_shop: site.Shop, certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    found = site.Site(tmp_path_factory.mktemp("live-tls") / "site", newest_shop)
+    found.start("--tls-cert", str(certificates / "cert.pem"), "--tls-key", str(certificates / "key.pem"))
+    yield Live(found.url, found.token()[1], found.config, certificates / "ca.pem")
+    assert found.stop() in (0, -15)
+
+
+@pytest.fixture(scope="session")
+def mcpctl_command() -> list[str]:
+    return [sys.executable, "-m", "mcpctl"]

@@ -1,0 +1,246 @@
+"""A site: mcpctl's files in a temporary folder, and its server as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+from psycopg import sql
+
+from mcpctl.cli import init
+from mcpctl.identity import tokens, users
+from mcpctl.postgres.embedded import Binaries, Cluster
+
+COMMAND = [sys.executable, "-m", "mcpctl"]
+READER = "shop_reader"
+PASSWORD = "reader's own secret"
+
+
+class Shop:
+    """A cluster with the demo's shop in it, and a login role that can only read."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        with psycopg.connect(cluster.dsn, autocommit=True) as connection:
+            connection.execute("CREATE DATABASE shop")
+        with self.admin() as connection:
+            for name in ("shop.sql", "shop_reader.sql"):
+                connection.execute((files("mcpctl.cli") / name).read_bytes())
+            connection.execute(sql.SQL("ALTER ROLE shop_reader PASSWORD {}").format(sql.Literal(PASSWORD)))
+
+    def admin(self) -> psycopg.Connection[tuple[Any, ...]]:
+        """A superuser's connection to the shop."""
+        return psycopg.connect(
+            self.cluster.dsn_for("postgres", self.cluster.superuser_password, "shop"), autocommit=True
+        )
+
+    def backends(self, extra: str = "true") -> list[tuple[Any, ...]]:
+        """(pid, application_name, state, query) of the reader's backends."""
+        with self.admin() as connection:
+            return connection.execute(
+                sql.SQL(
+                    "SELECT pid, application_name, state, query FROM pg_stat_activity WHERE usename = {} AND {}"
+                ).format(sql.Literal(READER), sql.SQL(extra))  # type: ignore[arg-type]
+            ).fetchall()
+
+
+@contextlib.contextmanager
+def shop(binaries: Binaries, **options: Any) -> Iterator[Shop]:
+    with Cluster.start(binaries, **options) as cluster:
+        try:
+            yield Shop(cluster)
+        except BaseException:
+            print(cluster.log()[-4000:])
+            raise
+
+
+class Site:
+    """The folder of one installation. `start()` runs `mcpctl serve` on a free port."""
+
+    def __init__(self, folder: Path, shop: Shop, extra: str = "", database: str = "", tcp: bool = False) -> None:
+        self.folder = folder
+        self.shop = shop
+        self.process: subprocess.Popen[str] | None = None
+        self.url = ""
+        self.stderr: list[str] = []
+        host = "127.0.0.1" if tcp else shop.cluster.host
+        text = (
+            f"databases:\n  shop:\n    host: {host}\n    port: {shop.cluster.port}\n    dbname: shop\n"
+            f"    user: {READER}\n    password_file: shop.password\n{database}{extra}"
+        )
+        init.make(folder, text)
+        (folder / "shop.password").touch(0o600)
+        (folder / "shop.password").write_text(PASSWORD + "\n")
+        self.config = folder / "config.yaml"
+        self.tokens = tokens.token_file(folder / "tokens.yaml")
+        users.add(users.user_file(folder / "users.yaml"), "alice", None, datetime.now(UTC))
+        users.add(users.user_file(folder / "users.yaml"), "bob", None, datetime.now(UTC))
+
+    def token(self, user: str | None = "alice", seconds: float = 3600, **limits: Any) -> tuple[str, str]:
+        """(id, token) of a new token, written as `token add` writes it."""
+        now = datetime.now(UTC)
+        if user is None:
+            limits.setdefault("databases", ("shop",))
+        wanted = tokens.Wanted(user=user, expires_at=now + timedelta(seconds=seconds), **limits)
+        entry, text = tokens.add(self.tokens, wanted, now)
+        return entry.id, text
+
+    def run(self, *arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+        """mcpctl with these arguments, on this site."""
+        done = subprocess.run(
+            [*COMMAND, "--config", str(self.config), *arguments],
+            capture_output=True, text=True, timeout=60, env=environment(), **options,
+        )  # fmt: skip
+        if check and done.returncode:
+            raise AssertionError(f"mcpctl {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}")
+        return done
+
+    def start(self, *arguments: str, wait: bool = True) -> Site:
+        self.process = subprocess.Popen(
+            [*COMMAND, "--config", str(self.config), "serve", "--port", "0", *arguments],
+            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(),
+        )  # fmt: skip
+        up = threading.Event()
+
+        def read() -> None:
+            assert self.process is not None
+            assert self.process.stderr is not None
+            for line in self.process.stderr:
+                self.stderr.append(line)
+                if line.startswith("serving at "):
+                    self.url = line.split()[-1]
+                    up.set()
+            up.set()
+
+        self._reader = threading.Thread(target=read, daemon=True)
+        self._reader.start()
+        if wait:
+            assert up.wait(30), "".join(self.stderr)
+            assert self.url, "".join(self.stderr)
+        return self
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        if self.process is None:
+            return 0
+        self.process.send_signal(number)
+        try:
+            code = self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"the server did not stop:\n{''.join(self.stderr)}") from None
+        self._reader.join(5)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        self.process = None
+        return code
+
+    def audit(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "audit.jsonl").read_bytes().splitlines()]
+
+    def client(self, token: str, **options: Any) -> Client:
+        return Client(self.url, token, **options)
+
+
+class Client:
+    """A caller with a token, over one connection that stays open."""
+
+    def __init__(self, url: str, token: str | None, **options: Any) -> None:
+        headers = {"Accept": "application/json", "Content-Type": "application/json"}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        self.url = url
+        self.http = httpx.Client(headers=headers, timeout=90, trust_env=False, **options)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+
+    def call(self, name: str, arguments: dict[str, Any] | None = None, id: int | str = 1) -> httpx.Response:
+        body = {
+            "jsonrpc": "2.0",
+            "id": id,
+            "method": "tools/call",
+            "params": {"name": name, "arguments": arguments or {}},
+        }
+        return self.http.post(self.url, json=body)
+
+    def ask(self, query: str, **arguments: Any) -> Any:
+        """The structured answer of a query; AssertionError with the text for any other."""
+        answer = self.call("query_database", {"query": query, **arguments})
+        assert answer.status_code == 200, (answer.status_code, answer.text)
+        result = answer.json()["result"]
+        assert not result["isError"], result["content"][0]["text"]
+        return result["structuredContent"]
+
+    def rows(self, query: str, **arguments: Any) -> Any:
+        return self.ask(query, **arguments)["rows"]
+
+    def error(self, query: str, **arguments: Any) -> str:
+        """The text of a query that must fail."""
+        answer = self.call("query_database", {"query": query, **arguments})
+        assert answer.status_code == 200, (answer.status_code, answer.text)
+        result = answer.json()["result"]
+        assert result["isError"], result
+        text: str = result["content"][0]["text"]
+        return text
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment without what would steer mcpctl or libpq."""
+    found = {key: value for key, value in os.environ.items() if not key.startswith(("MCPCTL_", "PG"))}
+    return {**found, **more}
+
+
+def eventually(what: Any, seconds: float = 10.0, pause: float = 0.01) -> Any:
+    """Wait, boundedly, until `what()` is true; returns what it said."""
+    until = time.monotonic() + seconds
+    while True:
+        found = what()
+        if found:
+            return found
+        assert time.monotonic() < until, "it did not come true in time"
+        time.sleep(pause)
+
+
+def in_background(work: Any, *arguments: Any) -> Background:
+    return Background(work, arguments)
+
+
+class Background:
+    """Something that runs in a thread; `result()` waits for it and raises what it raised."""
+
+    def __init__(self, work: Any, arguments: Sequence[Any]) -> None:
+        self._result: Any = None
+        self._problem: BaseException | None = None
+
+        def run() -> None:
+            try:
+                self._result = work(*arguments)
+            except BaseException as problem:  # noqa: BLE001 - raised again in result()
+                self._problem = problem
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def result(self, seconds: float = 30) -> Any:
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), "it still runs"
+        if self._problem is not None:
+            raise self._problem
+        return self._result

@@ -1,0 +1,222 @@
+"""Revocation reaches the running query: by every way in which a token can end."""
+
+from __future__ import annotations
+
+import json
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from urllib.parse import urlsplit
+
+import pytest
+
+import site_of_mcpctl as site
+from mcpctl.identity import tokens
+from site_of_mcpctl import Client, Shop, Site, eventually, in_background
+
+MakeSite = Callable[..., Site]
+STUBBORN = """
+CREATE OR REPLACE FUNCTION stubborn() RETURNS int LANGUAGE plpgsql AS $$
+BEGIN
+  LOOP
+    BEGIN PERFORM pg_sleep(60); EXCEPTION WHEN query_canceled THEN NULL; END;
+  END LOOP;
+END $$
+"""
+
+
+def _sleeping(shop: Shop, what: str = "pg_sleep(60)") -> list[int]:
+    """Pids of the reader's backends that run that statement."""
+    return [row[0] for row in shop.backends(f"state = 'active' AND query LIKE '%{what}%'")]
+
+
+def _start_sleeping(shop: Shop, client: Client, query: str = "select pg_sleep(60)") -> tuple[site.Background, int]:
+    before = set(_sleeping(shop, "pg_sleep(60)" if "sleep" in query else "stubborn"))
+    running = in_background(client.call, "query_database", {"query": query})
+    found = eventually(lambda: set(_sleeping(shop, "pg_sleep(60)" if "sleep" in query else "stubborn")) - before)
+    return running, found.pop()
+
+
+def _gone(shop: Shop, pid: int, seconds: float = 1.0) -> float:
+    begun = time.monotonic()
+    eventually(lambda: pid not in [row[0] for row in shop.backends()], seconds)
+    return time.monotonic() - begun
+
+
+class Other:
+    """B, who asks all the time and must lose nothing."""
+
+    def __init__(self, at: Site) -> None:
+        self._client = at.client(at.token("bob")[1])
+        self._stop = False
+        self.asked = 0
+        self._work = in_background(self._run)
+
+    def _run(self) -> None:
+        while not self._stop:
+            assert self._client.rows("select 42") == [[42]]
+            self.asked += 1
+            time.sleep(0.02)
+
+    def end(self) -> int:
+        self._stop = True
+        self._work.result()
+        self._client.http.close()
+        return self.asked
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_revoked_token_is_refused_and_its_running_query_gone_within_a_second(
+    make_site: MakeSite, shop: Shop, workers: int
+) -> None:
+    at = make_site(shop).start("--workers", str(workers))
+    other = Other(at)
+    took = []
+    for _ in range(5):
+        name, text = at.token()
+        with at.client(text) as a, at.client(text) as again:
+            running, pid = _start_sleeping(shop, a)
+            done = at.run("token", "revoke", name, "--reason", "a test")
+            assert again.call("whoami").status_code == 401
+            took.append(_gone(shop, pid))
+            assert running.result(5).status_code == 401
+            assert done.stdout == f"{name} revoked\ncut: 1 query, 0 backends left\n"
+    assert other.end() > 5
+    assert max(took) < 1
+    events = [line["event"] for line in at.audit()]
+    assert events.count("token.revoked") == 5
+    assert any("1 query cancelled, 0 backends left" in line.get("reason", "") for line in at.audit())
+
+
+def test_a_token_is_cut_by_expiry_removal_and_the_end_of_an_overlap(make_site: MakeSite, shop: Shop) -> None:
+    at = make_site(shop).start()
+    other = Other(at)
+    for how in ("expiry", "remove", "overlap", "edit"):
+        name, text = at.token(seconds=1.2 if how == "expiry" else 3600)
+        with at.client(text) as a, at.client(text) as again:
+            running, pid = _start_sleeping(shop, a)
+            ends = at.tokens.current()[name].expires_at
+            assert ends is not None
+            if how == "remove":
+                assert "cut: 1 query, 0 backends left" in at.run("token", "remove", name, "--yes").stdout
+            elif how == "overlap":
+                now = datetime.now(UTC)
+                old, _, fresh = tokens.rotate(at.tokens, name, timedelta(seconds=1), None, now)
+                assert old.expires_at is not None
+                ends = old.expires_at
+                with at.client(fresh) as new:
+                    assert new.rows("select 1") == [[1]]
+                assert again.call("whoami").status_code == 200
+            elif how == "edit":
+                path = at.folder / "tokens.yaml"
+                path.write_text("".join(line for line in path.read_text().splitlines(True) if name not in line))
+            if how in ("expiry", "overlap"):
+                eventually(lambda ends=ends: datetime.now(UTC) >= ends)
+            assert again.call("whoami").status_code == 401, how
+            _gone(shop, pid)
+            assert running.result(5).status_code == 401
+    assert other.end() > 5
+    assert "token.expired" in [line["event"] for line in at.audit()]
+
+
+def test_a_function_that_catches_the_cancel_is_terminated(make_site: MakeSite, shop: Shop) -> None:
+    with shop.admin() as admin:
+        admin.execute(STUBBORN)
+        admin.execute("GRANT EXECUTE ON FUNCTION stubborn() TO shop_reader")
+    at = make_site(shop).start()
+    name, text = at.token()
+    with at.client(text) as a:
+        running, pid = _start_sleeping(shop, a, "select stubborn()")
+        begun = time.monotonic()
+        done = at.run("token", "revoke", name)
+        _gone(shop, pid, max(0.05, 1.5 - (time.monotonic() - begun)))
+        assert running.result(5).status_code == 401
+        assert "cut: 1 query, 0 backends left" in done.stdout
+
+
+@pytest.mark.parametrize("query", ["select pg_sleep(60)", "select stubborn()"])
+def test_a_token_is_cut_though_its_role_has_no_connection_left(make_site: MakeSite, shop: Shop, query: str) -> None:
+    with shop.admin() as admin:
+        admin.execute(STUBBORN)
+        admin.execute("GRANT EXECUTE ON FUNCTION stubborn() TO shop_reader")
+    at = make_site(shop).start()
+    name, text = at.token()
+    with at.client(text) as a:
+        running, pid = _start_sleeping(shop, a, query)
+        with shop.admin() as admin:
+            admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 1")
+            try:
+                at.run("token", "revoke", name)
+                _gone(shop, pid)
+            finally:
+                admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 60")
+        assert running.result(5).status_code == 401
+
+
+def test_fifty_revocations_and_the_slowest_of_them(
+    make_site: MakeSite, newest_shop: Shop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = make_site(newest_shop).start()
+    took = []
+    for _ in range(50):
+        name, text = at.token()
+        with at.client(text) as a, at.client(text) as again:
+            running, pid = _start_sleeping(newest_shop, a)
+            tokens.revoke(at.tokens, [name], datetime.now(UTC))
+            begun = time.monotonic()
+            assert again.call("whoami").status_code == 401
+            _gone(newest_shop, pid)
+            took.append(time.monotonic() - begun)
+            assert running.result(5).status_code == 401
+    with capsys.disabled():
+        print(
+            f"\n50 revocations of a running query: slowest {max(took) * 1000:.0f} ms, "
+            f"median {statistics.median(took) * 1000:.0f} ms until its backend was gone"
+        )
+    assert max(took) < 1
+
+
+@pytest.mark.parametrize("lane", ["express", "sdk", "older sdk"])
+def test_a_client_that_goes_away_ends_its_query(make_site: MakeSite, shop: Shop, lane: str) -> None:
+    at = make_site(shop).start()
+    _, text = at.token()
+    host, port = urlsplit(at.url).netloc.split(":")
+    params: dict[str, object] = {"name": "query_database", "arguments": {"query": "select pg_sleep(60)"}}
+    headers = f"Authorization: Bearer {text}\r\nContent-Type: application/json\r\nAccept: application/json\r\n"
+    if lane == "sdk":
+        params["_meta"] = {
+            "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+            "io.modelcontextprotocol/clientCapabilities": {},
+            "not/known": "to the express lane",
+        }
+        headers += "MCP-Protocol-Version: 2026-07-28\r\nMcp-Method: tools/call\r\nMcp-Name: query_database\r\n"
+    elif lane == "older sdk":
+        params["_meta"] = {"not/known": "to the express lane"}
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
+    before = set(_sleeping(shop))
+    with socket.create_connection((host, int(port))) as wire:
+        wire.sendall(
+            f"POST /mcp HTTP/1.1\r\nHost: {host}:{port}\r\n{headers}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        pid = eventually(lambda: set(_sleeping(shop)) - before).pop()
+    eventually(lambda: pid not in _sleeping(shop), 2)
+    assert eventually(lambda: [line for line in at.audit() if line.get("outcome") == "cancelled"])
+
+
+def test_an_older_clients_cancelled_notification_ends_the_one_call_of_its_number(
+    make_site: MakeSite, shop: Shop
+) -> None:
+    at = make_site(shop).start("--workers", "2")
+    _, text = at.token()
+    with at.client(text) as a, at.client(text) as b:
+        running = in_background(a.call, "query_database", {"query": "select pg_sleep(60)"}, 77)
+        pid = eventually(lambda: _sleeping(shop)).pop()
+        for number, wanted in (("77", True), (77, False)):
+            note = {"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": number}}
+            assert b.http.post(b.url, json=note).status_code == 202
+            if wanted:
+                assert pid in _sleeping(shop)  # another type is another number
+        eventually(lambda: pid not in _sleeping(shop), 3)
+        running.result(5)

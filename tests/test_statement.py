@@ -1,0 +1,248 @@
+"""One statement: bounded, read-only, and nothing of it left behind. Over HTTP, on the oldest and the newest version."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import pg
+import site_of_mcpctl as site
+from site_of_mcpctl import Client, Shop, Site, eventually, in_background
+
+MakeSite = Callable[..., Site]
+
+
+@pytest.fixture(scope="module")
+def served(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    found = Site(tmp_path_factory.mktemp("statement") / "site", shop).start()
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def a(served: Site) -> Iterator[Client]:
+    with served.client(served.token()[1]) as client:
+        yield client
+
+
+LEFTOVERS = {
+    "a setting of the session": "select set_config('search_path', 'nowhere', false)",
+    "statement_timeout": "select set_config('statement_timeout', '0', false)",
+    "default_transaction_read_only": "select set_config('default_transaction_read_only', 'off', false)",
+    "the role": "select set_config('role', 'none', false)",
+    "an advisory lock": "select pg_advisory_lock(4711), pg_advisory_lock_shared(4712)",
+    "a prepared statement made by a function": "select make_prepared()",
+    "a deallocation by a function": "select drop_prepared()",
+    "a temporary table of EXPLAIN ANALYZE": "explain analyze create temporary table left_over as select 1",
+    "a held cursor made by a function": "select make_cursor()",
+    "a listener made by a function": "select make_listener()",
+    "an error in the middle": "select 1/0 from (select pg_advisory_lock(4713)) x",
+}
+_STATE = """
+select (select count(*) from pg_prepared_statements), (select count(*) from pg_cursors),
+  (select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()),
+  (select count(*) from pg_listening_channels()), (select count(*) from pg_class where relpersistence = 't'),
+  current_setting('search_path'), current_setting('statement_timeout'),
+  current_setting('default_transaction_read_only'), current_setting('transaction_read_only'), current_user::text
+"""
+
+
+@pytest.fixture(scope="module")
+def traps(shop: Shop) -> None:
+    """Functions that a careless owner may have left about, and that the reader may run."""
+    bodies = {
+        "make_prepared": "EXECUTE 'PREPARE mine AS SELECT 1'",
+        "drop_prepared": "EXECUTE 'DEALLOCATE ALL'",
+        "make_cursor": "EXECUTE 'DECLARE mine CURSOR WITH HOLD FOR SELECT 1'",
+        "make_listener": "EXECUTE 'LISTEN mine'",
+    }
+    with shop.admin() as admin:
+        for name, body in bodies.items():
+            admin.execute(
+                f"CREATE OR REPLACE FUNCTION {name}() RETURNS int LANGUAGE plpgsql AS $$BEGIN {body}; RETURN 1; END$$"  # type: ignore[arg-type]
+            )
+
+
+@pytest.mark.parametrize("what", LEFTOVERS)
+@pytest.mark.usefixtures("traps")
+def test_nothing_that_a_call_makes_outlives_it(a: Client, what: str) -> None:
+    before = a.rows(_STATE)
+    a.call("query_database", {"query": LEFTOVERS[what]})
+    assert a.rows(_STATE) == before
+    assert a.rows("select transaction_read_only from (select current_setting('transaction_read_only') "
+                  "as transaction_read_only) x") == [["on"]]  # fmt: skip
+
+
+@pytest.mark.usefixtures("traps")
+def test_what_one_token_leaves_no_other_can_use(served: Site, a: Client) -> None:
+    with served.client(served.token("bob")[1]) as b:
+        mine = a.rows("select pg_backend_pid()")
+        assert b.rows("select pg_backend_pid()") != mine
+        a.rows("select make_prepared()")
+        for one in (a, b):
+            assert one.rows("select count(*) from pg_prepared_statements") == [[0]]
+            assert one.error("execute mine")
+
+
+WRITES = {
+    "insert into products (name) values ('x') returning id": "cannot execute INSERT in a read-only transaction",
+    "update products set name = 'x' returning id": "cannot execute UPDATE in a read-only transaction",
+    "delete from order_items returning 1": "cannot execute DELETE in a read-only transaction",
+    "with gone as (delete from orders returning *) select * from gone": "read-only transaction",
+    "select nextval('products_id_seq')": "",
+    "select * into copy_of from products": "PostgreSQL describes no columns",
+    "insert into products (name) values ('x')": "PostgreSQL describes no columns",
+    "truncate orders": "PostgreSQL describes no columns",
+    "drop table orders": "PostgreSQL describes no columns",
+    "create table x (y int)": "PostgreSQL describes no columns",
+    "alter table orders add x int": "PostgreSQL describes no columns",
+    "set transaction read write": "PostgreSQL describes no columns",
+    "begin read write": "PostgreSQL describes no columns",
+    "commit": "PostgreSQL describes no columns",
+    "do $$ begin delete from orders; end $$": "PostgreSQL describes no columns",
+    "copy orders to stdout": "PostgreSQL describes no columns",
+    "copy orders from stdin": "PostgreSQL describes no columns",
+    "select 1; drop table orders": "cannot insert multiple commands",
+    "commit; drop table orders": "cannot insert multiple commands",
+    "select lo_create(0)": "permission denied",
+    "select pg_read_file('/etc/passwd')": "permission denied",
+    "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'postgres'": "permission denied",
+    "select pg_logical_emit_message(false, 'a', 'b')": "permission denied",
+    "select pg_export_snapshot()": "permission denied",
+}
+
+
+@pytest.mark.parametrize("query", WRITES)
+def test_what_would_write_is_refused_and_changes_nothing(shop: Shop, a: Client, query: str) -> None:
+    count = "SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM products), (SELECT count(*) FROM pg_class)"
+    with shop.admin() as admin:
+        before = admin.execute(count).fetchall()  # type: ignore[arg-type]
+        assert WRITES[query] in a.error(query)
+        assert admin.execute(count).fetchall() == before  # type: ignore[arg-type]
+
+
+def test_a_failure_says_what_postgresql_says_and_never_where_it_runs(shop: Shop, served: Site, a: Client) -> None:
+    text = a.error("select nam from products")
+    assert text.splitlines()[0] == 'column "nam" does not exist'
+    assert "SQLSTATE: 42703" in text
+    assert "Position: 8" in text
+    for query in ("select nam from products", "select * from nowhere.x", "select 'x'::int", "select pg_read_file('x')"):
+        text = a.error(query)
+        for secret in (site.PASSWORD, shop.cluster.host, "5432", site.READER):
+            assert secret not in text
+
+
+def test_a_known_question_is_remembered_and_asked_again_in_the_same_words(a: Client) -> None:
+    for _ in range(3):
+        assert a.rows("select count(*) from customers") == [[500]]
+
+
+def test_rows_beyond_the_limit_are_cut_off_and_it_says_so(a: Client) -> None:
+    found = a.ask("select g from generate_series(1, 100000) g")
+    assert (found["row_count"], found["truncated"]) == (1000, True)
+    assert "LIMIT and OFFSET" in found["note"]
+    assert found["rows"][-1] == [1000]
+    exact = a.ask("select g from generate_series(1, 1000) g")
+    assert (exact["row_count"], exact["truncated"]) == (1000, False)
+    few = a.ask("select g from generate_series(1, 1000) g", limit=7)
+    assert (few["row_count"], few["truncated"]) == (7, True)
+    assert a.rows("select 1") == [[1]]
+
+
+def test_bytes_beyond_the_limit_are_cut_off_between_rows(a: Client) -> None:
+    found = a.ask("select repeat('x', 300000) from generate_series(1, 10)")
+    assert (found["row_count"], found["truncated"]) == (3, True)
+    found = a.ask("select repeat('x', 2000000)")
+    assert (found["row_count"], found["truncated"]) == (0, True)
+
+
+def _memory(at: Site) -> int:
+    """The server's peak memory in bytes."""
+    assert at.process is not None
+    status = Path(f"/proc/{at.process.pid}/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the server's peak memory is read from /proc")
+@pytest.mark.parametrize("way", ["socket", "tcp", "tls"])
+def test_a_cell_of_a_gigabyte_and_ten_million_rows_cost_little_memory_and_nobody_waits(
+    make_site: MakeSite, certificates: Path, way: str
+) -> None:
+    binaries = next((found for found in pg.supported() if not found.bundled), None)
+    if way == "tls" and binaries is None:
+        pytest.skip("the PostgreSQL of the wheel is built without TLS, and the system has none")
+    options: dict[str, object] = {"tcp": way != "socket"}
+    if way == "tls":
+        options["ssl"] = (certificates / "cert.pem", certificates / "key.pem")
+    with site.shop(binaries or pg.supported()[-1], **options) as shop:
+        lines = "limits: {statement_timeout: 60s}\n"
+        database = f"    sslmode: verify-full\n    sslrootcert: {certificates / 'ca.pem'}\n" if way == "tls" else ""
+        at = make_site(shop, extra=lines, database=database, tcp=way != "socket").start()
+        with at.client(at.token()[1]) as a, at.client(at.token("bob")[1]) as b:
+            assert a.rows("select ssl from pg_stat_ssl where pid = pg_backend_pid()") == [[way == "tls"]]
+            assert b.rows("select 1") == [[1]]
+            before = _memory(at)
+            slowest = 0.0
+            for query in (
+                "select repeat('x', 1000000000)",
+                "select g, md5(g::text) from generate_series(1, 10000000) g",
+            ):
+                running = in_background(a.call, "query_database", {"query": query})
+                while running._thread.is_alive():
+                    begun = time.monotonic()
+                    assert b.rows("select 1") == [[1]]
+                    slowest = max(slowest, time.monotonic() - begun)
+                answer = running.result().json()["result"]
+                said = answer["content"][0]["text"]
+                assert "far larger than an answer may be" in said or '"truncated":true' in said, said[:300]
+            assert _memory(at) - before < 60 << 20
+            assert slowest < 2
+            assert a.rows("select 1") == [[1]]
+
+
+def test_a_statement_ends_at_its_time_and_the_connection_works_on(make_site: MakeSite, shop: Shop) -> None:
+    with shop.admin() as admin:
+        admin.execute(
+            "CREATE OR REPLACE FUNCTION never_ends() RETURNS int LANGUAGE plpgsql AS $$BEGIN LOOP BEGIN "
+            "PERFORM pg_sleep(60); EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END$$"
+        )
+    at = make_site(shop, extra="limits: {statement_timeout: 500ms}\n").start()
+    with at.client(at.token()[1]) as a:
+        assert "statement timeout" in a.error("select pg_sleep(60)")
+        assert a.rows("select 1") == [[1]]
+        begun = time.monotonic()
+        assert "statement timeout" in a.error("select never_ends()")
+        assert time.monotonic() - begun < 4
+        eventually(lambda: not shop.backends("query LIKE '%never_ends%'"), 2)
+        assert a.rows("select 1") == [[1]]
+
+
+def test_a_statement_of_5_mb_is_refused_before_it_is_read(a: Client) -> None:
+    answer = a.call("query_database", {"query": "select '" + "x" * 5_000_000 + "'"})
+    assert answer.status_code == 413
+    assert "1048576" in answer.json()["error"]["message"]
+
+
+def test_the_relations_of_a_question_are_in_the_audit_log(served: Site, a: Client) -> None:
+    a.rows("select count(*) from orders join customers on customers.id = customer_id")
+    a.rows("select * from monthly_revenue limit 1")
+    lines = [line for line in served.audit() if line["event"] == "tool.called"]
+    assert lines[-2]["relations"] == ["public.customers", "public.orders"]
+    assert {"public.monthly_revenue", "public.orders", "public.order_items"} <= set(lines[-1]["relations"])
+    assert lines[-1]["role"] == site.READER
+    assert lines[-1]["statement"] == "select * from monthly_revenue limit 1"
+
+
+def test_a_password_typed_into_sql_is_not_in_the_audit_log(served: Site, a: Client) -> None:
+    for query in (
+        "alter role shop_reader password 'hunter2hunter2'",
+        "alter role shop_reader passwort 'hunter2hunter2'",
+        "select 1; alter role shop_reader password 'hunter2hunter2'",
+    ):
+        a.error(query)
+        assert "statement_hmac" in served.audit()[-1]
+    assert b"hunter2" not in (served.folder / "audit.jsonl").read_bytes()
