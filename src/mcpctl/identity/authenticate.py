@@ -10,6 +10,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from time import monotonic
@@ -114,18 +115,23 @@ class Authenticator:
     def expired(self) -> list[str]:
         """Ids of tokens in use whose time is over; each is told once."""
         now = self._now()
-        over = [name for name in self._active if self._seen[name].status(now) == "expired"]
+        over = [name for name in self._active if self._seen[name].status(now) in ("expired", "revoked")]
         self._active.difference_update(over)
         for name in over:
             self._known.pop(name, None)
         return over
 
     def still_valid(self, principal: Principal) -> bool:
-        """Whether a principal is still what its token's entry says; false as soon as the entry changed or ended."""
+        """Whether a principal still has what it had: its token lives, with the same secret, user and limits."""
         if principal.token is None:
             return True
-        known = self._known.get(principal.token)
-        return known is not None and known[2] is principal and known[1].status(self._now()) not in ("expired", "revoked")
+        token = self._seen.get(principal.token)
+        return (
+            token is not None
+            and token.status(self._now()) not in ("expired", "revoked")
+            and (token.user is None or token.user in self._people)
+            and _principal(replace(token, expires_at=principal.expires_at)) == principal
+        )
 
     def next_expiry(self) -> float | None:
         """Seconds until the next token in use expires; None when none does."""

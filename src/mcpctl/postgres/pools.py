@@ -49,7 +49,8 @@ class Pools:
         self._told = told
         self._valid = valid
         self._pools: dict[tuple[str, str], TokenPool] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Lock()
+        self._freed = asyncio.Event()
         self._closed = False
         self.lingering: dict[int, str] = {}
 
@@ -71,6 +72,7 @@ class Pools:
             yield session
         finally:
             await pool.give_back(session)
+            self._freed.set()
 
     async def _pool(self, principal: Principal, database: str) -> TokenPool:
         if self._closed:
@@ -103,14 +105,27 @@ class Pools:
         self._told(event, token=owner.token, user=owner.user, database=pool.login.name, reason=reason)
 
     async def _make_room(self, asking: TokenPool) -> None:
-        """Keep within the budget: called when `asking` is about to connect and counts already."""
-        while self.connections > self._budget:
-            idle = [pool for pool in self._pools.values() if pool is not asking and pool.idle]
-            if not idle:
-                raise UnavailableError(
-                    f"all {self._budget} database connections of this server are in use", "ask again in a moment"
-                )
-            await self._close(min(idle, key=lambda pool: pool.last_used), "the budget of connections is full")
+        """Let `asking` connect once more, within the budget: the longest-idle pool gives way, or a call that ends.
+
+        Who asks first is served first. Raises UnavailableError when nothing came free in the time that a call waits.
+        """
+        full = UnavailableError(
+            f"all {self._budget} database connections of this server are in use", "ask again in a moment"
+        )
+        try:
+            async with asyncio.timeout(asking.login.settings.pool.wait), self._room:
+                while self.connections >= self._budget:
+                    idle = [pool for pool in self._pools.values() if pool is not asking and pool.idle]
+                    if idle:
+                        await self._close(min(idle, key=lambda pool: pool.last_used), "the budget is full")
+                        continue
+                    self._freed.clear()
+                    await self._freed.wait()
+                if asking.closed:
+                    raise full
+                asking.connecting += 1
+        except TimeoutError:
+            raise full from None
 
     async def _close(self, pool: TokenPool, reason: str) -> None:
         for key, found in list(self._pools.items()):

@@ -63,7 +63,7 @@ class Session:
 
 
 class TokenPool:
-    """See the module. `make_room` is asked before each new connection."""
+    """See the module. `make_room(pool)` is awaited before each new connection, and adds one to its `connecting`."""
 
     def __init__(
         self, login: Login, principal: Principal, timeout: float, verdicts: Verdicts, make_room: MakeRoom
@@ -78,7 +78,7 @@ class TokenPool:
         self.last_used = monotonic()
         self._timeout = timeout
         self._make_room = make_room
-        self._connecting = 0
+        self.connecting = 0
         self._waiting: set[asyncio.Timeout] = set()
         self._error: Error | None = None
         self._wait = settings.wait
@@ -110,12 +110,17 @@ class TokenPool:
         """Connections open or being opened."""
         for conn in [conn for conn in self.sessions if conn.closed]:
             del self.sessions[conn]
-        return len(self.sessions) + self._connecting
+        return len(self.sessions) + self.connecting
 
     @property
     def idle(self) -> bool:
         """Nobody uses it, waits for it, or is being connected."""
-        return not self.out and not self._waiting and not self._connecting
+        return not self.out and not self._waiting and not self.connecting
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed."""
+        return self._pool.closed
 
     async def open(self) -> None:
         """Start it; it connects when the first call comes."""
@@ -126,17 +131,24 @@ class TokenPool:
         await self._pool.close(timeout=0.2)
 
     async def _conninfo(self) -> str:
-        self._connecting += 1
         try:
             await self._make_room(self)
+        except Error as problem:
+            self._refused(problem)
+            raise
+        try:
             return self.login.dsn()
         except Error as problem:
             self._failed(problem)
             raise
 
     def _failed(self, problem: Exception) -> None:
-        """A connection could not be made: whoever waits is told, unless one that is out may still come back."""
-        self._connecting -= 1
+        """A connection that there was room for could not be made."""
+        self.connecting -= 1
+        self._refused(problem)
+
+    def _refused(self, problem: Exception) -> None:
+        """There will be no new connection: whoever waits is told, unless one that is out may still come back."""
         if isinstance(problem, Error):
             self._error = problem
         else:
@@ -164,7 +176,7 @@ class TokenPool:
             self._failed(problem)
             raise
         conn.pgconn.enter_pipeline_mode()
-        self._connecting -= 1
+        self.connecting -= 1
         self.sessions[conn] = Session(conn, self, row[0], row[1], row[2])
 
     async def take(self) -> Session:
@@ -184,7 +196,7 @@ class TokenPool:
 
     async def _getconn(self) -> _Login:
         try:
-            async with asyncio.timeout(self._wait) as waiting:
+            async with asyncio.timeout(self._wait + 0.1) as waiting:  # who could not have room says why first
                 self._waiting.add(waiting)
                 try:
                     return await self._pool.getconn()

@@ -30,10 +30,11 @@ def token(headers: Headers, query: bytes) -> str | None:
     if b"mcp_" in query or any(part.split(b"=")[0].lower() in _IN_URL for part in query.split(b"&")):
         raise UsageError("a token in the URL is not taken", "send it as a header: Authorization: Bearer …")
     bearer, api_key = header(headers, b"authorization"), header(headers, b"x-api-key")
-    if bearer is not None and api_key is not None:
-        raise UsageError("two credentials in one request: Authorization and X-API-Key", "send one of them")
+    session = header(headers, b"x-session-id")
+    if sum(credential is not None for credential in (bearer, api_key, session)) > 1:
+        raise UsageError("two credentials in one request", "send Authorization: Bearer … alone")
     if bearer is None:
-        return api_key
+        return api_key if session is None else session  # there are no sessions, so that none is known
     scheme, _, rest = bearer.partition(" ")
     if scheme.lower() != "bearer":
         raise UnauthorizedError("another scheme than Bearer")

@@ -60,7 +60,8 @@ class Http:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._ready: tuple[float, dict[str, bool]] | None = None
+        self._ready: tuple[float, bool] | None = None
+        self._asking = asyncio.Lock()
         self._streams: dict[asyncio.Task[Any], Principal] = {}
         self.answered_express = 0
         self.answered_sdk = 0
@@ -203,12 +204,12 @@ class Http:
     async def _is_ready(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         """Whether every database marked `required` takes connections; looked at every 2 s at most."""
         _only_get(scope)
-        now = monotonic()
-        if self._ready is None or now - self._ready[0] > _READY_FOR:
-            names = [name for name, database in self._parts.settings.databases.items() if database.required]
-            found = await asyncio.gather(*(self._parts.pools.reachable(name) for name in names))
-            self._ready = (now, dict(zip(names, found, strict=True)))
-        ready = all(self._ready[1].values())
+        async with self._asking:  # however many ask, the databases are asked once
+            if self._ready is None or monotonic() - self._ready[0] > _READY_FOR:
+                names = [name for name, database in self._parts.settings.databases.items() if database.required]
+                found = await asyncio.gather(*(self._parts.pools.reachable(name) for name in names))
+                self._ready = (monotonic(), all(found))
+        ready = self._ready[1]
         await _json(send, 200 if ready else 503, encoding.encode({"ready": ready}), request_id)
 
     async def _metadata(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:

@@ -10,6 +10,7 @@ import socket
 import ssl
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -332,6 +333,7 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
                 told(signal.SIGTERM, None)
             elif not stop:
                 log.error("worker %d died; another takes its place", pid)
+                time.sleep(0.2)  # one that dies at once must not keep a core busy
                 fork()
             continue
         select.select([], [], [], 0.05)
