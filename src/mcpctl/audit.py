@@ -2,12 +2,15 @@
 
 One JSON line an event. `hash` = HMAC-SHA-256(key, prev ‖ the line's bytes before `,"hash"`) in hex, where `prev` is
 the hash of the line before (64 zeros before the first) as ASCII. Whoever lacks the key can neither change, remove,
-add nor reorder a line without breaking every hash after it.
+add nor reorder a line without breaking every hash after it. Lines cut off at the very end leave no trace in the file
+itself: a process that still runs goes on from where it was, so that the gap shows; else a copy elsewhere shows it.
 
 One chain, many writers (workers, commands): an append takes the lock file's lock, looks whether the file's end is
 where this writer left it, reads the last line only if not, and writes one line with one write(2).
 """
 
+import contextlib
+import glob
 import hashlib
 import hmac
 import json
@@ -20,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import private_file
-from mcpctl.errors import ConfigError, Error, UnavailableError
+from mcpctl.errors import ConfigError, Error, NotFoundError, UnavailableError
 
 FIRST = "0" * 64
 FIELDS = (
@@ -35,7 +38,9 @@ EVENTS = (
     "pool.opened", "pool.closed", "query.cancelled", "tool.called", "tool.refused", "user.added", "config.created",
     "server.started", "server.stopped",
 )  # fmt: skip
-_LONGEST_LINE = 8 << 20
+_BEGINNING = b'{"seq":'
+_FIRST_LOOK = 64 << 10
+_CHUNK = 4 << 20
 
 
 @dataclass
@@ -78,25 +83,46 @@ class AuditLog:
             raise ValueError(f"{event} is no audit event")
         if unknown := fields.keys() - set(FIELDS):
             raise ValueError(f"no such audit fields: {sorted(unknown)}")
+        with self._locked():
+            self._write({"time": _stamp(self._now()), "event": event, **fields})
+
+    def check(self) -> None:
+        """Raises UnavailableError where a line could not be appended now (but for a disk that is full)."""
+        with self._locked():
+            self._find_end()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
         try:
-            if self._lock < 0:
-                lock = self.path.with_name(self.path.name + ".lock")
-                self._lock = private_file.open_checked(lock, os.O_RDWR | os.O_CREAT)
-            private_file.lock(self._lock)
+            self._take_lock()
             try:
-                self._write({"time": _stamp(self._now()), "event": event, **fields})
+                yield
             finally:
                 private_file.unlock(self._lock)
         except OSError as problem:
             raise UnavailableError(f"the audit log {self.path} cannot be written: {problem.strerror}") from None
+        except UnavailableError:
+            raise
         except Error as problem:
             raise UnavailableError(f"the audit log cannot be written: {problem.message}", problem.hint) from None
+
+    def _take_lock(self) -> None:
+        path = self.path.with_name(self.path.name + ".lock")
+        while True:
+            if self._lock < 0:
+                self._lock = private_file.open_checked(path, os.O_RDWR | os.O_CREAT)
+            private_file.lock(self._lock)
+            if private_file.fingerprint(path)[0] == os.fstat(self._lock).st_ino:
+                return
+            os.close(self._lock)  # somebody removed it: what the others hold is another one
+            self._lock = -1
 
     def _write(self, fields: dict[str, Any]) -> None:
         end = self._find_end()
         values = {"seq": end.seq + 1, **fields, "key_id": self.key_id, "prev": end.hash}
         ordered = {name: values[name] for name in FIELDS if values.get(name) is not None}
-        body = json.dumps(ordered, ensure_ascii=True, separators=(",", ":")).encode("ascii")[:-1]
+        text = json.dumps(ordered, ensure_ascii=True, separators=(",", ":")).replace("\x7f", "\\u007f")
+        body = text.encode("ascii")[:-1]
         digest = chain_hash(self._key, end.hash, body)
         line = body + b',"hash":"' + digest.encode("ascii") + b'"}\n'
         written = os.write(self._file, line)
@@ -120,27 +146,34 @@ class AuditLog:
         self._file = private_file.open_checked(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         found = os.fstat(self._file)
         size = found.st_size
+        last = None
         if size:
             last, size = _last_line(self._file, size, self.path)
-        else:
+            if size < found.st_size:
+                os.ftruncate(self._file, size)  # what a crash left half written was never acknowledged
+        if last is None:
             last = self._before_rotation()
-        seq, digest = (last["seq"], last["hash"]) if last else (0, FIRST)
-        if self._end is not None and not found.st_size and self._end.seq > seq:
-            seq, digest = self._end.seq, self._end.hash  # moved away and packed: we still know where we were
+        seq, digest = last or (0, FIRST)
+        if self._end is not None and self._end.seq > seq:
+            seq, digest = self._end.seq, self._end.hash  # moved away and packed, or cut: we still know where we were
         self._end = _End(found.st_ino, size, seq, digest)
         return self._end
 
-    def _before_rotation(self) -> dict[str, Any] | None:
-        """The last line of the file that was moved away last, so that a new one goes on from it."""
-        moved = [path for path in self.path.parent.glob(self.path.name + "[.-]*") if path.suffix not in (".lock", ".gz", ".xz", ".zst")]
-        for path in sorted(moved, key=lambda path: path.stat().st_mtime, reverse=True):
-            fd = private_file.open_checked(path, os.O_RDONLY)
+    def _before_rotation(self) -> "tuple[int, str] | None":
+        """Where the files that were moved away end, so that a new one goes on from there."""
+        ends = []
+        for path in self.path.parent.glob(glob.escape(self.path.name) + "[.-]*"):
+            if path.suffix in (".lock", ".gz", ".xz", ".zst", ".bz2"):
+                continue
             try:
-                if size := os.fstat(fd).st_size:
-                    return _last_line(fd, size, path)[0]
+                fd = private_file.open_checked(path, os.O_RDONLY)
+            except NotFoundError:
+                continue
+            try:
+                ends.append(_last_line(fd, os.fstat(fd).st_size, path)[0])
             finally:
                 os.close(fd)
-        return None
+        return max((end for end in ends if end is not None), default=None)
 
 
 def chain_hash(key: bytes, prev: str, body: bytes) -> str:
@@ -148,23 +181,28 @@ def chain_hash(key: bytes, prev: str, body: bytes) -> str:
     return hmac.new(key, prev.encode("ascii") + body, hashlib.sha256).hexdigest()
 
 
-def _last_line(fd: int, size: int, path: Path) -> tuple[dict[str, Any] | None, int]:
-    """The last whole line, and where it ends. What a crash left half written behind it is cut off: its event was
-    never acknowledged."""
-    start = max(0, size - _LONGEST_LINE)
-    os.lseek(fd, start, os.SEEK_SET)
-    tail = b""
-    while len(tail) < size - start:
-        tail += os.read(fd, size - start - len(tail))
+def _read_at(fd: int, size: int, start: int) -> bytes:
+    os.lseek(fd, start, os.SEEK_SET)  # pread(2) is POSIX's alone
+    return os.read(fd, size)
+
+
+def _last_line(fd: int, size: int, path: Path) -> "tuple[tuple[int, str] | None, int]":
+    """Number and hash of the last whole line, and where it ends; what stands behind it is the half of one."""
+    tail, start = b"", size
+    while start > 0 and tail[: tail.rfind(b"\n") + 1].rstrip(b"\n").count(b"\n") < 1:
+        step = min(start, max(_FIRST_LOOK, len(tail)))
+        start -= step
+        tail = _read_at(fd, step, start) + tail
     whole = tail.rfind(b"\n") + 1
-    if whole < len(tail):
-        os.ftruncate(fd, start + whole)
-    lines = tail[:whole].rstrip(b"\n").rsplit(b"\n", 1)
-    if not lines[-1]:
+    half = tail[whole:]
+    if not (half.startswith(_BEGINNING) or _BEGINNING.startswith(half)):
+        raise ConfigError(f"{path} does not end with a line of mcpctl's", "is it the right file? it is left as it is")
+    line = tail[:whole].rstrip(b"\n").rpartition(b"\n")[2]
+    if not line:
         return None, start + whole
     try:
-        line = json.loads(lines[-1])
-        return {"seq": int(line["seq"]), "hash": str(line["hash"])}, start + whole
+        found = json.loads(line)
+        return (int(found["seq"]), str(found["hash"])), start + whole
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
             f"the last line of {path} is not one of mcpctl's", "move the file away; the log goes on in a new one"
@@ -183,7 +221,9 @@ def read_key(path: Path) -> bytes:
     except ValueError:
         key = b""
     if len(key) != 32:
-        raise ConfigError(f"{path} does not hold 64 hex digits", "restore it from the backup: the chain needs this very key")
+        raise ConfigError(
+            f"{path} does not hold 64 hex digits", "restore it from the backup: the chain needs this very key"
+        )
     return key
 
 
@@ -201,28 +241,46 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def follow(path: Path, pause: Callable[[float], None] = time.sleep) -> Iterator[dict[str, Any]]:
-    """Lines as they are written from now on, for ever; goes over to the new file when the old is moved away."""
+    """Lines as they are written from now on, for ever; goes over to the new file when the old is moved away.
+
+    From now on: from this call, not from the first look at what it returns.
+    """
     fd = private_file.open_checked(path, os.O_RDONLY)
-    file = os.fdopen(fd, "rb")
-    file.seek(0, os.SEEK_END)
-    rest = b""
+    return _follow(path, fd, os.fstat(fd).st_size, pause)
+
+
+def _follow(path: Path, fd: int, done: int, pause: Callable[[float], None]) -> Iterator[dict[str, Any]]:
     try:
         while True:
-            data = file.read(1 << 20)
-            if data:
-                *lines, rest = (rest + data).split(b"\n")
-                yield from map(_parse, lines)
-                continue
             now = private_file.fingerprint(path)
-            if now != private_file.ABSENT and now[0] != os.fstat(file.fileno()).st_ino:
-                *lines, rest = (rest + file.read()).split(b"\n")  # written between our read and its move
-                yield from map(_parse, lines)
-                file.close()
-                file = os.fdopen(private_file.open_checked(path, os.O_RDONLY), "rb")
-                continue
-            pause(0.2)
+            about = os.fstat(fd)
+            if about.st_size < done:
+                done = 0  # emptied under us: what a crash left half written is not counted in `done`
+            whole = _whole_lines(fd, done)  # read after the look at the name: nothing is written to it after its move
+            if whole:
+                done += len(whole)
+                yield from map(_parse, whole[:-1].split(b"\n"))
+            elif now != private_file.ABSENT and now[0] != about.st_ino:
+                try:
+                    new = private_file.open_checked(path, os.O_RDONLY)
+                except NotFoundError:
+                    continue
+                os.close(fd)
+                fd, done = new, 0
+            else:
+                pause(0.2)
     finally:
-        file.close()
+        os.close(fd)
+
+
+def _whole_lines(fd: int, start: int) -> bytes:
+    """The next whole lines from there on; a last one without its end is left for later."""
+    data = b""
+    while chunk := _read_at(fd, _CHUNK, start + len(data)):
+        data += chunk
+        if b"\n" in chunk:
+            break
+    return data[: data.rfind(b"\n") + 1]
 
 
 def _parse(line: bytes) -> dict[str, Any]:
@@ -230,4 +288,6 @@ def _parse(line: bytes) -> dict[str, Any]:
         found = json.loads(line)
     except ValueError:
         found = None
-    return found if isinstance(found, dict) else {"event": "unreadable", "reason": line[:200].decode("utf-8", "replace")}
+    return (
+        found if isinstance(found, dict) else {"event": "unreadable", "reason": line[:200].decode("utf-8", "replace")}
+    )

@@ -92,7 +92,7 @@ class Calls:
         try:
             tool = self._find(principal, name)
             result = await self._run(tool, principal, arguments, facts)
-            facts.values.update(rows=result.rows, bytes=result.bytes, relations=result.relations)
+            facts.values.update(rows=result.rows, bytes=result.bytes)
             return Answer(result.text, result.structured)
         except (UsageError, ForbiddenError, NotAQuestionError) as problem:
             event, outcome, reason = "tool.refused", "refused", problem.message
@@ -103,6 +103,9 @@ class Calls:
         except UnauthorizedError as problem:
             event, outcome, reason = "tool.refused", "cut", problem.message
             raise
+        except StatementError as problem:  # its words may quote what only the caller may know
+            outcome, reason = "error", f"SQLSTATE {problem.fields.get('sqlstate', 'none')}"
+            return _failed(problem)
         except Error as problem:
             outcome, reason = "error", problem.message
             return _failed(problem)
@@ -139,17 +142,15 @@ class Calls:
             raise TypeError(f"{tool.name} neither asks nor tells")
         database = self._database(principal, checked.pop("database", None))
         facts.values["database"] = database
-        described = False
+        session = None
         try:
             async with self._borrow(principal, database, facts) as session:
-                described = True
                 return await tool.ask(session, checked, self._bounds(database))
-        except (NotAQuestionError, StatementError) as problem:
-            described = getattr(problem, "described", False)
-            raise
         finally:
+            described, relations = (session.described, session.relations) if session else (False, None)
             if tool.statement is not None:
-                facts.values.update(self._recorder.statement(checked[tool.statement], described=described))
+                kept = self._recorder.statement(checked[tool.statement], described=described)
+                facts.values.update(kept, relations=relations)
 
     @contextlib.asynccontextmanager
     async def _borrow(self, principal: Principal, database: str, facts: _Facts) -> AsyncIterator[Session]:

@@ -19,18 +19,26 @@ _UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "
 _SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
+_LONGEST = 1000 * _UNITS["y"]
+_LARGEST = 1 << 40
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
 def duration(value: Any) -> float:
-    """Seconds, from `250ms 30s 5m 12h 90d 2w 1y`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w|y)", value) if isinstance(value, str) else None
+    """Seconds, from `250ms 30s 5m 12h 90d 2w 1y`; 1000y at most, so that a date can still say it."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d|w|y)", value) if isinstance(value, str) else None
     if not found:
         raise ValueError("a duration such as 30s, 5m, 12h, 90d")
-    return float(found[1]) * _UNITS[found[2]]
+    seconds = float(found[1]) * _UNITS[found[2]]
+    if seconds > _LONGEST:
+        raise ValueError("a duration of 1000y at most")
+    return seconds
 
 
 def _positive_duration(value: Any) -> float:
     seconds = duration(value)
-    if seconds <= 0:
-        raise ValueError("a duration above 0")
+    if seconds < 0.001:  # PostgreSQL counts in ms, and takes 0 for "no limit"
+        raise ValueError("a duration of 1ms or more")
     return seconds
 
 
@@ -39,10 +47,15 @@ def _optional_duration(value: Any) -> float | None:
 
 
 def _size(value: Any) -> int:
-    found = re.fullmatch(r"(\d+) ?(B|KiB|MiB|GiB|)", str(value)) if isinstance(value, str | int) else None
-    if isinstance(value, bool) or not found or int(found[1]) == 0:
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    elif isinstance(value, str) and (found := re.fullmatch(r"([0-9]{1,13}) ?(B|KiB|MiB|GiB|)", value)):
+        size = int(found[1]) * _SIZES[found[2]]
+    else:
         raise ValueError("a size such as 64KiB or 4MiB")
-    return int(found[1]) * _SIZES[found[2]]
+    if not 0 < size <= _LARGEST:
+        raise ValueError("a size from 1B to 1024GiB")
+    return size
 
 
 def _number(low: int, high: int) -> Reader:
@@ -61,9 +74,11 @@ def _bool(value: Any) -> bool:
 
 
 def text(value: Any) -> str:
-    """A text that is not empty."""
+    """A text that is not empty, and that a file system, a terminal and a log can take."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a text")
+    if _CONTROL.search(value):
+        raise ValueError("a text without control characters")
     return value
 
 
@@ -81,6 +96,8 @@ def _optional_path(value: Any) -> Path | None:
 
 def _choice(*names: str) -> Reader:
     def read(value: Any) -> str:
+        if value is False and "off" in names:  # to YAML 1.1 a bare off is false
+            return "off"
         if value not in names:
             raise ValueError("one of " + ", ".join(names))
         return str(value)
@@ -137,7 +154,9 @@ class Tls:
 
     cert: Path | None = setting(None, _optional_path, "certificate in PEM, for HTTPS; with `key`")
     key: Path | None = setting(None, _optional_path, "its private key in PEM, 0600")
-    chain: Path | None = setting(None, _optional_path, "intermediate certificates in PEM, where `cert` has only its own")
+    chain: Path | None = setting(
+        None, _optional_path, "intermediate certificates in PEM, where `cert` has only its own"
+    )
 
 
 @dataclass(frozen=True)
@@ -146,7 +165,9 @@ class Server:
 
     host: str = setting("127.0.0.1", text, "address to listen on; anything but loopback needs TLS or --behind-proxy")
     port: int = setting(8080, _number(0, 65535), "port to listen on; 0 takes a free one")
-    public_url: str | None = setting(None, _public_url, "what clients call the server by, where that is not host and port")
+    public_url: str | None = setting(
+        None, _public_url, "what clients call the server by, where that is not host and port"
+    )
     tls: Tls = section(Tls, "HTTPS")
     allowed_hosts: tuple[str, ...] = setting((), _texts, "further Host headers to answer to, such as mcp.example.org")
     allowed_origins: tuple[str, ...] = setting((), _texts, "further Origin headers of browsers to answer to")
@@ -154,7 +175,9 @@ class Server:
     workers: int = setting(1, _number(1, 64), "processes that share the port")
     stdio: bool = setting(False, _bool, "`serve` without a flag speaks on stdin and stdout instead of HTTP")
     sse: bool = setting(False, _bool, "also serve /sse and /messages, for clients of before 2025-03; one worker only")
-    runtime_dir: Path | None = setting(None, _optional_path, "folder of the control sockets; default: that of token_file")
+    runtime_dir: Path | None = setting(
+        None, _optional_path, "folder of the control sockets; default: that of token_file"
+    )
 
 
 @dataclass(frozen=True)
@@ -163,7 +186,9 @@ class Auth:
 
     token_file: Path = setting(Path("tokens.yaml"), _path, "the tokens, 0600")
     user_file: Path = setting(Path("users.yaml"), _path, "the users, 0600")
-    token_lifetime: float | None = setting(None, _optional_duration, "lifetime of `token add` without --expiry; none: required")
+    token_lifetime: float | None = setting(
+        None, _optional_duration, "lifetime of `token add` without --expiry; none: required"
+    )
     max_token_lifetime: float | None = setting(None, _optional_duration, "no token may live longer; none: no bound")
 
 
@@ -196,7 +221,9 @@ SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"
 class Database:
     """databases.NAME"""
 
-    dsn: str | None = setting(None, _optional_text, "libpq connection string or URL, without a password; or host, port, …")
+    dsn: str | None = setting(
+        None, _optional_text, "libpq connection string or URL, without a password; or host, port, …"
+    )
     host: str | None = setting(None, _optional_text, "host name, address, or folder of the socket")
     port: int | None = setting(None, lambda v: None if v is None else _number(1, 65535)(v), "default 5432")
     dbname: str | None = setting(None, _optional_text, "name of the database in PostgreSQL; default: the name here")
@@ -205,7 +232,9 @@ class Database:
     sslmode: str | None = setting(
         None, _optional_choice(*SSL_MODES), "default: verify-full for another machine, prefer on this one"
     )
-    sslrootcert: str | None = setting(None, _optional_text, "CA file that signed the server's certificate; default: the system's")
+    sslrootcert: str | None = setting(
+        None, _optional_text, "CA file that signed the server's certificate; default: the system's"
+    )
     description: str | None = setting(None, _optional_text, "one line on what is in it, shown by list_databases")
     required: bool = setting(True, _bool, "/ready answers 503 while it cannot be reached")
     default: bool = setting(False, _bool, "the one that is meant when a call names none; a single one always is")
@@ -224,7 +253,9 @@ class Limits:
     max_bytes: int = setting(1 << 20, _size, "bytes of one answer's rows, as JSON")
     statement_timeout: float = setting(30.0, _positive_duration, "a statement is cancelled after this")
     request_bytes: int = setting(1 << 20, _size, "bytes of one request's body")
-    connections: int = setting(20, _number(1, 10000), "connections to PostgreSQL of the whole server, all workers together")
+    connections: int = setting(
+        20, _number(1, 10000), "connections to PostgreSQL of the whole server, all workers together"
+    )
 
 
 @dataclass(frozen=True)
@@ -233,8 +264,12 @@ class Audit:
 
     file: Path = setting(Path("audit.jsonl"), _path, "the log, one JSON line an event, 0600")
     key_file: Path = setting(Path("audit.key"), _path, "the key of its chain, 0600; keep it, or the log proves nothing")
-    statements: str = setting("full", _choice("full", "hash", "off"), "keep statements as text, as an HMAC, or not at all")
-    on_failure: str = setting("refuse", _choice("refuse", "warn"), "what happens to calls while the log cannot be written")
+    statements: str = setting(
+        "full", _choice("full", "hash", "off"), "keep statements as text, as an HMAC, or not at all"
+    )
+    on_failure: str = setting(
+        "refuse", _choice("refuse", "warn"), "what happens to calls while the log cannot be written"
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -43,12 +43,15 @@ def listen(folder: Path) -> tuple[socket.socket, Path]:
     """This process's socket, 0600 from its first moment; what dead processes left is swept first."""
     sweep(folder)
     path = folder / f"control.{os.getpid()}.sock"
-    path.unlink(missing_ok=True)
+    early = path.with_name(f".{path.name}")  # it gets its name when it listens: nobody takes it for a dead one's
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
     try:
-        with short(path) as name:
+        early.unlink(missing_ok=True)
+        with short(early) as name:
             made.bind(name)
+        made.listen(16)
+        early.replace(path)
     except OSError as problem:
         made.close()
         raise ConfigError(
@@ -56,7 +59,6 @@ def listen(folder: Path) -> tuple[socket.socket, Path]:
         ) from None
     finally:
         os.umask(before)
-    made.listen(16)
     made.setblocking(False)
     return made, path
 
@@ -75,35 +77,53 @@ def sockets(folder: Path) -> list[Path]:
 def sweep(folder: Path) -> None:
     """Remove the sockets of processes that are gone."""
     for path in sockets(folder):
-        if _ask(path, {"do": "ping"}, 0.2, gone_is_none=True) is None:
+        if isinstance(found := _connect(path, 0.2), socket.socket):
+            found.close()
+        elif found is None:
             path.unlink(missing_ok=True)
 
 
 def ask_all(folder: Path, request: dict[str, Any], seconds: float = 2.0) -> list[dict[str, Any]]:
-    """Every serving process's answer; one that does not answer in time says {"error": …}."""
+    """Every serving process's answer; one that does not answer in time says {"error": …}.
+
+    All are asked before the first answer is waited for: one that hangs costs the others nothing.
+    """
     deadline = monotonic() + seconds
-    answers = []
-    for path in sockets(folder):
-        answer = _ask(path, request, max(0.05, deadline - monotonic()), gone_is_none=True)
-        if answer is not None:
-            answers.append(answer)
-    return answers
+    asked = [_send(found, request) for path in sockets(folder) if (found := _connect(path, seconds)) is not None]
+    return [found if isinstance(found, dict) else _receive(found, deadline) for found in asked]
 
 
-def _ask(path: Path, request: dict[str, Any], seconds: float, *, gone_is_none: bool) -> dict[str, Any] | None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
-        made.settimeout(seconds)
+def _connect(path: Path, seconds: float) -> "socket.socket | dict[str, Any] | None":
+    """A connection, {"error": …}, or None where nobody listens any more."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made.settimeout(seconds)
+    try:
+        with short(path) as name:
+            made.connect(name)
+    except OSError as problem:
+        made.close()
+        gone = isinstance(problem, ConnectionRefusedError | FileNotFoundError)
+        return None if gone else {"error": str(problem.strerror or problem)}
+    return made
+
+
+def _send(found: "socket.socket | dict[str, Any]", request: dict[str, Any]) -> "socket.socket | dict[str, Any]":
+    if isinstance(found, dict):
+        return found
+    try:
+        found.sendall(json.dumps(request).encode() + b"\n")
+    except OSError as problem:
+        found.close()
+        return {"error": str(problem.strerror or problem)}
+    return found
+
+
+def _receive(made: socket.socket, deadline: float) -> dict[str, Any]:
+    line = b""
+    with made:
         try:
-            with short(path) as name:
-                made.connect(name)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return None
-        except OSError as problem:
-            return {"error": str(problem.strerror)}
-        try:
-            made.sendall(json.dumps(request).encode() + b"\n")
-            line = b""
             while not line.endswith(b"\n") and len(line) < _LINE:
+                made.settimeout(max(0.05, deadline - monotonic()))
                 chunk = made.recv(_LINE)
                 if not chunk:
                     break
@@ -112,6 +132,3 @@ def _ask(path: Path, request: dict[str, Any], seconds: float, *, gone_is_none: b
         except (OSError, ValueError):
             return {"error": "no answer in time"}
     return answer if isinstance(answer, dict) else {"error": "an answer that is none"}
-
-
-Handler = Callable[[dict[str, Any]], Any]

@@ -4,8 +4,8 @@ The rules, all of them checked on the open descriptor and not on the name:
 
 - a regular file, owned by the caller (`read(..., trusted_owner=0)` also believes root's);
 - no right for group or others beyond `mode`;
-- no folder above it in which others could swap it; a symbolic link only into a folder that nobody but its
-  owner can write, and never for root;
+- no folder above it that anybody may write to (but for one with the sticky bit), and its own folder root's or the
+  caller's; a symbolic link only into a folder that nobody but its owner can write, and never for root;
 - a new content is written beside it, synced, renamed over it, and the folder synced: whoever reads sees the
   old whole file or the new whole file. Owner, group and mode stay what they were.
 
@@ -13,6 +13,8 @@ On Windows there are no such modes: the checks of mode and owner are left out th
 """
 
 import contextlib
+import errno
+import glob
 import os
 import secrets
 import stat
@@ -31,6 +33,8 @@ except ImportError:  # Windows
 POSIX = sys.platform != "win32"
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_NOWAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+"""For what turns out to be no file: a FIFO has nobody at its other end, a terminal is not to become ours."""
 
 Fingerprint = tuple[int, int, int, int]
 """(inode, size, mtime, ctime, both in ns): differs when the content, the mode or the owner may differ."""
@@ -55,47 +59,78 @@ def become_owner(path: Path) -> None:
     """Give up root for good, in favour of the owner of `path`, when another user owns it.
 
     Run as root, the command line works on the service's files as the service's user, so that nothing it makes
-    there is root's and nothing planted there is followed with root's rights. Does nothing for an ordinary user,
-    for root's own files, and where there is no such file. Order as setuid(2) asks: groups, gid, uid.
+    there is root's and nothing planted there is followed with root's rights. Where there is no such file, its folder
+    says whose it would be. Does nothing for an ordinary user and for root's own files. The file's group is kept as a
+    further one, so that the file can keep it. Order as setuid(2) asks: groups, gid, uid.
     """
     if not POSIX or os.geteuid() != 0:
         return
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
+    for place in (path, path.parent):
+        try:
+            found = os.lstat(place)
+            break
+        except OSError:
+            continue
+    else:
         return
     if found.st_uid == 0:
         return
     import pwd
 
     try:
-        name = pwd.getpwuid(found.st_uid).pw_name
-        groups = os.getgrouplist(name, found.st_gid)
+        entry = pwd.getpwuid(found.st_uid)
+        primary, groups = entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
     except KeyError:
-        groups = [found.st_gid]
-    os.setgroups(groups)
-    os.setgid(found.st_gid)
+        primary, groups = found.st_gid, []
+    os.setgroups(sorted({primary, *groups, found.st_gid}))
+    os.setgid(primary)
     os.setuid(found.st_uid)
 
 
 def _real_path(path: Path) -> Path:
     """The file itself, behind a symbolic link that can be trusted; else refused."""
-    if not path.is_symlink():
+    try:
+        if not stat.S_ISLNK(os.lstat(path).st_mode):
+            return path
+    except (FileNotFoundError, NotADirectoryError):
         return path
+    except OSError as problem:
+        raise ConfigError(f"cannot look at {path}: {problem.strerror}", "check its folder's owner and mode") from None
     if POSIX and os.geteuid() == 0:
         raise ConfigError(
             f"{path} is a symbolic link, and root follows none", "name the file itself in the config, or use its owner"
         )
-    real = path.resolve()
+    real = Path(os.path.realpath(path))
     if POSIX:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             folder = os.stat(real.parent)
-            if folder.st_mode & 0o022 or folder.st_uid not in (0, os.geteuid()):
-                raise ConfigError(
-                    f"{path} is a symbolic link into {real.parent}, where others can write",
-                    f"move the file, or: chmod go-w {real.parent}",
-                )
+        except OSError as problem:
+            raise ConfigError(
+                f"{path} is a symbolic link to where there is nothing for us ({real}: {problem.strerror})",
+                "name the file itself in the config",
+            ) from None
+        if folder.st_mode & 0o022 or folder.st_uid not in (0, os.geteuid()):
+            raise ConfigError(
+                f"{path} is a symbolic link into {real.parent}, where others can write",
+                f"move the file, or: chmod go-w {real.parent}",
+            )
+        _check_folders(path)
     return real
+
+
+def _check_folders(path: Path) -> None:
+    """Whether others could put another file in the place of this one: in its folder, or in one above."""
+    above = [*path.absolute().parents, *Path(os.path.realpath(path.parent) + "/x").parents]
+    for folder in dict.fromkeys(above):
+        mode = os.stat(folder).st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise ConfigError(f"{folder}, which holds {path.name}, can be written by anybody", f"chmod o-w {folder}")
+    owner = os.stat(path.parent).st_uid
+    if os.geteuid() != 0 and owner not in (0, os.geteuid()):
+        raise ConfigError(
+            f"{path.parent}, which holds {path.name}, belongs to another user (uid {owner})",
+            "keep it in a folder of yours",
+        )
 
 
 def _check(path: Path, found: os.stat_result, mode: int, trusted_owner: int | None) -> None:
@@ -114,9 +149,7 @@ def _check(path: Path, found: os.stat_result, mode: int, trusted_owner: int | No
             f"{path} has mode {stat.S_IMODE(found.st_mode):04o}, and may have {mode:04o} at most",
             f"chmod {mode:04o} {path}",
         )
-    folder = os.stat(path.parent)
-    if folder.st_mode & 0o002 and not folder.st_mode & stat.S_ISVTX:
-        raise ConfigError(f"{path.parent}, which holds {path.name}, can be written by anybody", f"chmod o-w {path.parent}")
+    _check_folders(path)
 
 
 def open_checked(path: Path, flags: int, *, mode: int = 0o600, trusted_owner: int | None = None) -> int:
@@ -126,10 +159,16 @@ def open_checked(path: Path, flags: int, *, mode: int = 0o600, trusted_owner: in
     """
     real = _real_path(path)
     try:
-        fd = os.open(real, flags | _NOFOLLOW | _CLOEXEC, mode)
-    except FileNotFoundError:
-        raise NotFoundError(f"there is no file {path}", "mcpctl init makes the files", exit_code=3, status=503) from None
+        fd = os.open(real, flags | _NOFOLLOW | _CLOEXEC | _NOWAIT, mode)
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotFoundError(
+            f"there is no file {path}", "mcpctl init makes the files", exit_code=3, status=503
+        ) from None
     except OSError as problem:
+        if problem.errno in (errno.ENXIO, errno.EISDIR):
+            raise ConfigError(f"{path} is not a regular file", "name a file in the config") from None
+        if problem.errno == errno.ELOOP:
+            raise ConfigError(f"{path} is a symbolic link", "name the file itself in the config") from None
         raise ConfigError(f"cannot open {path}: {problem.strerror}", "check its owner and mode") from None
     try:
         _check(real, os.fstat(fd), mode, trusted_owner)
@@ -174,9 +213,11 @@ def create(path: Path, data: bytes, *, mode: int = 0o600) -> None:
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(path.parent)
-    except OSError as problem:
+    except BaseException as problem:
         path.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {problem.strerror}", "is the disk full?") from None
+        if isinstance(problem, OSError):
+            raise ConfigError(f"cannot write {path}: {problem.strerror}", "is the disk full?") from None
+        raise
 
 
 def lock(fd: int) -> None:
@@ -218,19 +259,42 @@ class Edit:
             fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _CLOEXEC, 0o600)
             with os.fdopen(fd, "wb") as file:
                 if POSIX:
-                    if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
-                        os.fchown(file.fileno(), old.st_uid, old.st_gid)
-                    os.fchmod(file.fileno(), stat.S_IMODE(old.st_mode))
+                    _keep_owner(file.fileno(), old)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            if not _is(self.path, old):
+                raise ConfigError(f"{self.path} was replaced by somebody else meanwhile; it is left so", "try again")
             os.replace(beside, self.path)
         except OSError as problem:
             beside.unlink(missing_ok=True)
             raise ConfigError(
                 f"cannot write {self.path}: {problem.strerror}; nothing was changed", "is the disk full, or not yours?"
             ) from None
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
         _sync_folder(self.path.parent)
+
+
+def _keep_owner(fd: int, old: os.stat_result) -> None:
+    """Owner, group and mode as they were. A group that we are not in is let go where it has no right anyway."""
+    if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+        try:
+            os.fchown(fd, old.st_uid, old.st_gid)
+        except PermissionError:
+            if old.st_uid != os.geteuid() or old.st_mode & 0o070:
+                raise
+    os.fchmod(fd, stat.S_IMODE(old.st_mode))
+
+
+def _is(path: Path, found: os.stat_result) -> bool:
+    """Whether this very file still has that name."""
+    try:
+        now = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return (found.st_ino, found.st_dev) == (now.st_ino, now.st_dev)
 
 
 @contextlib.contextmanager
@@ -245,13 +309,8 @@ def edit(path: Path) -> Iterator[Edit]:
         fd = open_checked(real, os.O_RDWR)
         try:
             lock(fd)
-            mine = os.fstat(fd)
-            try:
-                now = os.stat(real)
-            except FileNotFoundError:
-                raise ConfigError(f"{path} went away meanwhile", "is somebody else working on it?") from None
-            if (mine.st_ino, mine.st_dev) != (now.st_ino, now.st_dev):
-                continue
+            if not _is(real, os.fstat(fd)):
+                continue  # if it is gone, the next open says so
             _sweep(real)
             yield Edit(real, fd)
             return
@@ -261,7 +320,7 @@ def edit(path: Path) -> Iterator[Edit]:
 
 def _sweep(path: Path) -> None:
     """Remove what a killed writer left half written; called under the lock, when nobody writes."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         left.unlink(missing_ok=True)
 
 

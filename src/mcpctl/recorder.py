@@ -1,5 +1,6 @@
 """What goes into the audit log, how much of it, and what happens when it cannot be written."""
 
+import ipaddress
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -12,9 +13,13 @@ from mcpctl.errors import UnavailableError
 log = logging.getLogger("mcpctl.audit")
 AGAIN = 3600.0
 """Seconds after which a credential's use from an address is noted once more."""
+MINUTE = 60.0
 IN_FULL = 10
-"""Refusals of one address in a minute that are written in full; further ones are counted in one line."""
-_ADDRESSES = 10_000
+"""Refusals of one address (of IPv6, one /64) in a minute that are written in full; one line counts the others."""
+ALTOGETHER = 120
+"""Refusals in a minute that are written in full, whoever asks: beyond, one line counts them. A stranger may have as
+many addresses as he likes, and cannot fill the disk."""
+_CREDENTIALS = 10_000
 
 
 class Recorder:
@@ -29,7 +34,10 @@ class Recorder:
         self._clock = clock
         self._failing = False
         self._greeted: OrderedDict[tuple[str | None, str | None], float] = OrderedDict()
-        self._refused: OrderedDict[str | None, tuple[float, int]] = OrderedDict()
+        self._refused: dict[str | None, tuple[float, int]] = {}
+        self._minute = clock()
+        self._left = ALTOGETHER
+        self._uncounted = 0
 
     def note(self, event: str, **fields: Any) -> None:
         """Write a line if it can be written. What must happen anyway (a revocation) uses this."""
@@ -70,30 +78,48 @@ class Recorder:
         who = (token, address)
         if now - self._greeted.get(who, -AGAIN) < AGAIN:
             return
+        self.note("auth.ok", token=token, user=user, client_ip=address, **fields)
+        if self._failing:
+            return
         self._greeted[who] = now
         self._greeted.move_to_end(who)
-        while len(self._greeted) > _ADDRESSES:
+        while len(self._greeted) > _CREDENTIALS:
             self._greeted.popitem(last=False)
-        self.note("auth.ok", token=token, user=user, client_ip=address, **fields)
 
     def auth_refused(self, address: str | None, reason: str, **fields: Any) -> None:
         """The first of an address and minute in full, the others counted: see `flush`."""
-        now = self._clock()
-        since, count = self._refused.get(address, (now, 0))
-        self._refused[address] = (since, count + 1)
+        self.flush()
+        source = _source(address)
+        since, count = self._refused.get(source, (self._clock(), 0))
+        if count < IN_FULL and not self._left:
+            self._uncounted += 1
+            return
+        self._refused[source] = (since, count + 1)
         if count < IN_FULL:
+            self._left -= 1
             self.note("auth.refused", client_ip=address, reason=reason, **fields)
-        if len(self._refused) > _ADDRESSES:
-            self._tell(*self._refused.popitem(last=False))
 
     def flush(self, *, everything: bool = False) -> None:
         """Write one counted line for each address whose minute is over."""
         now = self._clock()
-        for address, (since, count) in list(self._refused.items()):
-            if everything or now - since >= 60:
-                del self._refused[address]
-                self._tell(address, (since, count))
+        for source, (since, count) in list(self._refused.items()):
+            if everything or now - since >= MINUTE:
+                del self._refused[source]
+                if count > IN_FULL:
+                    self.note("auth.refused", client_ip=source, reason=f"{count - IN_FULL} more within a minute")
+        if everything or now - self._minute >= MINUTE:
+            if self._uncounted:
+                reason = f"{self._uncounted} more within a minute, from other addresses than those that are listed"
+                self.note("auth.refused", reason=reason)
+            self._minute, self._left, self._uncounted = now, ALTOGETHER, 0
 
-    def _tell(self, address: str | None, told: tuple[float, int]) -> None:
-        if told[1] > IN_FULL:
-            self.note("auth.refused", client_ip=address, reason=f"{told[1] - IN_FULL} more within a minute")
+
+def _source(address: str | None) -> str | None:
+    """Who counts as one: an IPv4 address, or an IPv6 network of the size that one customer is given."""
+    try:
+        found = ipaddress.ip_address(address or "")
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
+        return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
+    return address

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
+_WIDTHS = (24, 12, 8, 5, 8, 7, 4, 4, 8)
 _HEAD = ("TIME", "EVENT", "TOKEN", "USER", "DATABASE", "OUTCOME", "ROWS", "MS", "WHAT")
 
 
@@ -23,41 +24,60 @@ def group() -> None:
 def tail(
     context: typer.Context,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what is written from now on.")] = False,
-    lines: Annotated[int, typer.Option("-n", "--lines", metavar="N", min=0, help="How many of the last lines.")] = 10,
+    lines: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--lines", metavar="N", min=0, help="How many of the last lines. Default: 10; with --since, all."
+        ),
+    ] = None,
     user: Annotated[str | None, typer.Option("--user", metavar="U", help="Only this user's.")] = None,
     token: Annotated[str | None, typer.Option("--token", metavar="ID", help="Only this token's.")] = None,
-    event: Annotated[str | None, typer.Option("--event", metavar="E", help="Only this event, or family such as token.*")] = None,
-    since: Annotated[str | None, typer.Option("--since", metavar="WHEN", help="Only from then on: 2h, 7d, or a time.")] = None,
+    event: Annotated[
+        str | None, typer.Option("--event", metavar="E", help="Only this event, or family such as token.*")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="WHEN", help="Only from then on: 2h, 7d, or a time.")
+    ] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
     """Show the end of the audit log; columns on a terminal. With --json each line as it is in the log."""
+    import sys
     from collections import deque
 
     from mcpctl import audit
 
-    found = settings(context, config)
     begin = _since(since)
+    found = settings(context, config)
+    # opened at the end before the old lines are read, so that none between is lost
     newer = audit.follow(found.audit.file) if follow else None
-    if newer is not None:
-        next_line = newer  # opened at the end before the old lines are read, so that none between is lost
 
     def wanted(line: dict[str, Any]) -> bool:
         return (
             (user is None or line.get("user") == user)
             and (token is None or line.get("token") == token)
-            and (event is None or _is_event(line.get("event", ""), event))
+            and (event is None or _is_event(str(line.get("event", "")), event))
             and (begin is None or _after(line.get("time"), begin))
         )
 
-    known = deque((line for line in audit.read_lines(found.audit.file) if wanted(line)), maxlen=lines if since is None else None)
+    if lines is None and since is None:
+        lines = 10
+    known = deque(
+        (line for line in audit.read_lines(found.audit.file) if wanted(line)),
+        maxlen=None if lines is None else min(lines, sys.maxsize),
+    )
     _show(list(known), json)
     if newer is None:
         return
-    last = known[-1].get("seq", 0) if known else 0
-    for line in next_line:
-        if wanted(line) and line.get("seq", 0) > last:
-            _show([line], json)
+    last = max((_number(line) for line in known), default=0)
+    for line in newer:
+        if wanted(line) and (_number(line) > last or not _number(line)):
+            _show([line], json, with_head=False)
+
+
+def _number(line: dict[str, Any]) -> int:
+    found = line.get("seq")
+    return found if isinstance(found, int) else 0
 
 
 def _since(text: str | None) -> "datetime | None":
@@ -73,7 +93,7 @@ def _since(text: str | None) -> "datetime | None":
     except (ValueError, OverflowError):
         try:
             when = datetime.fromisoformat(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise UsageError(f"--since {text!r} is no time", "say 2h, 7d, or 2027-01-31T12:00:00Z") from None
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
@@ -82,7 +102,7 @@ def _after(text: Any, begin: "datetime") -> bool:
     from datetime import datetime
 
     try:
-        return datetime.fromisoformat(text) >= begin
+        return datetime.fromisoformat(str(text)) >= begin
     except (TypeError, ValueError):
         return True
 
@@ -91,7 +111,7 @@ def _is_event(found: str, wanted: str) -> bool:
     return found == wanted or (wanted.endswith(".*") and found.startswith(wanted[:-1]))
 
 
-def _show(lines: list[dict[str, Any]], json: bool) -> None:
+def _show(lines: list[dict[str, Any]], json: bool, *, with_head: bool = True) -> None:
     if json:
         for line in lines:
             output.put_json(line)
@@ -107,4 +127,4 @@ def _show(lines: list[dict[str, Any]], json: bool) -> None:
                 f"{tool}: {' '.join(str(what).split())}" if tool else what,
             ]
         )  # fmt: skip
-    output.put_table(_HEAD, rows)
+    output.put_table(_HEAD, rows, _WIDTHS, with_head=with_head)

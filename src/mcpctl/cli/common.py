@@ -1,21 +1,50 @@
 """What every command needs: the config named on the command line, and the files with the right user's rights."""
 
-from collections.abc import Callable
-from datetime import datetime
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from mcpctl.audit import AuditLog
     from mcpctl.config_keys import Settings
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="Config file. Default: $MCPCTL_CONFIG, /etc/mcpctl/config.yaml, or the user's own."),
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Config file. Default: $MCPCTL_CONFIG, /etc/mcpctl/config.yaml, or the user's own.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Clock = Callable[[], datetime]
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What was said before the command's own name, and who said it: asked before root is given up."""
+
+    config: Path | None
+    who: str
+
+
+def invocation(config: Path | None) -> Invocation:
+    """The invocation of this process."""
+    import os
+
+    who = "somebody"
+    if hasattr(os, "getuid"):
+        import pwd
+
+        try:
+            who = pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            who = f"uid {os.getuid()}"
+    sudo = os.environ.get("SUDO_USER")
+    return Invocation(config, f"{who} (SUDO_USER={sudo[:64]})" if sudo else who)
 
 
 def settings(context: typer.Context, config: Path | None) -> "Settings":
@@ -23,37 +52,57 @@ def settings(context: typer.Context, config: Path | None) -> "Settings":
     from mcpctl import config as configuration
     from mcpctl import private_file
 
-    found = configuration.load(config or context.find_root().obj)
+    found = configuration.load(config or context.find_root().obj.config)
     private_file.become_owner(found.auth.token_file)
     return found
 
 
+def ready_to_note(found: "Settings") -> None:
+    """Refuses what gives a right while it could not be written into the audit log, unless the config only warns."""
+    from mcpctl.errors import ConfigError, Error
+
+    if found.audit.on_failure != "refuse":
+        return
+    try:
+        with _audit_log(found) as log:
+            log.check()
+    except Error as problem:
+        raise ConfigError(f"nothing was done: {problem.message}", problem.hint) from None
+
+
 def note(found: "Settings", event: str, **fields: Any) -> None:
     """An audit line of a command's. A log that cannot be written is a warning: it never stops a revocation."""
-    from mcpctl import audit
+    note_all(found, [(event, fields)])
+
+
+def note_all(found: "Settings", events: list[tuple[str, dict[str, Any]]]) -> None:
+    """Several audit lines of one command."""
     from mcpctl.cli import output
     from mcpctl.errors import Error
-    from mcpctl.identity.tokens import utcnow
 
+    if not events:
+        return
     try:
-        log = audit.AuditLog(found.audit.file, audit.read_key(found.audit.key_file), utcnow)
-        try:
-            log.append(event, transport="cli", **fields)
-        finally:
-            log.close()
+        with _audit_log(found) as log:
+            for event, fields in events:
+                log.append(event, transport="cli", **fields)
     except Error as problem:
         output.warn(f"done, but not in the audit log: {problem.message}", problem.hint)
 
 
-def by_whom(reason: str | None = None) -> str:
-    """Who runs the command, for the audit line's reason."""
-    import getpass
-    import os
+@contextlib.contextmanager
+def _audit_log(found: "Settings") -> "Iterator[AuditLog]":
+    from mcpctl import audit
+    from mcpctl.identity.tokens import utcnow
 
+    log = audit.AuditLog(found.audit.file, audit.read_key(found.audit.key_file), utcnow)
     try:
-        who = getpass.getuser()
-    except (KeyError, OSError):
-        who = f"uid {os.getuid()}"
-    sudo = os.environ.get("SUDO_USER")
-    who = f"{who} (sudo by {sudo})" if sudo else who
+        yield log
+    finally:
+        log.close()
+
+
+def by_whom(context: typer.Context, reason: str | None = None) -> str:
+    """Who runs the command, for the audit line's reason."""
+    who = context.find_root().obj.who
     return f"{reason}; by {who}" if reason else f"by {who}"

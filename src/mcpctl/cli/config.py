@@ -2,7 +2,7 @@
 
 import typer
 
-from mcpctl.cli import output
+from mcpctl.cli import common, output
 from mcpctl.cli.common import ConfigOption, JsonOption, settings
 
 app = typer.Typer(help="Check the configuration.", no_args_is_help=True)
@@ -16,7 +16,6 @@ def group() -> None:
 @app.command("check")
 def check(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> None:
     """Read everything that the server would, without listening or connecting; every fault is named. Exits 3 on one."""
-    from mcpctl import audit
     from mcpctl.errors import ConfigError, Error
     from mcpctl.identity import tokens, users
     from mcpctl.postgres.login import logins
@@ -33,7 +32,7 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
 
     tried(lambda: tokens.token_file(found.auth.token_file).current())
     tried(lambda: users.user_file(found.auth.user_file).current())
-    tried(lambda: audit.read_key(found.audit.key_file))
+    tried(lambda: common.ready_to_note(found))
     tried(lambda: logins(found.databases))
     if found.server.tls.cert is not None:
         from mcpctl.server.run import tls_context
@@ -48,4 +47,6 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     if json:
         output.put_json({"ok": True, "config": found.source and str(found.source), "databases": list(found.databases)})
     else:
-        output.put(f"ok: {found.source or 'the environment'}, {len(found.databases)} database(s): {', '.join(found.databases)}")
+        output.put(
+            f"ok: {found.source or 'the environment'}, {len(found.databases)} database(s): {', '.join(found.databases)}"
+        )

@@ -150,7 +150,7 @@ Ask it a question:
 
 Connect a client:
 
-  Claude Code     claude mcp add --transport http shop {url} --header "Authorization: Bearer $MCP_TOKEN"
+  Claude Code     .mcp.json:               {{"mcpServers":{{"shop":{{"type":"http","url":"{url}","headers":{{"Authorization":"Bearer ${{MCP_TOKEN}}"}}}}}}}}
   Codex           ~/.codex/config.toml:    [mcp_servers.shop] url = "{url}", bearer_token_env_var = "MCP_TOKEN"
   Gemini CLI      ~/.gemini/settings.json: {{"mcpServers":{{"shop":{{"type":"http","url":"{url}","headers":{{"Authorization":"Bearer $MCP_TOKEN"}}}}}}}}
   Cursor          ~/.cursor/mcp.json:      {{"mcpServers":{{"shop":{{"url":"{url}","headers":{{"Authorization":"Bearer ${{env:MCP_TOKEN}}"}}}}}}}}

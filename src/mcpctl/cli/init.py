@@ -20,23 +20,26 @@ databases:
 
 
 def init(
+    context: typer.Context,
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="Where. Default: /etc/mcpctl for root, else the user's config folder.")
+        Path | None,
+        typer.Argument(metavar="[DIR]", help="Where. Default: /etc/mcpctl for root, else the user's config folder."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """Make the config, the audit key, and the empty token and user files, and say what comes next."""
     import os
 
-    from mcpctl import config
+    from mcpctl import config, private_file
 
     where = (folder or (Path("/etc/mcpctl") if _is_root() else config.default_folder())).absolute()
+    private_file.become_owner(where)
     before = os.umask(0o077)
     try:
         files = make(where, _CONFIG)
     finally:
         os.umask(before)
-    note(config.load(where / "config.yaml", {}), "config.created", reason=by_whom(str(where)))
+    note(config.load(where / "config.yaml", {}), "config.created", reason=by_whom(context, str(where)))
     if json:
         output.put_json({"folder": str(where), "files": files})
         return
@@ -52,7 +55,9 @@ def init(
 
 
 def make(folder: Path, text: str) -> list[str]:
-    """The files of a new installation; refused (exit 5) where one of them is there already."""
+    """The files of a new installation, all or none; refused (exit 5) where one of them is there already."""
+    import os
+
     from mcpctl import audit, private_file
     from mcpctl.errors import ConfigError, ConflictError
     from mcpctl.identity import tokens, users
@@ -64,14 +69,28 @@ def make(folder: Path, text: str) -> list[str]:
         "audit.key": audit.new_key(),
     }
     try:
+        there_already = folder.exists()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        taken = [name for name in contents if os.path.lexists(folder / name)]
     except OSError as problem:
-        raise ConfigError(f"cannot make the folder {folder}: {problem.strerror}", "choose another with `mcpctl init DIR`") from None
-    for name in contents:
-        if (folder / name).exists() or (folder / name).is_symlink():
-            raise ConflictError(f"{folder / name} exists already", "nothing was made; remove it or choose another folder")
-    for name, data in contents.items():
-        private_file.create(folder / name, data)
+        raise ConfigError(
+            f"cannot make the folder {folder}: {problem.strerror}", "choose another with `mcpctl init DIR`"
+        ) from None
+    if taken:
+        raise ConflictError(
+            f"{folder / taken[0]} exists already", "nothing was made; remove it or choose another folder"
+        )
+    made: list[Path] = []
+    try:
+        for name, data in contents.items():
+            private_file.create(folder / name, data)
+            made.append(folder / name)
+    except BaseException:
+        for path in made:
+            path.unlink(missing_ok=True)
+        if not there_already:
+            folder.rmdir()
+        raise
     return list(contents)
 
 

@@ -1,5 +1,6 @@
 """The command line's one entry and one exit."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import typer
 
 from mcpctl import __version__
 from mcpctl.cli import audit, config, demo, init, serve, token, user
-from mcpctl.cli.output import error
+from mcpctl.cli.common import invocation
+from mcpctl.cli.output import error, say
 from mcpctl.errors import Error
 
 app = typer.Typer(
@@ -39,13 +41,15 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Config file, for every command.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="Config file, for every command.")
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Authenticated, isolated, audited MCP access to PostgreSQL."""
-    context.obj = config
+    context.obj = invocation(config)
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -55,6 +59,8 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no failure
     try:
         done = app(arguments, standalone_mode=False)
     except Error as problem:
@@ -68,13 +74,16 @@ def _run(arguments: list[str] | None) -> int:
     except PermissionError as problem:
         error(f"{problem.filename or 'a file'}: {problem.strerror}", "run as the owner of mcpctl's files, or as root")
         return 3
+    except OSError as problem:
+        error(f"{f'{problem.filename}: ' if problem.filename else ''}{problem.strerror or problem}", None)
+        return 1
     except Exception as problem:
         told = getattr(problem, "format_message", None)
         if told is None:
             raise
         text = told()
-        if not text or "\n" in text:  # a bare `mcpctl` or `mcpctl token`: the help says more than an error
-            print(text or "", file=sys.stderr)  # noqa: T201
+        if not text or type(problem).__name__ == "NoArgsIsHelpError":  # the help says more than an error
+            say(text or "")
             return 2
         context = getattr(problem, "ctx", None)
         path = context.command_path if context is not None else "mcpctl"

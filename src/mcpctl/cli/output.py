@@ -12,17 +12,27 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-_CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160), 0x2028, 0x2029, 0x202E]}
-
 
 def clean(text: object) -> str:
-    """A value as text that cannot steer a terminal; nothing for None."""
-    return "" if text is None else str(text).translate(_CONTROL)
+    """A value as text that cannot steer a terminal, nor turn its direction; nothing for None."""
+    found = "" if text is None else str(text)
+    return found if found.isprintable() else "".join(map(_seen, found))
+
+
+def _seen(character: str) -> str:
+    if character.isprintable():
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(clean, text.split("\n")))
 
 
 def say(text: str) -> None:
     """A line for the person, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(_lines(text), file=sys.stderr, flush=True)
 
 
 def warn(text: str, hint: str | None = None) -> None:
@@ -41,16 +51,19 @@ def error(message: str, hint: str | None) -> None:
 
 def put(text: str) -> None:
     """A line of data, on stdout."""
-    print(text, flush=True)
+    print(_lines(text), flush=True)
 
 
 def put_json(value: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    """One JSON object on stdout; what is not ASCII is escaped, so that any terminal and any encoding can take it."""
+    print(json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f"), flush=True)
 
 
-def put_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Rows on stdout: for people on a terminal, for programs in a pipe."""
+def put_table(
+    head: Sequence[str], rows: Sequence[Sequence[object]], widths: Sequence[int] = (), *, with_head: bool = True
+) -> None:
+    """Rows on stdout: for people on a terminal, for programs in a pipe. `widths` are the least ones, for rows that
+    come bit by bit."""
     shown = [[clean(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in shown:
@@ -61,9 +74,10 @@ def put_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in head:
-        table.add_column(name, overflow="fold")
+    plain = bool(os.environ.get("NO_COLOR"))
+    table = Table(box=None, pad_edge=False, header_style="" if plain else "bold", show_header=with_head)
+    for index, name in enumerate(head):
+        table.add_column(name, overflow="fold", min_width=widths[index] if widths else None)
     for row in shown:
         table.add_row(*(Text(cell) for cell in row))
-    Console(no_color="NO_COLOR" in os.environ, highlight=False).print(table)
+    Console(no_color=plain, highlight=False).print(table)

@@ -16,13 +16,24 @@ def serve(
     context: typer.Context,
     stdio: Annotated[bool, typer.Option("--stdio", help="Speak MCP on stdin and stdout.")] = False,
     http: Annotated[bool, typer.Option("--http", help="Speak MCP over HTTP. The default.")] = False,
-    host: Annotated[str | None, typer.Option("--host", metavar="ADDRESS", help="Address to listen on. Default 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Port to listen on. Default 8080; 0 takes a free one.")] = None,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="ADDRESS", help="Address to listen on. Default 127.0.0.1.")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", min=0, max=65535, help="Port to listen on. Default 8080; 0 takes a free one."),
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option("--tls-cert", metavar="FILE", help="Certificate in PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option("--tls-key", metavar="FILE", help="Its private key in PEM.")] = None,
-    tls_chain: Annotated[Path | None, typer.Option("--tls-chain", metavar="FILE", help="Intermediate certificates in PEM.")] = None,
-    behind_proxy: Annotated[bool, typer.Option("--behind-proxy", help="A proxy of server.trusted_proxies does the TLS.")] = False,
-    workers: Annotated[int | None, typer.Option("--workers", metavar="N", min=1, max=64, help="Processes that share the port.")] = None,
+    tls_chain: Annotated[
+        Path | None, typer.Option("--tls-chain", metavar="FILE", help="Intermediate certificates in PEM.")
+    ] = None,
+    behind_proxy: Annotated[
+        bool, typer.Option("--behind-proxy", help="A proxy of server.trusted_proxies does the TLS.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", metavar="N", min=1, max=64, help="Processes that share the port.")
+    ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask nobody for a token. Loopback only.")] = False,
     config: ConfigOption = None,
 ) -> None:

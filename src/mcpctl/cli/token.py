@@ -1,24 +1,29 @@
 """mcpctl token: who may come in, until when, and out again at once."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, settings
+from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, note_all, ready_to_note, settings
 
 if TYPE_CHECKING:
-    from datetime import datetime, timedelta
+    from collections.abc import Callable, Iterator
+    from datetime import datetime
 
     from mcpctl.config_keys import Settings
     from mcpctl.identity.tokens import Token
 
 app = typer.Typer(help="Make, list, rotate, revoke and remove tokens.", no_args_is_help=True)
 
-OutOption = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the token to this new file (0600), not to stdout.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="Write the token to this new file (0600), not to stdout.")
+]
 ExpiryOption = Annotated[
-    str | None, typer.Option("--expiry", metavar="WHEN", help="12h, 30d, 2w, 1y, a date, or never. 90d is a good choice.")
+    str | None,
+    typer.Option("--expiry", metavar="WHEN", help="12h, 30d, 2w, 1y, a date, or never. 90d is a good choice."),
 ]
 
 
@@ -30,26 +35,46 @@ def _values(token: "Token", now: "datetime") -> dict[str, Any]:
     return {"id": token.id, **{name: found[name] for name in names}, "status": token.status(now)}
 
 
-def _give(token: "Token", text: str, out: Path | None, json: bool, now: "datetime") -> None:
-    """Hand over a new token: once, and nowhere else."""
+@contextlib.contextmanager
+def _handing_over(out: Path | None) -> "Iterator[Callable[[Token, str, bool, datetime], None]]":
+    """A way to hand over a new token, once and nowhere else. The file for it is made before the token is: where it
+    cannot be, there is no token; where there is no token, it goes away again."""
     from mcpctl import private_file
+    from mcpctl.errors import ConfigError, Error
 
     if out is not None:
-        private_file.create(out, text.encode() + b"\n")
-    if json:
-        output.put_json({**_values(token, now), "token": text if out is None else None, "out": out and str(out)})
-    elif out is None:
-        output.put(text)
+        try:
+            private_file.create(out, b"\n" * 80)  # its whole room, so that a full disk is known now
+        except ConfigError as problem:
+            hint = "name a file in a folder of yours; run as root, mcpctl works as the owner of its files"
+            raise ConfigError(problem.message, hint) from None
+    given = False
 
+    def give(token: "Token", text: str, json: bool, now: "datetime") -> None:
+        nonlocal given
+        try:
+            if out is not None:
+                with out.open("r+b") as file:
+                    file.write(text.encode() + b"\n")
+                    file.truncate()
+                given = True
+            if json:
+                output.put_json(
+                    {**_values(token, now), "token": text if out is None else None, "out": out and str(out)}
+                )
+            elif out is None:
+                output.put(text)
+        except OSError as problem:
+            raise Error(
+                f"token {token.id} was made, but could not be handed over: {problem.strerror}",
+                f"make another, and: mcpctl token revoke {token.id}",
+            ) from None
 
-def _check_out(out: Path | None) -> None:
-    """Before a token is made: where it could not be written, none is."""
-    from mcpctl.errors import ConfigError, ConflictError
-
-    if out is not None and (out.exists() or out.is_symlink()):
-        raise ConflictError(f"{out} exists already", "name a new file")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ConfigError(f"there is no folder {out.absolute().parent}", "make it, or name another file")
+    try:
+        yield give
+    finally:
+        if out is not None and not given:
+            out.unlink(missing_ok=True)
 
 
 def _expiry(found: "Settings", text: str | None, now: "datetime") -> "datetime | None":
@@ -64,12 +89,13 @@ def _expiry(found: "Settings", text: str | None, now: "datetime") -> "datetime |
         ends = now + timedelta(seconds=found.auth.token_lifetime)
     else:
         raise UsageError(
-            "--expiry is missing, and the config has no auth.token_lifetime", "say --expiry 90d, or `never` if it must be"
+            "--expiry is missing, and the config has no auth.token_lifetime",
+            "say --expiry 90d, or `never` if it must be",
         )
-    most = found.auth.max_token_lifetime
-    if most is not None and (ends is None or ends > now + timedelta(seconds=most)):
+    most = _latest(found, now)
+    if most is not None and (ends is None or ends > most):
         raise UsageError(
-            f"--expiry {text or 'of the config'} is beyond auth.max_token_lifetime ({most / 86400:g} days)",
+            f"--expiry {text or 'of the config'} is beyond auth.max_token_lifetime ({most:%Y-%m-%d %H:%M} UTC now)",
             "choose an earlier one",
         )
     if ends is None:
@@ -77,17 +103,37 @@ def _expiry(found: "Settings", text: str | None, now: "datetime") -> "datetime |
     return ends
 
 
+def _latest(found: "Settings", now: "datetime") -> "datetime | None":
+    """The latest end that the config lets a token have."""
+    from datetime import timedelta
+
+    most = found.auth.max_token_lifetime
+    return None if most is None else now + timedelta(seconds=most)
+
+
+def _bounded(found: "Settings", text: str | None, now: "datetime") -> "datetime | None":
+    """The end that a rotation asks for, or the latest one that the config lets it have."""
+    return _expiry(found, text, now) if text is not None else _latest(found, now)
+
+
 @app.command("add")
 def add(
     context: typer.Context,
-    user: Annotated[str | None, typer.Option("--user", metavar="U", help="Whose token. Without: a service token.")] = None,
-    database: Annotated[list[str] | None, typer.Option("--database", metavar="D", help="Only this database. Repeatable.")] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", metavar="U", help="Whose token. Without: a service token.")
+    ] = None,
+    database: Annotated[
+        list[str] | None, typer.Option("--database", metavar="D", help="Only this database. Repeatable.")
+    ] = None,
     expiry: ExpiryOption = None,
     note_: Annotated[str | None, typer.Option("--note", metavar="T", help="What it is for.")] = None,
     permission: Annotated[
-        list[str] | None, typer.Option("--permission", metavar="P", help="Only this, e.g. tools:query_database. Repeatable.")
+        list[str] | None,
+        typer.Option("--permission", metavar="P", help="Only this, e.g. tools:query_database. Repeatable."),
     ] = None,
-    allow_ip: Annotated[list[str] | None, typer.Option("--allow-ip", metavar="CIDR", help="Only from there. Repeatable.")] = None,
+    allow_ip: Annotated[
+        list[str] | None, typer.Option("--allow-ip", metavar="CIDR", help="Only from there. Repeatable.")
+    ] = None,
     out: OutOption = None,
     json: JsonOption = False,
     config: ConfigOption = None,
@@ -107,12 +153,16 @@ def add(
         users.find(users.user_file(found.auth.user_file).current(), user)
     for name in database or ():
         if name not in found.databases:
-            raise NotFoundError(f"there is no database {name} in the config", f"there are: {', '.join(found.databases) or 'none'}")
+            raise NotFoundError(
+                f"there is no database {name} in the config", f"there are: {', '.join(found.databases) or 'none'}"
+            )
     databases = tuple(dict.fromkeys(database)) if database else None
     if user is None and databases is None:
         default = default_database(found)
         if default is None:
-            raise UsageError("a service token is for databases, and there is no default one", "name them with --database")
+            raise UsageError(
+                "a service token is for databases, and there is no default one", "name them with --database"
+            )
         databases = (default,)
     try:
         permissions = tuple(tokens.check_permission(text) for text in permission) if permission else None
@@ -122,12 +172,13 @@ def add(
         networks = tuple(network(text) for text in allow_ip) if allow_ip else None
     except ValueError as problem:
         raise UsageError(f"--allow-ip takes {problem}") from None
-    _check_out(out)
     wanted = tokens.Wanted(user, _expiry(found, expiry, now), databases, permissions, networks, note_)
     file = tokens.token_file(found.auth.token_file)
-    entry, text = tokens.add(file, wanted, now)
-    note(found, "token.added", token=entry.id, user=user, reason=by_whom(note_))
-    _give(entry, text, out, json, now)
+    ready_to_note(found)
+    with _handing_over(out) as give:
+        entry, text = tokens.add(file, wanted, now)
+        note(found, "token.added", token=entry.id, user=user, reason=by_whom(context, note_))
+        give(entry, text, json, now)
     _tell(found, entry, file.current())
 
 
@@ -158,7 +209,9 @@ def _tell(found: "Settings", entry: "Token", entries: Any) -> None:
 @app.command("list")
 def list_(
     context: typer.Context,
-    expiring: Annotated[str | None, typer.Option("--expiring", metavar="14d", help="Only those that end within this time.")] = None,
+    expiring: Annotated[
+        str | None, typer.Option("--expiring", metavar="14d", help="Only those that end within this time.")
+    ] = None,
     expired: Annotated[bool, typer.Option("--expired", help="Only those that have expired.")] = False,
     json: JsonOption = False,
     config: ConfigOption = None,
@@ -181,7 +234,9 @@ def list_(
         entries = [
             token
             for token in entries
-            if token.status(now) in ("active", "expiring") and token.expires_at is not None and token.expires_at <= until
+            if token.status(now) in ("active", "expiring")
+            and token.expires_at is not None
+            and token.expires_at <= until
         ]
     if expired:
         entries = [token for token in entries if token.status(now) == "expired"]
@@ -208,7 +263,10 @@ def show(context: typer.Context, id: TokenId, json: JsonOption = False, config: 
     found = settings(context, config)
     now = tokens.utcnow()
     entry = tokens.show(tokens.token_file(found.auth.token_file), id)
-    values = {**_values(entry, now), "allow_ips": None if entry.allow_ips is None else [str(item) for item in entry.allow_ips]}
+    values = {
+        **_values(entry, now),
+        "allow_ips": None if entry.allow_ips is None else [str(item) for item in entry.allow_ips],
+    }
     if json:
         output.put_json(values)
         return
@@ -219,7 +277,9 @@ def show(context: typer.Context, id: TokenId, json: JsonOption = False, config: 
 def rotate(
     context: typer.Context,
     id: TokenId,
-    overlap: Annotated[str | None, typer.Option("--overlap", metavar="24h", help="How long the old one still works.")] = None,
+    overlap: Annotated[
+        str | None, typer.Option("--overlap", metavar="24h", help="How long the old one still works.")
+    ] = None,
     expiry: ExpiryOption = None,
     out: OutOption = None,
     json: JsonOption = False,
@@ -243,11 +303,12 @@ def rotate(
             over = timedelta(seconds=duration(overlap))
         except (ValueError, OverflowError) as problem:
             raise UsageError(f"--overlap takes {problem}, not {overlap!r}") from None
-    ends = tokens.parse_expiry(expiry, now) if expiry is not None else None
-    _check_out(out)
-    old, new, text = tokens.rotate(tokens.token_file(found.auth.token_file), id, over, ends, now)
-    note(found, "token.rotated", token=id, user=old.user, reason=by_whom(f"replaced by {new.id}"))
-    _give(new, text, out, json, now)
+    ends = _bounded(found, expiry, now)
+    ready_to_note(found)
+    with _handing_over(out) as give:
+        old, new, text = tokens.rotate(tokens.token_file(found.auth.token_file), id, over, ends, now)
+        note(found, "token.rotated", token=id, user=old.user, reason=by_whom(context, f"replaced by {new.id}"))
+        give(new, text, json, now)
     ends_at = f"expires {tokens.rfc3339(new.expires_at)}" if new.expires_at else "never expires"
     output.say(f"token {new.id} replaces {id}, {ends_at}; keep it now, it is not shown again")
     if old.revoked_at is not None:
@@ -256,20 +317,26 @@ def rotate(
         output.say(f"token {id} ends by itself at {tokens.rfc3339(old.expires_at)}")
 
 
+_ASKED_AT_ONCE = 1000
+
+
 def _proof(found: "Settings", names: list[str]) -> tuple[str, dict[str, Any] | None]:
     """What the running servers did about ended tokens, waiting 2 s at most: as words, and as values."""
     from mcpctl import control
 
-    answers = control.ask_all(
-        control.folder_of(found.server.runtime_dir, found.auth.token_file), {"do": "settle", "tokens": names}
-    )
+    folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
+    answers = control.ask_all(folder, {"do": "settle", "tokens": names[:_ASKED_AT_ONCE]})
     if not answers:
         return "no server runs", None
+    for begin in range(_ASKED_AT_ONCE, len(names), _ASKED_AT_ONCE):
+        answers += control.ask_all(folder, {"do": "settle", "tokens": names[begin : begin + _ASKED_AT_ONCE]})
     silent = sum("error" in answer for answer in answers)
     queries = sum(answer.get("queries", 0) for answer in answers)
     left = sum(answer.get("backends_left", 0) for answer in answers)
     pids = [pid for answer in answers for pid in answer.get("lingering", ())]
-    words = f"cut: {queries} {'query' if queries == 1 else 'queries'}, {left} {'backend' if left == 1 else 'backends'} left"
+    words = (
+        f"cut: {queries} {'query' if queries == 1 else 'queries'}, {left} {'backend' if left == 1 else 'backends'} left"
+    )
     if pids:
         words += f" (pid {', '.join(map(str, pids))})"
     if silent:
@@ -298,11 +365,17 @@ def revoke(
     found = settings(context, config)
     done = tokens.revoke(tokens.token_file(found.auth.token_file), None if all_ else ids, tokens.utcnow())
     fresh = [entry for entry, alive in done if alive]
+    why = by_whom(context, reason)
+    note_all(found, [("token.revoked", {"token": entry.id, "user": entry.user, "reason": why}) for entry in fresh])
     words, values = _proof(found, [entry.id for entry, _ in done])
-    for entry in fresh:
-        note(found, "token.revoked", token=entry.id, user=entry.user, reason=by_whom(reason))
     if json:
-        output.put_json({"revoked": [entry.id for entry, _ in done], "already": [entry.id for entry, alive in done if not alive], "cut": values})
+        output.put_json(
+            {
+                "revoked": [entry.id for entry, _ in done],
+                "already": [entry.id for entry, alive in done if not alive],
+                "cut": values,
+            }
+        )
         return
     for entry, alive in done:
         output.put(f"{entry.id} {'revoked' if alive else 'was revoked already'}")
@@ -320,19 +393,20 @@ def remove(
     """Take a token out of the file, record and all. `revoke` keeps the record."""
     import sys
 
-    from mcpctl.errors import UsageError
+    from mcpctl.errors import Error, UsageError
     from mcpctl.identity import tokens
 
     found = settings(context, config)
     file = tokens.token_file(found.auth.token_file)
     entry = tokens.show(file, id)
     if not yes:
-        if not sys.stdin.isatty():
+        if sys.stdin is None or not sys.stdin.isatty():
             raise UsageError(f"removing token {id} wants a yes, and there is no terminal to ask at", "say --yes")
-        typer.confirm(f"Remove token {id} ({entry.user or 'service'}) and its record?", abort=True, err=True)
+        if not typer.confirm(f"Remove token {id} ({entry.user or 'service'}) and its record?", err=True):
+            raise Error("nothing was removed")
     tokens.remove(file, id)
+    note(found, "token.removed", token=id, user=entry.user, reason=by_whom(context))
     words, values = _proof(found, [id])
-    note(found, "token.removed", token=id, user=entry.user, reason=by_whom())
     if json:
         output.put_json({"removed": [id], "cut": values})
         return
@@ -347,8 +421,8 @@ def prune(context: typer.Context, json: JsonOption = False, config: ConfigOption
 
     found = settings(context, config)
     gone = tokens.prune(tokens.token_file(found.auth.token_file), tokens.utcnow())
-    for entry in gone:
-        note(found, "token.removed", token=entry.id, user=entry.user, reason=by_whom("pruned"))
+    why = by_whom(context, "pruned")
+    note_all(found, [("token.removed", {"token": entry.id, "user": entry.user, "reason": why}) for entry in gone])
     if json:
         output.put_json({"removed": [entry.id for entry in gone]})
         return
@@ -359,7 +433,9 @@ def prune(context: typer.Context, json: JsonOption = False, config: ConfigOption
 @app.command("verify")
 def verify(
     context: typer.Context,
-    file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Where the token is. Default: stdin.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE", help="Where the token is. Default: stdin.")
+    ] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -367,12 +443,10 @@ def verify(
 
     Exits 0 for a good one, 1 for any other.
     """
-    import sys
-
     from mcpctl import private_file
     from mcpctl.identity import tokens
 
-    text = (private_file.read(file, limit=4096).data.decode("utf-8", "replace") if file else sys.stdin.readline(4096)).strip()
+    text = private_file.read(file, limit=4096).data.decode("utf-8", "replace").strip() if file else _from_stdin()
     found = settings(context, config)
     now = tokens.utcnow()
     name = tokens.token_id(text)
@@ -392,3 +466,15 @@ def verify(
         output.put(why)
     if not good:
         raise typer.Exit(1)
+
+
+def _from_stdin() -> str:
+    """A secret: a line of a pipe, or typed without being shown."""
+    import getpass
+    import sys
+
+    if sys.stdin is None:
+        return ""
+    if sys.stdin.isatty():
+        return getpass.getpass("token: ", stream=sys.stderr).strip()
+    return sys.stdin.buffer.readline(4096).decode("utf-8", "replace").strip()

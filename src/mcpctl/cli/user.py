@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, settings
+from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, ready_to_note, settings
 
 app = typer.Typer(help="Make and list users.", no_args_is_help=True)
 
@@ -22,8 +22,9 @@ def add(
     from mcpctl.identity import tokens, users
 
     found = settings(context, config)
+    ready_to_note(found)
     made = users.add(users.user_file(found.auth.user_file), name, note_, tokens.utcnow())
-    note(found, "user.added", user=name, reason=by_whom(note_))
+    note(found, "user.added", user=name, reason=by_whom(context, note_))
     if json:
         output.put_json({"user": name, **users.as_values(made)})
     else:
@@ -43,7 +44,9 @@ def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption
         if token.status(now) in ("active", "expiring"):
             living[token.user] = living.get(token.user, 0) + 1
     entries = users.user_file(found.auth.user_file).current()
-    values = [{"user": user.name, **users.as_values(user), "tokens": living.get(user.name, 0)} for user in entries.values()]
+    values = [
+        {"user": user.name, **users.as_values(user), "tokens": living.get(user.name, 0)} for user in entries.values()
+    ]
     if json:
         output.put_json({"users": values})
         return

@@ -10,7 +10,6 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from time import monotonic
@@ -68,8 +67,11 @@ class Authenticator:
         self._now = now
         self._clock = clock
         self._key = secrets.token_bytes(32)
-        self._known: dict[str, tuple[bytes, Token, Principal]] = {}
+        self._known: dict[str, tuple[bytes, Principal]] = {}
         self._seen: dict[str, Token] = {}
+        self._editions: dict[str, int] = {}
+        self._edition = 0
+        self._verifying: dict[str, asyncio.Lock] = {}
         self._people: Mapping[str, users.User] = {}
         self._active: set[str] = set()
         self._versions = (-1, -1)
@@ -92,11 +94,17 @@ class Authenticator:
             return
         before, self._seen, self._versions, self._people = self._seen, dict(entries), versions, people
         for name, old in before.items():
-            if entries.get(name) is not old:
+            new = entries.get(name)
+            if new is old:
+                continue
+            if new is None or new.rights != old.rights:
                 self._known.pop(name, None)
-        over = {name: reason for name in self._active if (reason := self._why_over(before.get(name), entries.get(name)))}
-        for name in over:
-            self._active.discard(name)
+                self._edition += 1
+                self._editions[name] = self._edition  # kept when it is gone: an id that comes back is another edition
+            elif name in self._known:  # its times or its note: the same secret still opens it
+                self._known[name] = (self._known[name][0], self._principal(new))
+        over = {name: why for name in self._active if (why := self._why_over(before.get(name), entries.get(name)))}
+        self._active.difference_update(over)
         if over:
             self.ended(over)
 
@@ -104,33 +112,29 @@ class Authenticator:
         """Why what a token has open must end, now that its entry is `new`; None where it need not."""
         if new is None:
             return "removed"
-        if new.revoked_at is not None and new.revoked_at <= self._now():
+        if new.status(self._now()) == "revoked":
             return "revoked"
         if new.user is not None and new.user not in self._people:
             return "its user is gone"
-        if old is not None and old is not new and _rights(old) != _rights(new):
+        if old is not None and old.rights != new.rights:
             return "changed"
         return None
 
     def expired(self) -> list[str]:
         """Ids of tokens in use whose time is over; each is told once."""
         now = self._now()
-        over = [name for name in self._active if self._seen[name].status(now) in ("expired", "revoked")]
+        over = [name for name in self._active if self._seen[name].status(now) == "expired"]
         self._active.difference_update(over)
-        for name in over:
-            self._known.pop(name, None)
         return over
 
     def still_valid(self, principal: Principal) -> bool:
-        """Whether a principal still has what it had: its token lives, with the same secret, user and limits."""
+        """Whether what was opened as this principal may go on: its token is there, with the same rights, is neither
+        expired nor revoked, and its user is there."""
         if principal.token is None:
             return True
         token = self._seen.get(principal.token)
         return (
-            token is not None
-            and token.status(self._now()) not in ("expired", "revoked")
-            and (token.user is None or token.user in self._people)
-            and _principal(replace(token, expires_at=principal.expires_at)) == principal
+            token is not None and principal.edition == self._editions.get(token.id, 0) and self._why_not(token) is None
         )
 
     def next_expiry(self) -> float | None:
@@ -148,48 +152,62 @@ class Authenticator:
         if token is None:
             raise UnauthorizedError("no such token id", token_id=name)
         digest = hashlib.blake2b(text.encode("ascii"), key=self._key).digest()
-        known = self._known.get(name)
-        if known is None or known[1] is not token or not secrets.compare_digest(known[0], digest):
-            await self._verify(token, text, address)
-            if self._seen.get(name) is not token:  # changed while the hash was computed
-                return await self.authenticate(text, address)
-            known = self._known[name] = (digest, token, _principal(token))
-        self._check(token, address)
+        principal = self._remembered(name, digest) or await self._verify(token, text, address, digest)
+        token = self._seen[name]
+        if why := self._why_not(token):
+            raise UnauthorizedError(why, token_id=name)
+        if not tokens.allows_address(token, address):
+            raise UnauthorizedError(f"not from this address ({address})", token_id=name)
         self._active.add(name)
-        return known[2]
+        return principal
 
-    async def _verify(self, token: Token, text: str, address: str | None) -> None:
+    def _remembered(self, name: str, digest: bytes) -> Principal | None:
+        known = self._known.get(name)
+        return known[1] if known is not None and secrets.compare_digest(known[0], digest) else None
+
+    async def _verify(self, token: Token, text: str, address: str | None, digest: bytes) -> Principal:
+        """The principal of a text that is not remembered: one hash, one at a time for each token, so that what comes
+        at once is counted like what comes in turn."""
         who = (token.id, address or "")
-        wait = self._attempts.wait(who, self._clock())
-        if wait > 0:
-            raise UnauthorizedError(
-                "too many wrong secrets", token_id=token.id, status=429, retry_after=int(wait) + 1
-            )
-        loop = asyncio.get_running_loop()
-        if not await loop.run_in_executor(self._hashing, tokens.matches, token, text):
-            self._attempts.failed(who, self._clock())
-            raise UnauthorizedError("wrong secret", token_id=token.id)
+        async with self._verifying.setdefault(token.id, asyncio.Lock()):
+            while True:
+                self.refresh()
+                current = self._seen.get(token.id)
+                if current is None:
+                    raise UnauthorizedError("no such token id", token_id=token.id)
+                if principal := self._remembered(token.id, digest):
+                    return principal
+                wait = self._attempts.wait(who, self._clock())
+                if wait > 0:
+                    raise UnauthorizedError(
+                        "too many wrong secrets", token_id=token.id, status=429, retry_after=int(wait) + 1
+                    )
+                loop = asyncio.get_running_loop()
+                right = await loop.run_in_executor(self._hashing, tokens.matches, current, text)
+                if (now := self._seen.get(token.id)) is None or now.hash != current.hash:
+                    continue  # it changed while the hash was computed
+                if not right:
+                    self._attempts.failed(who, self._clock())
+                    raise UnauthorizedError("wrong secret", token_id=token.id)
+                self._known[token.id] = (digest, self._principal(now))
+                return self._known[token.id][1]
 
-    def _check(self, token: Token, address: str | None) -> None:
+    def _why_not(self, token: Token) -> str | None:
+        """Why a token opens nothing now; None where it does."""
         status = token.status(self._now())
         if status in ("expired", "revoked"):
-            raise UnauthorizedError(f"the token is {status}", token_id=token.id)
+            return f"the token is {status}"
         if token.user is not None and token.user not in self._people:
-            raise UnauthorizedError(f"its user {token.user} is gone", token_id=token.id)
-        if not tokens.allows_address(token, address):
-            raise UnauthorizedError(f"not from this address ({address})", token_id=token.id)
+            return f"its user {token.user} is gone"
+        return None
 
-
-def _rights(token: Token) -> tuple[object, ...]:
-    return (token.hash, token.user, token.databases, token.permissions, token.allow_ips)
-
-
-def _principal(token: Token) -> Principal:
-    return Principal(
-        token=token.id,
-        user=token.user,
-        pool=hashlib.sha256(token.hash.encode()).hexdigest(),
-        databases=token.databases,
-        permissions=token.permissions,
-        expires_at=token.expires_at,
-    )
+    def _principal(self, token: Token) -> Principal:
+        return Principal(
+            token=token.id,
+            user=token.user,
+            pool=hashlib.sha256(token.hash.encode()).hexdigest(),
+            databases=token.databases,
+            permissions=token.permissions,
+            expires_at=token.expires_at,
+            edition=self._editions.get(token.id, 0),
+        )

@@ -5,8 +5,9 @@
       ab12cd34: {user: alice, hash: "$argon2id$…", …}
 
 The command line writes it, under its lock, as a whole; the server only reads. An entry whose line has not changed
-is not parsed again, so that one change in ten thousand costs one. A file that a person has laid out differently
-is read as well, as a whole.
+is neither parsed nor written out again, so that one change in ten thousand costs one. A file that a person has laid
+out differently is read as well, as a whole. What a person has written beside the entries (comments) is lost with the
+next change.
 """
 
 import contextlib
@@ -18,8 +19,9 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
-from mcpctl import config, private_file
+from mcpctl import plain_yaml, private_file
 from mcpctl.errors import ConfigError, Error
+from mcpctl.plain_yaml import Branch
 from mcpctl.private_file import Fingerprint
 
 E = TypeVar("E")
@@ -36,6 +38,17 @@ class Shape(Generic[E]):
     name: re.Pattern[str]
     read: Callable[[str, dict[str, Any]], E]
     write: Callable[[E], dict[str, Any]]
+
+
+class _OneLine(yaml.SafeDumper):
+    pass
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_OneLine.add_representer(str, _text)
 
 
 @dataclass
@@ -57,17 +70,26 @@ class EntryFile(Generic[E]):
         """
         now = private_file.fingerprint(self.path)
         if now != self._fingerprint or now == private_file.ABSENT:
+            self._fingerprint = None  # what cannot even be read is tried again each time: its folder may be at fault
             try:
                 content = private_file.read(self.path)
-                self._entries = self._parse(content.data)
             except Error as problem:
-                self._broken, self._fingerprint = ConfigError(problem.message, problem.hint), now
-                raise self._broken from None
-            self._broken, self._fingerprint = None, content.fingerprint
+                raise ConfigError(problem.message, problem.hint) from None
+            self._fingerprint = content.fingerprint
+            try:
+                self._entries = self._same_where_equal(self._parse(content.data))
+            except ConfigError as problem:
+                self._broken = problem
+                raise
+            self._broken = None
             self.version += 1
         if self._broken:
-            raise self._broken
+            raise ConfigError(self._broken.message, self._broken.hint)
         return self._entries
+
+    def _same_where_equal(self, entries: dict[str, E]) -> dict[str, E]:
+        """The entries, with the objects that are known already for what has not changed."""
+        return {name: old if (old := self._entries.get(name)) == entry else entry for name, entry in entries.items()}
 
     @contextlib.contextmanager
     def edit(self) -> Iterator[dict[str, E]]:
@@ -77,18 +99,27 @@ class EntryFile(Generic[E]):
             entries = dict(before)
             yield entries
             if entries != before:
-                held.replace(self.render(entries))
+                data = self.render(entries)
+                if self._parse(data) != entries:
+                    raise ConfigError(f"{self.path} could not be read again if it were written; nothing was changed")
+                held.replace(data)
 
     def render(self, entries: Mapping[str, E]) -> bytes:
         """The file's bytes for these entries."""
         if not entries:
             return f"version: 1\n{self.shape.top}: {{}}\n".encode()
+        written = {id(entry): line for line, entry in self._lines.items()}
         lines = [f"version: 1\n{self.shape.top}:"]
         for name, entry in entries.items():
-            values = {key: value for key, value in self.shape.write(entry).items() if value is not None}
-            flow = yaml.safe_dump(values, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True)
-            lines.append(f"  {name}: {flow.strip()}")
-        return ("\n".join(lines) + "\n").encode()
+            lines.append(written.get(id(entry)) or f"  {name}: {self._flow(entry)}")
+        return ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass")
+
+    def _flow(self, entry: E) -> str:
+        """An entry on one line: a text with a line break in it, or anything else that is not to be seen, is escaped."""
+        values = {key: value for key, value in self.shape.write(entry).items() if value is not None}
+        return yaml.dump(
+            values, Dumper=_OneLine, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
+        ).strip()
 
     def _parse(self, data: bytes) -> dict[str, E]:
         faults: list[str] = []
@@ -96,7 +127,9 @@ class EntryFile(Generic[E]):
         if entries is None:
             entries = self._whole(data, faults)
         if faults:
-            raise ConfigError("\n  ".join([f"{self.path} is not in order:", *faults]), f"mend {self.path}, or restore it")
+            raise ConfigError(
+                "\n  ".join([f"{self.path} is not in order:", *faults]), f"mend {self.path}, or restore it"
+            )
         return entries
 
     def _by_line(self, data: bytes) -> dict[str, E] | None:
@@ -125,21 +158,26 @@ class EntryFile(Generic[E]):
         return entries
 
     def _whole(self, data: bytes, faults: list[str]) -> dict[str, E]:
-        tree = config.parse_yaml(data, self.path, faults)
+        tree = plain_yaml.parse(data, self.path, faults)
         entries: dict[str, E] = {}
-        values = config.as_plain(tree)
+        values = plain_yaml.as_plain(tree)
         if faults:
             return entries
         unknown = [key for key in values if key not in ("version", self.shape.top)]
-        faults += [f"{self.path}: {key}: there is no such key; there are version and {self.shape.top}" for key in unknown]
+        faults += [
+            f"{self.path}: {key}: there is no such key; there are version and {self.shape.top}" for key in unknown
+        ]
         if values.get("version") != 1:
             faults.append(f"{self.path}: version: is {values.get('version')!r}, and this mcpctl knows 1")
         named = values.get(self.shape.top)
-        if named is None or not isinstance(named, dict):
+        entries_tree = tree.children.get(self.shape.top)
+        if entries_tree is not None and named is None:
+            return entries
+        if not isinstance(entries_tree, Branch):
             faults.append(f"{self.path}: {self.shape.top}: is missing, or has no entries with names")
             return entries
         for name, fields in named.items():
-            where = config.where(tree, self.shape.top, name)
+            where = entries_tree.children[name].where
             if not self.shape.name.fullmatch(name):
                 faults.append(f"{where}: {name!r} cannot be a name here")
             elif not isinstance(fields, dict):

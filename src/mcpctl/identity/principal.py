@@ -10,7 +10,8 @@ class Principal:
 
     `token` is the token's id (None for the one local user of stdio or --no-auth), `pool` the name of its own
     pools: SHA-256 of the stored hash in hex, of which logs show the first 12. `databases` and `permissions` are
-    what the token is limited to; None means all that its user has.
+    what the token is limited to; None means all that its user has. `edition` counts how often the rights of its
+    token have changed: what was opened under an earlier edition is over, whatever else is equal.
     """
 
     token: str | None
@@ -20,6 +21,7 @@ class Principal:
     permissions: tuple[str, ...] | None = None
     expires_at: datetime | None = None
     tenant: str | None = None
+    edition: int = 0
 
     @property
     def name(self) -> str:

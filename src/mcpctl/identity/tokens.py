@@ -23,10 +23,12 @@ from mcpctl.config_keys import Network, duration, network
 from mcpctl.errors import ConflictError, NotFoundError, UsageError
 from mcpctl.identity.entry_file import EntryFile, Shape
 from mcpctl.identity.users import NAME as USER_NAME
+from mcpctl.identity.users import check_note, read_time
 
 # The secret has 256 random bits: nobody guesses it, so a hash that costs .02 ms is as good as one that costs 500.
 CHEAP_ARGON2ID = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1, hash_len=32, salt_len=16)
 EXPIRING = timedelta(days=14)
+_HASH = re.compile(r"\$argon2id\$v=19\$m=8,t=1,p=1\$[A-Za-z0-9+/]{22}\$[A-Za-z0-9+/]{43}")
 _TOKEN = re.compile(r"mcp_([0-9a-z]{8})_[0-9A-Za-z]{43}_[0-9A-Za-z]{6}")
 _ID = re.compile(r"[0-9a-z]{8}")
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -51,9 +53,14 @@ class Token:
     allow_ips: tuple[Network, ...] | None = None
     note: str | None = None
 
+    @property
+    def rights(self) -> tuple[object, ...]:
+        """Everything that what it has open depends on: not its times, nor its note."""
+        return (self.hash, self.user, self.databases, self.permissions, self.allow_ips)
+
     def status(self, now: datetime) -> str:
         """active, expiring (within 14 days), expired or revoked."""
-        if self.revoked_at is not None and self.revoked_at <= now:
+        if self.revoked_at is not None:  # whatever the clock says: a clock that is set back brings nothing back
             return "revoked"
         if self.expires_at is None:
             return "active"
@@ -118,33 +125,30 @@ def parse_expiry(text: str, now: datetime) -> datetime | None:
     try:
         when = now + timedelta(seconds=duration(text))
     except (ValueError, OverflowError):
-        try:
-            day = re.fullmatch(r"\d{4}-\d\d-\d\d", text)
-            if day:
-                when = datetime.combine(date.fromisoformat(text), datetime.min.time(), UTC)
-            else:
-                when = datetime.fromisoformat(text)
-        except ValueError:
-            raise UsageError(
-                f"--expiry {text!r} is no lifetime", "say 12h, 30d, 2w, 1y, a date such as 2027-01-31, or never"
-            ) from None
-        if when.tzinfo is None:
-            raise UsageError(f"--expiry {text!r} has no time zone", "write it as 2027-01-31T12:00:00Z") from None
+        when = _date(text)
     if when <= now:
         raise UsageError(f"--expiry {text!r} is not in the future", "a token that has ended already helps nobody")
-    return when.astimezone(UTC)
+    return when
+
+
+def _date(text: str) -> datetime:
+    try:
+        if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+            return datetime.combine(date.fromisoformat(text), datetime.min.time(), UTC)
+        when = datetime.fromisoformat(text)
+        if when.tzinfo is not None:
+            return when.astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"--expiry {text!r} is no lifetime", "say 12h, 30d, 2w, 1y, a date such as 2027-01-31, or never"
+        ) from None
+    raise UsageError(f"--expiry {text!r} has no time zone", "write it as 2027-01-31T12:00:00Z")
 
 
 def _time(value: Any, name: str) -> datetime | None:
     if value is None:
         return None
-    try:
-        when = value if isinstance(value, datetime) else datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}: {value!r} is not a time such as 2027-01-31T12:00:00Z") from None
-    if when.tzinfo is None:
-        raise ValueError(f"{name}: has no time zone")
-    return when.astimezone(UTC)
+    return read_time(value, name)
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...] | None:
@@ -156,25 +160,27 @@ def _texts(value: Any, name: str) -> tuple[str, ...] | None:
 
 
 def _read_hash(value: Any) -> str:
-    """An Argon2id PHC string no dearer than ours: a dearer one would let a stranger make us pay."""
+    """An Argon2id PHC string of exactly our profile: a dearer or longer one would let a stranger make us pay."""
+    if isinstance(value, str) and _HASH.fullmatch(value):
+        return value
     try:
         cost = argon2.extract_parameters(value)
-    except (InvalidHashError, AttributeError, TypeError):
+    except (InvalidHashError, AttributeError, TypeError, ValueError):
         raise ValueError("hash: is not an Argon2id hash as `mcpctl token add` makes it") from None
-    most = argon2.extract_parameters(CHEAP_ARGON2ID.hash(""))
     if cost.type is not argon2.Type.ID:
         raise ValueError("hash: is not of the type Argon2id")
-    if (cost.time_cost, cost.memory_cost, cost.parallelism) != (most.time_cost, most.memory_cost, most.parallelism):
-        raise ValueError(
-            f"hash: t={cost.time_cost}, m={cost.memory_cost}, p={cost.parallelism}; only t=1, m=8, p=1 is taken here"
-        )
-    return str(value)
+    raise ValueError(
+        f"hash: t={cost.time_cost}, m={cost.memory_cost}, p={cost.parallelism}, {cost.salt_len} + {cost.hash_len} bytes; only "
+        " t=1, m=8, p=1, 16 + 32 bytes is taken here"
+    )
 
 
 def check_permission(text: str) -> str:
     """A permission pattern such as `*`, `tools:*`, `databases:sales:read`; ValueError for anything else."""
     if not _PERMISSION.fullmatch(text):
-        raise ValueError(f"{text!r} is no permission; they look like tools:query_database, databases:sales:read, tools:*")
+        raise ValueError(
+            f"{text!r} is no permission; they look like tools:query_database, databases:sales:read, tools:*"
+        )
     return text
 
 
@@ -243,6 +249,7 @@ class Wanted:
 
 def add(file: EntryFile[Token], wanted: Wanted, now: datetime) -> tuple[Token, str]:
     """Write a new token into the file; returns its entry and the token itself, which exists nowhere else."""
+    check_note(wanted.note)
     with file.edit() as entries:
         name, text = mint(entries)
         entry = Token(
@@ -299,7 +306,11 @@ def rotate(
         if overlap is None:
             old = replace(old, revoked_at=now)
         else:
-            old = replace(old, expires_at=min([now + overlap, *ends[: old.expires_at is not None]]))
+            try:
+                until = now + overlap
+            except OverflowError:
+                raise UsageError("--overlap is beyond all dates", "say 24h") from None
+            old = replace(old, expires_at=until if old.expires_at is None else min(until, old.expires_at))
         entries[name] = old
         entries[fresh] = new
     return old, new, text

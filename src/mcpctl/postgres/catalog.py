@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mcpctl.errors import NotFoundError
+from mcpctl.errors import Error, NotFoundError
 from mcpctl.postgres import statement
 from mcpctl.postgres.statement import Bounds, Rows
 from mcpctl.postgres.token_pool import Session
@@ -59,6 +59,10 @@ async def table(session: Session, schema: str | None, name: str, bounds: Bounds)
     if schema is None and "." in name:
         schema, name = name.split(".", 1)
     found = await statement.run(session, _TABLE, bounds, [_param(schema), _param(name)])
+    if found.note is not None:
+        raise Error(
+            f"what there is to say of {name!r} is more than an answer may have here", "ask the catalog for a part"
+        )
     if not found.rows:
         raise NotFoundError(
             f"there is no table {name!r}{f' in {schema!r}' if schema else ''} that you may read",

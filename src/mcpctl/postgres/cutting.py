@@ -143,7 +143,12 @@ async def end(session: Session) -> None:
     terminator = await _open(session.pool.login)
     if terminator is not None:
         try:
-            await _terminate(terminator, [session])
+            for _ in range(20):
+                if await _terminate(terminator, [session]) is not False:
+                    break
+                await asyncio.sleep(0.01)
+            else:
+                log.warning("backend %d was told to end, and is still there", session.pid)
         finally:
             await terminator.close()
     session.close()

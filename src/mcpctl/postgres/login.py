@@ -4,6 +4,7 @@ PostgreSQL, "Database Connection Control Functions", lists the keywords; the ope
 """
 
 import ipaddress
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, LiteralString
@@ -57,7 +58,8 @@ class Login:
             password = private_file.read(self.settings.password_file, limit=4096).data
             values["password"] = password.decode("utf-8", "replace").rstrip("\r\n")
         values.setdefault("connect_timeout", CONNECT_TIMEOUT)
-        if "sslmode" not in values and not _is_here(str(values.get("host") or values.get("hostaddr") or "")):
+        named = values.get("host") or values.get("hostaddr") or os.environ.get("PGHOST") or os.environ.get("PGHOSTADDR")
+        if "sslmode" not in values and not _is_here(str(named or "")):
             values["sslmode"] = "verify-full"
             values.setdefault("sslrootcert", "system")
         return make_conninfo("", **values)

@@ -52,7 +52,6 @@ class Pools:
         self._room = asyncio.Lock()
         self._freed = asyncio.Event()
         self._closed = False
-        self.lingering: dict[int, str] = {}
 
     @property
     def connections(self) -> int:
@@ -150,8 +149,6 @@ class Pools:
         done = await cut(victims)
         for pool in victims:
             self._tell("pool.closed", pool, f"{reason}: {done}")
-        for pid in done.lingering:
-            self.lingering[pid] = reason
         return done
 
     async def close(self) -> None:

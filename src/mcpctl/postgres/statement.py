@@ -40,7 +40,10 @@ _LOCKED = b"""SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_catalog.pg_l
  WHERE l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
  AND l.relation NOT IN ('pg_catalog.pg_locks'::regclass, 'pg_catalog.pg_class'::regclass,
                         'pg_catalog.pg_namespace'::regclass) ORDER BY 1"""
-_TYPES = b"""SELECT t.oid, pg_catalog.format_type(t.oid, NULL), CASE WHEN t.typcategory = 'A' THEN t.typelem ELSE 0 END,
+_TYPES = b"""SELECT t.oid, pg_catalog.format_type(t.oid, NULL), CASE WHEN t.typcategory = 'A' THEN (
+  WITH RECURSIVE base AS (SELECT oid, typbasetype FROM pg_catalog.pg_type WHERE oid = t.typelem UNION ALL
+   SELECT p.oid, p.typbasetype FROM base JOIN pg_catalog.pg_type p ON p.oid = base.typbasetype)
+  SELECT oid FROM base WHERE typbasetype = 0) ELSE 0 END,
  coalesce(e.typdelim, ',') FROM pg_catalog.pg_type t LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem
  WHERE t.oid = ANY($1::oid[])"""
 _CHUNK = 100
@@ -68,21 +71,16 @@ class Rows:
     rows: list[tuple[Any, ...]] = field(default_factory=list)
     json: bytes = b"[]"
     note: str | None = None
-    relations: tuple[str, ...] | None = None
 
 
 class StatementError(Error):
-    """What PostgreSQL said of the statement, in its own words, each bounded.
-
-    `described` is whether it had described columns of it before; a text of which it has not may hold anything.
-    """
+    """What PostgreSQL said of the statement, in its own words, each bounded."""
 
     status = 200
 
     def __init__(self, message: str, fields: dict[str, str]) -> None:
         super().__init__(message, fields.get("hint"))
         self.fields = fields
-        self.described = True
 
 
 class NotAQuestionError(Error):
@@ -103,7 +101,7 @@ async def run(session: Session, text: str, bounds: Bounds, params: Sequence[byte
 async def is_question(session: Session, text: str, bounds: Bounds) -> bool:
     """Whether PostgreSQL would open a cursor for the text. Raises its error where it is not even a statement."""
     exchange = _Exchange(session, bounds)
-    return (await _guarded(exchange, exchange.ask(_encode(text))))[0]
+    return await _guarded(exchange, exchange.ask(_encode(text)))
 
 
 async def _guarded(exchange: "_Exchange", work: Coroutine[Any, Any, T]) -> T:
@@ -160,24 +158,32 @@ class _Exchange:
     async def run(self, text: bytes, params: Sequence[bytes | None] | None) -> Rows:
         with Wire(self._pgconn, self._growth) as wire:
             if params is not None:
-                return await self._framed(wire, text, params, None)
-            key = self._verdicts.key(self.session.login, text)
-            verdict = self._verdicts.get(key)
-            if verdict is None:
-                question, shows = await self.judge(wire, text)
-                if not question and not shows:
-                    raise NotAQuestionError(
-                        "PostgreSQL describes no columns for this statement, so it is no question, and was not run",
-                        "query_database takes what has an answer: SELECT, VALUES, TABLE, WITH … SELECT, EXPLAIN, SHOW",
-                    )
-                verdict = Verdict(question, await self._relations(wire, text) if question else None)
-                self._verdicts.remember(key, verdict)
-            return await self._framed(wire, text, (), verdict)
+                return await self._framed(wire, text, params)
+            await self._judged(wire, text)
+            return await self._framed(wire, text, ())
 
-    async def ask(self, text: bytes) -> tuple[bool, bool]:
-        """`judge` alone."""
+    async def ask(self, text: bytes) -> bool:
+        """Whether the text is a question, without running it."""
         with Wire(self._pgconn, self._growth) as wire:
-            return await self.judge(wire, text)
+            return (await self._judged(wire, text)).question
+
+    async def _judged(self, wire: Wire, text: bytes) -> Verdict:
+        """What PostgreSQL says of the text, now or in the last minutes. Raises NotAQuestionError."""
+        key = self._verdicts.key(self.session.login, text)
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            question, shows = await self.judge(wire, text)
+            if not question and not shows:
+                raise NotAQuestionError(
+                    "PostgreSQL describes no columns for this statement, so it is no question, and was not run",
+                    "query_database takes what has an answer: SELECT, VALUES, TABLE, WITH … SELECT, EXPLAIN, SHOW",
+                )
+            self.session.described = True
+            verdict = Verdict(question, await self._relations(wire, text) if question else None)
+            self._verdicts.remember(key, verdict)
+        self.session.described = True
+        self.session.relations = verdict.relations or self.session.relations
+        return verdict
 
     def _sync(self) -> None:
         self._pgconn.pipeline_sync()
@@ -204,9 +210,7 @@ class _Exchange:
         await self._synced(wire)
         for answer in (parsed, described):
             if answer.status != _Status.COMMAND_OK:
-                problem = _error(answer)
-                problem.described = False
-                raise problem
+                raise _error(answer)
         oids = {described.ftype(i) for i in range(described.nfields)}
         if unknown := self._types.unknown(oids):
             await self._learn(wire, unknown)
@@ -289,7 +293,7 @@ class _Exchange:
         if not clean:  # a late cancel hit the frame, or a prepared statement would have outlived the call
             self.session.close()
 
-    async def _framed(self, wire: Wire, text: bytes, params: Sequence[bytes | None], verdict: Verdict | None) -> Rows:
+    async def _framed(self, wire: Wire, text: bytes, params: Sequence[bytes | None]) -> Rows:
         self._send(text, params)
         await wire.flush()
         await self._begun(wire)
@@ -310,14 +314,14 @@ class _Exchange:
             if not answer.columns:
                 raise
             answer.too_large()
-            return answer.done(verdict)
+            return answer.done()
         finally:
             if stop is not None:
                 await asyncio.shield(stop)
         await self._ended(wire)
         if failed is not None:
             raise failed
-        return answer.done(verdict)
+        return answer.done()
 
     async def stop(self) -> None:
         """End what is still running: politely, so that the connection can be used again, or else for good."""
@@ -369,7 +373,7 @@ class _Answer:
         room = self._bounds.rows - len(self.rows)
         if len(rows) > room:
             rows = rows[:room]
-            self.note = _note(f"at {self._bounds.rows} rows, the most that one answer may have here")
+            self.note = _note(f"at {self._bounds.rows} rows")
         self._add(rows)
         return self.note is None
 
@@ -397,13 +401,13 @@ class _Answer:
         """The connection was closed under a row that is far too large."""
         self.note = _note("before a row that is far larger than an answer may be")
 
-    def done(self, verdict: Verdict | None) -> Rows:
+    def done(self) -> Rows:
+        """The answer as it is now."""
         return Rows(
             columns=self.columns or [],
             rows=self.rows,
             json=b"[" + b",".join(self._pieces) + b"]",
             note=self.note,
-            relations=verdict.relations if verdict else None,
         )
 
 

@@ -32,9 +32,13 @@ class _Login(AsyncConnection[Any]):
 
 
 class Session:
-    """One backend that has logged in, and who uses it now."""
+    """One backend that has logged in, and who uses it now.
 
-    __slots__ = ("conn", "cut", "login", "pid", "pool", "started", "task")
+    Of the caller's statement: `described` is whether PostgreSQL described columns of it (a text of which it has not may
+    hold anything, a password too), `relations` what its plan reads.
+    """
+
+    __slots__ = ("conn", "cut", "described", "login", "pid", "pool", "relations", "started", "task")
 
     def __init__(self, conn: "_Login", pool: "TokenPool", pid: int, started: str, login: str) -> None:
         self.conn = conn
@@ -44,6 +48,8 @@ class Session:
         self.login = login
         self.cut = False
         self.task: asyncio.Task[Any] | None = None
+        self.described = False
+        self.relations: tuple[str, ...] | None = None
 
     @property
     def pgconn(self) -> pq.abc.PGconn:
@@ -191,6 +197,7 @@ class TokenPool:
             await conn.close()
             await self._pool.putconn(conn)
         session.task = asyncio.current_task()
+        session.described, session.relations = False, None
         self.out.add(session)
         return session
 

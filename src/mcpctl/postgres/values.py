@@ -20,6 +20,8 @@ from psycopg.types import TypeInfo
 from psycopg.types.array import register_array
 
 SAFE_INTEGER = 2**53 - 1
+DEEPEST = 100
+"""Levels of nesting up to which a json value arrives as JSON."""
 
 
 class _Text(Loader):
@@ -95,15 +97,27 @@ def _json_float(text: str) -> float | str:
 
 
 class _Json(Loader):
-    """JSON as JSON. A number that a double cannot carry is a text, as for integers and numeric."""
+    """JSON as JSON. A number that a double cannot carry is a text, as for integers and numeric; so is all of a value
+    that is nested deeper than clients and libraries can be trusted with."""
 
     def load(self, data: Buffer) -> Any:
         text = str(data, "utf-8", "replace")
+        if text.count("[") + text.count("{") > DEEPEST and _depth(text) > DEEPEST:
+            return text
         try:
             found = json.loads(text, parse_int=_json_integer, parse_float=_json_float)
         except (ValueError, RecursionError):
             return text
         return _without_surrogates(found) if "\\u" in text else found
+
+
+def _depth(text: str) -> int:
+    """How deep a JSON text is nested."""
+    deepest = depth = 0
+    for mark in re.findall(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark, 0)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _without_surrogates(value: Any) -> Any:

@@ -33,8 +33,10 @@ def token(headers: Headers, query: bytes) -> str | None:
     session = header(headers, b"x-session-id")
     if sum(credential is not None for credential in (bearer, api_key, session)) > 1:
         raise UsageError("two credentials in one request", "send Authorization: Bearer … alone")
+    if session is not None:
+        raise UnauthorizedError("no such session")
     if bearer is None:
-        return api_key if session is None else session  # there are no sessions, so that none is known
+        return api_key
     scheme, _, rest = bearer.partition(" ")
     if scheme.lower() != "bearer":
         raise UnauthorizedError("another scheme than Bearer")
@@ -50,39 +52,34 @@ class Gatekeeper:
 
     hosts: frozenset[str]
     origins: frozenset[str]
-    loopback: bool
     proxies: tuple[Network, ...]
     authority: str
+    proxies_only: bool
 
     @classmethod
     def of(cls, settings: Settings, host: str, port: int, *, behind_proxy: bool) -> "Gatekeeper":
         """What is allowed for a server that listens there. Loopback's own names are, on loopback."""
         loopback = is_loopback(host)
-        hosts = set(settings.server.allowed_hosts)
+        hosts = {name.lower() for name in settings.server.allowed_hosts}
         origins = set(settings.server.allowed_origins)
         if settings.server.public_url:
             url = urlsplit(settings.server.public_url)
-            hosts.add(url.netloc)
+            hosts.add(url.netloc.lower())
             origins.add(f"{url.scheme}://{url.netloc}")
         shown = f"[{host}]" if ":" in host else host
+        names = {"localhost", "127.0.0.1", "[::1]", shown} if loopback else {shown}
+        ports = ("", f":{port}") if port in (80, 443) else (f":{port}",)  # clients leave out a default port
+        hosts |= {f"{name}{part}" for name in names for part in ports}
         if loopback:
-            names = {"localhost", "127.0.0.1", "[::1]", shown}
-            hosts |= {f"{name}:{port}" for name in names}
-            origins |= {f"{scheme}://{name}:{port}" for scheme in _SCHEMES for name in names}
-        else:
-            hosts |= {f"{shown}:{port}"}
-        return cls(
-            frozenset(hosts),
-            frozenset(origins),
-            loopback,
-            settings.server.trusted_proxies if behind_proxy else (),
-            f"{shown}:{port}",
-        )
+            origins |= {f"{scheme}://{name}{part}" for scheme in _SCHEMES for name in names for part in ports}
+        proxies = settings.server.trusted_proxies if behind_proxy else ()
+        only = behind_proxy and not loopback and settings.server.tls.cert is None
+        return cls(frozenset(hosts), frozenset(origins), proxies, f"{shown}:{port}", only)
 
     def check(self, headers: Headers) -> None:
         """Raise where Host or Origin is none of ours: another site's page, or a name that was bound to us."""
         host = header(headers, b"host")
-        if host is None or (host not in self.hosts and host.lower() not in self.hosts):
+        if host is None or host.lower() not in self.hosts:
             raise Error(
                 f"Host {(host or '')[:100]!r} is none of this server's", "add it to server.allowed_hosts", status=421
             )
@@ -93,7 +90,12 @@ class Gatekeeper:
             )
 
     def address(self, headers: Headers, peer: str | None) -> str | None:
-        """The client's address: the peer's, or, behind a trusted proxy, the last of X-Forwarded-For that is none."""
+        """The client's address: the peer's, or, behind a trusted proxy, the last of X-Forwarded-For that is none.
+
+        Where plain HTTP is spoken for a proxy's sake, nobody but the proxy is answered.
+        """
+        if self.proxies_only and (peer is None or not self._trusted(peer)):
+            raise Error("only the proxies of server.trusted_proxies are answered here", status=403)
         if peer is None or not self._trusted(peer):
             return peer
         hops = [

@@ -8,12 +8,26 @@ import msgspec
 encode = msgspec.json.Encoder().encode
 
 
+_RESULT = ("_meta", "content", "structuredContent", "isError", "resultType")
+_CONTENT = ("type", "text")
+
+
 def again(body: bytes) -> bytes:
     """A JSON body of the SDK's, written as the express lane writes. What is not JSON stays as it is."""
     try:
-        return encode(json.loads(body))
+        message = json.loads(body)
+        result = message.get("result") if isinstance(message, dict) else None
+        if isinstance(result, dict) and "isError" in result:
+            result["content"] = [_ordered(item, _CONTENT) for item in result["content"]]
+            message["result"] = _ordered(result, _RESULT)
+        return encode(message)
     except (ValueError, RecursionError, TypeError):
         return body
+
+
+def _ordered(found: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """The same with its keys in this order, and what has none behind them."""
+    return {name: found[name] for name in names if name in found} | found
 
 
 def rpc_error(code: int, message: str, data: dict[str, Any] | None = None) -> bytes:

@@ -96,6 +96,7 @@ class Http:
         address, principal = await self._admit(scope, request_id)
         if scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
+        _negotiate(scope)
         body = await self._body(scope, receive)
         task = asyncio.current_task()
         gone = asyncio.Event()
@@ -369,6 +370,20 @@ def _cancelled_number(body: bytes) -> str | int | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return number if isinstance(number, str | int) and not isinstance(number, bool) else None
+
+
+def _negotiate(scope: Scope) -> None:
+    """JSON comes and JSON goes, or the request is refused; afterwards both lanes see one line of each header."""
+    headers = scope["headers"]
+    given = (credentials.header(headers, b"content-type") or "").partition(";")[0].strip().lower()
+    if given != "application/json":
+        raise Error("the body is to be JSON", "send Content-Type: application/json", status=415)
+    accepted = b",".join(value for key, value in headers if key == b"accept").decode("latin-1").lower()
+    kinds = {part.partition(";")[0].strip() for part in accepted.split(",")}
+    if not kinds & {"application/json", "application/*", "*/*"}:
+        raise Error("the answer is JSON", "send Accept: application/json, text/event-stream", status=406)
+    kept = [(key, value) for key, value in headers if key not in (b"accept", b"content-type")]
+    scope["headers"] = [*kept, (b"accept", b"application/json, text/event-stream"), (b"content-type", _JSON)]
 
 
 def _only_get(scope: Scope) -> None:

@@ -69,7 +69,7 @@ class Listening:
 
 
 Ready = Callable[[str], None]
-_STOPPING = (signal.SIGTERM, signal.SIGINT)
+_STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
 
 def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
@@ -116,6 +116,8 @@ def _bind(host: str, port: int) -> socket.socket:
 def tls_context(settings: Settings) -> ssl.SSLContext:
     """TLS 1.2 at least, with the certificate, its chain and key. Raises ConfigError where they don't fit together."""
     tls = settings.server.tls
+    if os.name == "posix" and tls.key is not None and tls.key.exists() and tls.key.stat().st_mode & 0o007:
+        raise ConfigError(f"the private key {tls.key} can be read by anybody", f"chmod o= {tls.key}")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if tls.cert is None or tls.key is None:
@@ -164,6 +166,12 @@ class _Uvicorn(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._tell()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """The first signal drains; a second stops now."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self._captured_signals.append(sig)
 
     @property
     def captured(self) -> list[int]:
@@ -339,7 +347,7 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
         select.select([], [], [], 0.05)
     os.close(lifeline_write)
     for number in _STOPPING:
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if failed > 0:
         raise Error("a worker did not start", "the log above says why")
     return stop

@@ -24,7 +24,8 @@ log = logging.getLogger("mcpctl.watch")
 TICK = 0.2
 """Seconds between two looks at the files; a request looks as well, so this bounds only what runs unattended."""
 _SWEEP = 5.0
-_REMEMBERED = 1000
+_REMEMBERED = 100_000
+_REQUEST = 4 << 20
 
 
 class Watch:
@@ -122,7 +123,7 @@ class Watch:
             yield
             return
         made, path = control.listen(self._folder)
-        server = await asyncio.start_unix_server(self._serve, sock=made)
+        server = await asyncio.start_unix_server(self._serve, sock=made, limit=_REQUEST)
         try:
             yield
         finally:

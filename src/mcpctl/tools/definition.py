@@ -23,7 +23,6 @@ class Result:
     text: str
     rows: int | None = None
     bytes: int | None = None
-    relations: tuple[str, ...] | None = None
 
 
 def result(structured: dict[str, Any]) -> Result:
@@ -79,13 +78,13 @@ class Tool:
                 raise UsageError(
                     f"{self.name} needs the argument {name}", f"its schema: {encode(self.properties).decode()}"
                 )
-        for name, value in given.items():
-            self._check_one(name, value)
-        return given
+        return {name: self._checked(name, value) for name, value in given.items()}
 
-    def _check_one(self, name: str, value: Any) -> None:
+    def _checked(self, name: str, value: Any) -> Any:
         schema = self.properties[name]
         expected = schema["type"]
+        if expected == "integer" and isinstance(value, float) and value.is_integer():
+            value = int(value)  # JSON Schema 2020-12: 2.0 is an integer
         right = {"string": isinstance(value, str), "boolean": isinstance(value, bool)}.get(
             expected, isinstance(value, int) and not isinstance(value, bool)
         )
@@ -93,6 +92,7 @@ class Tool:
             raise UsageError(f"{self.name}: the argument {name} takes {expected}, not {_json_type(value)}")
         if expected == "integer" and not schema["minimum"] <= value:
             raise UsageError(f"{self.name}: the argument {name} is {schema['minimum']} at least")
+        return value
 
 
 def _json_type(value: Any) -> str:

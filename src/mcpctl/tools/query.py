@@ -7,7 +7,7 @@ import msgspec
 
 from mcpctl.errors import UsageError
 from mcpctl.postgres import statement
-from mcpctl.postgres.statement import Bounds, Rows, StatementError
+from mcpctl.postgres.statement import Bounds, NotAQuestionError, Rows, StatementError
 from mcpctl.postgres.token_pool import Session
 from mcpctl.tools.definition import Result, Tool, encode, result
 
@@ -38,7 +38,6 @@ def _as_result(found: Rows, elapsed: float) -> Result:
         text,
         rows=len(found.rows),
         bytes=len(found.json),
-        relations=found.relations,
     )
 
 
@@ -78,15 +77,22 @@ QUERY = Tool(
 )
 
 
+async def _is_question(session: Session, query: str, bounds: Bounds) -> bool:
+    try:
+        return await statement.is_question(session, query, bounds)
+    except NotAQuestionError:
+        return False
+
+
 async def _explain(session: Session, arguments: dict[str, Any], bounds: Bounds) -> Result:
     begun = monotonic()
     query, analyze = arguments["query"], arguments.get("analyze", False)
-    if analyze and not await statement.is_question(session, query, bounds):
+    if analyze and not await _is_question(session, query, bounds):
         raise UsageError(
             "analyze runs the statement, and this one is no question (SELECT, VALUES, TABLE, WITH … SELECT)",
             "leave out analyze to see its plan alone",
         )
-    prefix = "EXPLAIN (ANALYZE, BUFFERS)\n" if analyze else "EXPLAIN\n"
+    prefix = "EXPLAIN (ANALYZE, BUFFERS)\n" if analyze else "EXPLAIN (COSTS)\n"  # the (…) takes no further option
     try:
         found = await statement.run(session, prefix + query, bounds)
     except StatementError as problem:

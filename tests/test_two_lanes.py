@@ -1,0 +1,234 @@
+"""Both lanes answer alike, byte for byte, and as it is written down in tests/corpus: not one of those answers was
+taken from a lane."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import json
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psycopg
+import pytest
+
+import corpus
+from corpus import Entry, Expected
+from mcpctl import __version__, config
+from mcpctl.cli import demo, init
+from mcpctl.config_keys import Settings
+from mcpctl.identity import tokens, users
+from mcpctl.postgres.embedded import Binaries, Cluster
+from mcpctl.server import run
+from mcpctl.server.http import Http
+from mcpctl.server.parts import running
+from pg import oldest_and_newest
+
+T = TypeVar("T")
+ENTRIES = corpus.load()
+ENOUGH, ENOUGH_EXPRESS = 220, 160
+_CONFIG = """\
+server: {{port: 8080}}
+databases:
+  shop: {{host: "{host}", port: {port}, dbname: shop, user: shop_reader, password_file: shop.password, default: true,
+         description: a small shop}}
+  narrow: {{host: "{host}", port: {port}, dbname: shop, user: shop_reader, password_file: shop.password,
+           limits: {{max_rows: 5, max_bytes: 200, statement_timeout: 500ms}}}}
+limits: {{request_bytes: 256KiB}}
+"""
+_MORE = """
+CREATE SCHEMA vault;
+CREATE TABLE vault.payroll (person text, salary int);
+GRANT USAGE ON SCHEMA vault TO shop_reader;
+CREATE TABLE letter (id int, body text);
+CREATE TABLE nothing ();
+CREATE TYPE pair AS (a int, b text);
+CREATE DOMAIN percent AS int CHECK (VALUE BETWEEN 0 AND 100);
+CREATE TYPE mood AS ENUM ('fine', 'so so', 'say "hi", \\');
+CREATE FUNCTION complain() RETURNS int LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'no tea' USING ERRCODE = 'P0042', DETAIL = 'The pot is empty.', HINT = 'Make some.'; END $$;
+CREATE PROCEDURE greet(INOUT word text) LANGUAGE plpgsql AS $$ BEGIN word := 'hello ' || word; END $$;
+REVOKE TEMPORARY ON DATABASE shop FROM PUBLIC;
+"""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP answer as it left the app."""
+
+    status: int
+    content_type: bytes | None
+    body: bytes
+
+
+@dataclass
+class Lanes:
+    """The app twice over one core: with the express lane, and with the SDK alone."""
+
+    loop: asyncio.AbstractEventLoop
+    both: Http
+    sdk: Http
+    major: int
+    token: str
+    facts: dict[str, str]
+    _asked: dict[str, tuple[Reply, Reply, str]] = field(default_factory=dict)
+
+    def ask(self, entry: Entry) -> tuple[Reply, Reply, str]:
+        """(the answer of the app with both lanes, that of the SDK alone, which lane answered the first)."""
+        if entry.title not in self._asked:
+            self._asked[entry.title] = _on(self.loop, self._ask(entry))
+        return self._asked[entry.title]
+
+    async def _ask(self, entry: Entry) -> tuple[Reply, Reply, str]:
+        express, sdk = self.both.answered_express, self.both.answered_sdk
+        first = await self._post(self.both, entry)
+        lane = "sdk" if self.both.answered_sdk > sdk else "neither"
+        if self.both.answered_express > express:
+            lane = "express"
+        return first, await self._post(self.sdk, entry), lane
+
+    async def _post(self, app: Http, entry: Entry) -> Reply:
+        request = entry.request()
+        headers = [(b"host", b"127.0.0.1:8080"), (b"authorization", b"Bearer " + self.token.encode()), *request.headers]
+        scope: dict[str, Any] = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http",
+            "method": request.method, "path": request.path, "raw_path": request.path.encode(), "query_string": b"",
+            "root_path": "", "headers": headers, "client": ("127.0.0.1", 50000), "server": ("127.0.0.1", 8080),
+        }  # fmt: skip
+        given = False
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            nonlocal given
+            if given:
+                await asyncio.Event().wait()
+            given = True
+            return {"type": "http.request", "body": request.body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async with asyncio.timeout(30):
+            await app(scope, receive, send)
+        types = [value for key, value in sent[0]["headers"] if key == b"content-type"]
+        body = b"".join(message.get("body", b"") for message in sent[1:])
+        return Reply(sent[0]["status"], types[0] if types else None, body)
+
+
+def _on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+
+@pytest.fixture(scope="session", params=oldest_and_newest(), ids=str)
+def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lanes]:
+    """Both apps over a PostgreSQL with the shop, in a thread's event loop."""
+    binaries: Binaries = request.param
+    with Cluster.start(binaries, settings={"timezone": "UTC"}) as cluster:
+        settings, token, facts = _files(cluster, tmp_path_factory.mktemp("two-lanes"))
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        done: asyncio.Event = asyncio.Event()
+        ready: asyncio.Future[tuple[Http, Http]] = loop.create_future()
+
+        async def live() -> None:
+            async with _apps(run.Listening(settings)) as apps:
+                ready.set_result(apps)
+                await done.wait()
+
+        async def wait() -> tuple[Http, Http]:
+            return await ready
+
+        try:
+            living = asyncio.run_coroutine_threadsafe(live(), loop)
+            living.add_done_callback(lambda ended: ended.exception() and loop.stop())
+            both, sdk = _on(loop, wait())
+            yield Lanes(loop, both, sdk, binaries.version[0], token, facts)
+            loop.call_soon_threadsafe(done.set)
+            living.result(30)
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+
+@contextlib.asynccontextmanager
+async def _apps(listening: run.Listening) -> AsyncIterator[tuple[Http, Http]]:
+    async with (
+        running(listening.settings, files=True) as core,
+        run._app(listening, core) as both,
+        run._app(listening, core) as sdk,
+    ):
+        yield both, Http(replace(sdk._parts, express=None))
+
+
+def _files(cluster: Cluster, folder: Path) -> tuple[Settings, str, dict[str, str]]:
+    """mcpctl's own files beside a shop: (settings, a token, what the corpus may say of it)."""
+    password = demo._load_shop(cluster)
+    with psycopg.connect(demo._shop(cluster), autocommit=True) as connection:
+        connection.execute(_MORE)
+    init.make(folder, _CONFIG.format(host=cluster.host, port=cluster.port))
+    secret = folder / "shop.password"
+    secret.touch(0o600)
+    secret.write_text(password)
+    now = tokens.utcnow()
+    users.add(users.user_file(folder / "users.yaml"), "ada", None, now)
+    ends = now + datetime.timedelta(days=1)
+    _, token = tokens.add(tokens.token_file(folder / "tokens.yaml"), tokens.Wanted(user="ada", expires_at=ends), now)
+    facts = {"VERSION": __version__, "TOKEN": token.split("_")[1], "EXPIRES": ends.isoformat().replace("+00:00", "Z")}
+    return config.load(folder / "config.yaml", {}), token, facts
+
+
+# -- the tests -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=[entry.title for entry in ENTRIES])
+def test_both_lanes_answer_as_it_is_written_down(lanes: Lanes, entry: Entry) -> None:
+    with_express, sdk_alone, lane = lanes.ask(entry)
+    expected = entry.expected(lanes.major, lanes.facts)
+    assert _faults(with_express, expected) == [], "the app with both lanes"
+    assert _faults(sdk_alone, expected) == [], "the SDK alone"
+    assert corpus.mask(with_express.body) == corpus.mask(sdk_alone.body)
+    assert lane == entry.lane
+
+
+def _faults(reply: Reply, expected: Expected) -> list[str]:
+    """What is not as it was written down."""
+    if reply.status != expected.status or reply.content_type != expected.content_type:
+        found, wanted = (reply.status, reply.content_type), (expected.status, expected.content_type)
+        return [f"{found}, not {wanted}: {reply.body[:2000]!r}"]
+    if expected.body is None:
+        return _error_faults(reply.body, expected)
+    body, right = corpus.mask(reply.body), corpus.mask(expected.body)
+    alike = json.loads(body) == json.loads(right) if expected.as_json else body == right
+    return [] if alike else [f"got    {_shown(body)}", f"wanted {_shown(right)}"]
+
+
+def _shown(body: bytes) -> str:
+    return body[:4000].decode(errors="replace")
+
+
+def _error_faults(body: bytes, expected: Expected) -> list[str]:
+    """The same for a JSON-RPC error whose text nobody has specified."""
+    try:
+        found = json.loads(body)
+        code = found["error"]["code"]
+        shape = found.keys() == {"jsonrpc", "id", "error"} and found["jsonrpc"] == "2.0" and found["id"] == expected.id
+    except (ValueError, KeyError, TypeError):
+        return [f"no JSON-RPC error: {body[:2000]!r}"]
+    return [] if shape and code == (expected.code or code) else [repr(found)]
+
+
+def test_the_express_lane_answers_most_of_the_corpus_itself(lanes: Lanes) -> None:
+    by_express = [entry for entry in ENTRIES if lanes.ask(entry)[2] == "express"]
+    assert len({(entry.file, entry.name) for entry in by_express}) >= ENOUGH_EXPRESS
+    assert (lanes.both.answered_express, lanes.sdk.answered_express) == (len(by_express), 0)
+
+
+def test_the_corpus_is_large_enough() -> None:
+    assert len({(entry.file, entry.name) for entry in ENTRIES}) >= ENOUGH
+    assert len({(entry.file, entry.name) for entry in ENTRIES if entry.lane == "express"}) >= ENOUGH_EXPRESS
