@@ -377,7 +377,13 @@ def test_a_chain_in_a_file_of_its_own_is_sent_too(make_site: MakeSite, newest_sh
     issued.private_key_pem.write_to_path(tmp_path / "key.pem")
     root.cert_pem.write_to_path(tmp_path / "root.pem")
     at = make_site(newest_shop)
-    at.start(*[f"--tls-{name}={tmp_path / name}.pem" for name in ("cert", "key", "chain")])
+    flags = [f"--tls-{name}={tmp_path / name}.pem" for name in ("cert", "key", "chain")]
+    (tmp_path / "key.pem").chmod(0o644)
+    refused = at.run("serve", *flags, check=False)
+    assert refused.returncode == 3
+    assert "can be read by anybody" in refused.stderr
+    (tmp_path / "key.pem").chmod(0o600)
+    at.start(*flags)
     context = ssl.create_default_context(cafile=str(tmp_path / "root.pem"))
     with Client(at.url, at.token()[1], verify=context) as client:
         assert client.rows("select 1") == [[1]]

@@ -37,12 +37,11 @@ def invocation(config: Path | None) -> Invocation:
 
     who = "somebody"
     if hasattr(os, "getuid"):
-        import pwd
+        who = f"uid {os.getuid()}"
+        with contextlib.suppress(ImportError, KeyError):
+            import pwd
 
-        try:
             who = pwd.getpwuid(os.getuid()).pw_name
-        except KeyError:
-            who = f"uid {os.getuid()}"
     sudo = os.environ.get("SUDO_USER")
     return Invocation(config, f"{who} (SUDO_USER={sudo[:64]})" if sudo else who)
 

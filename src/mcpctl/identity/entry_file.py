@@ -140,21 +140,20 @@ class EntryFile(Generic[E]):
             return None
         if head != "version: 1" or top != f"{self.shape.top}:":
             return None
-        entries: dict[str, E] = {}
-        known: dict[str, E] = {}
+        names: dict[str, str] = {}
         for line in lines:
             name = line[2:].partition(":")[0]
-            if not line.startswith("  ") or not self.shape.name.fullmatch(name) or name in entries:
+            if not line.startswith("  ") or not self.shape.name.fullmatch(name) or name in names:
                 return None
-            entry = self._lines.get(line)
-            if entry is None:
-                faults: list[str] = []
-                found = self._whole(f"version: 1\n{top}\n{line}\n".encode(), faults)
-                if faults or len(found) != 1:
-                    return None
-                entry = found[name]
-            entries[name] = known[line] = entry
-        self._lines = known
+            names[name] = line
+        new = {name: line for name, line in names.items() if line not in self._lines}
+        faults: list[str] = []
+        text = "\n".join(["version: 1", top, *new.values()]) + "\n"
+        found = self._whole(text.encode(), faults)
+        if faults or list(found) != list(new):  # as many keys as lines, in their order: so no line needs another
+            return None
+        entries = {name: found.get(name) or self._lines[line] for name, line in names.items()}
+        self._lines = {names[name]: entry for name, entry in entries.items()}
         return entries
 
     def _whole(self, data: bytes, faults: list[str]) -> dict[str, E]:

@@ -170,8 +170,8 @@ def _read_hash(value: Any) -> str:
     if cost.type is not argon2.Type.ID:
         raise ValueError("hash: is not of the type Argon2id")
     raise ValueError(
-        f"hash: t={cost.time_cost}, m={cost.memory_cost}, p={cost.parallelism}, {cost.salt_len} + {cost.hash_len} bytes; only "
-        " t=1, m=8, p=1, 16 + 32 bytes is taken here"
+        f"hash: t={cost.time_cost}, m={cost.memory_cost}, p={cost.parallelism}, {cost.salt_len}+{cost.hash_len} bytes; "
+        "only t=1, m=8, p=1, 16+32 bytes is taken here"
     )
 
 
