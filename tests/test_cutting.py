@@ -94,7 +94,7 @@ def test_a_token_is_cut_by_expiry_removal_and_the_end_of_an_overlap(make_site: M
     at = make_site(shop).start()
     other = Other(at)
     for how in ("expiry", "remove", "overlap", "edit"):
-        name, text = at.token(seconds=1.2 if how == "expiry" else 3600)
+        name, text = at.token(seconds=3 if how == "expiry" else 3600)
         with at.client(text) as a, at.client(text) as again:
             running, pid = _start_sleeping(shop, a)
             ends = at.tokens.current()[name].expires_at
@@ -103,7 +103,7 @@ def test_a_token_is_cut_by_expiry_removal_and_the_end_of_an_overlap(make_site: M
                 assert "cut: 1 query, 0 backends left" in at.run("token", "remove", name, "--yes").stdout
             elif how == "overlap":
                 now = datetime.now(UTC)
-                old, _, fresh = tokens.rotate(at.tokens, name, timedelta(seconds=1), None, now)
+                old, _, fresh = tokens.rotate(at.tokens, name, timedelta(seconds=2.5), None, now)
                 assert old.expires_at is not None
                 ends = old.expires_at
                 with at.client(fresh) as new:

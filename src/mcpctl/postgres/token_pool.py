@@ -203,10 +203,10 @@ class TokenPool:
 
     async def _getconn(self) -> _Login:
         try:
-            async with asyncio.timeout(self._wait + 0.1) as waiting:  # who could not have room says why first
+            async with asyncio.timeout(self._wait + 0.2) as waiting:  # who could not have room says why first
                 self._waiting.add(waiting)
                 try:
-                    return await self._pool.getconn()
+                    return await self._pool.getconn(self._wait + 0.2)
                 finally:
                     self._waiting.discard(waiting)
         except (TimeoutError, psycopg_pool.PoolTimeout):

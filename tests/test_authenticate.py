@@ -1,0 +1,421 @@
+"""A presented credential → Principal, or a refusal: what it costs, what is remembered, and when it is over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from mcpctl import private_file
+from mcpctl.config_keys import network
+from mcpctl.errors import UnauthorizedError, UnavailableError
+from mcpctl.identity import authenticate, tokens, users
+from mcpctl.identity.authenticate import WINDOW, WRONG_SECRETS, Authenticator
+from mcpctl.identity.principal import LOCAL, Principal
+from mcpctl.identity.tokens import Token, Wanted
+
+T = TypeVar("T")
+START = datetime(2026, 11, 20, 12, 0, 0, tzinfo=UTC)
+HERE, THERE = "192.0.2.1", "192.0.2.2"
+
+
+class House:
+    """An authenticator with its files, a clock that stands still, and a count of hashes."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = START
+        self.hashes = 0
+        self.ended: list[dict[str, str]] = []
+        self.tokens = tokens.token_file(folder / "tokens.yaml")
+        self.users = users.user_file(folder / "users.yaml")
+        private_file.create(self.tokens.path, self.tokens.render({}))
+        private_file.create(self.users.path, self.users.render({}))
+        users.add(self.users, "alice", None, START)
+        self.door = Authenticator(
+            self.tokens.path, self.users.path, now=lambda: self.now, clock=lambda: self.now.timestamp()
+        )
+        self.door.ended = self.ended.append
+        matches = tokens.matches
+
+        def counted(token: Token, text: str) -> bool:
+            self.hashes += 1
+            return matches(token, text)
+
+        monkeypatch.setattr(authenticate.tokens, "matches", counted)
+
+    def token(self, **wanted: Any) -> tuple[str, str]:
+        entry, text = tokens.add(self.tokens, Wanted(**wanted), self.now)
+        return entry.id, text
+
+    def change(self, name: str, **fields: Any) -> None:
+        with self.tokens.edit() as entries:
+            entries[name] = replace(entries[name], **fields)
+
+    def later(self, **time: float) -> None:
+        self.now += timedelta(**time)
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    found = House(tmp_path, monkeypatch)
+    yield found
+    found.door.close()
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)
+
+
+def enter(house: House, text: str, address: str | None = HERE) -> Principal:
+    return run(house.door.authenticate(text, address))
+
+
+def refused(house: House, text: str, address: str | None = HERE) -> UnauthorizedError:
+    with pytest.raises(UnauthorizedError) as caught:
+        enter(house, text, address)
+    return caught.value
+
+
+def forged(text: str, number: int = 0) -> str:
+    """A token of the same id, with a right checksum and a wrong secret."""
+    body = text[:13] + f"{number:043}"
+    return f"{body}_{tokens._checksum(body)}"
+
+
+def test_a_right_token_says_who_asks_and_what_it_is_limited_to(house: House) -> None:
+    name, text = house.token(
+        user="alice", databases=("shop",), permissions=("tools:*",), expires_at=START + timedelta(1)
+    )
+    found = enter(house, text)
+    assert (found.token, found.user, found.name) == (name, "alice", "alice")
+    assert (found.databases, found.permissions, found.expires_at) == (("shop",), ("tools:*",), START + timedelta(1))
+    assert len(found.pool) == 64
+    assert text not in repr(found)
+    assert text.split("_")[2] not in repr(vars(house.door))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "mcp_", "Bearer", "é" * 63, "\udcff", "mcp_aaaaaaaa_" + "0" * 43 + "_000000", "x" * 1_000_000]
+)
+def test_a_text_of_another_form_or_checksum_costs_no_hash(house: House, text: str) -> None:
+    house.token()
+    problem = refused(house, text)
+    assert (problem.status, problem.token_id) == (401, None)
+    assert house.hashes == 0
+
+
+def test_a_typo_and_an_unknown_id_cost_no_hash(house: House) -> None:
+    name, text = house.token()
+    refused(house, text[:-1] + ("0" if text[-1] != "0" else "1"))
+    refused(house, text[:20] + ("0" if text[20] != "0" else "1") + text[21:])
+    unknown = tokens.mint({name})
+    assert refused(house, unknown[1]).token_id == unknown[0]
+    assert house.hashes == 0
+
+
+def test_a_token_is_hashed_once_and_then_remembered(house: House) -> None:
+    _, text = house.token()
+    first = enter(house, text)
+    assert [enter(house, text, address) for address in (HERE, THERE, None)] == [first] * 3
+    assert house.hashes == 1
+
+
+def test_requests_that_come_at_once_cost_one_hash_together(house: House) -> None:
+    _, text = house.token()
+
+    async def all_at_once() -> list[Principal]:
+        return await asyncio.gather(*(house.door.authenticate(text, HERE) for _ in range(50)))
+
+    assert len(set(run(all_at_once()))) == 1
+    assert house.hashes == 1
+
+
+def test_a_remembered_token_does_not_let_another_secret_of_its_id_in(house: House) -> None:
+    _, text = house.token()
+    enter(house, text)
+    assert refused(house, forged(text)).message == "wrong secret"
+
+
+def test_a_change_of_another_entry_forgets_nothing(house: House) -> None:
+    _, text = house.token()
+    other, _ = house.token()
+    enter(house, text)
+    tokens.revoke(house.tokens, [other], house.now)
+    house.token()
+    enter(house, text)
+    assert house.hashes == 1
+    assert house.ended == []
+
+
+def test_a_new_hash_under_the_same_id_forgets_the_old_secret_at_once(house: House) -> None:
+    name, text = house.token()
+    other = house.token()[0]
+    before = enter(house, text)
+    house.change(name, hash=house.tokens.current()[other].hash)
+    assert refused(house, text).message == "wrong secret"
+    assert house.ended == [{name: "changed"}]
+    assert not house.door.still_valid(before)
+
+
+def test_wrong_secrets_are_limited_for_each_id_and_address_and_say_when_to_come_again(house: House) -> None:
+    name, text = house.token()
+    other_name, other = house.token()
+    enter(house, other)
+    house.hashes = 0
+    for number in range(WRONG_SECRETS):
+        assert refused(house, forged(text, number)).status == 401
+    assert house.hashes == WRONG_SECRETS
+    limited = refused(house, forged(text, 99))
+    assert (limited.status, limited.token_id) == (429, name)
+    assert WINDOW <= limited.retry_after <= WINDOW + 1
+    assert refused(house, text).status == 429  # the right one too: to know that it is right would cost a hash
+    assert house.hashes == WRONG_SECRETS
+    assert enter(house, text, THERE).token == name  # another address still works
+    assert enter(house, text, HERE).token == name  # and now it is remembered
+    assert enter(house, other).token == other_name
+    house.later(seconds=WINDOW + 1)
+    assert refused(house, forged(text, 100)).status == 401
+
+
+def test_a_remembered_token_still_works_while_its_address_is_limited(house: House) -> None:
+    name, text = house.token()
+    enter(house, text)
+    for number in range(WRONG_SECRETS + 1):
+        refused(house, forged(text, number))
+    assert refused(house, forged(text)).status == 429
+    assert enter(house, text).token == name
+
+
+def test_wrong_secrets_that_come_at_once_are_limited_like_those_in_turn(house: House) -> None:
+    _, text = house.token()
+
+    async def flood() -> list[BaseException | Principal]:
+        return await asyncio.gather(
+            *(house.door.authenticate(forged(text, number), HERE) for number in range(100)), return_exceptions=True
+        )
+
+    statuses = [problem.status for problem in run(flood()) if isinstance(problem, UnauthorizedError)]
+    assert statuses.count(401) == WRONG_SECRETS == house.hashes
+    assert statuses.count(429) == 100 - WRONG_SECRETS
+
+
+def test_right_tokens_that_come_at_once_are_never_taken_for_an_attack(house: House) -> None:
+    name, text = house.token()
+
+    async def both() -> list[BaseException | Principal]:
+        texts = [text if number % 2 else forged(text, number) for number in range(2 * WRONG_SECRETS - 2)]
+        return await asyncio.gather(*(house.door.authenticate(one, HERE) for one in texts), return_exceptions=True)
+
+    found = [one for one in run(both()) if isinstance(one, Principal)]
+    assert [one.token for one in found] == [name] * (WRONG_SECRETS - 1)
+
+
+def test_offenders_that_are_remembered_are_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authenticate, "_REMEMBERED_OFFENDERS", 5)
+    _, text = house.token()
+    for number in range(20):
+        refused(house, forged(text), f"192.0.2.{number}")
+    assert len(house.door._attempts._failed) == 5
+
+
+def test_hashing_does_not_hold_up_the_event_loop(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    _, text = house.token()
+    go = threading.Event()
+    monkeypatch.setattr(authenticate.tokens, "matches", lambda *_: go.wait(20))
+
+    async def meanwhile() -> Principal:
+        asking = asyncio.create_task(house.door.authenticate(text, HERE))
+        for _ in range(100):
+            await asyncio.sleep(0)  # the loop goes round while the hash is being made
+        assert not asking.done()
+        go.set()
+        return await asking
+
+    assert run(meanwhile()).token
+
+
+def test_an_entry_that_goes_while_its_hash_is_made_lets_nobody_in(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, text = house.token()
+
+    def matches(*_: object) -> bool:
+        tokens.remove(house.tokens, name)
+        house.door.refresh()
+        return True
+
+    monkeypatch.setattr(authenticate.tokens, "matches", matches)
+    assert refused(house, text).message == "no such token id"
+
+
+def test_a_token_is_refused_from_elsewhere_and_that_is_no_wrong_secret(house: House) -> None:
+    name, text = house.token(allow_ips=(network("192.0.2.1"),))
+    assert enter(house, text).token == name
+    for _ in range(WRONG_SECRETS + 1):
+        assert "not from this address" in refused(house, text, THERE).message
+    assert enter(house, text).token == name
+
+
+def test_a_token_ends_at_its_instant_and_is_told_once(house: House) -> None:
+    name, text = house.token(expires_at=START + timedelta(hours=1))
+    house.token(expires_at=START + timedelta(minutes=1))  # never used: nothing of it can be open
+    found = enter(house, text)
+    assert house.door.next_expiry() == 3600
+    house.later(hours=1, microseconds=-1)
+    assert house.door.expired() == []
+    assert enter(house, text) == found
+    assert house.door.still_valid(found)
+    house.later(microseconds=1)
+    assert not house.door.still_valid(found)
+    assert refused(house, text).message == "the token is expired"
+    assert house.door.next_expiry() == 0
+    assert house.door.expired() == [name]
+    assert house.door.expired() == []
+    assert house.door.next_expiry() is None
+    assert house.hashes == 1
+
+
+def test_an_end_that_is_put_off_works_without_a_new_hash(house: House) -> None:
+    name, text = house.token(expires_at=START + timedelta(hours=1))
+    found = enter(house, text)
+    house.change(name, expires_at=START + timedelta(hours=2), note="longer")
+    house.door.refresh()
+    assert house.door.still_valid(found)
+    assert enter(house, text).expires_at == START + timedelta(hours=2)
+    assert house.door.still_valid(found)
+    assert house.hashes == 1
+    assert house.ended == []
+
+
+def test_a_rotation_with_overlap_does_not_disturb_what_the_old_token_has_open(house: House) -> None:
+    name, text = house.token()
+    found = enter(house, text)
+    tokens.rotate(house.tokens, name, timedelta(hours=1), None, house.now)
+    house.door.refresh()
+    assert house.door.still_valid(found)
+    assert enter(house, text).token == name
+    assert house.ended == []
+    house.later(hours=1)
+    assert house.door.expired() == [name]
+    assert not house.door.still_valid(found)
+
+
+@pytest.mark.parametrize("way", ["revoked", "removed", "its user is gone", "changed", "rotated"])
+def test_every_end_is_told_once_before_the_request_that_noticed_is_answered(house: House, way: str) -> None:
+    name, text = house.token(user="alice")
+    unused, _ = house.token(user="alice")
+    found = enter(house, text)
+    match way:
+        case "revoked":
+            tokens.revoke(house.tokens, None, house.now)
+        case "removed":
+            tokens.remove(house.tokens, name)
+            tokens.remove(house.tokens, unused)
+        case "rotated":
+            tokens.rotate(house.tokens, name, None, None, house.now)
+        case "changed":
+            house.change(name, permissions=("tools:whoami",))
+        case _:
+            with house.users.edit() as people:
+                del people["alice"]
+    if way == "changed":
+        assert enter(house, text).permissions == ("tools:whoami",)
+    else:
+        refused(house, text)
+    assert house.ended == [{name: "revoked" if way == "rotated" else way}]
+    assert not house.door.still_valid(found)
+    house.door.refresh()
+    assert len(house.ended) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": None},
+        {"databases": ("other",)},
+        {"databases": ()},
+        {"permissions": ()},
+        {"allow_ips": (network("192.0.2.0/24"),)},
+    ],
+)
+def test_a_narrower_right_ends_what_was_opened_under_the_wider_one_for_good(
+    house: House, fields: dict[str, Any]
+) -> None:
+    name, text = house.token(user="alice")
+    before = enter(house, text)
+    house.change(name, **fields)
+    after = enter(house, text)
+    assert house.ended == [{name: "changed"}]
+    assert not house.door.still_valid(before)
+    assert house.door.still_valid(after)
+    house.change(name, user="alice", databases=None, permissions=None, allow_ips=None)
+    house.door.refresh()  # as it was at first: what was opened then is over nevertheless
+    assert not house.door.still_valid(before)
+    assert not house.door.still_valid(after)
+
+
+def test_an_id_that_is_removed_and_put_back_is_let_in_anew_but_nothing_of_before_goes_on(house: House) -> None:
+    name, text = house.token()
+    before = enter(house, text)
+    entry = house.tokens.current()[name]
+    tokens.remove(house.tokens, name)
+    refused(house, text)
+    with house.tokens.edit() as entries:
+        entries[name] = entry
+    after = enter(house, text)
+    assert house.hashes == 2
+    assert house.door.still_valid(after)
+    assert not house.door.still_valid(before)
+
+
+def test_whoever_needs_no_token_is_always_valid(house: House) -> None:
+    assert house.door.still_valid(LOCAL)
+
+
+@pytest.mark.parametrize("which", ["tokens", "users"])
+@pytest.mark.parametrize("fault", ["broken", "mode", "missing"])
+def test_a_broken_file_closes_the_door_until_it_is_mended(house: House, which: str, fault: str) -> None:
+    _, text = house.token(user="alice")
+    found = enter(house, text)
+    path = getattr(house, which).path
+    good = path.read_bytes()
+    match fault:
+        case "broken":
+            path.write_bytes(good + b"broken")
+        case "mode":
+            path.chmod(0o666)
+        case _:
+            path.rename(path.with_name("away"))
+    for _ in range(2):
+        with pytest.raises(UnavailableError) as caught:
+            enter(house, text)
+        assert caught.value.status == 503
+        assert path.name in caught.value.message
+    match fault:
+        case "broken":
+            path.write_bytes(good)
+        case "mode":
+            path.chmod(0o600)
+        case _:
+            path.with_name("away").rename(path)
+    assert enter(house, text) == found
+    assert house.hashes == 1
+    assert house.ended == []
+
+
+def test_a_token_that_expires_while_the_files_are_broken_still_ends(house: House) -> None:
+    name, text = house.token(expires_at=START + timedelta(hours=1))
+    found = enter(house, text)
+    house.tokens.path.chmod(0o666)
+    house.later(hours=2)
+    with pytest.raises(UnavailableError):
+        house.door.refresh()
+    assert house.door.expired() == [name]
+    assert not house.door.still_valid(found)
