@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 import trustme
 
@@ -14,7 +16,16 @@ import pg
 import site_of_mcpctl as site
 from mcpctl.postgres.embedded import Binaries
 
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as a shell's background job: what we start would not hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _VERSIONS = pg.oldest_and_newest()
+
+# A slow machine is no failure, and a test run writes nothing into the source tree.
+hypothesis.settings.register_profile("mcpctl", deadline=None, database=None)
+hypothesis.settings.load_profile("mcpctl")
 
 
 @pytest.fixture(scope="session", params=_VERSIONS, ids=str)

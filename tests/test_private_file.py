@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from site_of_mcpctl import environment, eventually
 
 from mcpctl import private_file
 from mcpctl.errors import ConfigError, ConflictError, NotFoundError
+from site_of_mcpctl import environment, eventually
 
 ROOT = os.geteuid() == 0
 NOBODY = 65534

@@ -441,8 +441,8 @@ def test_the_old_sse_transport_is_served_when_asked_for_and_ends_with_its_token(
     ):
         lines = stream.iter_lines()
         endpoint = next(line for line in lines if line.startswith("data: ")).removeprefix("data: ")
-        call = {"jsonrpc": "2.0", "id": 5, "method": "initialize", "params": {
-            "protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}}  # fmt: skip
+        about = {"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
+        call = {"jsonrpc": "2.0", "id": 5, "method": "initialize", "params": about}
         with Client(_base(at) + endpoint, other) as stranger:
             assert stranger.http.post(stranger.url, json=call).status_code == 404
         with Client(_base(at) + endpoint, text) as poster:

@@ -100,7 +100,10 @@ class AuditLog:
             finally:
                 private_file.unlock(self._lock)
         except OSError as problem:
-            raise UnavailableError(f"the audit log {self.path} cannot be written: {problem.strerror}") from None
+            raise UnavailableError(
+                f"the audit log {self.path} cannot be written: {problem.strerror}",
+                "check its owner, its mode and the disk",
+            ) from None
         except UnavailableError:
             raise
         except Error as problem:
@@ -119,17 +122,21 @@ class AuditLog:
 
     def _write(self, fields: dict[str, Any]) -> None:
         end = self._find_end()
+        line, digest = self._line(end, fields)
+        written = os.write(self._file, line)
+        if written != len(line):  # a full disk takes a part: take it back, so that every line there is whole
+            os.ftruncate(self._file, end.size)
+            raise UnavailableError(f"the audit log {self.path} cannot be written: the disk is full", "make room")
+        self._end = _End(end.inode, end.size + len(line), end.seq + 1, digest)
+
+    def _line(self, end: _End, fields: dict[str, Any]) -> tuple[bytes, str]:
+        """The line that comes next, in printable ASCII alone, and its hash."""
         values = {"seq": end.seq + 1, **fields, "key_id": self.key_id, "prev": end.hash}
         ordered = {name: values[name] for name in FIELDS if values.get(name) is not None}
         text = json.dumps(ordered, ensure_ascii=True, separators=(",", ":")).replace("\x7f", "\\u007f")
         body = text.encode("ascii")[:-1]
         digest = chain_hash(self._key, end.hash, body)
-        line = body + b',"hash":"' + digest.encode("ascii") + b'"}\n'
-        written = os.write(self._file, line)
-        if written != len(line):  # a full disk takes a part: take it back, so that every line there is whole
-            os.ftruncate(self._file, end.size)
-            raise UnavailableError(f"the audit log {self.path} cannot be written: the disk is full")
-        self._end = _End(end.inode, end.size + len(line), end.seq + 1, digest)
+        return body + b',"hash":"' + digest.encode("ascii") + b'"}\n', digest
 
     def _find_end(self) -> _End:
         """The chain's end, under the lock. Opens the file again where it has been moved away."""

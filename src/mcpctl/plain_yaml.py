@@ -44,7 +44,7 @@ def parse(data: bytes, source: Path, faults: list[str]) -> Branch:
         faults.append(f"{source}:{line}: not UTF-8")
         return empty
     found = _Reader(str(source), faults).read(text)
-    if found is None:
+    if found is None or (isinstance(found, Value) and found.value is None):
         return empty
     if not isinstance(found, Branch):
         faults.append(f"{source}:1: expected keys and values")

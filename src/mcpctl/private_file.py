@@ -65,6 +65,7 @@ def become_owner(path: Path) -> None:
     """
     if not POSIX or os.geteuid() != 0:
         return
+    refuse_link(path)
     for place in (path, path.parent):
         try:
             found = os.lstat(place)
@@ -87,6 +88,14 @@ def become_owner(path: Path) -> None:
     os.setuid(found.st_uid)
 
 
+def refuse_link(path: Path) -> None:
+    """What is started as root follows no link, wherever it leads: whoever planted it may have known where."""
+    if os.path.islink(path):
+        raise ConfigError(
+            f"{path} is a symbolic link, and root follows none", "name the file itself in the config, or use its owner"
+        )
+
+
 def _real_path(path: Path) -> Path:
     """The file itself, behind a symbolic link that can be trusted; else refused."""
     try:
@@ -97,9 +106,7 @@ def _real_path(path: Path) -> Path:
     except OSError as problem:
         raise ConfigError(f"cannot look at {path}: {problem.strerror}", "check its folder's owner and mode") from None
     if POSIX and os.geteuid() == 0:
-        raise ConfigError(
-            f"{path} is a symbolic link, and root follows none", "name the file itself in the config, or use its owner"
-        )
+        refuse_link(path)
     real = Path(os.path.realpath(path))
     if POSIX:
         try:
@@ -133,20 +140,20 @@ def _check_folders(path: Path) -> None:
         )
 
 
-def _check(path: Path, found: os.stat_result, mode: int, trusted_owner: int | None) -> None:
+def _check(path: Path, shown: object, found: os.stat_result, mode: int, trusted_owner: int | None) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise ConfigError(f"{path} is not a regular file", "name a file in the config")
+        raise ConfigError(f"{shown} is not a regular file", "name a file in the config")
     if not POSIX:
         return
     if found.st_uid not in (os.geteuid(), trusted_owner):
         raise ConfigError(
-            f"{path} belongs to another user (uid {found.st_uid}, and this is uid {os.geteuid()})",
+            f"{shown} belongs to another user (uid {found.st_uid}, and this is uid {os.geteuid()})",
             f"run as its owner, or: chown {os.geteuid()} {path}",
         )
     extra = stat.S_IMODE(found.st_mode) & ~mode & 0o777
     if extra:
         raise ConfigError(
-            f"{path} has mode {stat.S_IMODE(found.st_mode):04o}, and may have {mode:04o} at most",
+            f"{shown} has mode {stat.S_IMODE(found.st_mode):04o}, and may have {mode:04o} at most",
             f"chmod {mode:04o} {path}",
         )
     _check_folders(path)
@@ -157,25 +164,35 @@ def open_checked(path: Path, flags: int, *, mode: int = 0o600, trusted_owner: in
 
     With O_CREAT a file that is missing is made with `mode`.
     """
+    return _open(path, flags, mode, trusted_owner)[0]
+
+
+def _open(path: Path, flags: int, mode: int = 0o600, trusted_owner: int | None = None) -> tuple[int, Path]:
+    """As open_checked, with the file's own name, which is another one where `path` is a link."""
     real = _real_path(path)
+    shown = path if real == path else f"{path}, a link to {real},"
     try:
         fd = os.open(real, flags | _NOFOLLOW | _CLOEXEC | _NOWAIT, mode)
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(
-            f"there is no file {path}", "mcpctl init makes the files", exit_code=3, status=503
+            f"there is no file {shown}".rstrip(","), "mcpctl init makes the files", exit_code=3, status=503
         ) from None
     except OSError as problem:
         if problem.errno in (errno.ENXIO, errno.EISDIR):
-            raise ConfigError(f"{path} is not a regular file", "name a file in the config") from None
+            raise ConfigError(f"{shown} is not a regular file", "name a file in the config") from None
         if problem.errno == errno.ELOOP:
-            raise ConfigError(f"{path} is a symbolic link", "name the file itself in the config") from None
-        raise ConfigError(f"cannot open {path}: {problem.strerror}", "check its owner and mode") from None
+            raise ConfigError(f"{shown} is a symbolic link", "name the file itself in the config") from None
+        raise ConfigError(f"{shown} cannot be opened: {problem.strerror}", "check its owner and mode") from None
     try:
-        _check(real, os.fstat(fd), mode, trusted_owner)
+        found = os.fstat(fd)
+        if POSIX and flags & os.O_CREAT and not found.st_mode & 0o777:
+            os.fchmod(fd, mode)  # just made, under a umask that leaves nothing
+            found = os.fstat(fd)
+        _check(real, shown, found, mode, trusted_owner)
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    return fd, real
 
 
 @dataclass(frozen=True)
@@ -190,7 +207,10 @@ def read(path: Path, *, mode: int = 0o600, trusted_owner: int | None = None, lim
     """The content of a private file. Raises ConfigError (exit 3) for a file that breaks a rule."""
     fd = open_checked(path, os.O_RDONLY, mode=mode, trusted_owner=trusted_owner)
     with os.fdopen(fd, "rb") as file:
-        data = file.read(limit + 1)
+        try:
+            data = file.read(limit + 1)
+        except OSError as problem:
+            raise ConfigError(f"cannot read {path}: {problem.strerror}", "is it a file on a disk?") from None
         if len(data) > limit:
             raise ConfigError(f"{path} is larger than {limit >> 20} MiB", "this is not a file that mcpctl wrote")
         found = os.fstat(file.fileno())
@@ -304,9 +324,8 @@ def edit(path: Path) -> Iterator[Edit]:
     The lock is on the file itself, which nobody but its owner can open: no stranger can hold up a revocation.
     Since a change replaces the file, a waiter may wake up holding the old one; it then takes the new one's lock.
     """
-    real = _real_path(path)
     while True:
-        fd = open_checked(real, os.O_RDWR)
+        fd, real = _open(path, os.O_RDWR)
         try:
             lock(fd)
             if not _is(real, os.fstat(fd)):

@@ -51,9 +51,34 @@ def settings(context: typer.Context, config: Path | None) -> "Settings":
     from mcpctl import config as configuration
     from mcpctl import private_file
 
+    begun_as_root = _is_root()
+    if begun_as_root:
+        _import_as_root()
     found = configuration.load(config or context.find_root().obj.config)
+    if begun_as_root:
+        lock = found.audit.file.with_name(found.audit.file.name + ".lock")
+        for path in (found.auth.token_file, found.auth.user_file, found.audit.file, found.audit.key_file, lock):
+            private_file.refuse_link(path)
     private_file.become_owner(found.auth.token_file)
     return found
+
+
+def _import_as_root() -> None:
+    """Root may run an mcpctl that the owner of the files cannot read: what is needed later is imported before."""
+    import sys
+    from importlib import import_module
+
+    names = ["mcpctl.audit", "mcpctl.control", "mcpctl.identity.users"]
+    if sys.stdout.isatty():
+        names += ["rich.console", "rich.table", "rich.text"]
+    for name in names:
+        import_module(name)
+
+
+def _is_root() -> bool:
+    import os
+
+    return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 def ready_to_note(found: "Settings") -> None:

@@ -11,7 +11,7 @@ import typer
 from mcpctl import __version__
 from mcpctl.cli import audit, config, demo, init, serve, token, user
 from mcpctl.cli.common import invocation
-from mcpctl.cli.output import error, say
+from mcpctl.cli.output import SeenEnough, error, say
 from mcpctl.errors import Error
 
 app = typer.Typer(
@@ -58,7 +58,20 @@ def run(arguments: list[str] | None = None) -> None:
     sys.exit(_run(arguments))
 
 
+def _open_all_three() -> None:
+    """stdin, stdout and stderr, where whoever started us has closed one: else the next file that is opened gets its
+    number, and what is meant for a person goes into it."""
+    for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_RDONLY), (2, "stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, flags)
+            if fd != number:
+                os.dup2(fd, number)
+                os.close(fd)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
 def _run(arguments: list[str] | None) -> int:
+    _open_all_three()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no failure
     try:
@@ -68,8 +81,7 @@ def _run(arguments: list[str] | None) -> int:
         return problem.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read us has seen enough
+    except SeenEnough:
         return 0
     except PermissionError as problem:
         error(f"{problem.filename or 'a file'}: {problem.strerror}", "run as the owner of mcpctl's files, or as root")

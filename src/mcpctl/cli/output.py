@@ -3,11 +3,13 @@
 - data on stdout, everything else on stderr;
 - a table on a terminal, tab-separated without a head when piped; `--json` one object;
 - `mcpctl: error: …` and `mcpctl: hint: …`; one place exits (`main.run`);
-- nothing from a file or a log reaches the terminal with control characters in it.
+- nothing from a file or a log reaches the terminal with control characters in it;
+- a token goes to stdout, where it is asked for, and never into a message.
 """
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,9 +32,26 @@ def _lines(text: str) -> str:
     return "\n".join(map(clean, text.split("\n")))
 
 
+_SECRET = re.compile(r"(mcp_[0-9a-z]{8}_)[0-9A-Za-z_]+")
+
+
+class SeenEnough(Exception):
+    """Whoever read our stdout is gone."""
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError as problem:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the last flush, at the exit, does not fail again
+        if isinstance(problem, BrokenPipeError):
+            raise SeenEnough from None
+        raise
+
+
 def say(text: str) -> None:
     """A line for the person, on stderr."""
-    print(_lines(text), file=sys.stderr, flush=True)
+    print(_lines(_SECRET.sub(r"\1…", text)), file=sys.stderr, flush=True)
 
 
 def warn(text: str, hint: str | None = None) -> None:
@@ -51,12 +70,12 @@ def error(message: str, hint: str | None) -> None:
 
 def put(text: str) -> None:
     """A line of data, on stdout."""
-    print(_lines(text), flush=True)
+    _print(_lines(text))
 
 
 def put_json(value: Any) -> None:
     """One JSON object on stdout; what is not ASCII is escaped, so that any terminal and any encoding can take it."""
-    print(json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f"), flush=True)
+    _print(json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f"))
 
 
 def put_table(
@@ -66,9 +85,8 @@ def put_table(
     come bit by bit."""
     shown = [[clean(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
-        for row in shown:
-            print("\t".join(row))
-        sys.stdout.flush()
+        if shown:
+            _print("\n".join("\t".join(row) for row in shown))
         return
     from rich.console import Console
     from rich.table import Table

@@ -39,6 +39,8 @@ def _values(token: "Token", now: "datetime") -> dict[str, Any]:
 def _handing_over(out: Path | None) -> "Iterator[Callable[[Token, str, bool, datetime], None]]":
     """A way to hand over a new token, once and nowhere else. The file for it is made before the token is: where it
     cannot be, there is no token; where there is no token, it goes away again."""
+    import os
+
     from mcpctl import private_file
     from mcpctl.errors import ConfigError, Error
 
@@ -54,7 +56,7 @@ def _handing_over(out: Path | None) -> "Iterator[Callable[[Token, str, bool, dat
         nonlocal given
         try:
             if out is not None:
-                with out.open("r+b") as file:
+                with os.fdopen(private_file.open_checked(out, os.O_WRONLY), "wb") as file:
                     file.write(text.encode() + b"\n")
                     file.truncate()
                 given = True
@@ -64,9 +66,10 @@ def _handing_over(out: Path | None) -> "Iterator[Callable[[Token, str, bool, dat
                 )
             elif out is None:
                 output.put(text)
-        except OSError as problem:
+        except (OSError, Error, output.SeenEnough) as problem:
+            why = getattr(problem, "strerror", None) or str(problem) or "nobody reads stdout"
             raise Error(
-                f"token {token.id} was made, but could not be handed over: {problem.strerror}",
+                f"token {token.id} was made, but could not be handed over: {why}",
                 f"make another, and: mcpctl token revoke {token.id}",
             ) from None
 
@@ -167,11 +170,13 @@ def add(
     try:
         permissions = tuple(tokens.check_permission(text) for text in permission) if permission else None
     except ValueError as problem:
-        raise UsageError(f"--permission: {problem}") from None
+        raise UsageError(
+            f"--permission: {problem}", "say tools:query_database, databases:sales:read, or tools:*"
+        ) from None
     try:
         networks = tuple(network(text) for text in allow_ip) if allow_ip else None
     except ValueError as problem:
-        raise UsageError(f"--allow-ip takes {problem}") from None
+        raise UsageError(f"--allow-ip takes {problem}", "repeat it for each network") from None
     wanted = tokens.Wanted(user, _expiry(found, expiry, now), databases, permissions, networks, note_)
     file = tokens.token_file(found.auth.token_file)
     ready_to_note(found)
@@ -185,12 +190,18 @@ def add(
 def _tell(found: "Settings", entry: "Token", entries: Any) -> None:
     """The facts of a new token, on stderr."""
     from mcpctl.identity.tokens import rfc3339, utcnow
+    from mcpctl.policy.access import covers
 
     whose = f"user {entry.user}" if entry.user else "a service"
     ends = f"expires {rfc3339(entry.expires_at)}" if entry.expires_at else "never expires"
     output.say(f"token {entry.id} for {whose}, {ends}; keep it now, it is not shown again")
     if entry.permissions is not None and not any(text.startswith(("*", "tools:")) for text in entry.permissions):
         output.warn("this token's permissions name no tool, so it can call none", "add --permission 'tools:*'")
+    elif entry.permissions is not None:
+        asked = [f"databases:{name}:read" for name in found.databases]
+        if not any(covers(pattern, wanted) for pattern in entry.permissions for wanted in asked):
+            hint = "add --permission 'databases:*:read'"
+            output.warn("this token's permissions name no database, so it can ask none", hint)
     now = utcnow()
     living = [token for token in entries.values() if token.status(now) in ("active", "expiring")]
     worst = sum(
@@ -230,7 +241,7 @@ def list_(
         try:
             until = now + timedelta(seconds=duration(expiring))
         except (ValueError, OverflowError) as problem:
-            raise UsageError(f"--expiring takes {problem}, not {expiring!r}") from None
+            raise UsageError(f"--expiring takes {problem}, not {expiring!r}", "such as --expiring 14d") from None
         entries = [
             token
             for token in entries
@@ -302,7 +313,7 @@ def rotate(
         try:
             over = timedelta(seconds=duration(overlap))
         except (ValueError, OverflowError) as problem:
-            raise UsageError(f"--overlap takes {problem}, not {overlap!r}") from None
+            raise UsageError(f"--overlap takes {problem}, not {overlap!r}", "such as --overlap 24h") from None
     ends = _bounded(found, expiry, now)
     ready_to_note(found)
     with _handing_over(out) as give:

@@ -1,0 +1,275 @@
+"""Done-when 6: many commands at once beside a running server, and root on the files of the service's user."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from chain import verify
+from command_line import Done, Home, run
+from mcpctl import audit
+from mcpctl.identity import tokens, users
+from site_of_mcpctl import Shop, Site, environment
+
+FILES = ["audit.jsonl", "audit.jsonl.lock", "audit.key", "config.yaml", "tokens.yaml", "users.yaml"]
+ROOT = os.geteuid() == 0
+needs_root = pytest.mark.skipif(not ROOT, reason="only root can work on the files of another user")
+PROCESSES, EACH = 20, 10
+
+_ADD = """
+import sys
+from mcpctl.cli import main
+for number in range(int(sys.argv[1])):
+    code = main._run(["--config", sys.argv[2], "token", "add", "--user", "alice", "--expiry", "1d"])
+    assert code == 0, code
+"""
+
+
+def test_twenty_processes_add_ten_tokens_each_while_the_server_runs_and_all_of_them_work(
+    make_site: Callable[..., Site], newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop).start()
+    first_id, first = at.token()
+    adding = [
+        subprocess.Popen(
+            [sys.executable, "-c", _ADD, str(EACH), str(at.config)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        )
+        for _ in range(PROCESSES)
+    ]  # fmt: skip
+    asked = 0
+    with at.client(first) as client:
+        while any(process.poll() is None for process in adding):
+            assert client.rows("select 1") == [[1]]  # whoever asks meanwhile notices nothing
+            asked += 1
+    texts = []
+    for process in adding:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        texts += out.split()
+    assert asked > 0
+    assert len(set(texts)) == PROCESSES * EACH == len(texts)
+
+    def works(text: str) -> bool:
+        with at.client(text) as client:
+            answer = client.call("whoami")
+            return answer.status_code == 200 and text.split("_")[1] in answer.text
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(works, texts))
+    found = at.tokens.current()
+    assert set(found) == {first_id, *(text.split("_")[1] for text in texts)}
+    assert stat.S_IMODE(at.tokens.path.stat().st_mode) == 0o600
+    added = [line["token"] for line in at.audit() if line["event"] == "token.added"]
+    assert sorted(added) == sorted(text.split("_")[1] for text in texts)
+    verify(at.folder / "audit.jsonl", key=bytes.fromhex((at.folder / "audit.key").read_text()))
+    assert [path.name for path in at.folder.iterdir() if path.name.endswith(".tmp")] == []
+
+
+# -- root, and the files of the service's user -------------------------------------------------------------------
+
+_AS = """
+import contextlib, io, os, sys
+from mcpctl.cli import main
+with contextlib.redirect_stderr(io.StringIO()):
+    assert main._run(["--config", "/nowhere/config.yaml", "token", "list"]) == 3
+os.setgroups([])
+os.setgid(int(sys.argv[2]))
+os.setuid(int(sys.argv[1]))
+main.run(sys.argv[3:])
+"""
+State = dict[str, tuple[int, int, int]]
+
+
+class Service(Home):
+    """An installation that belongs to an ordinary user, in a folder of that user's."""
+
+    def __init__(self, folder: Path, uid: int, gid: int) -> None:
+        super().__init__(folder)
+        self.uid, self.gid = uid, gid
+        now = tokens.utcnow()
+        users.add(users.user_file(folder / "users.yaml"), "alice", None, now)
+        tokens.add(tokens.token_file(folder / "tokens.yaml"), tokens.Wanted(), now)
+        log = audit.AuditLog(folder / "audit.jsonl", audit.read_key(folder / "audit.key"), tokens.utcnow)
+        log.append("user.added", user="alice")
+        log.close()
+        for path in (folder, *folder.iterdir()):
+            os.chown(path, uid, gid)
+
+    def state(self) -> State:
+        """Owner, group and mode of every file."""
+        found = {path.name: path.lstat() for path in self.folder.iterdir()}
+        return {name: (about.st_uid, about.st_gid, about.st_mode) for name, about in found.items()}
+
+    def add(self) -> Done:
+        return self("token", "add", "--user", "alice", "--expiry", "1d")
+
+    def as_user(self, uid: int, gid: int, *arguments: str) -> Done:
+        """mcpctl as a user who may not even be able to read this Python: what it needs is imported before."""
+        done = subprocess.run(
+            [sys.executable, "-c", _AS, str(uid), str(gid), "--config", str(self.config), *arguments],
+            capture_output=True, text=True, env=environment(), timeout=60, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    def as_its_user(self, *arguments: str) -> Done:
+        return self.as_user(self.uid, self.gid, *arguments)
+
+
+@pytest.fixture
+def outside() -> Iterator[Path]:
+    """A folder that another user can come into, as tmp_path is not."""
+    found = Path(tempfile.mkdtemp(prefix="mcpctl-test-"))
+    found.chmod(0o755)
+    yield found
+    shutil.rmtree(found)
+
+
+@pytest.fixture(params=["its own group", "another group", "root's group", "no entry"])
+def service(request: pytest.FixtureRequest, outside: Path) -> Service:
+    import pwd
+
+    entry = pwd.getpwnam("nobody")
+    uid, gid = {
+        "its own group": (entry.pw_uid, entry.pw_gid),
+        "another group": (entry.pw_uid, 4711),
+        "root's group": (entry.pw_uid, 0),
+        "no entry": (54321, 54321),
+    }[request.param]
+    return Service(outside / "service", uid, gid)
+
+
+@needs_root
+def test_root_adds_a_token_and_every_file_keeps_its_owner_and_mode(service: Service) -> None:
+    before = service.state()
+    assert sorted(before) == FILES
+    for _ in range(2):
+        assert service.add().good.startswith("mcp_")
+    assert service("user", "add", "bob").code == 0
+    assert service("token", "revoke", "--all").code == 0
+    assert service.state() == before
+    verify(service.folder / "audit.jsonl", key=bytes.fromhex((service.folder / "audit.key").read_text()))
+
+
+@needs_root
+def test_what_root_makes_anew_belongs_to_the_service(service: Service) -> None:
+    (service.folder / "audit.jsonl").unlink()
+    (service.folder / "audit.jsonl.lock").unlink()
+    assert service.add().code == 0
+    for name in ("audit.jsonl", "audit.jsonl.lock"):
+        uid, _, mode = service.state()[name]
+        assert (uid, stat.S_IMODE(mode)) == (service.uid, 0o600)
+    assert service.as_its_user("token", "list").good.count("\n") == 2
+
+
+@needs_root
+def test_the_services_user_can_work_on_its_files_whatever_group_they_have(service: Service) -> None:
+    done = service.as_its_user("token", "add", "--user", "alice", "--expiry", "1d")
+    assert done.good.startswith("mcp_")
+    uid, _, mode = service.state()["tokens.yaml"]
+    assert (uid, stat.S_IMODE(mode)) == (service.uid, 0o600)
+    assert service.add().code == 0
+
+
+@needs_root
+def test_a_config_of_roots_own_that_the_service_may_read_serves_both(service: Service) -> None:
+    os.chown(service.config, 0, service.gid)
+    service.config.chmod(0o640)
+    before = service.state()
+    assert service.add().code == 0
+    assert service.state() == before
+    assert service.as_its_user("token", "list").good.count("\n") == 2
+
+
+@needs_root
+@pytest.mark.parametrize("planter", ["the service", "root"])
+@pytest.mark.parametrize("target", ["root's file", "nothing yet", "an open folder", "its own folder", "root's folder"])
+@pytest.mark.parametrize(
+    "name", ["tokens.yaml", "users.yaml", "audit.jsonl", "audit.jsonl.lock", "config.yaml", "audit.key"]
+)
+def test_a_link_planted_in_the_services_folder_is_refused_and_its_target_untouched(
+    outside: Path, name: str, target: str, planter: str
+) -> None:
+    import pwd
+
+    entry = pwd.getpwnam("nobody")
+    service = Service(outside / "service", entry.pw_uid, entry.pw_gid)
+    roots = outside / "roots"
+    roots.mkdir(mode=0o755 if target != "root's folder" else 0o700)
+    path, aim = service.folder / name, roots / "aim"
+    content = path.read_bytes()
+    if target != "nothing yet":
+        aim.write_bytes(content)
+        aim.chmod(0o600)
+    if target in ("an open folder", "its own folder"):
+        other = outside / "other"
+        other.mkdir()
+        os.chown(other, service.uid, service.gid)
+        other.chmod(0o777 if target == "an open folder" else 0o700)
+        aim = aim.rename(other / "aim")
+        os.chown(aim, service.uid, service.gid)
+    path.unlink()
+    path.symlink_to(aim)
+    if planter == "the service":
+        os.chown(path, service.uid, service.gid, follow_symlinks=False)
+    before = (service.state(), aim.exists() and (aim.read_bytes(), aim.stat()))
+    done = service.add()
+    assert (done.code, done.out) == (3, ""), done
+    assert name in done.error
+    assert "mcpctl: hint: " in done.error
+    assert (service.state(), aim.exists() and (aim.read_bytes(), aim.stat())) == before
+
+
+@needs_root
+def test_root_that_works_on_the_services_files_is_root_no_more(service: Service) -> None:
+    work = (
+        "import os, sys; from pathlib import Path; from mcpctl import private_file\n"
+        "private_file.become_owner(Path(sys.argv[1]))\n"
+        "print(os.getresuid(), os.getresgid()[0] == 0, 0 in os.getgroups())\n"
+        "try:\n    os.setuid(0)\nexcept PermissionError:\n    print('for good')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", work, str(service.folder / "tokens.yaml")],
+        capture_output=True, text=True, env=environment(), timeout=60,
+    )  # fmt: skip
+    in_roots_group = service.gid == 0  # kept as a further one, for the files to keep theirs
+    assert done.stdout == f"{(service.uid,) * 3} False {in_roots_group}\nfor good\n", done.stderr
+
+
+@needs_root
+def test_root_makes_a_new_installation_in_the_services_folder_the_services(outside: Path) -> None:
+    import pwd
+
+    entry = pwd.getpwnam("nobody")
+    folder = outside / "new"
+    folder.mkdir(mode=0o700)
+    os.chown(folder, entry.pw_uid, entry.pw_gid)
+    assert run("init", str(folder)).code == 0
+    assert {path.stat().st_uid for path in folder.iterdir()} == {entry.pw_uid}
+
+
+@needs_root
+def test_an_out_file_that_the_services_user_may_not_make_is_an_error_before_there_is_a_token(
+    service: Service, outside: Path
+) -> None:
+    done = service("token", "add", "--user", "alice", "--expiry", "1d", "--out", str(outside / "token"))
+    assert (done.code, done.out) == (3, "")
+    assert "run as root, mcpctl works as the owner of its files" in done.error
+    assert service("token", "list").good.count("\n") == 1
+
+
+@needs_root
+def test_another_user_can_neither_read_nor_change_nor_lock_the_services_files(service: Service) -> None:
+    for arguments in (["token", "list"], ["token", "revoke", "--all"], ["audit", "tail"]):
+        done = service.as_user(12345, 12345, *arguments)
+        assert (done.code, done.out) == (3, ""), done
+        assert "mcpctl: hint: " in done.error

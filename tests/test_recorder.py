@@ -1,0 +1,176 @@
+"""What goes into the audit log, how much of it, and what happens while it cannot be written."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chain import KEY, lines, verify
+from mcpctl.audit import AuditLog
+from mcpctl.errors import UnavailableError
+from mcpctl.recorder import AGAIN, ALTOGETHER, IN_FULL, Recorder
+
+NOW = datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "audit.jsonl"
+
+
+class Book:
+    """A recorder over a real log, with a clock that stands still."""
+
+    def __init__(self, path: Path, statements: str = "full", refuse: bool = True) -> None:
+        self.path = path
+        self.now = 0.0
+        self.log = AuditLog(path, KEY, lambda: NOW)
+        self.recorder = Recorder(self.log, statements, refuse=refuse, clock=lambda: self.now)
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in lines(self.path) if line["event"] == event]
+
+
+@pytest.fixture
+def book(path: Path) -> Iterator[Book]:
+    found = Book(path)
+    yield found
+    found.log.close()
+
+
+def test_a_credential_is_noted_once_an_hour_for_each_address(book: Book) -> None:
+    for address in ("192.0.2.1", "192.0.2.1", "192.0.2.2", None, None):
+        book.recorder.auth_ok("ab12cd34", "alice", address)
+    book.recorder.auth_ok("other", "alice", "192.0.2.1")
+    assert [(line["token"], line.get("client_ip")) for line in book.events("auth.ok")] == [
+        ("ab12cd34", "192.0.2.1"), ("ab12cd34", "192.0.2.2"), ("ab12cd34", None), ("other", "192.0.2.1"),
+    ]  # fmt: skip
+    book.now = AGAIN - 0.001
+    book.recorder.auth_ok("ab12cd34", "alice", "192.0.2.1")
+    assert len(book.events("auth.ok")) == 4
+    book.now = AGAIN
+    book.recorder.auth_ok("ab12cd34", "alice", "192.0.2.1")
+    assert len(book.events("auth.ok")) == 5
+
+
+def test_a_credential_that_could_not_be_noted_is_noted_as_soon_as_it_can_be(book: Book) -> None:
+    book.recorder.auth_ok("first", None, None)
+    book.path.chmod(0o644)
+    book.log.close()
+    book.recorder.auth_ok("ab12cd34", "alice", "192.0.2.1")
+    book.path.chmod(0o600)
+    book.recorder.auth_ok("ab12cd34", "alice", "192.0.2.1")
+    book.recorder.auth_ok("ab12cd34", "alice", "192.0.2.1")
+    assert [line["token"] for line in book.events("auth.ok")] == ["first", "ab12cd34"]
+
+
+def test_refusals_are_told_in_full_at_first_and_then_counted(book: Book) -> None:
+    for number in range(IN_FULL + 5):
+        book.recorder.auth_refused("192.0.2.1", f"reason {number}")
+    book.recorder.auth_refused("192.0.2.2", "another")
+    assert [line["reason"] for line in book.events("auth.refused")] == [
+        *(f"reason {number}" for number in range(IN_FULL)), "another",
+    ]  # fmt: skip
+    book.now = 59.9
+    book.recorder.flush()
+    assert len(book.events("auth.refused")) == IN_FULL + 1
+    book.now = 60
+    book.recorder.flush()
+    last = book.events("auth.refused")[-1]
+    assert (last["client_ip"], last["reason"]) == ("192.0.2.1", "5 more within a minute")
+    book.recorder.auth_refused("192.0.2.1", "again in full")
+    assert book.events("auth.refused")[-1]["reason"] == "again in full"
+
+
+def test_a_minute_that_is_over_is_told_by_the_next_refusal_also_without_a_flush(book: Book) -> None:
+    for _ in range(IN_FULL + 3):
+        book.recorder.auth_refused("192.0.2.1", "wrong")
+    book.now = 61
+    book.recorder.auth_refused("192.0.2.1", "later")
+    assert [line["reason"] for line in book.events("auth.refused")][-2:] == ["3 more within a minute", "later"]
+
+
+def test_what_was_counted_is_told_at_the_end(book: Book) -> None:
+    for _ in range(IN_FULL + 3):
+        book.recorder.auth_refused(None, "wrong")
+    book.recorder.flush(everything=True)
+    assert book.events("auth.refused")[-1]["reason"] == "3 more within a minute"
+
+
+def test_a_stranger_with_any_number_of_addresses_cannot_fill_the_disk(book: Book) -> None:
+    for number in range(5000):
+        book.recorder.auth_refused(f"2001:db8:0:0:{number:x}::1", "one network")
+        book.recorder.auth_refused(f"2001:db8:1:{number:x}::1", "many networks")
+        book.recorder.auth_refused(f"198.51.{number // 250}.{number % 250}", "many addresses")
+    book.recorder.flush(everything=True)
+    found = book.events("auth.refused")
+    assert len(found) <= ALTOGETHER + ALTOGETHER // IN_FULL + 1
+    in_full = sum(line["reason"].startswith(("one", "many")) for line in found)
+    counted = sum(int(line["reason"].split()[0]) for line in found if "more within a minute" in line["reason"])
+    assert in_full + counted == 15000
+    assert sum(line["reason"] == "one network" for line in found) == IN_FULL
+    book.now = 61
+    book.recorder.auth_refused("192.0.2.1", "in full again")
+    assert book.events("auth.refused")[-1]["reason"] == "in full again"
+
+
+@pytest.mark.parametrize(
+    "statements, described, kept",
+    [
+        ("full", True, "statement"),
+        ("full", False, "statement_hmac"),
+        ("hash", True, "statement_hmac"),
+        ("hash", False, "statement_hmac"),
+        ("off", True, None),
+        ("off", False, None),
+    ],
+)
+def test_a_statement_is_kept_as_the_config_says_and_one_that_asks_nothing_never_as_text(
+    path: Path, statements: str, described: bool, kept: str | None
+) -> None:
+    book = Book(path, statements)
+    text = "alter role x password 'hunter2'"
+    book.recorder.call("tool.called", **book.recorder.statement(text, described=described))
+    book.log.close()
+    [line] = lines(path)
+    assert {"statement", "statement_hmac"} & line.keys() == ({kept} if kept else set())
+    assert (b"hunter2" in path.read_bytes()) == (kept == "statement")
+    if kept == "statement_hmac":
+        assert line[kept] == hmac.new(KEY, b"statement\0" + text.encode(), hashlib.sha256).hexdigest()
+
+
+def test_a_call_is_refused_while_the_log_cannot_be_written_and_works_again_later(book: Book) -> None:
+    book.recorder.call("tool.called", user="alice")
+    book.path.chmod(0o644)
+    book.log.close()
+    with pytest.raises(UnavailableError) as caught:
+        book.recorder.call("tool.called", user="alice")
+    assert caught.value.status == 503
+    assert str(book.path) not in f"{caught.value.message}{caught.value.hint}"  # a caller need not know where it is
+    with pytest.raises(UnavailableError):
+        book.recorder.before_call(user="alice")  # nothing is run, either
+    book.recorder.note("token.expired", token="ab12cd34")  # what must happen anyway happens
+    book.path.chmod(0o600)
+    with pytest.raises(UnavailableError, match="just now"):
+        book.recorder.before_call(user="alice")
+    book.recorder.before_call(user="alice")
+    book.recorder.call("tool.called", user="alice")
+    assert [line["event"] for line in lines(book.path)] == ["tool.called", "tool.refused", "tool.called"]
+    assert verify(book.path) == 3
+
+
+def test_a_log_that_only_warns_lets_calls_go_on_and_says_so_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    book = Book(path, refuse=False)
+    book.recorder.call("tool.called")
+    book.path.chmod(0o644)
+    book.log.close()
+    for _ in range(3):
+        book.recorder.before_call()
+        book.recorder.call("tool.called")
+    assert len([record for record in caplog.records if "cannot be written" in record.getMessage()]) == 1
