@@ -49,6 +49,8 @@ _TYPES = b"""SELECT t.oid, pg_catalog.format_type(t.oid, NULL), CASE WHEN t.typc
 _CHUNK = 100
 _GROWTH = 24 << 20
 """How much libpq may grow for one answer; one cell of 12 MiB already makes it grow by 16."""
+_KEPT = 4 << 20
+"""How much libpq may have grown for a connection that is used again: it never gives its buffer back."""
 _AFTER = 1.0
 """Seconds beyond statement_timeout after which our own deadline ends it."""
 _ERROR_BYTES = 2000
@@ -160,7 +162,10 @@ class _Exchange:
             if params is not None:
                 return await self._framed(wire, text, params)
             await self._judged(wire, text)
-            return await self._framed(wire, text, ())
+            rows = await self._framed(wire, text, ())
+            if wire.grown > _KEPT:
+                self.session.close()
+            return rows
 
     async def ask(self, text: bytes) -> bool:
         """Whether the text is a question, without running it."""

@@ -66,6 +66,11 @@ class Wire:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    @property
+    def grown(self) -> int:
+        """Bytes by which libpq has grown so far; it never shrinks."""
+        return self._grown
+
     async def _ready(self) -> None:
         self._waiter = self._loop.create_future()
         try:
