@@ -53,6 +53,10 @@ class _End:
     hash: str
 
 
+_PATIENCE = 0.25
+"""Seconds to wait for another writer, who holds the lock for a tenth of a millisecond unless it has stopped."""
+
+
 class AuditLog:
     """Appends to one log. Not for threads; processes may share the file."""
 
@@ -114,7 +118,7 @@ class AuditLog:
         while True:
             if self._lock < 0:
                 self._lock = private_file.open_checked(path, os.O_RDWR | os.O_CREAT)
-            private_file.lock(self._lock)
+            private_file.lock(self._lock, _PATIENCE)
             if private_file.fingerprint(path)[0] == os.fstat(self._lock).st_ino:
                 return
             os.close(self._lock)  # somebody removed it: what the others hold is another one

@@ -10,7 +10,7 @@ from typing import Any
 
 from mcpctl.config import default_database
 from mcpctl.config_keys import Settings
-from mcpctl.errors import Error, ForbiddenError, NotFoundError, UnauthorizedError, UsageError
+from mcpctl.errors import Error, ForbiddenError, NotFoundError, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.principal import Principal
 from mcpctl.policy import access
 from mcpctl.postgres.cutting import Cut
@@ -160,10 +160,16 @@ class Calls:
                 yield session
             except Error:
                 if session.cut:
-                    raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
+                    raise self._ended(principal) from None
                 raise
             if session.cut:
-                raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
+                raise self._ended(principal)
+
+    def _ended(self, principal: Principal) -> Error:
+        """Why a session was cut under its call."""
+        if self._pools.closed:
+            return UnavailableError("the server is stopping", "ask again in a moment")
+        return UnauthorizedError("the token ended while the call ran", token_id=principal.token)
 
     def _databases(self, principal: Principal) -> Databases:
         allowed = {

@@ -19,6 +19,7 @@ import os
 import secrets
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,10 +241,23 @@ def create(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         raise
 
 
-def lock(fd: int) -> None:
-    """Wait for the descriptor's file to be ours alone; released when it is closed, also by a crash."""
-    if fcntl is not None:
+def lock(fd: int, patience: float | None = None) -> None:
+    """Wait for the descriptor's file to be ours alone; released when it is closed, also by a crash.
+
+    With `patience` no longer than that many seconds; then TimeoutError: somebody who holds it has stopped.
+    """
+    if fcntl is not None and patience is None:
         fcntl.flock(fd, fcntl.LOCK_EX)
+    elif fcntl is not None:
+        until = time.monotonic() + (patience or 0.0)
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise TimeoutError(errno.ETIMEDOUT, "another process holds its lock") from None
+                time.sleep(0.001)
     else:  # pragma: no cover - Windows
         import msvcrt
 

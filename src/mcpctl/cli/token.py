@@ -377,8 +377,8 @@ def revoke(
     done = tokens.revoke(tokens.token_file(found.auth.token_file), None if all_ else ids, tokens.utcnow())
     fresh = [entry for entry, alive in done if alive]
     why = by_whom(context, reason)
+    words, values = _proof(found, [entry.id for entry, _ in done])  # first what is urgent, then its record
     note_all(found, [("token.revoked", {"token": entry.id, "user": entry.user, "reason": why}) for entry in fresh])
-    words, values = _proof(found, [entry.id for entry, _ in done])
     if json:
         output.put_json(
             {

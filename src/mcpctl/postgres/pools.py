@@ -93,6 +93,11 @@ class Pools:
             self._tell("pool.opened", pool, None)
         return pool
 
+    @property
+    def closed(self) -> bool:
+        """Whether the server is stopping."""
+        return self._closed
+
     def _check(self, principal: Principal) -> None:
         if not self._valid(principal):
             raise UnauthorizedError("the token ended while the call was on its way", token_id=principal.token)

@@ -46,7 +46,8 @@ _TYPES = b"""SELECT t.oid, pg_catalog.format_type(t.oid, NULL), CASE WHEN t.typc
   SELECT oid FROM base WHERE typbasetype = 0) ELSE 0 END,
  coalesce(e.typdelim, ',') FROM pg_catalog.pg_type t LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem
  WHERE t.oid = ANY($1::oid[])"""
-_CHUNK = 100
+_CHUNK = 16
+"""Rows that libpq gathers before we see one: few, since each may be as large as an answer."""
 _GROWTH = 24 << 20
 """How much libpq may grow for one answer; one cell of 12 MiB already makes it grow by 16."""
 _KEPT = 4 << 20

@@ -155,9 +155,9 @@ class TokenPool:
 
     def _refused(self, problem: Exception) -> None:
         """There will be no new connection: whoever waits is told, unless one that is out may still come back."""
-        if isinstance(problem, Error):
+        if isinstance(problem, UnavailableError | ForbiddenError):
             self._error = problem
-        else:
+        else:  # its words name hosts, logins and files, which are the administrator's business
             log.warning("database %s: %s", self.login.name, str(problem).strip())
             self._error = UnavailableError(
                 f"database {self.login.name!r} cannot be reached right now, or takes no further connection",

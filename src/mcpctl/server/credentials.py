@@ -9,7 +9,7 @@ from mcpctl.config_keys import Network, Settings
 from mcpctl.errors import Error, UnauthorizedError, UsageError
 
 Headers = Sequence[tuple[bytes, bytes]]
-_FORWARDING = (b"forwarded", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"x-real-ip")
+_FORWARDING = (b"forwarded", b"via", b"x-real-ip", b"cf-connecting-ip", b"true-client-ip", b"x-client-ip")
 _SCHEMES = ("http", "https")
 
 
@@ -124,7 +124,7 @@ class Gatekeeper:
 
 def forwarded(headers: Headers) -> bool:
     """Whether a proxy had the request before us."""
-    return any(key in _FORWARDING for key, _ in headers)
+    return any(key in _FORWARDING or key.startswith(b"x-forwarded") for key, _ in headers)
 
 
 def is_loopback(host: str) -> bool:

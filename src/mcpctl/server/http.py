@@ -15,7 +15,7 @@ from typing import Any
 
 from mcpctl.calls import Calls, Request, UnknownToolError
 from mcpctl.config_keys import Settings
-from mcpctl.errors import Error, UnauthorizedError, UsageError
+from mcpctl.errors import Error, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.postgres.pools import Pools
@@ -34,6 +34,7 @@ log = logging.getLogger("mcpctl.http")
 _JSON = b"application/json"
 _READY_FOR = 2.0
 _BODY_SECONDS = 30.0
+_CANCELLED = "The call was cancelled: by its client, or because the server stops"
 _INVALID_REQUEST, _INTERNAL = -32600, -32603
 
 
@@ -106,9 +107,10 @@ class Http:
         except asyncio.CancelledError:
             if gone.is_set():
                 return
-            if task is None or self._parts.authenticator.still_valid(principal):
-                raise
-            task.uncancel()
+            if task is not None:
+                task.uncancel()
+            if self._parts.authenticator.still_valid(principal):
+                raise UnavailableError(_CANCELLED) from None
             raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
         finally:
             watcher.cancel()
@@ -295,7 +297,8 @@ class Http:
             headers.append((b"connection", b"close"))
         if problem.status >= 500:
             log.warning("request %s: %s", request_id, problem.message)
-            message = message if problem.status == 503 and "cannot be written" in message else outside(problem)
+            told = problem.status == 503 and ("cannot be written" in message or message == _CANCELLED)
+            message = message if told else outside(problem)
         data = {"hint": hint} if hint and problem.status < 500 else None
         await _json(send, problem.status, encoding.rpc_error(_INVALID_REQUEST, message, data), request_id, headers)
 

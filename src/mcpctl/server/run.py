@@ -89,6 +89,7 @@ def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
         log.warning("Connection isolation: DISABLED (--no-auth: all share one pool)")
     else:
         log.info("Connection isolation: ENABLED (per-token database connections)")
+    _all_descriptors()
     try:
         if settings.server.workers == 1:
             told = asyncio.run(_worker(listening, bound, lambda: ready(f"{url}/mcp"), None, 1))
@@ -98,6 +99,17 @@ def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
         bound.close()
     for number in told[:1]:
         signal.raise_signal(number)  # so that the exit status tells what ended it
+
+
+def _all_descriptors() -> None:
+    """Take all the file descriptors that the system lets us have: a flood of connections must not close our files."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _bind(host: str, port: int) -> socket.socket:

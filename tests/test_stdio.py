@@ -1,0 +1,84 @@
+"""MCP on stdin and stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import site_of_mcpctl as site
+from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually
+
+MakeSite = Callable[..., Site]
+META = {"io.modelcontextprotocol/protocolVersion": "2026-07-28", "io.modelcontextprotocol/clientCapabilities": {}}
+STDIO = """
+import sys, mcp.server.stdio, psycopg, psycopg_pool, anyio, argon2, asyncio, logging, concurrent.futures, tempfile
+import uvicorn, typer, yaml, rich.console, mcp.client.stdio, msgspec
+import types
+for name in ("fcntl", "pwd", "grp"):
+    sys.modules[name] = None
+sys.modules["msvcrt"] = types.SimpleNamespace(LK_LOCK=1, LK_UNLCK=0, locking=lambda fd, mode, size: None)  # Windows's
+from mcpctl.cli.main import run
+run(["serve", "--stdio"])
+"""
+
+
+def _speak(process: subprocess.Popen[str], *messages: dict[str, object]) -> list[dict[str, object]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    answers = []
+    for message in messages:
+        process.stdin.write(json.dumps(message) + "\n")
+        process.stdin.flush()
+        if "id" in message:
+            answers.append(json.loads(process.stdout.readline()))
+    return answers
+
+
+def _question(query: str) -> dict[str, object]:
+    return {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
+        "name": "query_database", "arguments": {"query": query}, "_meta": META}}  # fmt: skip
+
+
+def test_stdio_needs_only_a_database_url_and_nothing_that_only_posix_has(newest_shop: Shop, tmp_path: Path) -> None:
+    dsn = newest_shop.cluster.dsn_for(site.READER, site.PASSWORD, "shop")
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", STDIO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment(MCPCTL_DATABASE_URL=dsn, XDG_CONFIG_HOME=str(tmp_path), HOME=str(tmp_path)), cwd="/",
+    )  # fmt: skip
+    try:
+        (answer,) = _speak(process, _question("select 6 * 7 as answer"))
+        assert answer["result"]["structuredContent"]["rows"] == [[42]]  # type: ignore[index]
+    finally:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.close()
+        rest = process.stdout.read()
+        process.stdout.close()
+        assert process.wait(10) == 0
+    assert rest == ""
+    assert (tmp_path / "mcpctl" / "audit.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_on_stdio_the_token_of_the_environment_counts_and_its_revocation_too(make_site: MakeSite, shop: Shop) -> None:
+    at = make_site(shop)
+    name, text = at.token()
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--stdio", "--config", str(at.config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=environment(MCPCTL_TOKEN=text),
+    )  # fmt: skip
+    try:
+        (answer,) = _speak(process, _question("select 1"))
+        assert answer["result"]["structuredContent"]["rows"] == [[1]]  # type: ignore[index]
+        running = site.in_background(_speak, process, _question("select pg_sleep(60)"))
+        eventually(lambda: shop.backends("query LIKE '%sleep%' AND state = 'active'"))
+        assert "cut: 1 query, 0 backends left" in at.run("token", "revoke", name).stdout
+        (answer,) = running.result()
+        assert "error" in answer
+        (answer,) = _speak(process, _question("select 1"))
+        assert "error" in answer
+    finally:
+        process.communicate(timeout=10)
+    assert all(line.get("token") in (name, None) for line in at.audit())
