@@ -155,6 +155,29 @@ def test_a_token_is_cut_though_its_role_has_no_connection_left(make_site: MakeSi
         assert running.result(5).status_code == 401
 
 
+def test_a_backend_that_outlives_the_cut_is_ended_as_soon_as_the_role_has_a_connection(
+    make_site: MakeSite, shop: Shop
+) -> None:
+    with shop.admin() as admin:
+        admin.execute(STUBBORN)
+        admin.execute("GRANT EXECUTE ON FUNCTION stubborn() TO shop_reader")
+    at = make_site(shop).start()
+    name, text = at.token()
+    query = "select stubborn() from (select set_config('client_connection_check_interval', '0', true)) x"
+    with at.client(text) as a:
+        running, pid = _start_sleeping(shop, a, query)
+        with shop.admin() as admin:
+            admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 1")
+            try:
+                done = at.run("token", "revoke", name)
+                assert f"1 backend left (pid {pid})" in done.stdout
+            finally:
+                admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 60")
+        _gone(shop, pid, 3)
+        assert running.result(5).status_code == 401
+    eventually(lambda: [line for line in at.audit() if f"backend {pid} is gone" in line.get("reason", "")])
+
+
 def test_fifty_revocations_and_the_slowest_of_them(
     make_site: MakeSite, newest_shop: Shop, capsys: pytest.CaptureFixture[str]
 ) -> None:

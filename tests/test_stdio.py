@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,3 +83,22 @@ def test_on_stdio_the_token_of_the_environment_counts_and_its_revocation_too(mak
     finally:
         process.communicate(timeout=10)
     assert all(line.get("token") in (name, None) for line in at.audit())
+
+
+def test_sigterm_on_stdio_closes_everything_first(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop)
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--stdio", "--config", str(at.config)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    (answer,) = _speak(process, _question("select pg_backend_pid()"))
+    pid = answer["result"]["structuredContent"]["rows"][0][0]  # type: ignore[index]
+    process.send_signal(signal.SIGTERM)
+    eventually(lambda: not newest_shop.backends(f"pid = {pid}"), 3)
+    assert eventually(lambda: [line for line in at.audit() if line["event"] == "server.stopped"])
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM

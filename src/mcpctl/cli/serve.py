@@ -82,6 +82,7 @@ def serve(
 def _stdio(found: "Settings") -> None:
     """One person's server. Without a config file its audit log and key are made in the user's own folder."""
     import os
+    import signal
 
     from mcpctl import audit, private_file
     from mcpctl.server import stdio
@@ -96,6 +97,9 @@ def _stdio(found: "Settings") -> None:
 
     async def main() -> None:
         async with running(found, files=token is not None) as core:
-            await stdio.serve(core, token)
+            told = await stdio.serve_until_told(core, token)
+        if told:  # all is closed; the exit status tells what ended it
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
 
     stdio.run(main())

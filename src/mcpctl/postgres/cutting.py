@@ -21,6 +21,7 @@ from mcpctl.postgres.token_pool import Session, TokenPool
 log = logging.getLogger("mcpctl.pools")
 GRACE = 0.1
 """Seconds that a cancelled statement has before its backend is terminated."""
+_AGAIN, _TRIES = 0.25, 240
 PATIENCE = 0.6
 """Seconds after which the sockets are closed whatever the backends do."""
 
@@ -37,6 +38,7 @@ class Cut:
     queries: int = 0
     backends_left: int = 0
     lingering: list[int] = field(default_factory=list)
+    left: list[tuple[Login, list[Session]]] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         word = "query" if self.queries == 1 else "queries"
@@ -54,14 +56,30 @@ async def cut(pools: Sequence[TokenPool]) -> Cut:
         _, found = by_login.setdefault(pool.login.name, (pool.login, []))
         found.extend(pool.sessions.values())
     left = await asyncio.gather(*(_cut_backends(login, sessions) for login, sessions in by_login.values()))
-    done.lingering = [pid for pids in left for pid in pids]
+    done.left = [(login, found) for (login, _), found in zip(by_login.values(), left, strict=True) if found]
+    done.lingering = [session.pid for found in left for session in found]
     done.backends_left = len(done.lingering)
     await asyncio.gather(*closing, return_exceptions=True)
     return done
 
 
-async def _cut_backends(login: Login, sessions: list[Session]) -> list[int]:
-    """End these backends of one login; the pids of those that were still there at the end."""
+async def finish(login: Login, left: list[Session]) -> bool:
+    """Go on telling backends to end that outlived a cut, for a minute; whether they are gone."""
+    for _ in range(_TRIES):
+        await asyncio.sleep(_AGAIN)
+        terminator = await _open(login)
+        if terminator is None:
+            continue
+        try:
+            if await _terminate(terminator, left):
+                return True
+        finally:
+            await terminator.close()
+    return False
+
+
+async def _cut_backends(login: Login, sessions: list[Session]) -> list[Session]:
+    """End these backends of one login; those that were still there at the end, as far as could be seen."""
     if not sessions:
         return []
     running = [session for session in sessions if session.task is not None]
@@ -98,18 +116,18 @@ async def _cut_backends(login: Login, sessions: list[Session]) -> list[int]:
     return await _look_again(login, left)
 
 
-async def _look_again(login: Login, left: list[Session]) -> list[int]:
+async def _look_again(login: Login, left: list[Session]) -> list[Session]:
     """Their sockets are closed; whether the backends are gone too, as far as a new connection can be had to look."""
     looker = await _open(login)
     if looker is None:
-        return [session.pid for session in left]
+        return left
     try:
         for _ in range(30):
             gone = await _terminate(looker, left)
             if gone:
                 return []
             await asyncio.sleep(0.02)
-        return [session.pid for session in left]
+        return left
     finally:
         await looker.close()
 

@@ -14,7 +14,7 @@ from psycopg import pq
 
 from mcpctl.errors import UnauthorizedError, UnavailableError
 from mcpctl.identity.principal import Principal
-from mcpctl.postgres.cutting import Cut, cut
+from mcpctl.postgres.cutting import Cut, cut, finish
 from mcpctl.postgres.login import Login
 from mcpctl.postgres.token_pool import Session, TokenPool
 from mcpctl.postgres.verdicts import Verdicts
@@ -51,6 +51,7 @@ class Pools:
         self._pools: dict[tuple[str, str], TokenPool] = {}
         self._room = asyncio.Lock()
         self._freed = asyncio.Event()
+        self._finishing: set[asyncio.Task[None]] = set()
         self._closed = False
 
     @property
@@ -152,15 +153,30 @@ class Pools:
             if pool in victims:
                 del self._pools[key]
         done = await cut(victims)
+        for login, left in done.left:
+            task = asyncio.create_task(self._finish(login, left, token, reason))
+            self._finishing.add(task)
+            task.add_done_callback(self._finishing.discard)
         for pool in victims:
             self._tell("pool.closed", pool, f"{reason}: {done}")
         return done
+
+    async def _finish(self, login: Login, left: list[Session], token: str | None, reason: str) -> None:
+        """Stay after backends that outlived a cut, and write when they are gone."""
+        gone = await finish(login, left)
+        pids = ", ".join(str(session.pid) for session in left)
+        log.info("token %s: %s: backend %s %s", token, reason, pids, "is gone" if gone else "is still there")
+        said = f"{reason}: backend {pids} {'is gone' if gone else 'is still there after a minute'}"
+        self._told("query.cancelled", token=token, database=login.name, reason=said)
 
     async def close(self) -> None:
         """Cut everything, for the end of the server."""
         self._closed = True
         for token in {pool.principal.token for pool in self._pools.values()}:
             await self.cut(token, "the server stops")
+        for task in self._finishing:
+            task.cancel()
+        await asyncio.gather(*self._finishing, return_exceptions=True)
 
     async def reachable(self, database: str) -> bool:
         """Whether the database's server takes connections now (PQping: no login, no slot)."""

@@ -43,7 +43,10 @@ def build(calls: Calls, who: Who, failed: Failed = lambda context, problem: prob
     """The protocol server. It holds no state of its own: every request brings its caller."""
 
     async def list_tools(context: Context, params: PaginatedRequestParams | None) -> ListToolsResult:
-        principal, _ = await who(context)
+        try:
+            principal, _ = await who(context)
+        except Error as problem:
+            raise MCPError(code=INTERNAL_ERROR, message=failed(context, problem)) from None
         return ListToolsResult(
             tools=[
                 Tool(

@@ -5,8 +5,10 @@ the config's login has.
 """
 
 import asyncio
+import contextlib
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Coroutine
 from typing import Any
@@ -39,6 +41,19 @@ async def serve(core: Core, token: str | None) -> None:
     server = build(core.calls, who)
     async with stdio_server() as (read, write):
         await server.run(read, write, server.create_initialization_options())
+
+
+async def serve_until_told(core: Core, token: str | None) -> bool:
+    """Serve until stdin ends (False) or SIGTERM comes (True); a thread that waits for stdin is then left behind."""
+    told = asyncio.Event()
+    with contextlib.suppress(NotImplementedError):  # Windows has no such signal
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    serving, waiting = asyncio.ensure_future(serve(core, token)), asyncio.ensure_future(told.wait())
+    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        waiting.cancel()
+        serving.result()
+    return told.is_set()
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
