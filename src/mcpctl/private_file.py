@@ -84,7 +84,7 @@ def become_owner(path: Path) -> None:
         primary, groups = entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
     except KeyError:
         primary, groups = found.st_gid, []
-    os.setgroups(sorted({primary, *groups, found.st_gid}))
+    os.setgroups(sorted({primary, *groups, found.st_gid, *_groups_beside(path, found.st_uid)}))
     os.setgid(primary)
     os.setuid(found.st_uid)
 
@@ -95,6 +95,17 @@ def refuse_link(path: Path) -> None:
         raise ConfigError(
             f"{path} is a symbolic link, and root follows none", "name the file itself in the config, or use its owner"
         )
+
+
+def _groups_beside(path: Path, owner: int) -> set[int]:
+    """The groups of the owner's other files in that folder: a change of one of them keeps its group."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(path.parent):
+            about = entry.stat(follow_symlinks=False)
+            if stat.S_ISREG(about.st_mode) and about.st_uid == owner and about.st_nlink == 1:
+                found.add(about.st_gid)
+    return found
 
 
 def _real_path(path: Path) -> Path:

@@ -73,14 +73,16 @@ def demo(
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """TERM and HUP end the demo as Ctrl-C does: through every clean-up on the way."""
+    """TERM and HUP end the demo as Ctrl-C does: through every clean-up on the way, which no second one disturbs."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
     def stop(number: int, frame: Any) -> None:
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), stop)
+    for one in numbers:
+        signal.signal(one, stop)
     yield
 
 

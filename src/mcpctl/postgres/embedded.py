@@ -313,7 +313,8 @@ class Cluster:
         try:
             return process.wait(seconds) == 0
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # the signal that ended us may have ended it, too
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             raise
         finally:
