@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from urllib.parse import urlsplit
 
@@ -122,9 +123,7 @@ def test_a_token_is_cut_by_expiry_removal_and_the_end_of_an_overlap(make_site: M
 
 
 def test_a_function_that_catches_the_cancel_is_terminated(make_site: MakeSite, shop: Shop) -> None:
-    with shop.admin() as admin:
-        admin.execute(STUBBORN)
-        admin.execute("GRANT EXECUTE ON FUNCTION stubborn() TO shop_reader")
+    _stubborn(shop)
     at = make_site(shop).start()
     name, text = at.token()
     with at.client(text) as a:
@@ -136,72 +135,114 @@ def test_a_function_that_catches_the_cancel_is_terminated(make_site: MakeSite, s
         assert "cut: 1 query, 0 backends left" in done.stdout
 
 
-@pytest.mark.parametrize("query", ["select pg_sleep(60)", "select stubborn()"])
-def test_a_token_is_cut_though_its_role_has_no_connection_left(make_site: MakeSite, shop: Shop, query: str) -> None:
+UNENDING = "select stubborn() from (select set_config('client_connection_check_interval', '0', true)) x"
+"""Outlives a cancel, a timeout and a closed socket: only a terminate ends it."""
+
+
+def _stubborn(shop: Shop) -> None:
     with shop.admin() as admin:
         admin.execute(STUBBORN)
         admin.execute("GRANT EXECUTE ON FUNCTION stubborn() TO shop_reader")
+
+
+@contextlib.contextmanager
+def _all_taken(shop: Shop) -> Iterator[None]:
+    """The role has no connection left to give."""
+    with shop.admin() as admin:
+        admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 1")
+        try:
+            yield
+        finally:
+            admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 60")
+
+
+@pytest.mark.parametrize("query", ["select pg_sleep(60)", "select stubborn()", UNENDING])
+def test_a_token_is_cut_though_its_role_has_no_connection_left(make_site: MakeSite, shop: Shop, query: str) -> None:
+    _stubborn(shop)
     at = make_site(shop).start()
     name, text = at.token()
     with at.client(text) as a:
         running, pid = _start_sleeping(shop, a, query)
-        with shop.admin() as admin:
-            admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 1")
-            try:
-                at.run("token", "revoke", name)
-                _gone(shop, pid)
-            finally:
-                admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 60")
+        with _all_taken(shop):
+            done = at.run("token", "revoke", name)
+            assert "cut: 1 query, 0 backends left" in done.stdout
+            _gone(shop, pid)
         assert running.result(5).status_code == 401
 
 
 def test_a_backend_that_outlives_the_cut_is_ended_as_soon_as_the_role_has_a_connection(
     make_site: MakeSite, shop: Shop
 ) -> None:
-    with shop.admin() as admin:
-        admin.execute(STUBBORN)
-        admin.execute("GRANT EXECUTE ON FUNCTION stubborn() TO shop_reader")
+    """The connection that is kept to end others with was ended itself, and no other can be had."""
+    _stubborn(shop)
     at = make_site(shop).start()
     name, text = at.token()
-    query = "select stubborn() from (select set_config('client_connection_check_interval', '0', true)) x"
     with at.client(text) as a:
-        running, pid = _start_sleeping(shop, a, query)
-        with shop.admin() as admin:
-            admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 1")
-            try:
-                done = at.run("token", "revoke", name)
-                assert f"1 backend left (pid {pid})" in done.stdout
-            finally:
-                admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 60")
+        running, pid = _start_sleeping(shop, a, UNENDING)
+        with _all_taken(shop):
+            with shop.admin() as admin:
+                kept = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'mcpctl cut'"
+                assert admin.execute(kept).fetchall()
+            done = at.run("token", "revoke", name)
+            assert f"1 backend left (pid {pid})" in done.stdout
         _gone(shop, pid, 3)
         assert running.result(5).status_code == 401
     eventually(lambda: [line for line in at.audit() if f"backend {pid} is gone" in line.get("reason", "")])
 
 
+def test_no_call_begins_without_the_connection_that_could_end_it(make_site: MakeSite, shop: Shop) -> None:
+    at = make_site(shop).start()
+    with at.client(at.token()[1]) as a:
+        assert a.rows("select 1") == [[1]]
+        with shop.admin() as admin, _all_taken(shop):
+            kept = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'mcpctl cut'"
+            assert admin.execute(kept).fetchall()
+            eventually(lambda: not shop.backends("application_name = 'mcpctl cut'"))
+            assert "takes no further connection" in a.error("select 1")
+        assert a.rows("select 1") == [[1]]
+        assert len(shop.backends("application_name = 'mcpctl cut'")) == 1
+    at.stop()
+    eventually(lambda: not shop.backends())
+
+
+WAYS = (
+    "revoke",
+    "remove",
+    "expiry",
+    "overlap",
+    "revoke, no connection left",
+    "expiry, no connection left",
+    "revoke what catches the cancel",
+    "overlap of what catches the cancel",
+    "remove what catches the cancel, no connection left",
+    "revoke what outlives a closed socket, no connection left",
+)
+
+
 def test_fifty_ends_of_a_token_and_the_slowest_of_them(
     make_site: MakeSite, newest_shop: Shop, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with newest_shop.admin() as admin:
-        admin.execute(STUBBORN)
-        admin.execute("GRANT EXECUTE ON FUNCTION stubborn() TO shop_reader")
+    _stubborn(newest_shop)
     sites = [make_site(newest_shop).start("--workers", str(workers)) for workers in (1, 2)]
     took: dict[str, list[float]] = {}
     for number in range(50):
-        at = sites[number % 2]
-        how = ("revoke", "remove", "expiry", "overlap", "revoke what catches the cancel")[number % 5]
-        name, text = at.token(seconds=2 if how == "expiry" else 3600)
-        with at.client(text) as a, at.client(text) as again:
-            running, pid = _start_sleeping(
-                newest_shop, a, "select stubborn()" if "catches" in how else "select pg_sleep(60)"
-            )
+        at = sites[number // len(WAYS) % 2]
+        how = WAYS[number % len(WAYS)]
+        query = UNENDING if "outlives" in how else "select stubborn()" if "catches" in how else "select pg_sleep(60)"
+        name, text = at.token(seconds=2 if how.startswith("expiry") else 3600)
+        with contextlib.ExitStack() as stack:
+            a, again = stack.enter_context(at.client(text)), stack.enter_context(at.client(text))
+            running, pid = _start_sleeping(newest_shop, a, query)
+            if "no connection left" in how:
+                stack.enter_context(_all_taken(newest_shop))
             ends = at.tokens.current()[name].expires_at
-            if how == "remove":
+            if how.startswith("remove"):
                 tokens.remove(at.tokens, name)
-            elif how == "overlap":
+            elif how.startswith("overlap"):
                 ends = tokens.rotate(at.tokens, name, timedelta(seconds=0.5), None, datetime.now(UTC))[0].expires_at
             elif how.startswith("revoke"):
                 tokens.revoke(at.tokens, [name], datetime.now(UTC))
-            if how in ("expiry", "overlap"):
+            if how.startswith(("expiry", "overlap")):
                 eventually(lambda ends=ends: datetime.now(UTC) >= ends, pause=0.001)
             begun = time.monotonic()
             assert again.call("whoami").status_code == 401

@@ -227,11 +227,11 @@ def test_each_token_has_a_pool_of_its_own_and_the_log_says_so(make_site: MakeSit
 
 
 def test_a_full_budget_closes_the_longest_idle_pool_before_it_refuses(make_site: MakeSite, shop: Shop) -> None:
-    at = make_site(shop, extra="limits: {connections: 2}\n", database="    pool: {wait: 700ms}\n").start()
+    at = make_site(shop, extra="limits: {connections: 3}\n", database="    pool: {wait: 700ms}\n").start()
     clients = [at.client(at.token()[1]) for _ in range(4)]
     for client in clients:
         assert client.rows("select 1") == [[1]]
-    assert len(shop.backends("application_name LIKE 'mcpctl%'")) <= 2
+    assert len(shop.backends("application_name LIKE 'mcpctl%'")) <= 3
     closed = [line for line in at.audit() if line["event"] == "pool.closed"]
     assert len(closed) == 2
     sleepers = [
@@ -246,7 +246,7 @@ def test_a_full_budget_closes_the_longest_idle_pool_before_it_refuses(make_site:
 
 
 def test_a_call_waits_for_room_in_a_full_budget_and_gets_it(make_site: MakeSite, shop: Shop) -> None:
-    at = make_site(shop, extra="limits: {connections: 1}\n").start()
+    at = make_site(shop, extra="limits: {connections: 2}\n").start()
     with at.client(at.token()[1]) as a, at.client(at.token()[1]) as b, at.client(at.token()[1]) as c:
         sleeper = site.in_background(a.rows, "select pg_sleep(0.5)")
         eventually(lambda: shop.backends("state = 'active'"))

@@ -34,6 +34,8 @@ LEFTOVERS = {
     "statement_timeout": "select set_config('statement_timeout', '0', false)",
     "default_transaction_read_only": "select set_config('default_transaction_read_only', 'off', false)",
     "the role": "select set_config('role', 'none', false)",
+    "a setting that it made up": "select set_config('app.tenant', 'mine', false)",
+    "what others see of it": "select set_config('application_name', 'somebody else', false)",
     "an advisory lock": "select pg_advisory_lock(4711), pg_advisory_lock_shared(4712)",
     "a prepared statement made by a function": "select make_prepared()",
     "a deallocation by a function": "select drop_prepared()",
@@ -47,7 +49,8 @@ select (select count(*) from pg_prepared_statements), (select count(*) from pg_c
   (select count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()),
   (select count(*) from pg_listening_channels()), (select count(*) from pg_class where relpersistence = 't'),
   current_setting('search_path'), current_setting('statement_timeout'),
-  current_setting('default_transaction_read_only'), current_setting('transaction_read_only'), current_user::text
+  current_setting('default_transaction_read_only'), current_setting('transaction_read_only'), current_user::text,
+  coalesce(current_setting('app.tenant', true), ''), current_setting('application_name')
 """
 
 
@@ -75,6 +78,16 @@ def test_nothing_that_a_call_makes_outlives_it(a: Client, what: str) -> None:
     assert a.rows(_STATE) == before
     assert a.rows("select transaction_read_only from (select current_setting('transaction_read_only') "
                   "as transaction_read_only) x") == [["on"]]  # fmt: skip
+
+
+def test_a_seed_does_not_outlive_its_call(a: Client) -> None:
+    drawn = []
+    for _ in range(2):
+        a.rows("select setseed(0.5)::text")
+        drawn.append(a.rows("select random()"))
+    assert drawn[0] != drawn[1]
+    seeded = "select random() from (select setseed(0.5)) x"
+    assert a.rows(seeded) == a.rows(seeded)
 
 
 @pytest.mark.usefixtures("traps")

@@ -219,8 +219,8 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
         fault("server.tls.chain", "goes with cert and key")
     if settings.server.sse and settings.server.workers > 1:
         fault("server.sse", "its sessions live in one process; it goes with workers: 1 only")
-    if settings.limits.connections < settings.server.workers:
-        fault("limits.connections", f"each of the {settings.server.workers} server.workers needs at least one")
+    if settings.limits.connections < 2 * settings.server.workers:
+        fault("limits.connections", f"each of the {settings.server.workers} server.workers needs at least two")
     lifetime, most = settings.auth.token_lifetime, settings.auth.max_token_lifetime
     if lifetime and most and lifetime > most:
         fault("auth.token_lifetime", "is above auth.max_token_lifetime")

@@ -254,7 +254,7 @@ class Limits:
     statement_timeout: float = setting(30.0, _positive_duration, "a statement is cancelled after this")
     request_bytes: int = setting(1 << 20, _size, "bytes of one request's body")
     connections: int = setting(
-        20, _number(1, 10000), "connections to PostgreSQL of the whole server, all workers together"
+        20, _number(2, 10000), "connections to PostgreSQL of the whole server, all workers together"
     )
 
 

@@ -16,6 +16,7 @@ from mcpctl.errors import UnauthorizedError, UnavailableError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.cutting import Cut, cut, finish
 from mcpctl.postgres.login import Login
+from mcpctl.postgres.terminator import Terminator
 from mcpctl.postgres.token_pool import Session, TokenPool
 from mcpctl.postgres.verdicts import Verdicts
 
@@ -27,7 +28,7 @@ Told = Callable[..., None]
 class _Shared:
     """What all pools of one database share, whoever they belong to."""
 
-    login: Login
+    terminator: Terminator
     verdicts: Verdicts
 
 
@@ -43,7 +44,7 @@ class Pools:
         told: Told,
         valid: Callable[[Principal], bool],
     ) -> None:
-        self._shared = {name: _Shared(login, Verdicts()) for name, login in logins.items()}
+        self._shared = {name: _Shared(Terminator(login), Verdicts()) for name, login in logins.items()}
         self._budget = budget
         self._statement_timeout = statement_timeout
         self._told = told
@@ -52,12 +53,20 @@ class Pools:
         self._room = asyncio.Lock()
         self._freed = asyncio.Event()
         self._finishing: set[asyncio.Task[None]] = set()
+        self._cutting = 0
         self._closed = False
 
     @property
     def connections(self) -> int:
-        """Connections open or being opened."""
-        return sum(pool.count for pool in self._pools.values())
+        """Connections open or being opened, those included that are kept to end others with."""
+        return self._counted(None)
+
+    def _counted(self, asking: TokenPool | None) -> int:
+        """Connections, and with one more of that pool's."""
+        found = sum(pool.count for pool in self._pools.values()) + (asking is not None)
+        kept = {pool.terminator for pool in self._pools.values() if pool.count or pool is asking}
+        kept.update(shared.terminator for shared in self._shared.values() if shared.terminator.open)
+        return found + len(kept)
 
     def __len__(self) -> int:
         return len(self._pools)
@@ -83,7 +92,7 @@ class Pools:
         if pool is None:
             shared = self._shared[database]
             pool = TokenPool(
-                shared.login,
+                shared.terminator,
                 principal,
                 self._statement_timeout,
                 shared.verdicts,
@@ -119,10 +128,11 @@ class Pools:
         )
         try:
             async with asyncio.timeout(asking.login.settings.pool.wait), self._room:
-                while self.connections >= self._budget:
+                while self._counted(asking) > self._budget:
                     idle = [pool for pool in self._pools.values() if pool is not asking and pool.idle]
                     if idle:
                         await self._close(min(idle, key=lambda pool: pool.last_used), "the budget is full")
+                        await self._let_go()
                         continue
                     self._freed.clear()
                     await self._freed.wait()
@@ -139,12 +149,20 @@ class Pools:
                 await pool.close()
                 self._tell("pool.closed", pool, reason)
 
+    async def _let_go(self) -> None:
+        """Close what was kept to end backends with, where there is none left to end."""
+        used = {pool.terminator for pool in self._pools.values() if not pool.idle or pool.count}
+        for shared in self._shared.values():
+            if shared.terminator not in used and not self._cutting and not self._finishing:
+                await shared.terminator.close()
+
     async def sweep(self) -> None:
         """Close the pools that nobody has used for their `max_idle`."""
         now = monotonic()
         for pool in list(self._pools.values()):
             if pool.idle and now - pool.last_used > pool.login.settings.pool.max_idle:
                 await self._close(pool, "idle")
+        await self._let_go()
 
     async def cut(self, token: str | None, reason: str) -> Cut:
         """End all that a token has open: cancel, terminate, close. Returns what was done; see `cutting`."""
@@ -152,22 +170,28 @@ class Pools:
         for key, pool in list(self._pools.items()):
             if pool in victims:
                 del self._pools[key]
-        done = await cut(victims)
-        for login, left in done.left:
-            task = asyncio.create_task(self._finish(login, left, token, reason))
+        self._cutting += 1
+        try:
+            done = await cut(victims)
+        finally:
+            self._cutting -= 1
+        for terminator, left in done.left:
+            task = asyncio.create_task(self._finish(terminator, left, token, reason))
             self._finishing.add(task)
             task.add_done_callback(self._finishing.discard)
         for pool in victims:
             self._tell("pool.closed", pool, f"{reason}: {done}")
+        await self._let_go()
+        self._freed.set()
         return done
 
-    async def _finish(self, login: Login, left: list[Session], token: str | None, reason: str) -> None:
+    async def _finish(self, terminator: Terminator, left: list[Session], token: str | None, reason: str) -> None:
         """Stay after backends that outlived a cut, and write when they are gone."""
-        gone = await finish(login, left)
+        gone = await finish(terminator, left)
         pids = ", ".join(str(session.pid) for session in left)
         log.info("token %s: %s: backend %s %s", token, reason, pids, "is gone" if gone else "is still there")
         said = f"{reason}: backend {pids} {'is gone' if gone else 'is still there after a minute'}"
-        self._told("query.cancelled", token=token, database=login.name, reason=said)
+        self._told("query.cancelled", token=token, database=terminator.login.name, reason=said)
 
     async def close(self) -> None:
         """Cut everything, for the end of the server."""
@@ -177,13 +201,15 @@ class Pools:
         for task in self._finishing:
             task.cancel()
         await asyncio.gather(*self._finishing, return_exceptions=True)
+        for shared in self._shared.values():
+            await shared.terminator.close()
 
     async def reachable(self, database: str) -> bool:
         """Whether the database's server takes connections now (PQping: no login, no slot)."""
-        dsn = self._shared[database].login.dsn()
+        dsn = self.login(database).dsn()
         answer = await asyncio.to_thread(pq.PGconn.ping, dsn.encode())
         return answer == pq.Ping.OK
 
     def login(self, database: str) -> Login:
         """The login of a database of the config."""
-        return self._shared[database].login
+        return self._shared[database].terminator.login

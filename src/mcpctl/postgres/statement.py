@@ -4,7 +4,7 @@ A text is asked about before it runs (Parse and Describe; PostgreSQL's word deci
 said is remembered. A known question is then one flush and one round trip in libpq's pipeline:
 
     BEGIN READ ONLY · limits, which also take the snapshot · the statement · sync
-    ROLLBACK · unlock and look for what would outlive it · sync
+    ROLLBACK · unlock, a new seed, and look for what would outlive it · sync
 
 The second segment stands behind its own sync, since an error aborts the rest of its segment. A SELECT of ours stands
 before the statement, since SET TRANSACTION READ WRITE works until a query has taken the snapshot. It ends with
@@ -12,6 +12,7 @@ ROLLBACK, never COMMIT: that undoes what PostgreSQL lets a read-only transaction
 """
 
 import asyncio
+import random
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -33,7 +34,7 @@ _Status = pq.ExecStatus
 _LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, true),
  pg_catalog.set_config('lock_timeout', $1, true)"""
 _UNLOCK = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
- (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements)"""
+ (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements), pg_catalog.setseed($1)"""
 _CURSOR = b"declare c no scroll cursor for\n"
 _LOCKED = b"""SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_catalog.pg_locks l
  JOIN pg_catalog.pg_class c ON c.oid = l.relation JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -274,7 +275,7 @@ class _Exchange:
         pgconn.send_query_params(text, list(params) or None)
         self._sync()
         pgconn.send_query_params(b"ROLLBACK", None)
-        pgconn.send_query_params(_UNLOCK, None)
+        pgconn.send_query_params(_UNLOCK, [b"%.9f" % random.uniform(-1, 1)])  # noqa: S311 - no secret
         self._sync()
 
     async def _begun(self, wire: Wire) -> None:

@@ -12,7 +12,8 @@ from psycopg import AsyncConnection, pq
 
 from mcpctl.errors import Error, ForbiddenError, UnavailableError
 from mcpctl.identity.principal import Principal
-from mcpctl.postgres.login import SETTINGS, Login
+from mcpctl.postgres.login import SETTINGS
+from mcpctl.postgres.terminator import Backend, Terminator, alive, unreachable
 from mcpctl.postgres.verdicts import Verdicts
 
 log = logging.getLogger("mcpctl.pools")
@@ -52,6 +53,11 @@ class Session:
         self.relations: tuple[str, ...] | None = None
 
     @property
+    def backend(self) -> Backend:
+        """Which backend it is, for good."""
+        return self.pid, self.started
+
+    @property
     def pgconn(self) -> pq.abc.PGconn:
         """libpq's own connection, in pipeline mode."""
         return self.conn.pgconn
@@ -72,10 +78,11 @@ class TokenPool:
     """See the module. `make_room(pool)` is awaited before each new connection, and adds one to its `connecting`."""
 
     def __init__(
-        self, login: Login, principal: Principal, timeout: float, verdicts: Verdicts, make_room: MakeRoom
+        self, terminator: Terminator, principal: Principal, timeout: float, verdicts: Verdicts, make_room: MakeRoom
     ) -> None:
+        self.login = login = terminator.login
         settings = login.settings.pool
-        self.login = login
+        self.terminator = terminator
         self.principal = principal
         self.verdicts = verdicts
         self.short = principal.pool[:12]
@@ -143,6 +150,7 @@ class TokenPool:
             self._refused(problem)
             raise
         try:
+            await self.terminator.ready()
             return self.login.dsn()
         except Error as problem:
             self._failed(problem)
@@ -157,12 +165,8 @@ class TokenPool:
         """There will be no new connection: whoever waits is told, unless one that is out may still come back."""
         if isinstance(problem, UnavailableError | ForbiddenError):
             self._error = problem
-        else:  # its words name hosts, logins and files, which are the administrator's business
-            log.warning("database %s: %s", self.login.name, str(problem).strip())
-            self._error = UnavailableError(
-                f"database {self.login.name!r} cannot be reached right now, or takes no further connection",
-                "your token is fine; ask again in a moment, or tell the administrator",
-            )
+        else:
+            self._error = unreachable(self.login, problem)
         if not self.out:
             now = asyncio.get_running_loop().time()
             for waiting in self._waiting:
@@ -192,10 +196,15 @@ class TokenPool:
         while True:
             conn = await self._getconn()
             session = self.sessions.get(conn)
-            if session is not None and _alive(conn):
+            if session is not None and alive(conn):
                 break
             await conn.close()
             await self._pool.putconn(conn)
+        try:
+            await self.terminator.ready()
+        except BaseException:
+            await asyncio.shield(self._pool.putconn(conn))
+            raise
         session.task = asyncio.current_task()
         session.described, session.relations = False, None
         self.out.add(session)
@@ -233,14 +242,3 @@ class TokenPool:
             self.sessions.pop(conn, None)
         task = asyncio.ensure_future(self._pool.putconn(conn))
         await asyncio.shield(task)
-
-
-def _alive(conn: AsyncConnection[Any]) -> bool:
-    """Whether the server still holds its end: a FATAL message or the end of the stream would be waiting."""
-    for _ in range(2):
-        try:
-            conn.pgconn.consume_input()
-            conn.pgconn.is_busy()
-        except psycopg.Error:
-            return False
-    return not conn.closed

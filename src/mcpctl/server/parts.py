@@ -47,7 +47,7 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
     recorder = Recorder(book, settings.audit.statements, refuse=settings.audit.on_failure == "refuse")
     pools = Pools(
         logins(settings.databases),
-        max(1, settings.limits.connections // workers),
+        max(2, settings.limits.connections // workers),
         settings.limits.statement_timeout,
         recorder.note,
         authenticator.still_valid,

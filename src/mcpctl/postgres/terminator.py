@@ -1,0 +1,133 @@
+"""A connection of a login that is kept to end the others with: when it is needed, there may be none to be had.
+
+Any role may terminate its own backends (PostgreSQL, "Server Signaling Functions"). No statement of a caller's begins
+without this connection, so that a full server, or a role at its CONNECTION LIMIT, does not stand in a revocation's way.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, pq
+
+from mcpctl.errors import Error, UnavailableError
+from mcpctl.postgres.login import Login
+
+log = logging.getLogger("mcpctl.pools")
+Backend = tuple[int, str]
+"""A backend's pid, and when it began: a pid alone may be somebody else's by now."""
+_PATIENCE = 0.5
+_TERMINATE = """
+SELECT a.pid, pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a
+WHERE (a.pid, a.backend_start::text) IN (SELECT * FROM unnest(%s::int[], %s::text[]))
+"""
+_STAY = "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'idle_session_timeout'"
+
+
+class Terminator:
+    """One a login and process. Opened before the login's first session, closed with the login's last pool."""
+
+    def __init__(self, login: Login) -> None:
+        self.login = login
+        self._conn: AsyncConnection[Any] | None = None
+        self._opening: asyncio.Task[Exception | None] | None = None
+        self._asking: set[asyncio.Task[bool | None]] = set()
+
+    async def ready(self) -> None:
+        """See that it is there. Raises UnavailableError where PostgreSQL gives no connection."""
+        if self._alive():
+            return
+        if self._opening is None:  # whoever asks meanwhile shares this attempt, and its result
+            self._opening = asyncio.create_task(self._open())
+            self._opening.add_done_callback(self._opened)
+        problem = await asyncio.shield(self._opening)
+        if problem is not None:
+            raise problem if isinstance(problem, Error) else unreachable(self.login, problem)
+
+    @property
+    def open(self) -> bool:
+        """Whether it holds a connection, or is making one."""
+        return self._conn is not None or self._opening is not None
+
+    def _alive(self) -> bool:
+        conn = self._conn
+        return conn is not None and (conn.lock.locked() or alive(conn))
+
+    def _opened(self, _: object) -> None:
+        self._opening = None
+
+    async def _open(self) -> Exception | None:
+        if self._conn is not None:
+            await self._conn.close()
+        self._conn = None
+        try:
+            async with asyncio.timeout(self.login.settings.pool.wait):
+                conn = await AsyncConnection.connect(
+                    self.login.dsn(), autocommit=True, prepare_threshold=None, application_name="mcpctl cut"
+                )
+                await conn.execute(_STAY)
+        except (psycopg.Error, Error, TimeoutError, OSError) as problem:
+            return problem
+        self._conn = conn
+        return None
+
+    async def terminate(self, backends: Sequence[Backend]) -> bool | None:
+        """Tell these to end; True when none is there any more, None when there is no connection to tell them by."""
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await self.ready()
+        except (Error, TimeoutError) as problem:
+            log.debug("no connection to terminate with: %s", problem)
+            return None
+        conn = self._conn
+        if conn is None:
+            return None
+        asking = asyncio.create_task(_ask(conn, backends))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        await asyncio.wait({asking}, timeout=_PATIENCE)
+        if not asking.done():
+            self._conn = None  # it hangs: the next one makes a new one
+            asking.cancel()
+            return None
+        return asking.result()
+
+    async def close(self) -> None:
+        """Close it, until somebody needs it again."""
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            await conn.close()
+
+
+async def _ask(conn: AsyncConnection[Any], backends: Sequence[Backend]) -> bool | None:
+    pids, starts = [pid for pid, _ in backends], [started for _, started in backends]
+    try:
+        return not await (await conn.execute(_TERMINATE, (pids, starts))).fetchall()
+    except psycopg.Error as problem:
+        log.debug("terminating: %s", problem)
+        return None
+    except asyncio.CancelledError:
+        await conn.close()
+        raise
+
+
+def unreachable(login: Login, problem: BaseException) -> UnavailableError:
+    """What a caller is told. The problem's words name hosts, logins and files, which are the administrator's."""
+    log.warning("database %s: %s", login.name, str(problem).strip() or type(problem).__name__)
+    return UnavailableError(
+        f"database {login.name!r} cannot be reached right now, or takes no further connection",
+        "your token is fine; ask again in a moment, or tell the administrator",
+    )
+
+
+def alive(conn: AsyncConnection[Any]) -> bool:
+    """Whether the server still holds its end: a FATAL message or the end of the stream would be waiting."""
+    for _ in range(2):
+        try:
+            conn.pgconn.consume_input()
+            conn.pgconn.is_busy()
+        except psycopg.Error:
+            return False
+    return not conn.closed and conn.pgconn.status == pq.ConnStatus.OK
