@@ -322,6 +322,20 @@ def test_a_disk_that_takes_a_part_of_a_line_gets_it_taken_back(
     assert verify(path) == 3
 
 
+def test_a_full_disk_is_known_before_anything_is_done(log: AuditLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.check()
+    real = os.fstatvfs
+
+    def full(fd: int) -> os.statvfs_result:
+        values = list(real(fd))
+        values[4] = 0  # f_bavail
+        return os.statvfs_result(values)
+
+    monkeypatch.setattr(os, "fstatvfs", full)
+    with pytest.raises(UnavailableError, match="disk is full"):
+        log.check()
+
+
 _FULL = """
 import resource, signal, sys
 from datetime import UTC, datetime

@@ -200,6 +200,17 @@ def test_permissions_that_lead_to_nothing_are_warned_of(alice: Home, permissions
     assert told in done.err
 
 
+def test_a_permission_that_covers_nothing_is_a_typo(alice: Home) -> None:
+    for text, meant in (
+        ("tools:query_databse", "did you mean tools:query_database?"),
+        ("databases:shpo:read", "did you mean databases:shop:read?"),
+        ("tables:*", "covers nothing that there is"),
+    ):
+        done = alice("token", "add", "--user", "alice", "--expiry", "1d", "--permission", text)
+        assert (done.code, done.out) == (2, "")
+        assert meant in done.error
+
+
 def test_a_rotation_keeps_to_the_longest_lifetime_too(alice: Home) -> None:
     name = alice("token", "add", "--user", "alice", "--expiry", "never").good.split("_")[1]
     with alice.config.open("a") as file:

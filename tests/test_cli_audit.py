@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -56,6 +57,16 @@ def test_audit_tail_shows_the_end_and_filters(busy: tuple[Home, str]) -> None:
     assert "\x1b" not in piped + on_a_terminal(["--config", str(home.config), "audit", "tail"], {"NO_COLOR": "1"}).good
     key = bytes.fromhex((home.folder / "audit.key").read_text())
     assert verify(home.folder / "audit.jsonl", key=key) == 4
+
+
+def test_audit_tail_can_be_read_on_a_narrow_terminal(busy: tuple[Home, str]) -> None:
+    home, name = busy
+    shown = on_a_terminal(["--config", str(home.config), "audit", "tail"], {"NO_COLOR": "1"}, width=80).good
+    head, *rows = shown.splitlines()
+    assert head.split() == ["TIME", "EVENT", "TOKEN", "USER", "OUTCOME", "WHAT"]
+    assert all(len(row) <= 80 for row in rows)
+    assert sum(name in row for row in rows) == 2
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ +[a-z]+\.", row) for row in rows if row[0] != " ")
 
 
 def test_audit_tail_follows_over_a_rotation_until_ctrl_c(busy: tuple[Home, str]) -> None:

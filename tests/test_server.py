@@ -102,12 +102,30 @@ def test_a_token_in_another_scheme_or_place_is_refused_and_in_x_api_key_taken(se
     assert _post(served, WHOAMI, None, f"X-API-Key: {token}")[0] == 200
     assert _post(served, WHOAMI, token, f"X-API-Key: {token}")[0] == 400
     assert _post(served, WHOAMI, token, f"Authorization: Bearer {token}")[0] == 400
-    for query in (f"?token={token}", f"?x={token}", "?access_token=x"):
+    packed = "".join(f"%{ord(letter):02x}" for letter in token)
+    for query in (f"?token={token}", f"?x={token}", "?access_token=x", f"?x={packed}", "?%74oken=x"):
         with served.client(token) as client:
             answer = client.http.post(served.url + query, content=WHOAMI)
         assert answer.status_code == 400
         assert token not in answer.text
     assert token not in "".join(served.stderr)
+
+
+def test_a_request_target_may_be_a_whole_url_whose_host_then_counts(served: Site, token: str) -> None:
+    host, port = urlsplit(served.url).netloc.split(":")
+    for named, sent, wanted in (
+        (f"{host}:{port}", f"{host}:{port}", b"200"),
+        (f"{host}:{port}", "evil.example.com", b"200"),
+        ("evil.example.com", f"{host}:{port}", b"421"),
+    ):
+        with socket.create_connection((host, int(port)), 10) as wire:
+            wire.sendall(
+                f"POST http://{named}/mcp HTTP/1.1\r\nHost: {sent}\r\nAuthorization: Bearer {token}\r\n"
+                "Content-Type: application/json\r\nAccept: application/json\r\nConnection: close\r\n"
+                f"Content-Length: {len(WHOAMI)}\r\n\r\n".encode()
+                + WHOAMI
+            )
+            assert wire.recv(65536).split(b" ")[1] == wanted
 
 
 def test_host_and_origin_must_be_our_own(served: Site, token: str) -> None:

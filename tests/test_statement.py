@@ -80,6 +80,20 @@ def test_nothing_that_a_call_makes_outlives_it(a: Client, what: str) -> None:
                   "as transaction_read_only) x") == [["on"]]  # fmt: skip
 
 
+def test_a_type_that_is_made_anew_is_known_under_the_same_text(a: Client, shop: Shop) -> None:
+    query = "select 'fine'::mood_of_today as m, array['fine'::mood_of_today] as l"
+    with shop.admin() as admin:
+        for _ in range(2):
+            admin.execute("DROP TYPE IF EXISTS mood_of_today")
+            admin.execute("CREATE TYPE mood_of_today AS ENUM ('fine')")
+            answer = a.call("query_database", {"query": query}).json()["result"]["structuredContent"]
+            assert answer["columns"] == [
+                {"name": "m", "type": "mood_of_today"},
+                {"name": "l", "type": "mood_of_today[]"},
+            ]
+            assert answer["rows"] == [["fine", ["fine"]]]
+
+
 def test_a_seed_does_not_outlive_its_call(a: Client) -> None:
     drawn = []
     for _ in range(2):

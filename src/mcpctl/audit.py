@@ -41,6 +41,7 @@ EVENTS = (
 _BEGINNING = b'{"seq":'
 _FIRST_LOOK = 64 << 10
 _CHUNK = 4 << 20
+_ROOM = 64 << 10
 
 
 @dataclass
@@ -91,9 +92,16 @@ class AuditLog:
             self._write({"time": _stamp(self._now()), "event": event, **fields})
 
     def check(self) -> None:
-        """Raises UnavailableError where a line could not be appended now (but for a disk that is full)."""
+        """Raises UnavailableError where a line could not be appended now."""
         with self._locked():
             self._find_end()
+            if hasattr(os, "fstatvfs"):
+                disk = os.fstatvfs(self._file)
+                if disk.f_bavail * disk.f_frsize < _ROOM:
+                    raise self._full()
+
+    def _full(self) -> Error:
+        return UnavailableError(f"the audit log {self.path} cannot be written: the disk is full", "make room")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -130,7 +138,7 @@ class AuditLog:
         written = os.write(self._file, line)
         if written != len(line):  # a full disk takes a part: take it back, so that every line there is whole
             os.ftruncate(self._file, end.size)
-            raise UnavailableError(f"the audit log {self.path} cannot be written: the disk is full", "make room")
+            raise self._full()
         self._end = _End(end.inode, end.size + len(line), end.seq + 1, digest)
 
     def _line(self, end: _End, fields: dict[str, Any]) -> tuple[bytes, str]:

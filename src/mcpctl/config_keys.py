@@ -133,8 +133,8 @@ def _networks(value: Any) -> tuple[Network, ...]:
 def _public_url(value: Any) -> str | None:
     if value is None:
         return None
-    if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", text(value)):
-        raise ValueError("a URL such as https://mcp.example.org, without user, query or fragment")
+    if not re.fullmatch(r"https?://[^/?#@\s]+/?", text(value)):  # the well-known places are at a host's root (RFC 9728)
+        raise ValueError("a URL such as https://mcp.example.org, without path, user, query or fragment")
     return str(value).rstrip("/")
 
 

@@ -1,13 +1,14 @@
 """The control sockets: how a command asks the processes that serve the same files what they did.
 
-Each serving process listens on `control.<pid>.sock` (0600) in the runtime folder, which only its user and root may
-open. One request and one answer are a line of JSON each. Whoever asks, asks all of them: a revocation is proved by
+Each serving process listens on `control.<pid>.<random>.sock` (0600) in the runtime folder, which only its user and root
+may open. One request and one answer are a line of JSON each. Whoever asks, asks all of them: a revocation is proved by
 every worker, and there is no process in the middle.
 """
 
 import contextlib
 import json
 import os
+import secrets
 import socket
 import stat
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def short(path: Path) -> Iterator[str]:
 def listen(folder: Path) -> tuple[socket.socket, Path]:
     """This process's socket, 0600 from its first moment; what dead processes left is swept first."""
     sweep(folder)
-    path = folder / f"control.{os.getpid()}.sock"
+    path = folder / f"control.{os.getpid()}.{secrets.token_hex(4)}.sock"  # containers that share it share pids
     early = path.with_name(f".{path.name}")  # it gets its name when it listens: nobody takes it for a dead one's
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)

@@ -1,5 +1,7 @@
 """mcpctl audit: who did what."""
 
+import shutil
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +13,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
-_WIDTHS = (24, 12, 8, 5, 8, 7, 4, 4, 8)
+_WIDTHS = (24, 12, 8, 5, 8, 7, 4, 6, 20)
+_NARROW = 130
+"""Columns of a terminal below which the whole table would be unreadable: time to the second, and no numbers."""
 _HEAD = ("TIME", "EVENT", "TOKEN", "USER", "DATABASE", "OUTCOME", "ROWS", "MS", "WHAT")
 
 
@@ -42,7 +46,6 @@ def tail(
     config: ConfigOption = None,
 ) -> None:
     """Show the end of the audit log; columns on a terminal. With --json each line as it is in the log."""
-    import sys
     from collections import deque
 
     from mcpctl import audit
@@ -127,4 +130,10 @@ def _show(lines: list[dict[str, Any]], json: bool, *, with_head: bool = True) ->
                 f"{tool}: {' '.join(str(what).split())}" if tool else what,
             ]
         )  # fmt: skip
+    if sys.stdout.isatty() and shutil.get_terminal_size().columns < _NARROW:
+        few = (0, 1, 2, 3, 5, 8)
+        rows = [[f"{str(row[0])[:19]}Z", *(row[at] for at in few[1:])] for row in rows]
+        widths = (20, *(_WIDTHS[at] for at in few[1:-1]), 15)
+        output.put_table([_HEAD[at] for at in few], rows, widths, with_head=with_head)
+        return
     output.put_table(_HEAD, rows, _WIDTHS, with_head=with_head)

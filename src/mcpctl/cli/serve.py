@@ -52,6 +52,8 @@ def serve(
     from mcpctl.server.logs import set_up
 
     set_up(found.log.level)
+    if host is not None and not host.strip():
+        raise UsageError("--host is empty", "name an address, such as 127.0.0.1, or leave it out")
     over_http = (host, port, tls_cert, tls_key, tls_chain, workers)
     if stdio or (found.server.stdio and not http):
         if behind_proxy or no_auth or any(value is not None for value in over_http):

@@ -1,6 +1,5 @@
 """mcpctl token: who may come in, until when, and out again at once."""
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,13 +7,10 @@ import typer
 
 from mcpctl.cli import output
 from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, note_all, ready_to_note, settings
+from mcpctl.cli.new_token import bounded, expiry_of, handing_over, permission_of, record, tell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from datetime import datetime
-
     from mcpctl.config_keys import Settings
-    from mcpctl.identity.tokens import Token
 
 app = typer.Typer(help="Make, list, rotate, revoke and remove tokens.", no_args_is_help=True)
 
@@ -25,98 +21,6 @@ ExpiryOption = Annotated[
     str | None,
     typer.Option("--expiry", metavar="WHEN", help="12h, 30d, 2w, 1y, a date, or never. 90d is a good choice."),
 ]
-
-
-def _values(token: "Token", now: "datetime") -> dict[str, Any]:
-    from mcpctl.identity.tokens import as_values
-
-    found = as_values(token)
-    names = ("user", "databases", "permissions", "created_at", "expires_at", "revoked_at", "note")
-    return {"id": token.id, **{name: found[name] for name in names}, "status": token.status(now)}
-
-
-@contextlib.contextmanager
-def _handing_over(out: Path | None) -> "Iterator[Callable[[Token, str, bool, datetime], None]]":
-    """A way to hand over a new token, once and nowhere else. The file for it is made before the token is: where it
-    cannot be, there is no token; where there is no token, it goes away again."""
-    import os
-
-    from mcpctl import private_file
-    from mcpctl.errors import ConfigError, Error
-
-    if out is not None:
-        try:
-            private_file.create(out, b"\n" * 80)  # its whole room, so that a full disk is known now
-        except ConfigError as problem:
-            hint = "name a file in a folder of yours; run as root, mcpctl works as the owner of its files"
-            raise ConfigError(problem.message, hint) from None
-    given = False
-
-    def give(token: "Token", text: str, json: bool, now: "datetime") -> None:
-        nonlocal given
-        try:
-            if out is not None:
-                with os.fdopen(private_file.open_checked(out, os.O_WRONLY), "wb") as file:
-                    file.write(text.encode() + b"\n")
-                    file.truncate()
-                given = True
-            if json:
-                output.put_json(
-                    {**_values(token, now), "token": text if out is None else None, "out": out and str(out)}
-                )
-            elif out is None:
-                output.put(text)
-        except (OSError, Error, output.SeenEnough) as problem:
-            why = getattr(problem, "strerror", None) or str(problem) or "nobody reads stdout"
-            raise Error(
-                f"token {token.id} was made, but could not be handed over: {why}",
-                f"make another, and: mcpctl token revoke {token.id}",
-            ) from None
-
-    try:
-        yield give
-    finally:
-        if out is not None and not given:
-            out.unlink(missing_ok=True)
-
-
-def _expiry(found: "Settings", text: str | None, now: "datetime") -> "datetime | None":
-    from datetime import timedelta
-
-    from mcpctl.errors import UsageError
-    from mcpctl.identity.tokens import parse_expiry
-
-    if text is not None:
-        ends = parse_expiry(text, now)
-    elif found.auth.token_lifetime is not None:
-        ends = now + timedelta(seconds=found.auth.token_lifetime)
-    else:
-        raise UsageError(
-            "--expiry is missing, and the config has no auth.token_lifetime",
-            "say --expiry 90d, or `never` if it must be",
-        )
-    most = _latest(found, now)
-    if most is not None and (ends is None or ends > most):
-        raise UsageError(
-            f"--expiry {text or 'of the config'} is beyond auth.max_token_lifetime ({most:%Y-%m-%d %H:%M} UTC now)",
-            "choose an earlier one",
-        )
-    if ends is None:
-        output.warn("a token that never expires is a bad idea", "nobody will notice when it leaks; choose --expiry 1y")
-    return ends
-
-
-def _latest(found: "Settings", now: "datetime") -> "datetime | None":
-    """The latest end that the config lets a token have."""
-    from datetime import timedelta
-
-    most = found.auth.max_token_lifetime
-    return None if most is None else now + timedelta(seconds=most)
-
-
-def _bounded(found: "Settings", text: str | None, now: "datetime") -> "datetime | None":
-    """The end that a rotation asks for, or the latest one that the config lets it have."""
-    return _expiry(found, text, now) if text is not None else _latest(found, now)
 
 
 @app.command("add")
@@ -168,7 +72,7 @@ def add(
             )
         databases = (default,)
     try:
-        permissions = tuple(tokens.check_permission(text) for text in permission) if permission else None
+        permissions = tuple(permission_of(found, text) for text in permission) if permission else None
     except ValueError as problem:
         raise UsageError(
             f"--permission: {problem}", "say tools:query_database, databases:sales:read, or tools:*"
@@ -177,44 +81,14 @@ def add(
         networks = tuple(network(text) for text in allow_ip) if allow_ip else None
     except ValueError as problem:
         raise UsageError(f"--allow-ip takes {problem}", "repeat it for each network") from None
-    wanted = tokens.Wanted(user, _expiry(found, expiry, now), databases, permissions, networks, note_)
+    wanted = tokens.Wanted(user, expiry_of(found, expiry, now), databases, permissions, networks, note_)
     file = tokens.token_file(found.auth.token_file)
     ready_to_note(found)
-    with _handing_over(out) as give:
+    with handing_over(out) as give:
         entry, text = tokens.add(file, wanted, now)
         note(found, "token.added", token=entry.id, user=user, reason=by_whom(context, note_))
         give(entry, text, json, now)
-    _tell(found, entry, file.current())
-
-
-def _tell(found: "Settings", entry: "Token", entries: Any) -> None:
-    """The facts of a new token, on stderr."""
-    from mcpctl.identity.tokens import rfc3339, utcnow
-    from mcpctl.policy.access import covers
-
-    whose = f"user {entry.user}" if entry.user else "a service"
-    ends = f"expires {rfc3339(entry.expires_at)}" if entry.expires_at else "never expires"
-    output.say(f"token {entry.id} for {whose}, {ends}; keep it now, it is not shown again")
-    if entry.permissions is not None and not any(text.startswith(("*", "tools:")) for text in entry.permissions):
-        output.warn("this token's permissions name no tool, so it can call none", "add --permission 'tools:*'")
-    elif entry.permissions is not None:
-        asked = [f"databases:{name}:read" for name in found.databases]
-        if not any(covers(pattern, wanted) for pattern in entry.permissions for wanted in asked):
-            hint = "add --permission 'databases:*:read'"
-            output.warn("this token's permissions name no database, so it can ask none", hint)
-    now = utcnow()
-    living = [token for token in entries.values() if token.status(now) in ("active", "expiring")]
-    worst = sum(
-        database.pool.max_size
-        for token in living
-        for name, database in found.databases.items()
-        if token.databases is None or name in token.databases
-    )
-    if worst > found.limits.connections:
-        output.say(
-            f"note: the {len(living)} living tokens could want {worst} connections at once, and the server has "
-            f"{found.limits.connections} (limits.connections): the longest-idle pool gives way, then calls wait"
-        )
+    tell(found, entry, file.current())
 
 
 @app.command("list")
@@ -251,7 +125,7 @@ def list_(
         ]
     if expired:
         entries = [token for token in entries if token.status(now) == "expired"]
-    values = [_values(token, now) for token in entries]
+    values = [record(token, now) for token in entries]
     if json:
         output.put_json({"tokens": values})
         return
@@ -274,14 +148,14 @@ def show(context: typer.Context, id: TokenId, json: JsonOption = False, config: 
     found = settings(context, config)
     now = tokens.utcnow()
     entry = tokens.show(tokens.token_file(found.auth.token_file), id)
-    values = {
-        **_values(entry, now),
+    shown = {
+        **record(entry, now),
         "allow_ips": None if entry.allow_ips is None else [str(item) for item in entry.allow_ips],
     }
     if json:
-        output.put_json(values)
+        output.put_json(shown)
         return
-    output.put_table(["FIELD", "VALUE"], [[name, _cell(value)] for name, value in values.items()])
+    output.put_table(["FIELD", "VALUE"], [[name, _cell(value)] for name, value in shown.items()])
 
 
 @app.command("rotate")
@@ -314,9 +188,9 @@ def rotate(
             over = timedelta(seconds=duration(overlap))
         except (ValueError, OverflowError) as problem:
             raise UsageError(f"--overlap takes {problem}, not {overlap!r}", "such as --overlap 24h") from None
-    ends = _bounded(found, expiry, now)
+    ends = bounded(found, expiry, now)
     ready_to_note(found)
-    with _handing_over(out) as give:
+    with handing_over(out) as give:
         old, new, text = tokens.rotate(tokens.token_file(found.auth.token_file), id, over, ends, now)
         note(found, "token.rotated", token=id, user=old.user, reason=by_whom(context, f"replaced by {new.id}"))
         give(new, text, json, now)

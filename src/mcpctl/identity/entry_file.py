@@ -162,12 +162,13 @@ class EntryFile(Generic[E]):
         values = plain_yaml.as_plain(tree)
         if faults:
             return entries
-        unknown = [key for key in values if key not in ("version", self.shape.top)]
-        faults += [
-            f"{self.path}: {key}: there is no such key; there are version and {self.shape.top}" for key in unknown
-        ]
-        if values.get("version") != 1:
-            faults.append(f"{self.path}: version: is {values.get('version')!r}, and this mcpctl knows 1")
+        for key, child in tree.children.items():
+            if key not in ("version", self.shape.top):
+                faults.append(f"{child.where}: {key}: there is no such key; there are version and {self.shape.top}")
+        version = values.get("version")
+        if type(version) is not int or version != 1:
+            where = tree.children["version"].where if "version" in values else str(self.path)
+            faults.append(f"{where}: version: is {version!r}, and this mcpctl knows 1")
         named = values.get(self.shape.top)
         entries_tree = tree.children.get(self.shape.top)
         if entries_tree is not None and named is None:

@@ -69,12 +69,14 @@ class Bounds:
 
 @dataclass
 class Rows:
-    """A bounded answer. `json` is the rows as a JSON array, `note` says why it was cut off and what to do."""
+    """A bounded answer. `json` is the rows as a JSON array, `note` says why it was cut off and what to do, `types` are
+    the OIDs of its columns."""
 
     columns: list[tuple[str, str]]
     rows: list[tuple[Any, ...]] = field(default_factory=list)
     json: bytes = b"[]"
     note: str | None = None
+    types: set[int] = field(default_factory=set)
 
 
 class StatementError(Error):
@@ -165,6 +167,10 @@ class _Exchange:
                 return await self._framed(wire, text, params)
             await self._judged(wire, text)
             rows = await self._framed(wire, text, ())
+            unknown = self._types.unknown(rows.types)
+            if unknown and not self.session.conn.closed:  # made anew since the text was judged
+                await self._learn(wire, unknown)
+                rows = await self._framed(wire, text, ())
             if wire.grown > _KEPT:
                 self.session.close()
             return rows
@@ -362,14 +368,17 @@ class _Answer:
         self.columns: list[tuple[str, str]] | None = None
         self.rows: list[tuple[Any, ...]] = []
         self.note: str | None = None
+        self.types: set[int] = set()
 
     def take(self, result: Any) -> bool:
         """Add what one result holds; False when no more is wanted."""
         if self._transformer is None:
+            oids = [result.ftype(i) for i in range(result.nfields)]
             self.columns = [
-                ((result.fname(i) or b"").decode("utf-8", "replace"), self._types.name(result.ftype(i)))
-                for i in range(result.nfields)
+                ((result.fname(i) or b"").decode("utf-8", "replace"), self._types.name(oid))
+                for i, oid in enumerate(oids)
             ]
+            self.types = set(oids)
             self._transformer = Transformer(self._types)
             self._transformer.set_pgresult(result)
         else:
@@ -415,6 +424,7 @@ class _Answer:
             rows=self.rows,
             json=b"[" + b",".join(self._pieces) + b"]",
             note=self.note,
+            types=self.types,
         )
 
 

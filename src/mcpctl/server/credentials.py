@@ -1,9 +1,10 @@
 """What an HTTP request says of itself before anything of it is believed: host, origin, address, credential."""
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from mcpctl.config_keys import Network, Settings
 from mcpctl.errors import Error, UnauthorizedError, UsageError
@@ -21,13 +22,23 @@ def header(headers: Headers, name: bytes) -> str | None:
     return found[0].decode("latin-1") if found else None
 
 
+def to_origin_form(scope: MutableMapping[str, Any]) -> None:
+    """A request target may be a whole URL, whose authority then stands for Host (RFC 9112, section 3.2.2)."""
+    if scope["path"].startswith(("http://", "https://")):
+        target = urlsplit(scope["path"])
+        scope["path"] = target.path
+        scope["headers"] = [(key, value) for key, value in scope["headers"] if key != b"host"]
+        scope["headers"].append((b"host", target.netloc.encode("latin-1", "replace")))
+
+
 def token(headers: Headers, query: bytes) -> str | None:
     """The credential of a request: Authorization: Bearer, or X-API-Key; None where there is none.
 
     UsageError (400) for two of them, or for one in the URL, where logs and histories keep it. UnauthorizedError for
     another scheme.
     """
-    if b"mcp_" in query or any(part.split(b"=")[0].lower() in _IN_URL for part in query.split(b"&")):
+    names = (unquote_to_bytes(part.partition(b"=")[0]).lower() for part in query.split(b"&"))
+    if b"mcp_" in unquote_to_bytes(query) or any(name in _IN_URL for name in names):
         raise UsageError("a token in the URL is not taken", "send it as a header: Authorization: Bearer …")
     bearer, api_key = header(headers, b"authorization"), header(headers, b"x-api-key")
     session = header(headers, b"x-session-id")

@@ -80,6 +80,7 @@ class Http:
         if scope["type"] != "http":
             return
         request_id = secrets.token_hex(8)
+        credentials.to_origin_form(scope)
         route = self._routes.get(scope["path"])
         try:
             if route is None:
