@@ -44,7 +44,7 @@ class Terminator:
             self._opening.add_done_callback(self._opened)
         problem = await asyncio.shield(self._opening)
         if problem is not None:
-            raise problem if isinstance(problem, Error) else unreachable(self.login, problem)
+            raise unreachable(self.login, problem)
 
     @property
     def open(self) -> bool:
@@ -67,7 +67,11 @@ class Terminator:
                 conn = await AsyncConnection.connect(
                     self.login.dsn(), autocommit=True, prepare_threshold=None, application_name="mcpctl cut"
                 )
-                await conn.execute(_STAY)
+                try:
+                    await conn.execute(_STAY)
+                except BaseException:
+                    await conn.close()
+                    raise
         except (psycopg.Error, Error, TimeoutError, OSError) as problem:
             return problem
         self._conn = conn
