@@ -251,12 +251,23 @@ def new_key() -> bytes:
     return os.urandom(32).hex().encode("ascii") + b"\n"
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The log's lines as they stand; one that cannot be read comes as {"event": "unreadable"}."""
+def read_back(path: Path) -> Iterator[dict[str, Any]]:
+    """The log's lines from the last to the first; one that cannot be read comes as {"event": "unreadable"}."""
     fd = private_file.open_checked(path, os.O_RDONLY)
-    with os.fdopen(fd, "rb") as file:
-        for line in file:
-            yield _parse(line)
+    try:
+        size = os.fstat(fd).st_size
+        start, rest = size, b""
+        while start > 0:
+            step = min(start, _CHUNK)
+            start -= step
+            rest, *whole = (_read_at(fd, step, start) + rest).split(b"\n")
+            if start + step == size and whole and not whole[-1]:
+                whole.pop()  # what stands behind the last line's end is no line
+            yield from map(_parse, reversed(whole))
+            if not start:
+                yield _parse(rest)
+    finally:
+        os.close(fd)
 
 
 def follow(path: Path, pause: Callable[[float], None] = time.sleep) -> Iterator[dict[str, Any]]:

@@ -46,7 +46,7 @@ def tail(
     config: ConfigOption = None,
 ) -> None:
     """Show the end of the audit log; columns on a terminal. With --json each line as it is in the log."""
-    from collections import deque
+    from itertools import islice
 
     from mcpctl import audit
 
@@ -65,11 +65,9 @@ def tail(
 
     if lines is None and since is None:
         lines = 10
-    known = deque(
-        (line for line in audit.read_lines(found.audit.file) if wanted(line)),
-        maxlen=None if lines is None else min(lines, sys.maxsize),
-    )
-    _show(list(known), json)
+    most = None if lines is None else min(lines, sys.maxsize)
+    known = list(islice(filter(wanted, audit.read_back(found.audit.file)), most))[::-1]
+    _show(known, json)
     if newer is None:
         return
     last = max((_number(line) for line in known), default=0)
