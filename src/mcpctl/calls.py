@@ -13,9 +13,10 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, ForbiddenError, NotFoundError, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.principal import Principal
 from mcpctl.policy import access
+from mcpctl.postgres.answer import Bounds
 from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.pools import Pools
-from mcpctl.postgres.statement import Bounds, NotAQuestionError, StatementError, elapsed
+from mcpctl.postgres.statement import NotAQuestionError, StatementError, elapsed
 from mcpctl.postgres.token_pool import Session
 from mcpctl.recorder import Recorder
 from mcpctl.tools.definition import Databases, Result, Tool

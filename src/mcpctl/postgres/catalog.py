@@ -4,7 +4,7 @@ from typing import Any
 
 from mcpctl.errors import Error, NotFoundError
 from mcpctl.postgres import statement
-from mcpctl.postgres.statement import Bounds, Rows
+from mcpctl.postgres.answer import Bounds, Rows
 from mcpctl.postgres.token_pool import Session
 
 _READABLE = """pg_catalog.has_schema_privilege(n.oid, 'USAGE')

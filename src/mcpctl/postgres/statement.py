@@ -14,16 +14,14 @@ ROLLBACK, never COMMIT: that undoes what PostgreSQL lets a read-only transaction
 import asyncio
 import random
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
 
-import msgspec
-from psycopg import abc, pq
-from psycopg.adapt import Transformer
+from psycopg import pq
 
 from mcpctl.errors import Error
 from mcpctl.postgres import cutting
+from mcpctl.postgres.answer import Answer, Bounds, Rows
 from mcpctl.postgres.token_pool import Session
 from mcpctl.postgres.values import Types, UnknownType
 from mcpctl.postgres.verdicts import Verdict, Verdicts
@@ -50,33 +48,12 @@ _TYPES = b"""SELECT t.oid, pg_catalog.format_type(t.oid, NULL), CASE WHEN t.typc
 _CHUNK = 16
 """Rows that libpq gathers before we see one: few, since each may be as large as an answer."""
 _GROWTH = 24 << 20
-"""How much libpq may grow for one answer; one cell of 12 MiB already makes it grow by 16."""
+"""How much libpq may grow for one answer, and half of it at once: then one row is larger than 8 MiB."""
 _KEPT = 4 << 20
 """How much libpq may have grown for a connection that is used again: it never gives its buffer back."""
 _AFTER = 1.0
 """Seconds beyond statement_timeout after which our own deadline ends it."""
 _ERROR_BYTES = 2000
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What one statement may take: rows, bytes of rows as JSON, seconds."""
-
-    rows: int
-    bytes: int
-    seconds: float
-
-
-@dataclass
-class Rows:
-    """A bounded answer. `json` is the rows as a JSON array, `note` says why it was cut off and what to do, `types` are
-    the OIDs of its columns."""
-
-    columns: list[tuple[str, str]]
-    rows: list[tuple[Any, ...]] = field(default_factory=list)
-    json: bytes = b"[]"
-    note: str | None = None
-    types: set[int] = field(default_factory=set)
 
 
 class StatementError(Error):
@@ -310,14 +287,14 @@ class _Exchange:
         self._send(text, params)
         await wire.flush()
         await self._begun(wire)
-        answer = _Answer(self._types, self.bounds)
+        answer = Answer(self._types, self.bounds)
         self._pgconn.set_chunked_rows_mode(min(_CHUNK, self.bounds.rows + 1))
         failed: StatementError | None = None
         stop: asyncio.Task[None] | None = None
         try:
             while (result := await wire.result()) is not None:
                 if result.status in (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COMMAND_OK, _Status.SINGLE_TUPLE):
-                    if stop is None and not answer.take(result):
+                    if stop is None and not await answer.take(result):
                         stop = asyncio.create_task(self.session.cancel())
                 elif result.status in (_Status.COPY_IN, _Status.COPY_OUT, _Status.COPY_BOTH):
                     raise ConnectionLostError("the statement turned out to be a COPY, which is not a question")
@@ -354,88 +331,6 @@ class _Exchange:
             return
         # A cancel that came late may have hit the ROLLBACK: what is not clearly clean is not used again.
         self.session.close()
-
-
-class _Answer:
-    """Rows as they arrive, until one bound is reached."""
-
-    def __init__(self, types: Types, bounds: Bounds) -> None:
-        self._types = types
-        self._bounds = bounds
-        self._transformer: abc.Transformer | None = None
-        self._pieces: list[bytes] = []
-        self._size = 2
-        self.columns: list[tuple[str, str]] | None = None
-        self.rows: list[tuple[Any, ...]] = []
-        self.note: str | None = None
-        self.types: set[int] = set()
-
-    def take(self, result: Any) -> bool:
-        """Add what one result holds; False when no more is wanted."""
-        if self._transformer is None:
-            oids = [result.ftype(i) for i in range(result.nfields)]
-            self.columns = [
-                ((result.fname(i) or b"").decode("utf-8", "replace"), self._types.name(oid))
-                for i, oid in enumerate(oids)
-            ]
-            self.types = set(oids)
-            self._transformer = Transformer(self._types)
-            self._transformer.set_pgresult(result)
-        else:
-            self._transformer.set_pgresult(result, set_loaders=False)
-        if not result.ntuples:
-            return True
-        rows = self._transformer.load_rows(0, result.ntuples, tuple)
-        room = self._bounds.rows - len(self.rows)
-        if len(rows) > room:
-            rows = rows[:room]
-            self.note = _note(f"at {self._bounds.rows} rows")
-        self._add(rows)
-        return self.note is None
-
-    def _add(self, rows: list[tuple[Any, ...]]) -> None:
-        piece = _encode_json(rows)[1:-1]
-        if self._size + len(piece) <= self._bounds.bytes:
-            self._keep(rows, piece)
-            return
-        for row in rows:
-            piece = _encode_json(row)
-            if self._size + len(piece) + 1 > self._bounds.bytes:
-                self.note = _note(
-                    f"before its bytes were more than {self._bounds.bytes}, the most that an answer may have here"
-                )
-                return
-            self._keep([row], piece)
-
-    def _keep(self, rows: list[tuple[Any, ...]], piece: bytes) -> None:
-        if piece:
-            self.rows += rows
-            self._pieces.append(piece)
-            self._size += len(piece) + 1
-
-    def too_large(self) -> None:
-        """The connection was closed under a row that is far too large."""
-        self.note = _note("before a row that is far larger than an answer may be")
-
-    def done(self) -> Rows:
-        """The answer as it is now."""
-        return Rows(
-            columns=self.columns or [],
-            rows=self.rows,
-            json=b"[" + b",".join(self._pieces) + b"]",
-            note=self.note,
-            types=self.types,
-        )
-
-
-_encode_json = msgspec.json.Encoder().encode
-
-
-def _note(where: str) -> str:
-    return (
-        f"The answer was cut off {where}. For the rest: ask for fewer columns or rows (WHERE, LIMIT and OFFSET with an "
-        "ORDER BY), aggregate, or take a part of a long value with substr()."
-    )
 
 
 def _error(result: Any) -> StatementError:

@@ -96,6 +96,9 @@ def _json_float(text: str) -> float | str:
     return number if math.isfinite(number) and Decimal(repr(number)) == Decimal(text) else text
 
 
+_decode = json.JSONDecoder(parse_int=_json_integer, parse_float=_json_float).decode
+
+
 class _Json(Loader):
     """JSON as JSON. A number that a double cannot carry is a text, as for integers and numeric; so is all of a value
     that is nested deeper than clients and libraries can be trusted with."""
@@ -105,7 +108,7 @@ class _Json(Loader):
         if text.count("[") + text.count("{") > DEEPEST and _depth(text) > DEEPEST:
             return text
         try:
-            found = json.loads(text, parse_int=_json_integer, parse_float=_json_float)
+            found = _decode(text)
         except (ValueError, RecursionError):
             return text
         return _without_surrogates(found) if "\\u" in text else found
@@ -114,8 +117,8 @@ class _Json(Loader):
 def _depth(text: str) -> int:
     """How deep a JSON text is nested."""
     deepest = depth = 0
-    for mark in re.findall(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark, 0)
+    for mark in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{\]}]', text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark[0], 0)
         deepest = max(deepest, depth)
     return deepest
 
@@ -168,6 +171,11 @@ class Types:
     def unknown(self, oids: set[int]) -> set[int]:
         """Those of which nothing is known yet."""
         return oids - self._names.keys()
+
+    def is_nested(self, oid: int) -> bool:
+        """Whether a value is made of many: JSON, or an array."""
+        name = self.name(oid)
+        return name in ("json", "jsonb") or name.endswith("[]")
 
     def name(self, oid: int) -> str:
         """The type's SQL name."""

@@ -6,6 +6,7 @@ the data, so the process's virtual size tells at once (libpq `pqCheckInBufferSpa
 """
 
 import asyncio
+import ctypes
 import os
 import sys
 from typing import Any
@@ -33,6 +34,22 @@ _TOO_LARGE = (
 )
 
 
+_M_MMAP_THRESHOLD = -3
+_LARGE = 1 << 20
+
+
+def large_blocks_apart() -> None:
+    """Have glibc map each large block by itself, and give it back when it is freed (mallopt(3)).
+
+    Else one that fits into memory freed before does not show in the virtual size, and what a large answer took stays
+    taken. Once a process, before the first exchange. Where there is no mallopt, nothing is done.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
 def _virtual_size() -> int:
     """Bytes of this process's address space; 0 where there is no /proc."""
     if sys.platform != "linux":
@@ -45,7 +62,8 @@ def _virtual_size() -> int:
 
 
 class Wire:
-    """One exchange. `async with` adds and removes the loop's reader; `cap` bounds libpq's growth in bytes."""
+    """One exchange. `async with` adds and removes the loop's reader; `cap` bounds libpq's growth in bytes, and half of
+    it what one row may make it grow by."""
 
     def __init__(self, pgconn: pq.abc.PGconn, cap: int) -> None:
         self._pgconn = pgconn
@@ -103,19 +121,20 @@ class Wire:
             self._pgconn.consume_input()
         except Exception as problem:
             raise ConnectionLostError("the connection to the database was lost") from problem
-        self._grown += max(0, _virtual_size() - before)
-        if self._grown > self._cap:
-            self._pgconn.finish()
-            raise TooLargeError(*_TOO_LARGE)
+        self._count(_virtual_size() - before, self._cap // 2)
 
     def _busy(self) -> bool:
         before = _virtual_size()
         busy = bool(self._pgconn.is_busy())
-        self._grown += max(0, _virtual_size() - before)
-        if self._grown > self._cap:
+        self._count(_virtual_size() - before, self._cap)
+        return busy
+
+    def _count(self, more: int, at_once: int) -> None:
+        """Add to what libpq has grown by; the connection is closed where that is too much."""
+        self._grown += max(0, more)
+        if self._grown > self._cap or more > at_once:
             self._pgconn.finish()
             raise TooLargeError(*_TOO_LARGE)
-        return busy
 
     async def result(self) -> Any:
         """The next result, or None at the end of a command's results (PQgetResult)."""

@@ -15,6 +15,7 @@ from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.tokens import utcnow
 from mcpctl.postgres.login import logins
 from mcpctl.postgres.pools import Pools
+from mcpctl.postgres.wire import large_blocks_apart
 from mcpctl.recorder import Recorder
 from mcpctl.server.watch import Watch
 
@@ -45,6 +46,7 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
     key = audit.read_key(settings.audit.key_file)
     book = audit.AuditLog(settings.audit.file, key, utcnow)
     recorder = Recorder(book, settings.audit.statements, refuse=settings.audit.on_failure == "refuse")
+    large_blocks_apart()
     pools = Pools(
         logins(settings.databases),
         max(2, settings.limits.connections // workers),

@@ -49,6 +49,7 @@ class Watch:
         self._cuts: dict[str, asyncio.Task[Cut]] = {}
         self._warned: dict[str, int] = {}
         self._broken: str | None = None
+        self._own: Path | None = None
         authenticator.ended = self._ended
 
     def _ended(self, ids: dict[str, str]) -> None:
@@ -123,6 +124,7 @@ class Watch:
             yield
             return
         made, path = control.listen(self._folder)
+        self._own = path
         server = await asyncio.start_unix_server(self._serve, sock=made, limit=_REQUEST)
         try:
             yield
@@ -171,7 +173,7 @@ class Watch:
 
     async def cancel_elsewhere(self, token: str | None, number: str | int, here: int) -> None:
         """End the one call of that token and number, wherever it runs; not when there is more than one."""
-        others = [path for path in control.sockets(self._folder) if path.name != f"control.{os.getpid()}.sock"]
+        others = [path for path in control.sockets(self._folder) if path != self._own]
         if not others:
             if here == 1:
                 self._calls.cancel(token, number)

@@ -9,7 +9,7 @@ import msgspec
 
 from mcpctl.errors import UsageError
 from mcpctl.identity.principal import Principal
-from mcpctl.postgres.statement import Bounds
+from mcpctl.postgres.answer import Bounds
 from mcpctl.postgres.token_pool import Session
 
 encode = msgspec.json.Encoder().encode

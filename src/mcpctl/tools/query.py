@@ -7,7 +7,8 @@ import msgspec
 
 from mcpctl.errors import UsageError
 from mcpctl.postgres import statement
-from mcpctl.postgres.statement import Bounds, NotAQuestionError, Rows, StatementError
+from mcpctl.postgres.answer import Bounds, Rows
+from mcpctl.postgres.statement import NotAQuestionError, StatementError
 from mcpctl.postgres.token_pool import Session
 from mcpctl.tools.definition import Result, Tool, encode, result
 
