@@ -111,7 +111,9 @@ class Calls:
             outcome, reason = "error", problem.message
             return _failed(problem)
         except asyncio.CancelledError:
-            outcome, reason = "cancelled", "the client went away, or the token ended"
+            outcome, reason = "cancelled", "the client went away, or the server stops"
+            if not self._pools.valid(principal):
+                event, outcome, reason = "tool.refused", "cut", "the token ended while the call ran"
             raise
         except Exception:
             outcome, reason = "error", "internal error"

@@ -2,7 +2,7 @@
 
 A function that catches `query_canceled` outlives a cancel, so what is left is terminated by a connection of the same
 role that is kept for it (`terminator.py`). Where that one was lost and cannot be had again, the closed socket ends the
-backend within `client_connection_check_interval`, and what survives even that is told again for a minute.
+backend within `client_connection_check_interval`, and what survives even that is told again until it is gone.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ GRACE = 0.1
 PATIENCE = 0.6
 """Seconds after which the sockets are closed whatever the backends do."""
 _LOOK = 0.6
-_AGAIN, _TRIES = 0.25, 240
+_BURST = 0.1
 
 
 @dataclass
@@ -53,13 +53,9 @@ async def cut(pools: Sequence[TokenPool]) -> Cut:
     return done
 
 
-async def finish(terminator: Terminator, left: list[Session]) -> bool:
-    """Go on telling backends to end that outlived a cut, for a minute; whether they are gone."""
-    for _ in range(_TRIES):
-        await asyncio.sleep(_AGAIN)
-        if await terminator.terminate([session.backend for session in left]):
-            return True
-    return False
+async def try_again(terminator: Terminator, left: list[Session]) -> bool:
+    """Tell backends to end that outlived a cut; whether they are gone. Takes a moment."""
+    return await _terminated(terminator, left, asyncio.get_running_loop().time() + _BURST)
 
 
 async def _cut_backends(terminator: Terminator, sessions: list[Session]) -> list[Session]:
@@ -94,7 +90,7 @@ async def _terminated(terminator: Terminator, sessions: list[Session], until: fl
         gone = await terminator.terminate([session.backend for session in sessions])
         if gone:
             return True
-        await asyncio.sleep(0.05 if gone is None else 0.01)
+        await asyncio.sleep(0.001 if gone is None else 0.01)
     return False
 
 

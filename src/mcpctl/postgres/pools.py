@@ -12,15 +12,18 @@ from time import monotonic
 
 from psycopg import pq
 
-from mcpctl.errors import UnauthorizedError, UnavailableError
+from mcpctl.errors import Error, UnauthorizedError, UnavailableError
 from mcpctl.identity.principal import Principal
-from mcpctl.postgres.cutting import Cut, cut, finish
+from mcpctl.postgres.cutting import Cut, cut, try_again
 from mcpctl.postgres.login import Login
 from mcpctl.postgres.terminator import Terminator
 from mcpctl.postgres.token_pool import Session, TokenPool
 from mcpctl.postgres.verdicts import Verdicts
 
 log = logging.getLogger("mcpctl.pools")
+_MINUTE = 60.0
+_OFTEN, _SELDOM = 0.25, 15.0
+"""Seconds between two tries to end a backend that outlived its cut, in the first minute and after it."""
 Told = Callable[..., None]
 
 
@@ -75,7 +78,11 @@ class Pools:
     async def borrow(self, principal: Principal, database: str) -> AsyncIterator[Session]:
         """A connection of this principal's own pool for that database; given back, clean or closed, afterwards."""
         pool = await self._pool(principal, database)
-        session = await pool.take()
+        try:
+            session = await pool.take()
+        except Error:
+            self._check(principal)  # its pool was closed since it was cut: that is the reason
+            raise
         try:
             self._check(principal)  # it may have been cut while this call waited
             yield session
@@ -108,6 +115,10 @@ class Pools:
         """Whether the server is stopping."""
         return self._closed
 
+    def valid(self, principal: Principal) -> bool:
+        """Whether a principal still is what it was when its request came in."""
+        return self._valid(principal)
+
     def _check(self, principal: Principal) -> None:
         if not self._valid(principal):
             raise UnauthorizedError("the token ended while the call was on its way", token_id=principal.token)
@@ -133,9 +144,9 @@ class Pools:
                     if idle:
                         await self._close(min(idle, key=lambda pool: pool.last_used), "the budget is full")
                         await self._let_go()
-                        continue
-                    self._freed.clear()
-                    await self._freed.wait()
+                    elif not await self._let_go():
+                        self._freed.clear()
+                        await self._freed.wait()
                 if asking.closed:
                     raise full
                 asking.connecting += 1
@@ -149,12 +160,19 @@ class Pools:
                 await pool.close()
                 self._tell("pool.closed", pool, reason)
 
-    async def _let_go(self) -> None:
-        """Close what was kept to end backends with, where there is none left to end."""
-        used = {pool.terminator for pool in self._pools.values() if not pool.idle or pool.count}
-        for shared in self._shared.values():
-            if shared.terminator not in used and not self._cutting and not self._finishing:
-                await shared.terminator.close()
+    async def _let_go(self) -> bool:
+        """Close what was kept to end backends with, where there is none left to end; whether there was any."""
+        if self._cutting or self._finishing:
+            return False
+        used = {pool.terminator for pool in self._pools.values() if pool.out or pool.count}
+        unused = [
+            shared.terminator
+            for shared in self._shared.values()
+            if shared.terminator.open and shared.terminator not in used
+        ]
+        for terminator in unused:
+            await terminator.close()
+        return bool(unused)
 
     async def sweep(self) -> None:
         """Close the pools that nobody has used for their `max_idle`."""
@@ -163,6 +181,9 @@ class Pools:
             if pool.idle and now - pool.last_used > pool.login.settings.pool.max_idle:
                 await self._close(pool, "idle")
         await self._let_go()
+        for terminator in {pool.terminator for pool in self._pools.values() if pool.count}:
+            with contextlib.suppress(UnavailableError):  # it was logged, and the next call says it
+                await terminator.ready()
 
     async def cut(self, token: str | None, reason: str) -> Cut:
         """End all that a token has open: cancel, terminate, close. Returns what was done; see `cutting`."""
@@ -187,11 +208,20 @@ class Pools:
 
     async def _finish(self, terminator: Terminator, left: list[Session], token: str | None, reason: str) -> None:
         """Stay after backends that outlived a cut, and write when they are gone."""
-        gone = await finish(terminator, left)
         pids = ", ".join(str(session.pid) for session in left)
-        log.info("token %s: %s: backend %s %s", token, reason, pids, "is gone" if gone else "is still there")
-        said = f"{reason}: backend {pids} {'is gone' if gone else 'is still there after a minute'}"
-        self._told("query.cancelled", token=token, database=terminator.login.name, reason=said)
+
+        def tell(what: str) -> None:
+            log.info("token %s: %s: backend %s %s", token, reason, pids, what)
+            said = f"{reason}: backend {pids} {what}"
+            self._told("query.cancelled", token=token, database=terminator.login.name, reason=said)
+
+        begun, late = monotonic(), False
+        while not await try_again(terminator, left):
+            if not late and monotonic() - begun > _MINUTE:
+                late = True
+                tell("is still there after a minute")
+            await asyncio.sleep(_SELDOM if late else _OFTEN)
+        tell("is gone")
 
     async def close(self) -> None:
         """Cut everything, for the end of the server."""

@@ -23,7 +23,6 @@ _TERMINATE = """
 SELECT a.pid, pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a
 WHERE (a.pid, a.backend_start::text) IN (SELECT * FROM unnest(%s::int[], %s::text[]))
 """
-_STAY = "SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'idle_session_timeout'"
 
 
 class Terminator:
@@ -59,22 +58,19 @@ class Terminator:
         self._opening = None
 
     async def _open(self) -> Exception | None:
+        """Connect, and no more: who fights back may end this one too, so that its first statement has to count."""
         if self._conn is not None:
             await self._conn.close()
         self._conn = None
         try:
             async with asyncio.timeout(self.login.settings.pool.wait):
-                conn = await AsyncConnection.connect(
+                self._conn = await AsyncConnection.connect(
                     self.login.dsn(), autocommit=True, prepare_threshold=None, application_name="mcpctl cut"
                 )
-                try:
-                    await conn.execute(_STAY)
-                except BaseException:
-                    await conn.close()
-                    raise
         except (psycopg.Error, Error, TimeoutError, OSError) as problem:
             return problem
-        self._conn = conn
+        except asyncio.CancelledError:
+            return TimeoutError("it was let go meanwhile")  # who waits for it has not been cancelled
         return None
 
     async def terminate(self, backends: Sequence[Backend]) -> bool | None:
@@ -100,6 +96,10 @@ class Terminator:
 
     async def close(self) -> None:
         """Close it, until somebody needs it again."""
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait({self._opening})
+            self._opening = None
         conn, self._conn = self._conn, None
         if conn is not None:
             await conn.close()

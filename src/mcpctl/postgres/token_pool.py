@@ -17,6 +17,7 @@ from mcpctl.postgres.terminator import Backend, Terminator, alive, unreachable
 from mcpctl.postgres.verdicts import Verdicts
 
 log = logging.getLogger("mcpctl.pools")
+_LEFT = 1000
 MakeRoom = Callable[["TokenPool"], Awaitable[None]]
 
 
@@ -95,7 +96,12 @@ class TokenPool:
         self._waiting: set[asyncio.Timeout] = set()
         self._error: Error | None = None
         self._wait = settings.wait
-        self._pool: psycopg_pool.AsyncConnectionPool[_Login] = psycopg_pool.AsyncConnectionPool(
+        self._left = 0
+        self._pool = self._new()
+
+    def _new(self) -> "psycopg_pool.AsyncConnectionPool[_Login]":
+        settings = self.login.settings.pool
+        return psycopg_pool.AsyncConnectionPool(
             self._conninfo,
             connection_class=_Login,
             kwargs={
@@ -107,7 +113,6 @@ class TokenPool:
             },
             min_size=0,
             max_size=settings.max_size,
-            max_waiting=settings.max_waiting,
             max_lifetime=settings.max_lifetime,
             max_idle=settings.max_idle,
             timeout=settings.wait,
@@ -115,7 +120,7 @@ class TokenPool:
             num_workers=1,
             open=False,
             configure=self._configure,
-            name=f"token {self.short}, database {login.name}",
+            name=f"token {self.short}, database {self.login.name}",
         )
 
     @property
@@ -193,6 +198,7 @@ class TokenPool:
         """A live connection, waiting for one as long as the config says. Raises UnavailableError with the reason."""
         self.last_used = monotonic()
         self._error = None
+        await self._forget_who_left()
         while True:
             conn = await self._getconn()
             session = self.sessions.get(conn)
@@ -210,7 +216,25 @@ class TokenPool:
         self.out.add(session)
         return session
 
+    async def _forget_who_left(self) -> None:
+        """psycopg_pool keeps the place of whoever stopped waiting until a connection comes. While a database is down
+        none does, so now and then the pool, which is empty, is made anew."""
+        if self._left < _LEFT or self.count or not self.idle or self.closed:
+            return
+        self._left = 0
+        old, self._pool = self._pool, self._new()
+        await self._pool.open()
+        await old.close(timeout=0.2)
+
     async def _getconn(self) -> _Login:
+        if len(self._waiting) >= self.login.settings.pool.max_waiting:
+            raise UnavailableError("too many calls of this token are waiting", "wait for some of them to end")
+        self._left += 1
+        conn = await self._waited()
+        self._left = 0  # its coming has swept the queue
+        return conn
+
+    async def _waited(self) -> _Login:
         try:
             async with asyncio.timeout(self._wait + 0.2) as waiting:  # who could not have room says why first
                 self._waiting.add(waiting)
@@ -225,8 +249,6 @@ class TokenPool:
                 f"no connection of this token to {self.login.name!r} came free in {self._wait:g} s",
                 "wait for the token's other calls to end",
             ) from None
-        except psycopg_pool.TooManyRequests:
-            raise UnavailableError("too many calls of this token are waiting", "wait for some of them to end") from None
         except psycopg_pool.PoolClosed:
             raise UnavailableError("the pool was closed meanwhile", "ask again in a moment") from None
 

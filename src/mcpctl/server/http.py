@@ -247,13 +247,21 @@ class Http:
         scope["mcpctl"] = Caller(principal, Request(request_id, address, "sse", None, None))
         if task is not None:
             self._streams[task] = principal
+        more = True
+
+        async def noting(message: Message) -> None:
+            nonlocal more
+            more = message.get("more_body", False) or message["type"] == "http.response.start"
+            await send(message)
+
         try:
-            await self._parts.sse(scope, receive, send)
+            await self._parts.sse(scope, receive, noting)
         except asyncio.CancelledError:
             if task is None or self._parts.authenticator.still_valid(principal):
                 raise
             task.uncancel()
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if more:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             if task is not None:
                 self._streams.pop(task, None)
