@@ -205,6 +205,50 @@ def test_no_call_begins_without_the_connection_that_could_end_it(make_site: Make
     eventually(lambda: not shop.backends())
 
 
+def test_calls_that_wait_are_cut_with_those_that_run_and_say_so(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, database="    pool: {max_size: 2}\n").start()
+    name, text = at.token()
+    clients = [at.client(text) for _ in range(6)]
+    running = [in_background(one.call, "query_database", {"query": "select pg_sleep(60)"}) for one in clients]
+    eventually(lambda: len(_sleeping(newest_shop)) == 2)
+    assert "cut: 2 queries, 0 backends left" in at.run("token", "revoke", name).stdout
+    assert [one.result(5).status_code for one in running] == [401] * 6
+    for client in clients:
+        client.http.close()
+    lines = [line for line in at.audit() if line["event"].startswith("tool.")]
+    assert [(line["event"], line["outcome"]) for line in lines] == [("tool.refused", "cut")] * 6
+
+
+KILLER = """
+CREATE OR REPLACE FUNCTION killer() RETURNS int LANGUAGE plpgsql AS $$
+BEGIN
+  PERFORM set_config('client_connection_check_interval', '0', false);
+  LOOP
+    BEGIN
+      PERFORM pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE usename = current_user AND pid <> pg_backend_pid();
+      PERFORM pg_sleep(0.002), pg_stat_clear_snapshot();
+    EXCEPTION WHEN query_canceled THEN NULL;
+    END;
+  END LOOP;
+END $$
+"""
+
+
+def test_a_function_that_ends_every_other_connection_of_its_role_is_ended(make_site: MakeSite, shop: Shop) -> None:
+    with shop.admin() as admin:
+        admin.execute(KILLER)
+        admin.execute("GRANT EXECUTE ON FUNCTION killer() TO shop_reader")
+    at = make_site(shop).start()
+    name, text = at.token()
+    with at.client(text) as a:
+        running = in_background(a.call, "query_database", {"query": "select killer()"})
+        eventually(lambda: shop.backends("query LIKE '%killer%'"))
+        at.run("token", "revoke", name)
+        eventually(lambda: not shop.backends("query LIKE '%killer%'"))
+        assert running.result(5).status_code == 401
+
+
 WAYS = (
     "revoke",
     "remove",

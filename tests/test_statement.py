@@ -231,6 +231,47 @@ def test_a_cell_of_a_gigabyte_and_ten_million_rows_cost_little_memory_and_nobody
             assert a.rows("select 1") == [[1]]
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the server's peak memory is read from /proc")
+def test_a_large_value_of_any_kind_costs_little_memory_and_holds_nobody_up(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop).start()
+    with at.client(at.token()[1]) as a, at.client(at.token("bob")[1]) as b:
+        for query, cut in (
+            ("select ('[' || repeat('{},', 2500000) || '{}]')::json", True),
+            ("select ('[' || repeat('1,', 500000) || '1]')::jsonb", True),
+            ("select array_fill('{}'::json, array[1000000])", True),
+            ("select array_agg(g) from generate_series(1, 1900000) g", True),
+            ("select repeat('x', 15500000)", True),
+            ("select repeat('x', 1000000) from generate_series(1, 1000)", True),
+            ("select case when g < 100 then 'x' else repeat('x', 1000000) end from generate_series(1, 200) g", True),
+            ("select ('[' || repeat('{},', 30000) || '{}]')::json", False),
+            ("select array_agg(g) from generate_series(1, 50000) g", False),
+            ("select repeat('x', 1000000)", False),
+        ):
+            assert a.rows("select 1") == b.rows("select 1")
+            before, slowest = _memory(at), 0.0
+            running = in_background(a.call, "query_database", {"query": query})
+            while running._thread.is_alive():
+                begun = time.monotonic()
+                assert b.rows("select 1") == [[1]]
+                slowest = max(slowest, time.monotonic() - begun)
+            said = running.result().json()["result"]["content"][0]["text"]
+            assert ("far larger than an answer may be" in said or '"truncated":true' in said) == cut, (
+                query,
+                said[:300],
+            )
+            assert _memory(at) - before < 60 << 20, query
+            assert slowest < 1, query
+
+
+def test_rows_before_one_that_is_too_large_are_kept(a: Client) -> None:
+    for large in ("to_jsonb(array_fill(1, array[200000]))", "to_jsonb(repeat('x', 4000000))"):
+        answer = a.ask(f"select case when g < 20 then to_jsonb(g) else {large} end from generate_series(1, 30) g")
+        assert (answer["row_count"], answer["truncated"]) == (19, True)
+        assert answer["rows"] == [[g] for g in range(1, 20)]
+
+
 def test_a_statement_ends_at_its_time_and_the_connection_works_on(make_site: MakeSite, shop: Shop) -> None:
     with shop.admin() as admin:
         admin.execute(

@@ -1,0 +1,135 @@
+"""Pools: one a token, under one budget, closed when idle, well again by themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+import site_of_mcpctl as site
+from mcpctl.config_keys import Database, Pool
+from mcpctl.errors import UnavailableError
+from mcpctl.identity.principal import LOCAL
+from mcpctl.postgres import token_pool
+from mcpctl.postgres.login import Login
+from mcpctl.postgres.terminator import Terminator
+from mcpctl.postgres.verdicts import Verdicts
+from site_of_mcpctl import Shop, Site, eventually
+
+MakeSite = Callable[..., Site]
+
+
+def test_a_full_budget_closes_the_longest_idle_pool_before_it_refuses(make_site: MakeSite, shop: Shop) -> None:
+    at = make_site(shop, extra="limits: {connections: 3}\n", database="    pool: {wait: 700ms}\n").start()
+    clients = [at.client(at.token()[1]) for _ in range(4)]
+    for client in clients:
+        assert client.rows("select 1") == [[1]]
+    assert len(shop.backends("application_name LIKE 'mcpctl%'")) <= 3
+    closed = [line for line in at.audit() if line["event"] == "pool.closed"]
+    assert len(closed) == 2
+    sleepers = [
+        site.in_background(client.call, "query_database", {"query": "select pg_sleep(1.5)"}) for client in clients[:2]
+    ]
+    eventually(lambda: len(shop.backends("state = 'active'")) == 2)
+    assert "database connections of this server are in use" in clients[2].error("select 1")
+    for sleeper in sleepers:
+        assert sleeper.result().json()["result"]["isError"] is False
+    for client in clients:
+        client.http.close()
+
+
+def test_two_databases_share_a_budget_that_has_room_for_one(make_site: MakeSite, newest_shop: Shop) -> None:
+    cluster = newest_shop.cluster
+    more = (
+        f"  again: {{host: {cluster.host}, port: {cluster.port}, dbname: shop, user: shop_reader,"
+        " password_file: shop.password, pool: {wait: 20s}}\nlimits: {connections: 2}\n"
+    )
+    at = make_site(newest_shop, database="    default: true\n    pool: {wait: 20s}\n", extra=more).start()
+    clients = [at.client(at.token()[1]) for _ in range(6)]
+    running = [
+        site.in_background(client.call, "query_database", {"query": "select pg_sleep(0.05)", "database": database})
+        for client, database in zip(clients, ("shop", "again") * 3, strict=True)
+    ]
+    assert [one.result(25).json()["result"]["isError"] for one in running] == [False] * 6
+    for client in clients:
+        client.http.close()
+
+
+def test_a_token_is_well_again_after_more_failures_than_calls_may_wait(make_site: MakeSite, newest: object) -> None:
+    with site.shop(newest) as shop:  # type: ignore[arg-type]
+        at = make_site(shop, database="    pool: {max_waiting: 3}\n").start()
+        with at.client(at.token()[1]) as a:
+            shop.cluster.stop_server()
+            for _ in range(10):
+                assert "cannot be reached right now" in a.error("select 1")
+            shop.cluster.start_server()
+            eventually(lambda: not a.call("query_database", {"query": "select 1"}).json()["result"]["isError"], 3)
+
+
+def test_a_pool_forgets_those_who_stopped_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(token_pool, "_LEFT", 5)
+
+    async def room(pool: token_pool.TokenPool) -> None:
+        pool.connecting += 1
+
+    async def run() -> None:
+        terminator = Terminator(Login("down", Database(host=str(tmp_path), pool=Pool(wait=1.0))))
+        pool = token_pool.TokenPool(terminator, LOCAL, 1.0, Verdicts(), room)
+        await pool.open()
+        for _ in range(30):
+            with pytest.raises(UnavailableError, match="cannot be reached"):
+                await pool.take()
+            assert pool._pool.get_stats().get("requests_waiting", 0) <= 7
+        await pool.close()
+
+    asyncio.run(run())
+
+
+def test_a_call_waits_for_room_in_a_full_budget_and_gets_it(make_site: MakeSite, shop: Shop) -> None:
+    at = make_site(shop, extra="limits: {connections: 2}\n").start()
+    with at.client(at.token()[1]) as a, at.client(at.token()[1]) as b, at.client(at.token()[1]) as c:
+        sleeper = site.in_background(a.rows, "select pg_sleep(0.5)")
+        eventually(lambda: shop.backends("state = 'active'"))
+        waiting = [site.in_background(client.rows, "select 2") for client in (b, c)]
+        assert [one.result() for one in waiting] == [[[2]], [[2]]]
+        sleeper.result()
+
+
+def test_an_idle_pool_is_closed(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, database="    pool: {max_idle: 100ms}\n").start()
+    with at.client(at.token()[1]) as a:
+        a.rows("select 1")
+        eventually(lambda: [line for line in at.audit() if line.get("reason") == "idle"], 15)
+        assert a.rows("select 1") == [[1]]
+
+
+def test_a_database_that_is_down_is_not_a_bad_token_and_comes_back_by_itself(
+    make_site: MakeSite, newest: object
+) -> None:
+    with site.shop(newest) as shop:  # type: ignore[arg-type]
+        at = make_site(shop)
+        shop.cluster.stop_server()
+        at.start()
+        ready = at.url.removesuffix("/mcp") + "/ready"
+        with at.client(at.token()[1]) as a:
+            for _ in range(2):
+                eventually(lambda: httpx.get(ready, trust_env=False).status_code == 503)
+                text = a.error("select 1")
+                assert "cannot be reached right now" in text
+                assert "token is fine" in text
+                assert shop.cluster.host not in text
+                assert a.call("whoami").status_code == 200
+                shop.cluster.start_server()
+                eventually(lambda: httpx.get(ready, trust_env=False).status_code == 200)
+                eventually(lambda: not a.call("query_database", {"query": "select 1"}).json()["result"]["isError"])
+                running = site.in_background(a.call, "query_database", {"query": "select pg_sleep(60)"})
+                eventually(lambda: shop.backends("query LIKE '%sleep%' AND state = 'active'"))
+                shop.cluster.stop_server("immediate")
+                assert running.result(10).json()["result"]["isError"]
+            shop.cluster.start_server()
+            eventually(lambda: not a.call("query_database", {"query": "select 1"}).json()["result"]["isError"])
+            shop.cluster.restart()
+            assert a.rows("select 1") == [[1]]
