@@ -485,19 +485,3 @@ def test_follow_does_not_mix_the_half_of_a_moved_file_with_the_new_one(log: Audi
 def test_follow_starts_again_where_the_file_was_emptied(log: AuditLog, path: Path) -> None:
     write(log, 3)
     assert followed(path, [lambda: os.truncate(path, 0), lambda: write(log, 1)]) == [4]
-
-
-def test_a_line_that_cannot_be_read_is_told_as_such(log: AuditLog, path: Path) -> None:
-    write(log, 1)
-    with path.open("ab") as file:
-        file.write(b"\xff\x1b[31m\n[1]\n\n{}")
-    assert [line.get("event") for line in audit.read_back(path)] == [None, *["unreadable"] * 3, "tool.called"]
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 300, 4096, 1 << 20])
-def test_a_log_is_read_from_its_end(log: AuditLog, path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    path.touch(0o600)
-    assert list(audit.read_back(path)) == []
-    write(log, 5)
-    monkeypatch.setattr(audit, "_CHUNK", chunk)
-    assert [line["seq"] for line in audit.read_back(path)] == [5, 4, 3, 2, 1]

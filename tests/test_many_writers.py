@@ -230,6 +230,24 @@ def test_a_link_planted_in_the_services_folder_is_refused_and_its_target_untouch
 
 
 @needs_root
+@pytest.mark.parametrize("name", ["audit.jsonl", "audit.jsonl.lock", "audit.key"])
+def test_a_link_in_place_of_the_audit_log_does_not_stop_roots_revocation(
+    service: Service, tmp_path: Path, name: str
+) -> None:
+    path, aim = service.folder / name, tmp_path / "aim"
+    aim.write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(aim)
+    before = aim.read_bytes()
+    [token] = [line.split("\t")[0] for line in service("token", "list").good.splitlines()]
+    done = service("token", "revoke", token)
+    assert done.good.startswith(f"{token} revoked\n")
+    assert "done, but not in the audit log" in done.err
+    assert aim.read_bytes() == before
+    assert "revoked" in service("token", "list").good
+
+
+@needs_root
 def test_root_that_works_on_the_services_files_is_root_no_more(service: Service) -> None:
     work = (
         "import os, sys; from pathlib import Path; from mcpctl import private_file\n"

@@ -180,19 +180,34 @@ class AuditLog:
 
     def _before_rotation(self) -> "tuple[int, str] | None":
         """Where the files that were moved away end, so that a new one goes on from there."""
-        ends = []
-        for path in self.path.parent.glob(glob.escape(self.path.name) + "[.-]*"):
-            if path.suffix in (".lock", ".gz", ".xz", ".zst", ".bz2"):
-                continue
-            try:
-                fd = private_file.open_checked(path, os.O_RDONLY)
-            except NotFoundError:
-                continue
-            try:
-                ends.append(_last_line(fd, os.fstat(fd).st_size, path)[0])
-            finally:
-                os.close(fd)
-        return max((end for end in ends if end is not None), default=None)
+        return max((end for end in map(_end_of, _moved_away(self.path)) if end is not None), default=None)
+
+
+_PACKED = (".gz", ".xz", ".zst", ".bz2")
+
+
+def _moved_away(path: Path, *, packed: bool = False) -> list[Path]:
+    """The files beside the log that bear its name and more: what a rotation made of it, or has packed."""
+    found = path.parent.glob(glob.escape(path.name) + "[.-]*")
+    return [one for one in found if one.suffix != ".lock" and (one.suffix in _PACKED) == packed]
+
+
+def _end_of(path: Path) -> "tuple[int, str] | None":
+    """Number and hash of the last line of a file that was moved away; None where it is empty, or gone."""
+    try:
+        fd = private_file.open_checked(path, os.O_RDONLY)
+    except NotFoundError:
+        return None
+    try:
+        return _last_line(fd, os.fstat(fd).st_size, path)[0]
+    finally:
+        os.close(fd)
+
+
+def older(path: Path) -> tuple[list[Path], list[Path]]:
+    """The files that the log was before, the last first, and those of them that are packed, by name."""
+    ends = {one: end for one in _moved_away(path) if (end := _end_of(one)) is not None}
+    return sorted(ends, key=lambda one: ends[one], reverse=True), sorted(_moved_away(path, packed=True))
 
 
 def chain_hash(key: bytes, prev: str, body: bytes) -> str:
@@ -234,7 +249,11 @@ def _stamp(when: datetime) -> str:
 
 def read_key(path: Path) -> bytes:
     """The chain's key: 64 hex digits in a 0600 file."""
-    data = private_file.read(path, limit=4096).data.strip()
+    try:
+        data = private_file.read(path, limit=4096).data.strip()
+    except NotFoundError as problem:
+        hint = "restore it from the backup; for a new installation, `mcpctl init` makes it"
+        raise ConfigError(problem.message, hint) from None
     try:
         key = bytes.fromhex(data.decode("ascii"))
     except ValueError:

@@ -86,7 +86,7 @@ class Calls:
         facts = _Facts(name[:60])
         base = {"request_id": request.id, "token": principal.token, "user": principal.user, "tenant": principal.tenant,
                 "client_ip": request.client_ip, "transport": request.transport, "tool": facts.tool}  # fmt: skip
-        self._recorder.before_call(**base)
+        self._recorder.before_call()
         event, outcome, reason = "tool.called", "ok", None
         if entry is not None:
             self._running.add(entry)

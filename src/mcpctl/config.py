@@ -206,6 +206,17 @@ def _place(settings: Settings, source: Path | None) -> Settings:
     return done
 
 
+def where(settings: Settings, dotted: str) -> str:
+    """Where that key, or what is nearest to it, stands: `file:line`, or the variable of the environment."""
+    faults: list[str] = []
+    tree = Branch({}, "the environment")
+    if settings.source is not None:
+        data = private_file.read(settings.source, mode=0o640, trusted_owner=0, limit=4 << 20).data
+        tree = plain_yaml.parse(data, settings.source, faults)
+    _add_environment(tree, os.environ, faults)
+    return _where(tree, dotted)
+
+
 def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None:
     """What one key cannot say alone."""
 

@@ -281,7 +281,8 @@ class Log:
 
 @dataclass(frozen=True)
 class Settings:
-    """The whole configuration, checked. `source` is the file it came from (None: environment alone)."""
+    """The whole configuration, checked. `source` is the file it came from (None: environment alone), `by_root` whether
+    the command that reads it was begun as root."""
 
     server: Server = section(Server, "where and how it listens")
     auth: Auth = section(Auth, "who may ask")
@@ -292,3 +293,4 @@ class Settings:
     audit: Audit = section(Audit, "the log of who did what")
     log: Log = section(Log, "the server's own messages")
     source: Path | None = None
+    by_root: bool = False

@@ -187,7 +187,7 @@ def _open(path: Path, flags: int, mode: int = 0o600, trusted_owner: int | None =
         fd = os.open(real, flags | _NOFOLLOW | _CLOEXEC | _NOWAIT, mode)
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(
-            f"there is no file {shown}".rstrip(","), "mcpctl init makes the files", exit_code=3, status=503
+            f"there is no file {shown}".rstrip(","), "is it the right name?", exit_code=3, status=503
         ) from None
     except OSError as problem:
         if problem.errno in (errno.ENXIO, errno.EISDIR):

@@ -53,16 +53,16 @@ class Recorder:
         """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
         self.note(event, **fields)
         if self._failing and self._refuse:
-            raise UnavailableError(
-                "the audit log cannot be written, and no call is answered without it",
-                "tell the administrator; calls are answered again as soon as it can be",
-            )
+            raise _no_log()
 
-    def before_call(self, **fields: Any) -> None:
-        """While the log cannot be written nothing is run, either: the attempt itself is what is written first."""
+    def before_call(self) -> None:
+        """While the log cannot be written nothing is run, either. Raises UnavailableError as `call` does."""
         if self._failing and self._refuse:
-            self.call("tool.refused", reason="the audit log could not be written just before", **fields)
-            raise UnavailableError("the audit log could not be written just now", "ask again")
+            try:
+                self._audit.check()
+            except UnavailableError:
+                raise _no_log() from None
+            self._failing = False
 
     def statement(self, text: str, *, described: bool) -> dict[str, str]:
         """How a statement is kept. What PostgreSQL described no columns of may hold a password: never its text."""
@@ -112,6 +112,13 @@ class Recorder:
                 reason = f"{self._uncounted} more within a minute, from other addresses than those that are listed"
                 self.note("auth.refused", reason=reason)
             self._minute, self._left, self._uncounted = now, ALTOGETHER, 0
+
+
+def _no_log() -> UnavailableError:
+    return UnavailableError(
+        "the audit log cannot be written, and no call is answered without it",
+        "tell the administrator; calls are answered again as soon as it can be",
+    )
 
 
 def _source(address: str | None) -> str | None:

@@ -10,7 +10,9 @@ from mcpctl.cli import output
 from mcpctl.cli.common import ConfigOption, JsonOption, settings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from datetime import datetime
+    from pathlib import Path
 
 app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
 _WIDTHS = (24, 12, 8, 5, 8, 7, 4, 6, 20)
@@ -66,7 +68,7 @@ def tail(
     if lines is None and since is None:
         lines = 10
     most = None if lines is None else min(lines, sys.maxsize)
-    known = list(islice(filter(wanted, audit.read_back(found.audit.file)), most))[::-1]
+    known = list(islice(filter(wanted, _all_lines(found.audit.file, begin)), most))[::-1]
     _show(known, json)
     if newer is None:
         return
@@ -74,6 +76,21 @@ def tail(
     for line in newer:
         if wanted(line) and (_number(line) > last or not _number(line)):
             _show([line], json, with_head=False)
+
+
+def _all_lines(path: "Path", begin: "datetime | None") -> "Iterator[dict[str, Any]]":
+    """The log's lines from the last to the first, through the files that were moved away, as far back as is asked."""
+    from mcpctl import audit
+
+    yield from audit.read_back(path)
+    files, packed = audit.older(path)
+    for one in files:
+        for number, line in enumerate(audit.read_back(one)):
+            if number == 0 and begin is not None and not _after(line.get("time"), begin):
+                return
+            yield line
+    if packed:
+        output.warn(f"older lines are packed and not shown: {', '.join(one.name for one in packed)}")
 
 
 def _number(line: dict[str, Any]) -> int:

@@ -46,8 +46,13 @@ def invocation(config: Path | None) -> Invocation:
     return Invocation(config, f"{who} (SUDO_USER={sudo[:64]})" if sudo else who)
 
 
-def settings(context: typer.Context, config: Path | None) -> "Settings":
-    """The configuration, with root's rights given up in favour of the owner of the files."""
+def settings(context: typer.Context, config: Path | None, *, needs_log: bool = True) -> "Settings":
+    """The configuration, with root's rights given up in favour of the owner of the files.
+
+    `needs_log`: what only takes a right away, or only looks, goes on where the audit log is not as it must be.
+    """
+    from dataclasses import replace
+
     from mcpctl import config as configuration
     from mcpctl import private_file
 
@@ -56,9 +61,11 @@ def settings(context: typer.Context, config: Path | None) -> "Settings":
         _import_as_root()
     found = configuration.load(config or context.find_root().obj.config)
     if begun_as_root:
-        lock = found.audit.file.with_name(found.audit.file.name + ".lock")
-        for path in (found.auth.token_file, found.auth.user_file, found.audit.file, found.audit.key_file, lock):
+        found = replace(found, by_root=True)
+        for path in (found.auth.token_file, found.auth.user_file):
             private_file.refuse_link(path)
+        if needs_log:
+            _refuse_links_of_log(found)
     private_file.become_owner(found.auth.token_file)
     return found
 
@@ -81,6 +88,20 @@ def _is_root() -> bool:
     return hasattr(os, "geteuid") and os.geteuid() == 0
 
 
+def _refuse_links_of_log(found: "Settings") -> None:
+    from mcpctl import private_file
+
+    lock = found.audit.file.with_name(found.audit.file.name + ".lock")
+    for path in (found.audit.file, found.audit.key_file, lock):
+        private_file.refuse_link(path)
+
+
+def check_log(found: "Settings") -> None:
+    """Raises where nothing could be written into the audit log now."""
+    with _audit_log(found) as log:
+        log.check()
+
+
 def ready_to_note(found: "Settings") -> None:
     """Refuses what gives a right while it could not be written into the audit log, unless the config only warns."""
     from mcpctl.errors import ConfigError, Error
@@ -88,8 +109,7 @@ def ready_to_note(found: "Settings") -> None:
     if found.audit.on_failure != "refuse":
         return
     try:
-        with _audit_log(found) as log:
-            log.check()
+        check_log(found)
     except Error as problem:
         raise ConfigError(f"nothing was done: {problem.message}", problem.hint) from None
 
@@ -119,6 +139,8 @@ def _audit_log(found: "Settings") -> "Iterator[AuditLog]":
     from mcpctl import audit
     from mcpctl.identity.tokens import utcnow
 
+    if found.by_root:
+        _refuse_links_of_log(found)
     log = audit.AuditLog(found.audit.file, audit.read_key(found.audit.key_file), utcnow)
     try:
         yield log

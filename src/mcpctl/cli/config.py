@@ -1,9 +1,14 @@
 """mcpctl config: is the configuration in order?"""
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from mcpctl.cli import common, output
 from mcpctl.cli.common import ConfigOption, JsonOption, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 app = typer.Typer(help="Check the configuration.", no_args_is_help=True)
 
@@ -16,34 +21,39 @@ def group() -> None:
 @app.command("check")
 def check(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> None:
     """Read everything that the server would, without listening or connecting; every fault is named. Exits 3 on one."""
+    from mcpctl.config import where
     from mcpctl.errors import ConfigError, Error
     from mcpctl.identity import tokens, users
-    from mcpctl.postgres.login import logins
+    from mcpctl.postgres.login import Login
 
     found = settings(context, config)
-    faults: list[Error] = []
+    faults: list[str] = []
 
-    def tried(work: object) -> None:
+    def tried(work: "Callable[[], object]", key: str | None = None) -> None:
         try:
-            if callable(work):
-                work()
+            work()
         except Error as problem:
-            faults.append(problem)
+            place = f"{where(found, key)}: {'' if problem.message.startswith(key) else f'{key}: '}" if key else ""
+            faults.append(f"{place}{problem.message}{f' ({problem.hint})' if problem.hint else ''}")
 
     tried(lambda: tokens.token_file(found.auth.token_file).current())
     tried(lambda: users.user_file(found.auth.user_file).current())
-    tried(lambda: common.ready_to_note(found))
-    tried(lambda: logins(found.databases))
+    tried(lambda: common.check_log(found), "audit")
+    for name, database in found.databases.items():
+        key = f"databases.{name}"
+        password = ".password_file" if database.password_file is not None and database.dsn is None else ".dsn"
+        tried(Login(name, database).dsn, key + password)
     if found.server.tls.cert is not None:
-        from mcpctl.server.run import tls_context
+        from mcpctl.server import tls
 
-        tried(lambda: tls_context(found))
+        tried(lambda: tls.context(found), "server.tls")
     if not found.databases:
-        faults.append(ConfigError("the config names no database", "add one below `databases:`"))
+        faults.append("the config names no database (add one below `databases:`)")
     if faults:
-        first, *rest = faults
-        more = "".join(f"\n  {problem.message}{f' ({problem.hint})' if problem.hint else ''}" for problem in rest)
-        raise ConfigError(first.message + more, first.hint)
+        raise ConfigError(
+            "\n  ".join(["the installation is not in order:", *faults]),
+            "mend each, and check again",
+        )
     if json:
         output.put_json({"ok": True, "config": found.source and str(found.source), "databases": list(found.databases)})
     else:

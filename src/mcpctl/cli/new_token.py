@@ -30,8 +30,10 @@ def handing_over(out: Path | None) -> "Iterator[Callable[[Token, str, bool, date
     import os
 
     from mcpctl import private_file
-    from mcpctl.errors import ConfigError, Error
+    from mcpctl.errors import ConfigError, Error, UsageError
 
+    if out is not None and str(out) == "-":
+        raise UsageError("--out takes a file, not -", "without --out the token goes to stdout")
     if out is not None:
         try:
             private_file.create(out, b"\n" * 80)  # its whole room, so that a full disk is known now

@@ -108,7 +108,7 @@ def list_(
     from mcpctl.errors import UsageError
     from mcpctl.identity import tokens
 
-    found = settings(context, config)
+    found = settings(context, config, needs_log=False)
     now = tokens.utcnow()
     entries = list(tokens.token_file(found.auth.token_file).current().values())
     if expiring is not None:
@@ -145,7 +145,7 @@ def show(context: typer.Context, id: TokenId, json: JsonOption = False, config: 
     """Show one token's record."""
     from mcpctl.identity import tokens
 
-    found = settings(context, config)
+    found = settings(context, config, needs_log=False)
     now = tokens.utcnow()
     entry = tokens.show(tokens.token_file(found.auth.token_file), id)
     shown = {
@@ -247,7 +247,7 @@ def revoke(
 
     if bool(ids) == all_:
         raise UsageError("name the tokens to revoke, or say --all", "`mcpctl token list` shows the ids")
-    found = settings(context, config)
+    found = settings(context, config, needs_log=False)
     done = tokens.revoke(tokens.token_file(found.auth.token_file), None if all_ else ids, tokens.utcnow())
     fresh = [entry for entry, alive in done if alive]
     why = by_whom(context, reason)
@@ -281,7 +281,7 @@ def remove(
     from mcpctl.errors import Error, UsageError
     from mcpctl.identity import tokens
 
-    found = settings(context, config)
+    found = settings(context, config, needs_log=False)
     file = tokens.token_file(found.auth.token_file)
     entry = tokens.show(file, id)
     if not yes:
@@ -304,7 +304,7 @@ def prune(context: typer.Context, json: JsonOption = False, config: ConfigOption
     """Take the records of expired and revoked tokens out of the file."""
     from mcpctl.identity import tokens
 
-    found = settings(context, config)
+    found = settings(context, config, needs_log=False)
     gone = tokens.prune(tokens.token_file(found.auth.token_file), tokens.utcnow())
     why = by_whom(context, "pruned")
     note_all(found, [("token.removed", {"token": entry.id, "user": entry.user, "reason": why}) for entry in gone])
@@ -332,7 +332,7 @@ def verify(
     from mcpctl.identity import tokens
 
     text = private_file.read(file, limit=4096).data.decode("utf-8", "replace").strip() if file else _from_stdin()
-    found = settings(context, config)
+    found = settings(context, config, needs_log=False)
     now = tokens.utcnow()
     name = tokens.token_id(text)
     entry = tokens.token_file(found.auth.token_file).current().get(name) if name else None

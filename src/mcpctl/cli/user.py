@@ -37,7 +37,7 @@ def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption
     """List all users, with how many living tokens each has."""
     from mcpctl.identity import tokens, users
 
-    found = settings(context, config)
+    found = settings(context, config, needs_log=False)
     now = tokens.utcnow()
     living: dict[str | None, int] = {}
     for token in tokens.token_file(found.auth.token_file).current().values():

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from mcpctl import plain_yaml, private_file
-from mcpctl.errors import ConfigError, Error
+from mcpctl.errors import ConfigError, Error, NotFoundError
 from mcpctl.plain_yaml import Branch
 from mcpctl.private_file import Fingerprint
 
@@ -74,7 +74,8 @@ class EntryFile(Generic[E]):
             try:
                 content = private_file.read(self.path)
             except Error as problem:
-                raise ConfigError(problem.message, problem.hint) from None
+                hint = "mcpctl init makes the files" if isinstance(problem, NotFoundError) else problem.hint
+                raise ConfigError(problem.message, hint) from None
             self._fingerprint = content.fingerprint
             try:
                 self._entries = self._same_where_equal(self._parse(content.data))

@@ -138,6 +138,8 @@ def _date(text: str) -> datetime:
         when = datetime.fromisoformat(text)
         if when.tzinfo is not None:
             return when.astimezone(UTC)
+        if "T" not in text and " " not in text:
+            raise ValueError  # a date in another form than ours
     except (ValueError, OverflowError):
         raise UsageError(
             f"--expiry {text!r} is no lifetime", "say 12h, 30d, 2w, 1y, a date such as 2027-01-31, or never"

@@ -7,6 +7,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
@@ -14,7 +15,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from mcpctl import private_file
 from mcpctl.config_keys import Database
-from mcpctl.errors import ConfigError
+from mcpctl.errors import ConfigError, NotFoundError
 
 _KEYWORDS = frozenset({
     "host", "hostaddr", "port", "dbname", "user", "password", "sslmode", "sslrootcert", "sslcert", "sslkey",
@@ -55,7 +56,7 @@ class Login:
         """The libpq connection string. Raises ConfigError for a keyword or a password file that is not right."""
         values = self._keywords()
         if self.settings.password_file is not None:
-            password = private_file.read(self.settings.password_file, limit=4096).data
+            password = self._password(self.settings.password_file)
             values["password"] = password.decode("utf-8", "replace").rstrip("\r\n")
         values.setdefault("connect_timeout", CONNECT_TIMEOUT)
         named = values.get("host") or values.get("hostaddr") or os.environ.get("PGHOST") or os.environ.get("PGHOSTADDR")
@@ -63,6 +64,12 @@ class Login:
             values["sslmode"] = "verify-full"
             values.setdefault("sslrootcert", "system")
         return make_conninfo("", **values)
+
+    def _password(self, path: Path) -> bytes:
+        try:
+            return private_file.read(path, limit=4096).data
+        except NotFoundError as problem:
+            raise ConfigError(problem.message, "write the password into it, and nothing else; 0600") from None
 
     def _keywords(self) -> dict[str, Any]:
         config = self.settings
@@ -87,7 +94,12 @@ class Login:
                 "such as postgresql://reader@db.example.org/sales, or: host=db.example.org dbname=sales user=reader",
             ) from None
         if unknown := sorted(values.keys() - _KEYWORDS):
-            raise ConfigError(f"databases.{self.name}.dsn: the keyword {unknown[0]} is not taken", "leave it out")
+            raise ConfigError(
+                f"databases.{self.name}.dsn: not taken: {', '.join(unknown)}", "leave out each of these keywords"
+            )
+        for port in str(values.get("port", "")).split(","):
+            if port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+                raise ConfigError(f"databases.{self.name}.dsn: {port[:20]} is no port", "1 to 65535; 5432 by default")
         return dict(values)
 
 

@@ -7,13 +7,10 @@ import os
 import select
 import signal
 import socket
-import ssl
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -28,7 +25,7 @@ from mcpctl.calls import Request
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, Error
 from mcpctl.identity.principal import Principal
-from mcpctl.server import credentials, http, protocol
+from mcpctl.server import credentials, http, protocol, tls
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.http import Caller, Http, Parts
 from mcpctl.server.parts import Core, running
@@ -77,7 +74,7 @@ def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
     listening.check()
     settings = listening.settings
     if listening.tls:
-        tls_context(settings)
+        tls.context(settings)
     bound = _bind(settings.server.host, settings.server.port)
     port = bound.getsockname()[1]
     settings = replace(settings, server=replace(settings.server, port=port))
@@ -123,39 +120,6 @@ def _bind(host: str, port: int) -> socket.socket:
         raise Error(f"cannot listen on {host} port {port}: {problem.strerror}", "is another server there?") from None
     made.set_inheritable(True)
     return made
-
-
-def tls_context(settings: Settings) -> ssl.SSLContext:
-    """TLS 1.2 at least, with the certificate, its chain and key. Raises ConfigError where they don't fit together."""
-    tls = settings.server.tls
-    if os.name == "posix" and tls.key is not None and tls.key.exists() and tls.key.stat().st_mode & 0o007:
-        raise ConfigError(f"the private key {tls.key} can be read by anybody", f"chmod o= {tls.key}")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if tls.cert is None or tls.key is None:
-        raise ConfigError("TLS needs a certificate and its key", "give --tls-cert and --tls-key")
-    try:
-        with _with_chain(tls.cert, tls.chain) as cert:
-            context.load_cert_chain(cert, tls.key, password=lambda: "")
-    except (OSError, ssl.SSLError) as problem:
-        reason = getattr(problem, "reason", None) or problem.strerror or str(problem)
-        raise ConfigError(
-            f"the certificate {tls.cert} and key {tls.key} cannot be used: {reason}",
-            "both in PEM, the key without a passphrase and belonging to the certificate",
-        ) from None
-    return context
-
-
-@contextlib.contextmanager
-def _with_chain(cert: Path, chain: Path | None) -> Any:
-    """The certificate's file, or one that has its chain behind it, as OpenSSL wants them."""
-    if chain is None:
-        yield cert
-        return
-    with tempfile.NamedTemporaryFile(suffix=".pem") as both:
-        both.write(cert.read_bytes().rstrip() + b"\n" + chain.read_bytes())
-        both.flush()
-        yield Path(both.name)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -209,7 +173,7 @@ async def _worker(
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=_DRAIN,
-            ssl_context_factory=(lambda config, default: tls_context(settings)) if listening.tls else None,
+            ssl_context_factory=(lambda config, default: tls.context(settings)) if listening.tls else None,
         )
         server = _Uvicorn(config, started)
         if lifeline is not None:

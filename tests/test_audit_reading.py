@@ -1,0 +1,78 @@
+"""The audit log read from its end, through the files that a rotation has moved away."""
+
+from __future__ import annotations
+
+import gzip
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from chain import KEY
+from command_line import Home
+from mcpctl import audit
+from mcpctl.audit import AuditLog
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "audit.jsonl"
+
+
+@pytest.fixture
+def log(path: Path) -> AuditLog:
+    return AuditLog(path, KEY, lambda: datetime.now(UTC))
+
+
+def write(log: AuditLog, count: int) -> None:
+    for _ in range(count):
+        log.append("tool.called", user="alice")
+
+
+def test_a_line_that_cannot_be_read_is_told_as_such(log: AuditLog, path: Path) -> None:
+    write(log, 1)
+    with path.open("ab") as file:
+        file.write(b"\xff\x1b[31m\n[1]\n\n{}")
+    assert [line.get("event") for line in audit.read_back(path)] == [None, *["unreadable"] * 3, "tool.called"]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 300, 4096, 1 << 20])
+def test_a_log_is_read_from_its_end(log: AuditLog, path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    path.touch(0o600)
+    assert list(audit.read_back(path)) == []
+    write(log, 5)
+    monkeypatch.setattr(audit, "_CHUNK", chunk)
+    assert [line["seq"] for line in audit.read_back(path)] == [5, 4, 3, 2, 1]
+
+
+def test_the_files_before_are_known_by_where_they_end(log: AuditLog, path: Path) -> None:
+    for name in ("audit.jsonl.9", "audit.jsonl-20261119", "audit.jsonl.1"):
+        write(log, 2)
+        path.rename(path.with_name(name))
+    path.with_name("audit.jsonl.2.gz").write_bytes(gzip.compress(b"older"))
+    path.with_name("audit.jsonl.empty").touch(0o600)
+    write(log, 1)
+    files, packed = audit.older(path)
+    assert [file.name for file in files] == ["audit.jsonl.1", "audit.jsonl-20261119", "audit.jsonl.9"]
+    assert [file.name for file in packed] == ["audit.jsonl.2.gz"]
+
+
+def test_audit_tail_goes_on_in_the_files_that_were_moved_away(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    log = home.folder / "audit.jsonl"
+    for name in ("alice", "bob", "carol"):
+        home("user", "add", name)
+        if name != "carol":
+            log.rename(log.with_name(f"audit.jsonl.{name}"))
+
+    def users(*arguments: str) -> list[str]:
+        rows = home("audit", "tail", *arguments).good.splitlines()
+        return [row.split("\t")[3] for row in rows]
+
+    assert users() == ["alice", "bob", "carol"]
+    assert users("-n", "2") == ["bob", "carol"]
+    assert users("--user", "alice") == ["alice"]
+    assert users("--since", "1h") == ["alice", "bob", "carol"]
+    log.with_name("audit.jsonl.2.gz").write_bytes(b"packed")
+    assert "packed and not shown: audit.jsonl.2.gz" in home("audit", "tail").err
+    assert home("audit", "tail", "-n", "3").err == ""

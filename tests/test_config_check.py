@@ -1,0 +1,85 @@
+"""mcpctl config check: what lies beyond the keys, each fault with its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trustme
+
+from command_line import Home, run
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+def faults(home: Home) -> list[str]:
+    done = home("config", "check")
+    assert (done.code, done.out) == (3, "")
+    return [line.strip() for line in done.error.splitlines() if line.startswith("  ")]
+
+
+def test_every_fault_of_what_the_config_names_is_told_at_once_with_its_line(home: Home) -> None:
+    home.config.write_text(
+        "server: {tls: {cert: none.pem, key: key.pem}}\n"
+        "databases:\n"
+        "  a: {host: x, user: u, password_file: one}\n"
+        "  b: {host: x, user: u, password_file: two}\n"
+        "  c: {dsn: host=x passfile=/x service=y}\n"
+        "  d: {dsn: host=x port=99999 user=u}\n"
+    )
+    for name in ("tokens.yaml", "users.yaml", "audit.key"):
+        (home.folder / name).write_text("junk")
+    found = faults(home)
+    folder, config = home.folder, home.config
+    assert [line.split(" (")[0] for line in found] == [
+        f"{folder}/tokens.yaml is not in order:",
+        f"{folder}/tokens.yaml:1: expected keys and values",
+        f"{folder}/users.yaml is not in order:",
+        f"{folder}/users.yaml:1: expected keys and values",
+        f"{config}:1: audit: {folder}/audit.key does not hold 64 hex digits",
+        f"{config}:3: databases.a.password_file: there is no file {folder}/one",
+        f"{config}:4: databases.b.password_file: there is no file {folder}/two",
+        f"{config}:5: databases.c.dsn: not taken: passfile, service",
+        f"{config}:6: databases.d.dsn: 99999 is no port",
+        f"{config}:1: server.tls: the certificate {folder}/none.pem cannot be used: No such file or directory",
+    ]
+
+
+def test_a_fault_of_a_variable_names_the_variable(tmp_path: Path) -> None:
+    done = run("config", "check", env={"MCPCTL_DATABASE_URL": "postgresql://h:99999/db", "HOME": str(tmp_path)})
+    assert done.code == 3
+    assert "environment MCPCTL_DATABASE_URL: databases.default.dsn: 99999 is no port" in done.error
+
+
+def test_a_chain_has_to_go_on_from_the_certificate(home: Home) -> None:
+    root = trustme.CA()
+    middle = root.create_child_ca()
+    issued = middle.issue_cert("localhost")
+    folder = home.folder
+    issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    issued.private_key_pem.write_to_path(folder / "key.pem")
+    (folder / "key.pem").chmod(0o600)
+    middle.cert_pem.write_to_path(folder / "chain.pem")
+    trustme.CA().cert_pem.write_to_path(folder / "other.pem")
+    (folder / "empty.pem").touch()
+    text = home.config.read_text()
+
+    def check_with(chain: str) -> tuple[int, str]:
+        home.config.write_text(f"{text}server: {{tls: {{cert: cert.pem, key: key.pem, chain: {chain}}}}}\n")
+        done = home("config", "check")
+        return done.code, done.out + done.err
+
+    assert check_with("chain.pem")[0] == 0
+    for chain, why in (
+        ("other.pem", "does not hold"),
+        ("empty.pem", "there is no certificate in PEM in it"),
+        ("key.pem", "there is no certificate in PEM in it"),
+        ("none.pem", "No such file or directory"),
+    ):
+        code, said = check_with(chain)
+        assert code == 3
+        assert f"the chain {folder}/{chain}" in said
+        assert why in said
