@@ -36,14 +36,18 @@ class Terminator:
 
     async def ready(self) -> None:
         """See that it is there. Raises UnavailableError where PostgreSQL gives no connection."""
-        if self._alive():
-            return
-        if self._opening is None:  # whoever asks meanwhile shares this attempt, and its result
-            self._opening = asyncio.create_task(self._open())
-            self._opening.add_done_callback(self._opened)
-        problem = await asyncio.shield(self._opening)
+        problem = await self._attempt()
         if problem is not None:
             raise unreachable(self.login, problem)
+
+    async def _attempt(self) -> Exception | None:
+        """See that it is there; what went wrong. Whoever asks meanwhile shares the attempt, and its result."""
+        if self._alive():
+            return None
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._open())
+            self._opening.add_done_callback(self._opened)
+        return await asyncio.shield(self._opening)
 
     @property
     def open(self) -> bool:
@@ -75,14 +79,15 @@ class Terminator:
 
     async def terminate(self, backends: Sequence[Backend]) -> bool | None:
         """Tell these to end; True when none is there any more, None when there is no connection to tell them by."""
+        problem: Exception | None
         try:
             async with asyncio.timeout(_PATIENCE):
-                await self.ready()
-        except (Error, TimeoutError) as problem:
-            log.debug("no connection to terminate with: %s", problem)
-            return None
+                problem = await self._attempt()
+        except TimeoutError as late:
+            problem = late
         conn = self._conn
-        if conn is None:
+        if problem is not None or conn is None:
+            log.debug("no connection to terminate with: %s", problem)
             return None
         asking = asyncio.create_task(_ask(conn, backends))
         self._asking.add(asking)
