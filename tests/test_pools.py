@@ -77,7 +77,7 @@ def test_a_pool_forgets_those_who_stopped_waiting(monkeypatch: pytest.MonkeyPatc
 
     async def run() -> None:
         terminator = Terminator(Login("down", Database(host=str(tmp_path), pool=Pool(wait=1.0))))
-        pool = token_pool.TokenPool(terminator, LOCAL, 1.0, Verdicts(), room)
+        pool = token_pool.TokenPool(terminator, LOCAL, 1.0, Verdicts(), room, lambda: None)
         await pool.open()
         for _ in range(30):
             with pytest.raises(UnavailableError, match="cannot be reached"):

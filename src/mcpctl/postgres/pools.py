@@ -64,9 +64,9 @@ class Pools:
         """Connections open or being opened, those included that are kept to end others with."""
         return self._counted(None)
 
-    def _counted(self, asking: TokenPool | None) -> int:
-        """Connections, and with one more of that pool's."""
-        found = sum(pool.count for pool in self._pools.values()) + (asking is not None)
+    def _counted(self, asking: TokenPool | None, more: int = 0) -> int:
+        """Connections, as they would be with `more` of that pool's and the one that is kept for its login."""
+        found = sum(pool.count for pool in self._pools.values()) + more
         kept = {pool.terminator for pool in self._pools.values() if pool.count or pool is asking}
         kept.update(shared.terminator for shared in self._shared.values() if shared.terminator.open)
         return found + len(kept)
@@ -104,6 +104,7 @@ class Pools:
                 self._statement_timeout,
                 shared.verdicts,
                 lambda asking: self._make_room(asking),
+                self._freed.set,
             )
             self._pools[key] = pool
             await pool.open()
@@ -130,28 +131,44 @@ class Pools:
         self._told(event, token=owner.token, user=owner.user, database=pool.login.name, reason=reason)
 
     async def _make_room(self, asking: TokenPool) -> None:
-        """Let `asking` connect once more, within the budget: the longest-idle pool gives way, or a call that ends.
+        """Let `asking` connect once more, within the budget. Raises UnavailableError when nothing came free in the time
+        that a call waits, or nobody waits any more.
 
-        Who asks first is served first. Raises UnavailableError when nothing came free in the time that a call waits.
+        The connection that is kept for its login comes first: only that attempt counts while a host does not answer, so
+        that it cannot take the budget from the other databases.
         """
-        full = UnavailableError(
+        try:
+            async with asyncio.timeout(asking.login.settings.pool.wait):
+                if not asking.terminator.open:
+                    async with self._room:
+                        await self._room_for(asking, 0)
+                        asking.terminator.begin()
+                await asking.terminator.ready()
+                async with self._room:
+                    await self._room_for(asking, 1)
+                    asking.connecting += 1
+        except TimeoutError:
+            raise self._full() from None
+
+    def _full(self) -> UnavailableError:
+        return UnavailableError(
             f"all {self._budget} database connections of this server are in use", "ask again in a moment"
         )
-        try:
-            async with asyncio.timeout(asking.login.settings.pool.wait), self._room:
-                while self._counted(asking) > self._budget:
-                    idle = [pool for pool in self._pools.values() if pool is not asking and pool.idle]
-                    if idle:
-                        await self._close(min(idle, key=lambda pool: pool.last_used), "the budget is full")
-                        await self._let_go()
-                    elif not await self._let_go():
-                        self._freed.clear()
-                        await self._freed.wait()
-                if asking.closed:
-                    raise full
-                asking.connecting += 1
-        except TimeoutError:
-            raise full from None
+
+    async def _room_for(self, asking: TokenPool, more: int) -> None:
+        """Wait until there is room: the longest-idle pool gives way, or a call that ends. Who asks first is first."""
+        while self._counted(asking, more) > self._budget:
+            if not asking.wanted:
+                raise self._full()
+            idle = [pool for pool in self._pools.values() if pool is not asking and pool.idle]
+            if idle:
+                await self._close(min(idle, key=lambda pool: pool.last_used), "the budget is full")
+                await self._let_go()
+            elif not await self._let_go():
+                self._freed.clear()
+                await self._freed.wait()
+        if asking.closed or not asking.wanted:
+            raise self._full()
 
     async def _close(self, pool: TokenPool, reason: str) -> None:
         for key, found in list(self._pools.items()):

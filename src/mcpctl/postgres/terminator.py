@@ -42,12 +42,14 @@ class Terminator:
 
     async def _attempt(self) -> Exception | None:
         """See that it is there; what went wrong. Whoever asks meanwhile shares the attempt, and its result."""
-        if self._alive():
-            return None
-        if self._opening is None:
+        self.begin()
+        return None if self._opening is None else await asyncio.shield(self._opening)
+
+    def begin(self) -> None:
+        """Begin to make it, where it is not there."""
+        if self._opening is None and not self._alive():
             self._opening = asyncio.create_task(self._open())
             self._opening.add_done_callback(self._opened)
-        return await asyncio.shield(self._opening)
 
     @property
     def open(self) -> bool:

@@ -76,10 +76,17 @@ class Session:
 
 
 class TokenPool:
-    """See the module. `make_room(pool)` is awaited before each new connection, and adds one to its `connecting`."""
+    """See the module. `make_room(pool)` is awaited before each new connection, and adds one to its `connecting`;
+    `freed()` is told when nobody waits any more."""
 
     def __init__(
-        self, terminator: Terminator, principal: Principal, timeout: float, verdicts: Verdicts, make_room: MakeRoom
+        self,
+        terminator: Terminator,
+        principal: Principal,
+        timeout: float,
+        verdicts: Verdicts,
+        make_room: MakeRoom,
+        freed: Callable[[], None],
     ) -> None:
         self.login = login = terminator.login
         settings = login.settings.pool
@@ -92,6 +99,7 @@ class TokenPool:
         self.last_used = monotonic()
         self._timeout = timeout
         self._make_room = make_room
+        self._freed = freed
         self.connecting = 0
         self._waiting: set[asyncio.Timeout] = set()
         self._error: Error | None = None
@@ -136,6 +144,11 @@ class TokenPool:
         return not self.out and not self._waiting and not self.connecting
 
     @property
+    def wanted(self) -> bool:
+        """Whether anybody waits for a connection of it."""
+        return bool(self._waiting)
+
+    @property
     def closed(self) -> bool:
         """Whether it has been closed."""
         return self._pool.closed
@@ -155,7 +168,6 @@ class TokenPool:
             self._refused(problem)
             raise
         try:
-            await self.terminator.ready()
             return self.login.dsn()
         except Error as problem:
             self._failed(problem)
@@ -242,6 +254,8 @@ class TokenPool:
                     return await self._pool.getconn(self._wait + 0.2)
                 finally:
                     self._waiting.discard(waiting)
+                    if not self._waiting:
+                        self._freed()
         except (TimeoutError, psycopg_pool.PoolTimeout):
             if self._error is not None:
                 raise self._error from None
