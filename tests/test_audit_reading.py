@@ -54,7 +54,7 @@ def test_the_files_before_are_known_by_where_they_end(log: AuditLog, path: Path)
     write(log, 1)
     files, packed = audit.older(path)
     assert [file.name for file in files] == ["audit.jsonl.1", "audit.jsonl-20261119", "audit.jsonl.9"]
-    assert [file.name for file in packed] == ["audit.jsonl.2.gz"]
+    assert [file.name for file in packed] == ["audit.jsonl.2.gz", "audit.jsonl.empty"]
 
 
 def test_audit_tail_goes_on_in_the_files_that_were_moved_away(tmp_path: Path) -> None:
@@ -74,5 +74,52 @@ def test_audit_tail_goes_on_in_the_files_that_were_moved_away(tmp_path: Path) ->
     assert users("--user", "alice") == ["alice"]
     assert users("--since", "1h") == ["alice", "bob", "carol"]
     log.with_name("audit.jsonl.2.gz").write_bytes(b"packed")
-    assert "packed and not shown: audit.jsonl.2.gz" in home("audit", "tail").err
+    assert "may be in what is not read here: audit.jsonl.2.gz" in home("audit", "tail").err
     assert home("audit", "tail", "-n", "3").err == ""
+
+
+def test_what_lies_beside_the_log_stops_neither_reading_nor_writing(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    log = home.folder / "audit.jsonl"
+    home("user", "add", "alice")
+    home("user", "add", "bob")
+    log.rename(log.with_name("audit.jsonl.1"))
+    log.with_name("audit.jsonl.1").chmod(0o644)  # a rotation may give it to a group that archives it
+    log.with_name("audit.jsonl.notes").write_text("lock the door\n")
+    log.with_name("audit.jsonl.folder").mkdir()
+    log.with_name("audit.jsonl.link").symlink_to("/etc/passwd")
+    done = home("audit", "tail")
+    assert [row.split("\t")[3] for row in done.good.splitlines()] == ["alice", "bob"]
+    assert "not read here: audit.jsonl.folder, audit.jsonl.link, audit.jsonl.notes" in done.err
+    home("user", "add", "carol")
+    assert [line["seq"] for line in audit.read_back(log)] == [3]
+
+
+def test_following_tells_what_was_moved_away_between_two_looks(log: AuditLog, path: Path) -> None:
+    write(log, 2)
+
+    def twice_moved(_: float) -> None:
+        if path.with_name("audit.jsonl.2").exists():
+            raise KeyboardInterrupt
+        write(log, 1)
+        path.rename(path.with_name("audit.jsonl.1"))
+        write(log, 2)
+        path.rename(path.with_name("audit.jsonl.2"))
+        write(log, 1)
+
+    told: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        for line in audit.follow(path, twice_moved):
+            told.append(line["seq"])
+    assert told == [3, 4, 5, 6]
+
+
+def test_following_begins_though_the_log_was_moved_away_just_now(log: AuditLog, path: Path) -> None:
+    write(log, 2)
+    path.rename(path.with_name("audit.jsonl.1"))
+
+    def once(_: float) -> None:
+        write(log, 1)
+
+    newer = audit.follow(path, once)
+    assert next(newer)["seq"] == 3

@@ -151,6 +151,7 @@ log: loud
         ("server: {trusted_proxies: [10.0.0.1/8]}", "an address or network such as"),
         ("server: {trusted_proxies: ['*']}", "an address or network such as"),
         ("server: {public_url: 'https://a@b'}", "server.public_url: takes a URL"),
+        ("limits: {statement_timeout: 25d}", "config.yaml:1: limits.statement_timeout: takes a duration of 24d"),
         ("server: {public_url: 'https://b/path'}", "server.public_url: takes a URL"),
         ("server: {public_url: ftp://b}", "server.public_url: takes a URL"),
         ("server: {sse: 'yes'}", "takes true or false"),

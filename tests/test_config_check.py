@@ -48,6 +48,14 @@ def test_every_fault_of_what_the_config_names_is_told_at_once_with_its_line(home
     ]
 
 
+def test_plain_http_for_strangers_is_a_fault(home: Home) -> None:
+    text = home.config.read_text()
+    home.config.write_text(f"{text}server: {{host: 0.0.0.0}}\n")
+    assert "plain HTTP on 0.0.0.0" in faults(home)[0]
+    home.config.write_text(f"{text}server: {{host: 0.0.0.0, trusted_proxies: [10.0.0.1]}}\n")
+    assert home("config", "check").good.startswith("ok")
+
+
 def test_a_fault_of_a_variable_names_the_variable(tmp_path: Path) -> None:
     done = run("config", "check", env={"MCPCTL_DATABASE_URL": "postgresql://h:99999/db", "HOME": str(tmp_path)})
     assert done.code == 3

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import select
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,6 +70,31 @@ def test_a_token_is_well_again_after_more_failures_than_calls_may_wait(make_site
                 assert "cannot be reached right now" in a.error("select 1")
             shop.cluster.start_server()
             eventually(lambda: not a.call("query_database", {"query": "select 1"}).json()["result"]["isError"], 3)
+
+
+def test_a_host_that_never_answers_takes_nothing_from_the_other_databases(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    with socket.socket() as hole:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen(64)
+        more = (
+            f"  hole: {{host: 127.0.0.1, port: {hole.getsockname()[1]}, dbname: shop, user: shop_reader,"
+            " password_file: shop.password, required: false}\nlimits: {connections: 4}\n"
+        )
+        at = make_site(newest_shop, database="    default: true\n", extra=more).start()
+        clients = [at.client(at.token()[1]) for _ in range(6)]
+        asked = {"query": "select 1", "database": "hole"}
+        running = [site.in_background(client.call, "query_database", asked) for client in clients]
+        eventually(lambda: select.select([hole], [], [], 0)[0])
+        with at.client(at.token("bob")[1]) as b:
+            for _ in range(3):
+                begun = time.monotonic()
+                assert b.rows("select 1") == [[1]]
+                assert time.monotonic() - begun < 2
+        assert all("cannot be reached" in one.result(20).text for one in running)
+        for client in clients:
+            client.http.close()
 
 
 def test_a_pool_forgets_those_who_stopped_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -272,6 +272,18 @@ def test_rows_before_one_that_is_too_large_are_kept(a: Client) -> None:
         assert answer["rows"] == [[g] for g in range(1, 20)]
 
 
+def test_groups_of_rows_before_one_that_is_never_read_are_kept(a: Client) -> None:
+    for size in (9_000_000, 30_000_000):
+        for number, kept in ((17, 16), (40, 32)):
+            query = f"select case when g = {number} then repeat('z', {size}) else 'a' end from generate_series(1, 99) g"
+            for _ in range(2):
+                answer = a.ask(query)
+                assert (answer["row_count"], answer["truncated"]) == (kept, True), (size, number)
+        first = f"select case when g = 5 then repeat('z', {size}) else 'a' end from generate_series(1, 99) g"
+        for _ in range(2):
+            assert "nothing of it was taken" in a.error(first)
+
+
 def test_a_statement_ends_at_its_time_and_the_connection_works_on(make_site: MakeSite, shop: Shop) -> None:
     with shop.admin() as admin:
         admin.execute(

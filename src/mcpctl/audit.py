@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import json
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -180,34 +181,41 @@ class AuditLog:
 
     def _before_rotation(self) -> "tuple[int, str] | None":
         """Where the files that were moved away end, so that a new one goes on from there."""
-        return max((end for end in map(_end_of, _moved_away(self.path)) if end is not None), default=None)
+        files, _ = older(self.path)
+        return _end_of(files[0]) if files else None
 
 
-_PACKED = (".gz", ".xz", ".zst", ".bz2")
-
-
-def _moved_away(path: Path, *, packed: bool = False) -> list[Path]:
-    """The files beside the log that bear its name and more: what a rotation made of it, or has packed."""
-    found = path.parent.glob(glob.escape(path.name) + "[.-]*")
-    return [one for one in found if one.suffix != ".lock" and (one.suffix in _PACKED) == packed]
+def _open_moved(path: Path) -> int | None:
+    """A file that was moved away, whatever group may read it by now; None where it cannot be the log of before."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        return None
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    return None
 
 
 def _end_of(path: Path) -> "tuple[int, str] | None":
-    """Number and hash of the last line of a file that was moved away; None where it is empty, or gone."""
-    try:
-        fd = private_file.open_checked(path, os.O_RDONLY)
-    except NotFoundError:
+    """Number and hash of the last line of a file that was moved away; None where there is none of ours."""
+    fd = _open_moved(path)
+    if fd is None:
         return None
     try:
         return _last_line(fd, os.fstat(fd).st_size, path)[0]
+    except ConfigError:
+        return None
     finally:
         os.close(fd)
 
 
 def older(path: Path) -> tuple[list[Path], list[Path]]:
-    """The files that the log was before, the last first, and those of them that are packed, by name."""
-    ends = {one: end for one in _moved_away(path) if (end := _end_of(one)) is not None}
-    return sorted(ends, key=lambda one: ends[one], reverse=True), sorted(_moved_away(path, packed=True))
+    """The files that the log was before, the last first; and by name those beside them that cannot be read as such:
+    packed ones, and others."""
+    beside = [one for one in path.parent.glob(glob.escape(path.name) + "[.-]*") if one.suffix != ".lock"]
+    ends = {one: end for one in beside if (end := _end_of(one)) is not None}
+    return sorted(ends, key=lambda one: ends[one], reverse=True), sorted(set(beside) - set(ends))
 
 
 def chain_hash(key: bytes, prev: str, body: bytes) -> str:
@@ -272,7 +280,16 @@ def new_key() -> bytes:
 
 def read_back(path: Path) -> Iterator[dict[str, Any]]:
     """The log's lines from the last to the first; one that cannot be read comes as {"event": "unreadable"}."""
-    fd = private_file.open_checked(path, os.O_RDONLY)
+    return _back(private_file.open_checked(path, os.O_RDONLY))
+
+
+def read_older(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file that `older` found, likewise."""
+    fd = _open_moved(path)
+    return iter(()) if fd is None else _back(fd)
+
+
+def _back(fd: int) -> Iterator[dict[str, Any]]:
     try:
         size = os.fstat(fd).st_size
         start, rest = size, b""
@@ -294,11 +311,22 @@ def follow(path: Path, pause: Callable[[float], None] = time.sleep) -> Iterator[
 
     From now on: from this call, not from the first look at what it returns.
     """
-    fd = private_file.open_checked(path, os.O_RDONLY)
-    return _follow(path, fd, os.fstat(fd).st_size, pause)
+    try:
+        fd = private_file.open_checked(path, os.O_RDONLY)
+    except NotFoundError:
+        files, _ = older(path)  # moved away just now
+        moved = _open_moved(files[0]) if files else None
+        if moved is None:
+            raise
+        fd = moved
+    size = os.fstat(fd).st_size
+    last = None
+    with contextlib.suppress(ConfigError):
+        last, _ = _last_line(fd, size, path)
+    return _follow(path, fd, size, last[0] if last else 0, pause)
 
 
-def _follow(path: Path, fd: int, done: int, pause: Callable[[float], None]) -> Iterator[dict[str, Any]]:
+def _follow(path: Path, fd: int, done: int, seq: int, pause: Callable[[float], None]) -> Iterator[dict[str, Any]]:
     try:
         while True:
             now = private_file.fingerprint(path)
@@ -308,7 +336,9 @@ def _follow(path: Path, fd: int, done: int, pause: Callable[[float], None]) -> I
             whole = _whole_lines(fd, done)  # read after the look at the name: nothing is written to it after its move
             if whole:
                 done += len(whole)
-                yield from map(_parse, whole[:-1].split(b"\n"))
+                lines = list(map(_parse, whole[:-1].split(b"\n")))
+                seq = max([seq, *(number(line) for line in lines)])
+                yield from lines
             elif now != private_file.ABSENT and now[0] != about.st_ino:
                 try:
                     new = private_file.open_checked(path, os.O_RDONLY)
@@ -316,10 +346,27 @@ def _follow(path: Path, fd: int, done: int, pause: Callable[[float], None]) -> I
                     continue
                 os.close(fd)
                 fd, done = new, 0
+                missed = list(_since(path, seq)) if seq else []  # in files that came and went between two looks
+                yield from reversed(missed)
             else:
                 pause(0.2)
     finally:
         os.close(fd)
+
+
+def _since(path: Path, seq: int) -> Iterator[dict[str, Any]]:
+    """The lines after that one in the files that were moved away, the last first."""
+    for one in older(path)[0]:
+        for line in read_older(one):
+            if number(line) <= seq:
+                return
+            yield line
+
+
+def number(line: dict[str, Any]) -> int:
+    """A line's `seq`; 0 where it has none."""
+    found = line.get("seq")
+    return found if isinstance(found, int) else 0
 
 
 def _whole_lines(fd: int, start: int) -> bytes:

@@ -46,6 +46,13 @@ def _optional_duration(value: Any) -> float | None:
     return None if value is None else _positive_duration(value)
 
 
+def _statement_timeout(value: Any) -> float:
+    found = _positive_duration(value)
+    if found * 1000 >= 2**31:
+        raise ValueError("a duration of 24d at most, which is PostgreSQL's own bound")
+    return found
+
+
 def _size(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
@@ -211,7 +218,9 @@ class DatabaseLimits:
         None, lambda v: None if v is None else _number(1, 1_000_000)(v), "instead of limits.max_rows"
     )
     max_bytes: int | None = setting(None, lambda v: None if v is None else _size(v), "instead of limits.max_bytes")
-    statement_timeout: float | None = setting(None, _optional_duration, "instead of limits.statement_timeout")
+    statement_timeout: float | None = setting(
+        None, lambda v: None if v is None else _statement_timeout(v), "instead of limits.statement_timeout"
+    )
 
 
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
@@ -251,7 +260,7 @@ class Limits:
 
     max_rows: int = setting(1000, _number(1, 1_000_000), "rows of one answer; more are cut off and it says so")
     max_bytes: int = setting(1 << 20, _size, "bytes of one answer's rows, as JSON")
-    statement_timeout: float = setting(30.0, _positive_duration, "a statement is cancelled after this")
+    statement_timeout: float = setting(30.0, _statement_timeout, "a statement is cancelled after this")
     request_bytes: int = setting(1 << 20, _size, "bytes of one request's body")
     connections: int = setting(
         20, _number(2, 10000), "connections to PostgreSQL of the whole server, all workers together"

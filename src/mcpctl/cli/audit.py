@@ -72,30 +72,33 @@ def tail(
     _show(known, json)
     if newer is None:
         return
-    last = max((_number(line) for line in known), default=0)
+    last = max((audit.number(line) for line in known), default=0)
     for line in newer:
-        if wanted(line) and (_number(line) > last or not _number(line)):
+        if wanted(line) and (audit.number(line) > last or not audit.number(line)):
             _show([line], json, with_head=False)
 
 
 def _all_lines(path: "Path", begin: "datetime | None") -> "Iterator[dict[str, Any]]":
     """The log's lines from the last to the first, through the files that were moved away, as far back as is asked."""
     from mcpctl import audit
+    from mcpctl.errors import NotFoundError
 
-    yield from audit.read_back(path)
-    files, packed = audit.older(path)
+    files: list[Path] | None = None
+    try:
+        yield from audit.read_back(path)
+    except NotFoundError:  # moved away, and nothing has been written since
+        files, others = audit.older(path)
+        if not files and not others:
+            raise
+    if files is None:
+        files, others = audit.older(path)
     for one in files:
-        for number, line in enumerate(audit.read_back(one)):
-            if number == 0 and begin is not None and not _after(line.get("time"), begin):
+        for index, line in enumerate(audit.read_older(one)):
+            if index == 0 and begin is not None and not _after(line.get("time"), begin):
                 return
             yield line
-    if packed:
-        output.warn(f"older lines are packed and not shown: {', '.join(one.name for one in packed)}")
-
-
-def _number(line: dict[str, Any]) -> int:
-    found = line.get("seq")
-    return found if isinstance(found, int) else 0
+    if others:
+        output.warn(f"older lines may be in what is not read here: {', '.join(one.name for one in others)}")
 
 
 def _since(text: str | None) -> "datetime | None":

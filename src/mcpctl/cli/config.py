@@ -47,6 +47,14 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         from mcpctl.server import tls
 
         tried(lambda: tls.context(found), "server.tls")
+    from mcpctl.server.credentials import is_loopback
+
+    if not is_loopback(found.server.host) and found.server.tls.cert is None and not found.server.trusted_proxies:
+        host = found.server.host
+        faults.append(
+            f"{where(found, 'server.host')}: server.host: plain HTTP on {host} would send tokens and rows in clear "
+            "(set server.tls, or server.trusted_proxies and say --behind-proxy, or listen on 127.0.0.1)"
+        )
     if not found.databases:
         faults.append("the config names no database (add one below `databases:`)")
     if faults:

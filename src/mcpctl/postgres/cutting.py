@@ -18,7 +18,7 @@ GRACE = 0.1
 """Seconds that a cancelled statement has before its backend is terminated."""
 PATIENCE = 0.6
 """Seconds after which the sockets are closed whatever the backends do."""
-_LOOK = 0.6
+_LOOK = 0.5
 _BURST = 0.1
 
 
@@ -65,7 +65,7 @@ async def _cut_backends(terminator: Terminator, sessions: list[Session]) -> list
     running = [session for session in sessions if session.task is not None]
     for session in running:
         session.cut = True
-    cancels = [asyncio.create_task(session.cancel()) for session in running]
+    cancels = [asyncio.create_task(session.cancel(PATIENCE)) for session in running]
     loop = asyncio.get_running_loop()
     begun = loop.time()
     while any(session.task for session in running) and loop.time() - begun < GRACE:  # noqa: ASYNC110 - for GRACE at most
@@ -87,7 +87,7 @@ async def _terminated(terminator: Terminator, sessions: list[Session], until: fl
     """Tell these backends to end until none is there any more, or until that time of the loop."""
     loop = asyncio.get_running_loop()
     while loop.time() < until:
-        gone = await terminator.terminate([session.backend for session in sessions])
+        gone = await terminator.terminate([session.backend for session in sessions], until - loop.time())
         if gone:
             return True
         await asyncio.sleep(0.001 if gone is None else 0.01)

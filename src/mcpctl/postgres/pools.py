@@ -139,11 +139,13 @@ class Pools:
         """
         try:
             async with asyncio.timeout(asking.login.settings.pool.wait):
-                if not asking.terminator.open:
-                    async with self._room:
-                        await self._room_for(asking, 0)
-                        asking.terminator.begin()
-                await asking.terminator.ready()
+                ready = False
+                while not ready:
+                    if not asking.terminator.open:
+                        async with self._room:
+                            await self._room_for(asking, 0)
+                            asking.terminator.begin()
+                    ready = await asking.terminator.ready()
                 async with self._room:
                     await self._room_for(asking, 1)
                     asking.connecting += 1
@@ -163,8 +165,8 @@ class Pools:
             idle = [pool for pool in self._pools.values() if pool is not asking and pool.idle]
             if idle:
                 await self._close(min(idle, key=lambda pool: pool.last_used), "the budget is full")
-                await self._let_go()
-            elif not await self._let_go():
+                await self._let_go(asking)
+            elif not await self._let_go(asking):
                 self._freed.clear()
                 await self._freed.wait()
         if asking.closed or not asking.wanted:
@@ -177,11 +179,11 @@ class Pools:
                 await pool.close()
                 self._tell("pool.closed", pool, reason)
 
-    async def _let_go(self) -> bool:
+    async def _let_go(self, asking: TokenPool | None = None) -> bool:
         """Close what was kept to end backends with, where there is none left to end; whether there was any."""
         if self._cutting or self._finishing:
             return False
-        used = {pool.terminator for pool in self._pools.values() if pool.out or pool.count}
+        used = {pool.terminator for pool in self._pools.values() if pool is asking or pool.out or pool.count}
         unused = [
             shared.terminator
             for shared in self._shared.values()

@@ -48,7 +48,9 @@ _TYPES = b"""SELECT t.oid, pg_catalog.format_type(t.oid, NULL), CASE WHEN t.typc
 _CHUNK = 16
 """Rows that libpq gathers before we see one: few, since each may be as large as an answer."""
 _GROWTH = 24 << 20
-"""How much libpq may grow for one answer, and half of it at once: then one row is larger than 8 MiB."""
+"""How much libpq may grow for one answer, unless an answer may have more than a fifth of it."""
+_AT_ONCE = 10 << 20
+"""How much it may grow at once: its buffer doubles until a row has room, so one of 8 MiB makes it grow by 16."""
 _KEPT = 4 << 20
 """How much libpq may have grown for a connection that is used again: it never gives its buffer back."""
 _AFTER = 1.0
@@ -135,11 +137,12 @@ class _Exchange:
         self.bounds = bounds
         self._verdicts: Verdicts = session.pool.verdicts
         self._types: Types = session.pool.verdicts.types
-        self._growth = max(_GROWTH, 4 * bounds.bytes)
+        self._growth = max(_GROWTH, 5 * bounds.bytes)
+        self._at_once = max(_AT_ONCE, 2 * bounds.bytes + (1 << 20))
         self._syncs = 0
 
     async def run(self, text: bytes, params: Sequence[bytes | None] | None) -> Rows:
-        with Wire(self._pgconn, self._growth) as wire:
+        with Wire(self._pgconn, self._growth, self._at_once) as wire:
             if params is not None:
                 return await self._framed(wire, text, params)
             await self._judged(wire, text)
@@ -154,7 +157,7 @@ class _Exchange:
 
     async def ask(self, text: bytes) -> bool:
         """Whether the text is a question, without running it."""
-        with Wire(self._pgconn, self._growth) as wire:
+        with Wire(self._pgconn, self._growth, self._at_once) as wire:
             return (await self._judged(wire, text)).question
 
     async def _judged(self, wire: Wire, text: bytes) -> Verdict:
@@ -321,7 +324,7 @@ class _Exchange:
         try:
             async with asyncio.timeout(0.5):
                 await self.session.cancel(0.4)
-                with Wire(self._pgconn, self._growth) as wire:
+                with Wire(self._pgconn, self._growth, self._at_once) as wire:
                     while self._syncs:
                         result = await wire.result()
                         if result is not None and result.status == _Status.PIPELINE_SYNC:

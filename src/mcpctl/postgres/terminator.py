@@ -18,11 +18,15 @@ from mcpctl.postgres.login import Login
 log = logging.getLogger("mcpctl.pools")
 Backend = tuple[int, str]
 """A backend's pid, and when it began: a pid alone may be somebody else's by now."""
-_PATIENCE = 0.5
+_LEAST = 0.05
 _TERMINATE = """
 SELECT a.pid, pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a
 WHERE (a.pid, a.backend_start::text) IN (SELECT * FROM unnest(%s::int[], %s::text[]))
 """
+
+
+class _LetGo(Exception):
+    """Closed while it was made."""
 
 
 class Terminator:
@@ -34,11 +38,15 @@ class Terminator:
         self._opening: asyncio.Task[Exception | None] | None = None
         self._asking: set[asyncio.Task[bool | None]] = set()
 
-    async def ready(self) -> None:
-        """See that it is there. Raises UnavailableError where PostgreSQL gives no connection."""
+    async def ready(self) -> bool:
+        """See that it is there; False where it was let go meanwhile, for somebody else's sake.
+
+        Raises UnavailableError where PostgreSQL gives no connection.
+        """
         problem = await self._attempt()
-        if problem is not None:
+        if problem is not None and not isinstance(problem, _LetGo):
             raise unreachable(self.login, problem)
+        return problem is None
 
     async def _attempt(self) -> Exception | None:
         """See that it is there; what went wrong. Whoever asks meanwhile shares the attempt, and its result."""
@@ -76,14 +84,16 @@ class Terminator:
         except (psycopg.Error, Error, TimeoutError, OSError) as problem:
             return problem
         except asyncio.CancelledError:
-            return TimeoutError("it was let go meanwhile")  # who waits for it has not been cancelled
+            return _LetGo()  # who waits for it has not been cancelled
         return None
 
-    async def terminate(self, backends: Sequence[Backend]) -> bool | None:
-        """Tell these to end; True when none is there any more, None when there is no connection to tell them by."""
+    async def terminate(self, backends: Sequence[Backend], patience: float) -> bool | None:
+        """Tell these to end, within that many seconds; True when none is there any more, None when there is no
+        connection to tell them by."""
+        until = asyncio.get_running_loop().time() + patience
         problem: Exception | None
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout_at(until):
                 problem = await self._attempt()
         except TimeoutError as late:
             problem = late
@@ -94,7 +104,7 @@ class Terminator:
         asking = asyncio.create_task(_ask(conn, backends))
         self._asking.add(asking)
         asking.add_done_callback(self._asking.discard)
-        await asyncio.wait({asking}, timeout=_PATIENCE)
+        await asyncio.wait({asking}, timeout=max(_LEAST, until - asyncio.get_running_loop().time()))
         if not asking.done():
             self._conn = None  # it hangs: the next one makes a new one
             asking.cancel()

@@ -218,14 +218,15 @@ class TokenPool:
                 break
             await conn.close()
             await self._pool.putconn(conn)
+        self.out.add(session)
         try:
             await self.terminator.ready()
         except BaseException:
+            self.out.discard(session)
             await asyncio.shield(self._pool.putconn(conn))
             raise
         session.task = asyncio.current_task()
         session.described, session.relations = False, None
-        self.out.add(session)
         return session
 
     async def _forget_who_left(self) -> None:

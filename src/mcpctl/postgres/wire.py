@@ -62,12 +62,14 @@ def _virtual_size() -> int:
 
 
 class Wire:
-    """One exchange. `async with` adds and removes the loop's reader; `cap` bounds libpq's growth in bytes, and half of
-    it what one row may make it grow by."""
+    """One exchange. `async with` adds and removes the loop's reader; `cap` bounds libpq's growth in bytes, `at_once`
+    what one row may make it grow by."""
 
-    def __init__(self, pgconn: pq.abc.PGconn, cap: int) -> None:
+    def __init__(self, pgconn: pq.abc.PGconn, cap: int, at_once: int) -> None:
         self._pgconn = pgconn
         self._cap = cap
+        self._at_once = at_once
+        self._full = False
         self._grown = 0
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
@@ -121,18 +123,26 @@ class Wire:
             self._pgconn.consume_input()
         except Exception as problem:
             raise ConnectionLostError("the connection to the database was lost") from problem
-        self._count(_virtual_size() - before, self._cap // 2)
+        self._count(_virtual_size() - before)
+        self._refuse_if_full()
 
     def _busy(self) -> bool:
+        self._refuse_if_full()
         before = _virtual_size()
         busy = bool(self._pgconn.is_busy())
-        self._count(_virtual_size() - before, self._cap)
+        self._count(_virtual_size() - before)
+        if busy:  # else a result is whole that came before what is too large: it is taken first
+            self._refuse_if_full()
         return busy
 
-    def _count(self, more: int, at_once: int) -> None:
-        """Add to what libpq has grown by; the connection is closed where that is too much."""
+    def _count(self, more: int) -> None:
+        """Add to what libpq has grown by."""
         self._grown += max(0, more)
-        if self._grown > self._cap or more > at_once:
+        self._full = self._full or self._grown > self._cap or more > self._at_once
+
+    def _refuse_if_full(self) -> None:
+        """Close the connection under what is too large."""
+        if self._full:
             self._pgconn.finish()
             raise TooLargeError(*_TOO_LARGE)
 
