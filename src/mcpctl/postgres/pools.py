@@ -180,10 +180,16 @@ class Pools:
                 self._tell("pool.closed", pool, reason)
 
     async def _let_go(self, asking: TokenPool | None = None) -> bool:
-        """Close what was kept to end backends with, where there is none left to end; whether there was any."""
+        """Close what was kept to end backends with, where there is none left to end; whether there was any.
+
+        For the sake of a pool that asks for room, also what others wait for, who have none yet."""
         if self._cutting or self._finishing:
             return False
-        used = {pool.terminator for pool in self._pools.values() if pool is asking or pool.out or pool.count}
+        used = {
+            pool.terminator
+            for pool in self._pools.values()
+            if pool is asking or pool.out or pool.count or (asking is None and pool.wanted)
+        }
         unused = [
             shared.terminator
             for shared in self._shared.values()
