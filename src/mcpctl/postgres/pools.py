@@ -182,7 +182,8 @@ class Pools:
     async def _let_go(self, asking: TokenPool | None = None) -> bool:
         """Close what was kept to end backends with, where there is none left to end; whether there was any.
 
-        For the sake of a pool that asks for room, also what others wait for, who have none yet."""
+        For the sake of a pool that asks for room, also what others wait for, who have none yet.
+        """
         if self._cutting or self._finishing:
             return False
         used = {
@@ -207,8 +208,7 @@ class Pools:
                 await self._close(pool, "idle")
         await self._let_go()
         for terminator in {pool.terminator for pool in self._pools.values() if pool.count}:
-            with contextlib.suppress(UnavailableError):  # it was logged, and the next call says it
-                await terminator.ready()
+            terminator.begin()  # it may have been ended under a query that runs; nobody waits for it here
 
     async def cut(self, token: str | None, reason: str) -> Cut:
         """End all that a token has open: cancel, terminate, close. Returns what was done; see `cutting`."""
