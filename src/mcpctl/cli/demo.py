@@ -107,6 +107,9 @@ def _set_up(stack: ExitStack, port: int) -> "tuple[Cluster, Path, str]":
     users.add(users.user_file(folder / "users.yaml"), "demo", "made by mcpctl demo", now)
     wanted = tokens.Wanted(user="demo", expires_at=now + datetime.timedelta(days=1), note="made by mcpctl demo")
     _, token = tokens.add(tokens.token_file(folder / "tokens.yaml"), wanted, now)
+    header = folder / "authorization"  # for curl: an argument would be in the process list
+    header.touch(0o600)
+    header.write_text(f"Authorization: Bearer {token}\n")
     return cluster, folder, token
 
 
@@ -137,6 +140,7 @@ def _load_shop(cluster: "Cluster") -> str:
 def _explain(url: str, token: str, settings: "Settings") -> None:
     """How to ask the first question, with curl and with each client."""
     python = f"{sys.executable} -m mcpctl"
+    folder = settings.source.parent if settings.source else ""
     body = (
         '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"query_database","arguments":'
         f'{{"query":"{_QUESTION}"}}}}}}'
@@ -146,9 +150,9 @@ A shop is open at {url}
 
   export MCP_TOKEN={token}
 
-Ask it a question:
+Ask it a question. The token is in the file, and so not in the process list:
 
-  curl -s {url} -H "Authorization: Bearer $MCP_TOKEN" -H 'Content-Type: application/json' -H 'Accept: application/json' -d '{body}'
+  curl -s {url} -H @{folder}/authorization -H 'Content-Type: application/json' -H 'Accept: application/json' -d '{body}'
 
 Connect a client:
 
