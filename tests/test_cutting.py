@@ -84,6 +84,7 @@ def test_a_revoked_token_is_refused_and_its_running_query_gone_within_a_second(
             took.append(_gone(shop, pid))
             assert running.result(5).status_code == 401
             assert done.stdout == f"{name} revoked\ncut: 1 query, 0 backends left\n"
+            assert "cut: 0 queries, 0 backends left" in at.run("token", "revoke", name).stdout
     assert other.end() > 5
     assert max(took) < 1
     events = [line["event"] for line in at.audit()]

@@ -169,6 +169,8 @@ class Watch:
                 done.queries += found.queries
                 done.backends_left += found.backends_left
                 done.lingering += found.lingering
+                if not found.backends_left:
+                    self._cuts.pop(token, None)  # told once: whoever revokes it again has cut nothing
         return {"queries": done.queries, "backends_left": done.backends_left, "lingering": done.lingering}
 
     async def cancel_elsewhere(self, token: str | None, number: str | int, here: int) -> None:
