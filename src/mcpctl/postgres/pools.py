@@ -59,20 +59,12 @@ class Pools:
         self._cutting = 0
         self._closed = False
 
-    @property
-    def connections(self) -> int:
-        """Connections open or being opened, those included that are kept to end others with."""
-        return self._counted(None)
-
-    def _counted(self, asking: TokenPool | None, more: int = 0) -> int:
+    def _counted(self, asking: TokenPool, more: int) -> int:
         """Connections, as they would be with `more` of that pool's and the one that is kept for its login."""
         found = sum(pool.count for pool in self._pools.values()) + more
         kept = {pool.terminator for pool in self._pools.values() if pool.count or pool is asking}
         kept.update(shared.terminator for shared in self._shared.values() if shared.terminator.open)
         return found + len(kept)
-
-    def __len__(self) -> int:
-        return len(self._pools)
 
     @contextlib.asynccontextmanager
     async def borrow(self, principal: Principal, database: str) -> AsyncIterator[Session]:
