@@ -14,6 +14,8 @@ import trustme
 
 import pg
 import site_of_mcpctl as site
+from mcpctl import private_file
+from mcpctl.identity import entry_file, tokens
 from mcpctl.postgres.embedded import Binaries
 
 if (
@@ -26,6 +28,14 @@ _VERSIONS = pg.oldest_and_newest()
 # A slow machine is no failure, and a test run writes nothing into the source tree.
 hypothesis.settings.register_profile("mcpctl", deadline=None, database=None)
 hypothesis.settings.load_profile("mcpctl")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> entry_file.EntryFile[tokens.Token]:
+    """An empty token file."""
+    found = tokens.token_file(tmp_path / "tokens.yaml")
+    private_file.create(found.path, found.render({}))
+    return found
 
 
 @pytest.fixture(scope="session", params=_VERSIONS, ids=str)

@@ -20,13 +20,6 @@ HASH = CHEAP_ARGON2ID.hash("x")
 TokenFile = entry_file.EntryFile[Token]
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> TokenFile:
-    found = tokens.token_file(tmp_path / "tokens.yaml")
-    private_file.create(found.path, found.render({}))
-    return found
-
-
 def put(file: TokenFile, text: str) -> None:
     file.path.write_text(text)
 

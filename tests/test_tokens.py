@@ -24,13 +24,6 @@ _ALPHABET = string.ascii_letters + string.digits + "_-. \n"
 TokenFile = entry_file.EntryFile[Token]
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> TokenFile:
-    found = tokens.token_file(tmp_path / "tokens.yaml")
-    private_file.create(found.path, found.render({}))
-    return found
-
-
 # -- the token itself --------------------------------------------------------------------------------------------
 
 
