@@ -116,6 +116,39 @@ def test_a_pool_forgets_those_who_stopped_waiting(monkeypatch: pytest.MonkeyPatc
     asyncio.run(run())
 
 
+class _Spoken:
+    """libpq's side of a connection, and its closing."""
+
+    def __init__(self, ours: socket.socket) -> None:
+        self.socket = ours.fileno()
+        self.closed = False
+        self._ours = ours
+        self.pgconn = self
+
+    def finish(self) -> None:
+        self.closed = True
+        self._ours.send(b"X")
+        self._ours.close()
+
+
+def test_who_leaves_waits_until_the_backend_has_ended() -> None:
+    async def run() -> None:
+        ours, theirs = socket.socketpair()
+        session = token_pool.Session(_Spoken(ours), None, 1, "", "")  # type: ignore[arg-type]
+        leaving = asyncio.create_task(session.leave())
+        with theirs:
+            theirs.send(b"a last word")
+            assert await asyncio.to_thread(theirs.recv, 2) == b"X"
+            assert not leaving.done()
+        await leaving
+        ours, theirs = socket.socketpair()
+        session = token_pool.Session(_Spoken(ours), None, 1, "", "")  # type: ignore[arg-type]
+        with theirs:
+            await asyncio.wait_for(session.leave(), 5)  # it never ends: enough is enough
+
+    asyncio.run(run())
+
+
 def test_a_call_waits_for_room_in_a_full_budget_and_gets_it(make_site: MakeSite, shop: Shop) -> None:
     at = make_site(shop, extra="limits: {connections: 2}\n").start()
     with at.client(at.token()[1]) as a, at.client(at.token()[1]) as b, at.client(at.token()[1]) as c:

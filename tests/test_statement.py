@@ -11,6 +11,7 @@ import pytest
 
 import pg
 import site_of_mcpctl as site
+from mcpctl.postgres.embedded import Binaries
 from site_of_mcpctl import Client, Shop, Site, eventually, in_background
 
 MakeSite = Callable[..., Site]
@@ -35,6 +36,19 @@ LEFTOVERS = {
     "default_transaction_read_only": "select set_config('default_transaction_read_only', 'off', false)",
     "the role": "select set_config('role', 'none', false)",
     "a setting that it made up": "select set_config('app.tenant', 'mine', false)",
+    "one under another spelling": """select U&"\\0073et_config"('app.tenant', 'mine', false)""",
+    "one in a text that XML runs": "select query_to_xml('table view_with_setting', true, true, '')",
+    "one in a text that a text search runs": "select ts_rewrite('a'::tsquery, $$select 'a'::tsquery, 'b'::tsquery "
+    "from set_config('app.tenant', 'mine', false)$$)",
+    "one made by a function": "select make_setting()",
+    "one made by a function with SET": "select make_local_setting()",
+    "one made by a view": "table view_with_setting",
+    "one made by an operator": "select 1 +! 2",
+    "one made by an aggregate": "select sum_with_setting(1)",
+    "one made by a row policy": "select * from guarded",
+    "one made before an error": "select 1 / (length(set_config('app.tenant', 'mine', false)) - 4)",
+    "one made by a plan": "explain select make_setting_immutable()",
+    "one under a comment": "select set_config('app.tenant', 'mine', false); -- done;",
     "what others see of it": "select set_config('application_name', 'somebody else', false)",
     "an advisory lock": "select pg_advisory_lock(4711), pg_advisory_lock_shared(4712)",
     "a prepared statement made by a function": "select make_prepared()",
@@ -50,7 +64,23 @@ select (select count(*) from pg_prepared_statements), (select count(*) from pg_c
   (select count(*) from pg_listening_channels()), (select count(*) from pg_class where relpersistence = 't'),
   current_setting('search_path'), current_setting('statement_timeout'),
   current_setting('default_transaction_read_only'), current_setting('transaction_read_only'), current_user::text,
-  coalesce(current_setting('app.tenant', true), ''), current_setting('application_name')
+  current_setting('app.tenant', true), current_setting('application_name')
+"""
+
+
+_SETTERS = """
+CREATE FUNCTION make_setting_immutable() RETURNS int LANGUAGE plpgsql IMMUTABLE
+  AS $$BEGIN PERFORM set_config('app.tenant', 'mine', false); RETURN 1; END$$;
+CREATE FUNCTION make_local_setting() RETURNS int LANGUAGE plpgsql SET app.tenant = 'mine' AS $$BEGIN RETURN 1; END$$;
+CREATE VIEW view_with_setting AS SELECT set_config('app.tenant', 'mine', false);
+CREATE FUNCTION add_with_setting(a int, b int) RETURNS int LANGUAGE plpgsql
+  AS $$BEGIN PERFORM set_config('app.tenant', 'mine', false); RETURN a + b; END$$;
+CREATE OPERATOR +! (FUNCTION = add_with_setting, LEFTARG = int, RIGHTARG = int);
+CREATE AGGREGATE sum_with_setting(int) (SFUNC = add_with_setting, STYPE = int, INITCOND = '0');
+CREATE TABLE guarded AS SELECT 1 AS id;
+ALTER TABLE guarded ENABLE ROW LEVEL SECURITY;
+CREATE POLICY guard ON guarded USING (length(set_config('app.tenant', 'mine', false)) > 0);
+GRANT SELECT ON guarded, view_with_setting TO shop_reader;
 """
 
 
@@ -62,22 +92,55 @@ def traps(shop: Shop) -> None:
         "drop_prepared": "EXECUTE 'DEALLOCATE ALL'",
         "make_cursor": "EXECUTE 'DECLARE mine CURSOR WITH HOLD FOR SELECT 1'",
         "make_listener": "EXECUTE 'LISTEN mine'",
+        "make_setting": "PERFORM set_config('app.tenant', 'mine', false)",
     }
     with shop.admin() as admin:
         for name, body in bodies.items():
             admin.execute(
                 f"CREATE OR REPLACE FUNCTION {name}() RETURNS int LANGUAGE plpgsql AS $$BEGIN {body}; RETURN 1; END$$"  # type: ignore[arg-type]
             )
+        admin.execute(_SETTERS)
 
 
 @pytest.mark.parametrize("what", LEFTOVERS)
 @pytest.mark.usefixtures("traps")
 def test_nothing_that_a_call_makes_outlives_it(a: Client, what: str) -> None:
     before = a.rows(_STATE)
-    a.call("query_database", {"query": LEFTOVERS[what]})
-    assert a.rows(_STATE) == before
+    for _ in range(2):  # judged anew, and remembered
+        a.call("query_database", {"query": LEFTOVERS[what]})
+        assert a.rows(_STATE) == before
     assert a.rows("select transaction_read_only from (select current_setting('transaction_read_only') "
                   "as transaction_read_only) x") == [["on"]]  # fmt: skip
+
+
+KEEPING = (
+    "select count(*) from orders;",
+    "with late as (select * from orders where id > 5) select * from late where id = (select max(id) from orders)",
+    "select random(), now(), gen_random_uuid()",
+    "table monthly_revenue -- all of it",
+    "values (1), (2) ; ",
+    "select",
+)
+
+
+@pytest.mark.parametrize("query", KEEPING)
+def test_a_question_that_leaves_nothing_keeps_its_connection(a: Client, query: str) -> None:
+    backend = a.rows("select pg_backend_pid()")
+    for _ in range(2):
+        a.rows(query)
+        assert a.rows("select pg_backend_pid()") == backend
+
+
+def test_a_new_connection_comes_once_the_backend_of_the_last_has_gone(newest: Binaries, make_site: MakeSite) -> None:
+    """Each call may leave something, and the role has as many connections as the budget."""
+    with site.shop(newest) as own:
+        with own.admin() as admin:
+            admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 2")
+        at = make_site(own, extra="limits: {connections: 2}\n").start()
+        with at.client(at.token()[1]) as a:
+            for _ in range(100):
+                a.rows("select set_config('app.tenant', 'mine', false)")
+        at.stop()
 
 
 def test_a_type_that_is_made_anew_is_known_under_the_same_text(a: Client, shop: Shop) -> None:

@@ -8,7 +8,8 @@ said is remembered. A known question is then one flush and one round trip in lib
 
 The second segment stands behind its own sync, since an error aborts the rest of its segment. A SELECT of ours stands
 before the statement, since SET TRANSACTION READ WRITE works until a query has taken the snapshot. It ends with
-ROLLBACK, never COMMIT: that undoes what PostgreSQL lets a read-only transaction write, and every setting.
+ROLLBACK, never COMMIT: that undoes what PostgreSQL lets a read-only transaction write, and every setting. What a
+rollback cannot undo goes with the connection, which is closed unless PostgreSQL says that the text leaves nothing.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from mcpctl.postgres.verdicts import Verdict, Verdicts
 from mcpctl.postgres.wire import ConnectionLostError, TooLargeError, Wire
 
 T = TypeVar("T")
+Statement = tuple[bytes, Sequence[bytes | None]]
 _Status = pq.ExecStatus
 _LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, true),
  pg_catalog.set_config('lock_timeout', $1, true)"""
@@ -39,6 +41,12 @@ _LOCKED = b"""SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_catalog.pg_l
  WHERE l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
  AND l.relation NOT IN ('pg_catalog.pg_locks'::regclass, 'pg_catalog.pg_class'::regclass,
                         'pg_catalog.pg_namespace'::regclass) ORDER BY 1"""
+_GATHER = b"""SELECT pg_catalog.set_config($1, 'on', true),
+ pg_catalog.set_config('max_parallel_workers_per_gather', '1', true)"""
+_APART = b"EXPLAIN (COSTS OFF) WITH apart AS MATERIALIZED (\n%s\n) SELECT"
+"""PostgreSQL plans no worker for a query that holds anything PARALLEL UNSAFE: set_config, query_to_xml, each function
+that may change its session. It looks before it plans, so into views, policies and what is never used too."""
+_PARALLEL_BY_NAME = 160000, b"force_parallel_mode", b"debug_parallel_query"
 _TYPES = b"""SELECT t.oid, pg_catalog.format_type(t.oid, NULL), CASE WHEN t.typcategory = 'A' THEN (
   WITH RECURSIVE base AS (SELECT oid, typbasetype FROM pg_catalog.pg_type WHERE oid = t.typelem UNION ALL
    SELECT p.oid, p.typbasetype FROM base JOIN pg_catalog.pg_type p ON p.oid = base.typbasetype)
@@ -80,7 +88,11 @@ async def run(session: Session, text: str, bounds: Bounds, params: Sequence[byte
     Cancelled, or past its deadline, it makes sure that the backend stops: cancel, then terminate, then close.
     """
     exchange = _Exchange(session, bounds)
-    return await _guarded(exchange, exchange.run(_encode(text), params))
+    try:
+        return await _guarded(exchange, exchange.run(_encode(text), params))
+    finally:
+        if not exchange.leaves_nothing:
+            await session.leave()
 
 
 async def is_question(session: Session, text: str, bounds: Bounds) -> bool:
@@ -140,12 +152,13 @@ class _Exchange:
         self._growth = max(_GROWTH, 5 * bounds.bytes)
         self._at_once = max(_AT_ONCE, 2 * bounds.bytes + (1 << 20))
         self._syncs = 0
+        self.leaves_nothing = True
 
     async def run(self, text: bytes, params: Sequence[bytes | None] | None) -> Rows:
         with Wire(self._pgconn, self._growth, self._at_once) as wire:
             if params is not None:
                 return await self._framed(wire, text, params)
-            await self._judged(wire, text)
+            self.leaves_nothing = (await self._judged(wire, text)).leaves_nothing
             rows = await self._framed(wire, text, ())
             unknown = self._types.unknown(rows.types)
             if unknown and not self.session.conn.closed:  # made anew since the text was judged
@@ -172,7 +185,7 @@ class _Exchange:
                     "query_database takes what has an answer: SELECT, VALUES, TABLE, WITH … SELECT, EXPLAIN, SHOW",
                 )
             self.session.described = True
-            verdict = Verdict(question, await self._relations(wire, text) if question else None)
+            verdict = await self._planned(wire, text) if question else Verdict(False, None, False)
             self._verdicts.remember(key, verdict)
         self.session.described = True
         self.session.relations = verdict.relations or self.session.relations
@@ -212,53 +225,54 @@ class _Exchange:
     async def _learn(self, wire: Wire, oids: set[int]) -> None:
         """Ask the catalog about types that PostgreSQL did not come with, and about their elements."""
         wanted = "{" + ",".join(map(str, sorted(oids))) + "}"
-        answer = await self._raw(wire, _TYPES, (wanted.encode(),))
+        [answer] = await self._ours(wire, (_TYPES, (wanted.encode(),)))
+        if isinstance(answer, StatementError):
+            raise answer
         found = [UnknownType(int(row[0]), row[1].decode(), int(row[2]), row[3].decode()) for row in answer]
         for one in found:
             self._types.learn(one)
 
-    async def _relations(self, wire: Wire, text: bytes) -> tuple[str, ...] | None:
-        """The tables and views in PostgreSQL's plan for a question; None where it would not plan it.
+    async def _planned(self, wire: Wire, text: bytes) -> Verdict:
+        """What a question reads, and whether it leaves nothing, where PostgreSQL says so.
 
         A cursor is declared for it, which plans it and locks what the plan reads, and is never fetched from. (EXPLAIN
-        would print every constant that the planner has folded, of a gigabyte if need be.)
+        would print every constant that the planner has folded, of a gigabyte if need be; that of a query which does
+        not use it prints nothing of it.)
         """
-        try:
-            answer = await self._raw(wire, _LOCKED, (), before=_CURSOR + text)
-        except StatementError:
-            return None
-        return tuple(row[0].decode("utf-8", "replace") for row in answer)
+        since, before, after = _PARALLEL_BY_NAME
+        parallel = after if self._pgconn.server_version >= since else before
+        _, locked, _, plan = await self._ours(
+            wire,
+            (_CURSOR + text, ()),
+            (_LOCKED, ()),
+            (_GATHER, (parallel,)),
+            (_APART % text.rstrip(b"; \t\r\n"), ()),
+        )
+        relations = (
+            None if isinstance(locked, StatementError) else tuple(row[0].decode("utf-8", "replace") for row in locked)
+        )
+        return Verdict(True, relations, not isinstance(plan, StatementError) and plan[0][0] == b"Gather")
 
-    async def _raw(
-        self, wire: Wire, text: bytes, params: Sequence[bytes | None], before: bytes | None = None
-    ) -> list[tuple[bytes, ...]]:
-        """The cells of a statement of ours as they came; another may stand before it in its transaction."""
-        self._send(text, params, before)
+    async def _ours(self, wire: Wire, *statements: Statement) -> list[list[tuple[bytes, ...]] | StatementError]:
+        """The cells of statements of ours, as they came, run in one transaction up to the first that fails."""
+        self._send(*statements)
         await wire.flush()
         await self._begun(wire)
-        if before is not None:
-            await wire.command()
-        result = await wire.command()
+        results = [await wire.command() for _ in statements]
         await self._ended(wire)
-        if result.status != _Status.TUPLES_OK:
-            raise _error(result)
-        return [
-            tuple(result.get_value(row, column) or b"" for column in range(result.nfields))
-            for row in range(result.ntuples)
-        ]
+        return [_cells(result) for result in results]
 
     # -- the frame -------------------------------------------------------------------------------------------
 
-    def _send(self, text: bytes, params: Sequence[bytes | None], before: bytes | None = None) -> None:
+    def _send(self, *statements: Statement) -> None:
         if self.session.conn.closed:
             raise ConnectionLostError("the connection to the database was lost")
         milliseconds = b"%d" % int(self.bounds.seconds * 1000)
         pgconn = self._pgconn
         pgconn.send_query_params(b"BEGIN READ ONLY", None)
         pgconn.send_query_params(_LIMITS, [milliseconds])
-        if before is not None:
-            pgconn.send_query_params(before, None)
-        pgconn.send_query_params(text, list(params) or None)
+        for text, params in statements:
+            pgconn.send_query_params(text, list(params) or None)
         self._sync()
         pgconn.send_query_params(b"ROLLBACK", None)
         pgconn.send_query_params(_UNLOCK, [b"%.9f" % random.uniform(-1, 1)])  # noqa: S311 - no secret
@@ -287,7 +301,7 @@ class _Exchange:
             self.session.close()
 
     async def _framed(self, wire: Wire, text: bytes, params: Sequence[bytes | None]) -> Rows:
-        self._send(text, params)
+        self._send((text, params))
         await wire.flush()
         await self._begun(wire)
         answer = Answer(self._types, self.bounds)
@@ -334,6 +348,14 @@ class _Exchange:
             return
         # A cancel that came late may have hit the ROLLBACK: what is not clearly clean is not used again.
         self.session.close()
+
+
+def _cells(result: Any) -> list[tuple[bytes, ...]] | StatementError:
+    if result.status not in (_Status.TUPLES_OK, _Status.COMMAND_OK):
+        return _error(result)
+    return [
+        tuple(result.get_value(row, column) or b"" for column in range(result.nfields)) for row in range(result.ntuples)
+    ]
 
 
 def _error(result: Any) -> StatementError:

@@ -1,7 +1,9 @@
 """The pool of one token for one database: psycopg_pool, with the failures told at once and every backend known."""
 
 import asyncio
+import contextlib
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any
@@ -18,6 +20,7 @@ from mcpctl.postgres.verdicts import Verdicts
 
 log = logging.getLogger("mcpctl.pools")
 _LEFT = 1000
+_GOODBYE = 0.5
 MakeRoom = Callable[["TokenPool"], Awaitable[None]]
 
 
@@ -73,6 +76,19 @@ class Session:
     def close(self) -> None:
         """Close the socket, now."""
         self.pgconn.finish()
+
+    async def leave(self) -> None:
+        """Close it and wait, for half a second at most, until its backend has ended: then its place is free."""
+        if self.conn.closed:
+            return
+        with socket.fromfd(self.pgconn.socket, socket.AF_INET, socket.SOCK_STREAM) as theirs:
+            theirs.setblocking(False)
+            self.close()
+            loop = asyncio.get_running_loop()
+            with contextlib.suppress(TimeoutError, OSError):  # then it ends a little later, or has ended
+                async with asyncio.timeout(_GOODBYE):
+                    while await loop.sock_recv(theirs, 4096):
+                        pass
 
 
 class TokenPool:
@@ -133,8 +149,8 @@ class TokenPool:
 
     @property
     def count(self) -> int:
-        """Connections open or being opened."""
-        for conn in [conn for conn in self.sessions if conn.closed]:
+        """Connections open or being opened, or being closed by who has them."""
+        for conn in [conn for conn, session in self.sessions.items() if conn.closed and session not in self.out]:
             del self.sessions[conn]
         return len(self.sessions) + self.connecting
 

@@ -15,11 +15,14 @@ SECONDS = 600.0
 class Verdict:
     """`question`: PostgreSQL would open a cursor for it (SELECT, VALUES, TABLE, and nothing else).
 
-    `relations` are the tables in PostgreSQL's plan for it, schema-qualified; None where it made none.
+    `relations` are the tables in PostgreSQL's plan for it, schema-qualified; None where it made none. `leaves_nothing`:
+    PostgreSQL finds nothing in it that is PARALLEL UNSAFE, which is what may change the session for good (CREATE
+    FUNCTION in its manual).
     """
 
     question: bool
     relations: tuple[str, ...] | None
+    leaves_nothing: bool
 
 
 @dataclass
