@@ -67,6 +67,14 @@ def test_an_init_that_fails_in_the_middle_leaves_nothing(tmp_path: Path) -> None
     assert "cannot make the folder" in run("init", str(tmp_path / "file")).error
 
 
+@pytest.mark.parametrize("command", ["init", "demo"])
+def test_what_reads_no_config_refuses_one(tmp_path: Path, command: str) -> None:
+    refused = run("--config", str(tmp_path / "new" / "config.yaml"), command)
+    assert refused.code == 2
+    assert f"{command} reads no config" in refused.error
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_init_json_is_one_object(tmp_path: Path) -> None:
     done = run("init", str(tmp_path / "new"), "--json")
     assert set(json.loads(done.good)) == {"folder", "files"}

@@ -12,7 +12,7 @@ from mcpctl import __version__
 from mcpctl.cli import audit, config, demo, init, serve, token, user
 from mcpctl.cli.common import invocation
 from mcpctl.cli.output import SeenEnough, error, say
-from mcpctl.errors import Error
+from mcpctl.errors import Error, UsageError
 
 app = typer.Typer(
     name="mcpctl",
@@ -32,6 +32,9 @@ app.add_typer(audit.app, name="audit")
 app.add_typer(config.app, name="config")
 
 
+_READ_NO_CONFIG = ("demo", "init")
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"mcpctl {__version__}")
@@ -42,13 +45,18 @@ def _version(wanted: bool) -> None:
 def root(
     context: typer.Context,
     config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="Config file, for every command.")
+        Path | None, typer.Option("--config", metavar="FILE", help="Config file, for every command that reads one.")
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Authenticated, isolated, audited MCP access to PostgreSQL."""
+    if config is not None and context.invoked_subcommand in _READ_NO_CONFIG:
+        raise UsageError(
+            f"{context.invoked_subcommand} reads no config, so --config {config} means nothing to it",
+            "mcpctl init DIR makes one in that folder" if context.invoked_subcommand == "init" else "leave it out",
+        )
     context.obj = invocation(config)
 
 
