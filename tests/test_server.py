@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -126,6 +127,17 @@ def test_a_request_target_may_be_a_whole_url_whose_host_then_counts(served: Site
                 + WHOAMI
             )
             assert wire.recv(65536).split(b" ")[1] == wanted
+
+
+def test_no_answer_waits_for_the_clients_delayed_ack(served: Site, token: str) -> None:
+    """Which costs 40 ms (RFC 1122 4.2.3.2 with Nagle's algorithm), each time but the first few."""
+    with served.client(token) as a:
+        took = []
+        for _ in range(20):
+            begun = time.monotonic()
+            a.rows("select 1")
+            took.append(time.monotonic() - begun)
+    assert sorted(took)[10] < 0.035, took
 
 
 def test_host_and_origin_must_be_our_own(served: Site, token: str) -> None:
