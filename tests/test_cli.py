@@ -109,7 +109,9 @@ def test_a_config_is_named_by_either_flag_or_the_variable(home: Home, tmp_path: 
 
 
 def test_users_are_added_and_listed_with_their_living_tokens(home: Home) -> None:
-    assert home("user", "add", "alice", "--note", "from\u00a0Köln").good == "alice added\n"
+    made = home("user", "add", "alice", "--note", "from\u00a0Köln")
+    assert made.good == "alice added\n"
+    assert made.err == f"next: mcpctl token add --user alice --expiry 90d --config {home.config}\n"
     assert set(json.loads(home("user", "add", "bob", "--json").good)) == {"user", "created_at", "note"}
     home.token("--user", "alice")
     home("token", "revoke", home.token("--user", "alice")[0])

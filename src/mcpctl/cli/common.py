@@ -46,6 +46,16 @@ def invocation(config: Path | None) -> Invocation:
     return Invocation(config, f"{who} (SUDO_USER={sudo[:64]})" if sudo else who)
 
 
+def config_flag(source: Path | None) -> str:
+    """What a command that we advise needs behind it to find this config file."""
+    import shlex
+
+    from mcpctl import config as configuration
+
+    usual = source is None or configuration.find(None, {}) == source
+    return "" if usual else f" --config {shlex.quote(str(source))}"
+
+
 def settings(context: typer.Context, config: Path | None, *, needs_log: bool = True) -> "Settings":
     """The configuration, with root's rights given up in favour of the owner of the files.
 

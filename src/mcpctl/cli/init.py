@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.common import JsonOption, by_whom, note
+from mcpctl.cli.common import JsonOption, by_whom, config_flag, note
 
 _CONFIG = """\
 # mcpctl. Every key, its default and its meaning: docs/reference/config.md. After a change: mcpctl config check
@@ -45,7 +45,7 @@ def init(
         return
     for name in files:
         output.put(str(where / name))
-    usual = "" if config.find(None, {}) == where / "config.yaml" else f" --config {where / 'config.yaml'}"
+    usual = config_flag(where / "config.yaml")
     output.say("next:")
     output.say(f"  1. name your database in {where / 'config.yaml'}")
     output.say(f"  2. mcpctl config check{usual}")

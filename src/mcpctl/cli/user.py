@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, ready_to_note, settings
+from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, config_flag, note, ready_to_note, settings
 
 app = typer.Typer(help="Make and list users.", no_args_is_help=True)
 
@@ -29,7 +29,7 @@ def add(
         output.put_json({"user": name, **users.as_values(made)})
     else:
         output.put(f"{name} added")
-        output.say(f"next: mcpctl token add --user {name} --expiry 90d")
+        output.say(f"next: mcpctl token add --user {name} --expiry 90d{config_flag(found.source)}")
 
 
 @app.command("list")
