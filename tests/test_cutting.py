@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import statistics
 import time
@@ -262,6 +264,23 @@ WAYS = (
     "remove what catches the cancel, no connection left",
     "revoke what outlives a closed socket, no connection left",
 )
+
+
+def test_a_frozen_backend_is_remembered_until_it_has_ended(make_site: MakeSite, shop: Shop) -> None:
+    """After its call has timed out too: a revocation names it then, and the log says when it is gone."""
+    at = make_site(shop, extra="limits: {statement_timeout: 200ms}\n").start()
+    token_id, token = at.token()
+    with at.client(token) as a:
+        pid = a.rows("select pg_backend_pid()")[0][0]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            assert "statement timeout" in a.error("select 1")
+            assert a.rows("select 2") == [[2]]
+            assert f"1 backend left (pid {pid})" in at.run("token", "revoke", token_id).stdout
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    eventually(lambda: any(f"backend {pid} is gone" in str(line.get("reason")) for line in at.audit()))
+    assert not shop.backends(f"pid = {pid}")
 
 
 def test_fifty_ends_of_a_token_and_the_slowest_of_them(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from mcpctl.postgres import token_pool
 from mcpctl.postgres.login import Login
 from mcpctl.postgres.terminator import Terminator
 from mcpctl.postgres.verdicts import Verdicts
-from site_of_mcpctl import Shop, Site, eventually
+from site_of_mcpctl import Client, Shop, Site, eventually
 
 MakeSite = Callable[..., Site]
 
@@ -72,6 +74,45 @@ def test_a_token_is_well_again_after_more_failures_than_calls_may_wait(make_site
             eventually(lambda: not a.call("query_database", {"query": "select 1"}).json()["result"]["isError"], 3)
 
 
+def test_each_call_hears_why_the_database_cannot_be_reached(make_site: MakeSite, newest: object) -> None:
+    with site.shop(newest) as shop:  # type: ignore[arg-type]
+        at = make_site(shop).start()
+        with contextlib.ExitStack() as stack:
+            token = at.token()[1]
+            clients = [stack.enter_context(at.client(token)) for _ in range(6)]
+            clients[0].rows("select 1")
+            shop.cluster.stop_server()
+            for _ in range(5):
+                running = [site.in_background(client.error, "select 1") for client in clients]
+                assert all("cannot be reached right now" in one.result() for one in running)
+
+
+def test_large_answers_of_one_take_no_connection_from_another(make_site: MakeSite, newest: object) -> None:
+    """The role has no more connections than the budget, so a place is free only once its backend has ended."""
+    with site.shop(newest) as shop, contextlib.ExitStack() as stack:  # type: ignore[arg-type]
+        with shop.admin() as admin:
+            admin.execute("ALTER ROLE shop_reader CONNECTION LIMIT 3")
+        at = make_site(shop, database="    pool: {max_size: 2}\n", extra="limits: {connections: 3}\n").start()
+        greedy = [stack.enter_context(at.client(at.token()[1])) for _ in range(2)]
+        modest = [stack.enter_context(at.client(at.token("bob")[1])) for _ in range(2)]
+        enough = threading.Event()
+
+        def take(client: Client, query: str) -> list[str]:
+            said = []
+            while not enough.is_set():
+                said.append(client.call("query_database", {"query": query}).text)
+            return said
+
+        taking = [site.in_background(take, client, "select repeat('x', 60000000)") for client in greedy * 2]
+        taking += [site.in_background(take, client, "select repeat('x', 5000000)") for client in greedy]
+        try:
+            for _ in range(20):
+                assert [client.rows("select count(*) from orders") for client in modest] == [[[3000]]] * 2
+        finally:
+            enough.set()
+        assert not [text for one in taking for text in one.result(60) if "cannot be reached" in text]
+
+
 def test_a_host_that_never_answers_takes_nothing_from_the_other_databases(
     make_site: MakeSite, newest_shop: Shop
 ) -> None:
@@ -83,7 +124,7 @@ def test_a_host_that_never_answers_takes_nothing_from_the_other_databases(
             " password_file: shop.password, required: false}\nlimits: {connections: 4}\n"
         )
         at = make_site(newest_shop, database="    default: true\n", extra=more).start()
-        clients = [at.client(at.token()[1]) for _ in range(6)]
+        clients = [at.client(at.token()[1]) for _ in range(12)]
         asked = {"query": "select 1", "database": "hole"}
         running = [site.in_background(client.call, "query_database", asked) for client in clients]
         eventually(lambda: select.select([hole], [], [], 0)[0])

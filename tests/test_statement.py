@@ -123,6 +123,13 @@ KEEPING = (
 )
 
 
+def test_the_last_words_of_a_connection_reach_the_caller(a: Client) -> None:
+    said = a.error("select pg_terminate_backend(pg_backend_pid())")
+    assert "terminating connection due to administrator command" in said
+    assert "57P01" in said
+    assert a.rows("select 1") == [[1]]
+
+
 @pytest.mark.parametrize("query", KEEPING)
 def test_a_question_that_leaves_nothing_keeps_its_connection(a: Client, query: str) -> None:
     backend = a.rows("select pg_backend_pid()")

@@ -53,8 +53,8 @@ async def cut(pools: Sequence[TokenPool]) -> Cut:
     return done
 
 
-async def try_again(terminator: Terminator, left: list[Session]) -> bool:
-    """Tell backends to end that outlived a cut; whether they are gone. Takes a moment."""
+async def try_again(terminator: Terminator, left: list[Session]) -> list[Session]:
+    """Tell backends to end that outlived a cut; those that still do. Takes a moment."""
     return await _terminated(terminator, left, asyncio.get_running_loop().time() + _BURST)
 
 
@@ -70,7 +70,7 @@ async def _cut_backends(terminator: Terminator, sessions: list[Session]) -> list
     begun = loop.time()
     while any(session.task for session in running) and loop.time() - begun < GRACE:  # noqa: ASYNC110 - for GRACE at most
         await asyncio.sleep(0.005)
-    gone = await _terminated(terminator, sessions, begun + PATIENCE)
+    left = await _terminated(terminator, sessions, begun + PATIENCE)
     for session in sessions:
         if session.task is not None:
             session.task.cancel()
@@ -78,25 +78,27 @@ async def _cut_backends(terminator: Terminator, sessions: list[Session]) -> list
             session.close()
     await asyncio.gather(*cancels, return_exceptions=True)
     # The sockets are closed now: whether what was left is gone too, as far as it can be seen.
-    if gone or await _terminated(terminator, sessions, loop.time() + _LOOK):
-        return []
-    return sessions
+    return await _terminated(terminator, left, loop.time() + _LOOK)
 
 
-async def _terminated(terminator: Terminator, sessions: list[Session], until: float) -> bool:
-    """Tell these backends to end until none is there any more, or until that time of the loop."""
+async def _terminated(terminator: Terminator, left: list[Session], until: float) -> list[Session]:
+    """Tell these backends to end until none is there any more, or until that time of the loop; those that may be."""
     loop = asyncio.get_running_loop()
-    while loop.time() < until:
-        gone = await terminator.terminate([session.backend for session in sessions], until - loop.time())
-        if gone:
-            return True
-        await asyncio.sleep(0.001 if gone is None else 0.01)
-    return False
+    while left and loop.time() < until:
+        there = await terminator.terminate([session.backend for session in left], until - loop.time())
+        if there is None:
+            await asyncio.sleep(0.001)
+            continue
+        left = [session for session in left if session.pid in there]
+        if left:
+            await asyncio.sleep(0.01)
+    return left
 
 
 async def end(session: Session) -> None:
     """End one backend that would not be cancelled: terminate it, and close the socket."""
     loop = asyncio.get_running_loop()
-    if not await _terminated(session.pool.terminator, [session], loop.time() + 0.3):
+    if await _terminated(session.pool.terminator, [session], loop.time() + 0.3):
         log.warning("backend %d was told to end, and may still be there", session.pid)
+        session.lingers = True
     session.close()

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from time import monotonic
 
 from psycopg import pq
+from psycopg.conninfo import make_conninfo
 
 from mcpctl.errors import Error, UnauthorizedError, UnavailableError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.cutting import Cut, cut, try_again
 from mcpctl.postgres.login import Login
-from mcpctl.postgres.terminator import Terminator
+from mcpctl.postgres.terminator import Terminator, unreachable
 from mcpctl.postgres.token_pool import Session, TokenPool
 from mcpctl.postgres.verdicts import Verdicts
 
@@ -24,6 +25,7 @@ log = logging.getLogger("mcpctl.pools")
 _MINUTE = 60.0
 _OFTEN, _SELDOM = 0.25, 15.0
 """Seconds between two tries to end a backend that outlived its cut, in the first minute and after it."""
+_PING_SECONDS = 2
 Told = Callable[..., None]
 
 
@@ -129,20 +131,24 @@ class Pools:
         The connection that is kept for its login comes first: only that attempt counts while a host does not answer, so
         that it cannot take the budget from the other databases.
         """
+        connecting = False
         try:
             async with asyncio.timeout(asking.login.settings.pool.wait):
                 ready = False
                 while not ready:
+                    connecting = False
                     if not asking.terminator.open:
                         async with self._room:
                             await self._room_for(asking, 0)
                             asking.terminator.begin()
+                    connecting = True
                     ready = await asking.terminator.ready()
+                connecting = False
                 async with self._room:
                     await self._room_for(asking, 1)
                     asking.connecting += 1
-        except TimeoutError:
-            raise self._full() from None
+        except TimeoutError as late:
+            raise (unreachable(asking.login, late) if connecting else self._full()) from None
 
     def _full(self) -> UnavailableError:
         return UnavailableError(
@@ -193,7 +199,12 @@ class Pools:
         return bool(unused)
 
     async def sweep(self) -> None:
-        """Close the pools that nobody has used for their `max_idle`."""
+        """Close the pools that nobody has used for their `max_idle`, and tell backends again that would not end."""
+        for pool in list(self._pools.values()):
+            if lingering := pool.lingering:
+                left = await try_again(pool.terminator, lingering)
+                for session in lingering:
+                    session.lingers = session in left
         now = monotonic()
         for pool in list(self._pools.values()):
             if pool.idle and now - pool.last_used > pool.login.settings.pool.max_idle:
@@ -233,7 +244,7 @@ class Pools:
             self._told("query.cancelled", token=token, database=terminator.login.name, reason=said)
 
         begun, late = monotonic(), False
-        while not await try_again(terminator, left):
+        while left := await try_again(terminator, left):
             if not late and monotonic() - begun > _MINUTE:
                 late = True
                 tell("is still there after a minute")
@@ -252,8 +263,9 @@ class Pools:
             await shared.terminator.close()
 
     async def reachable(self, database: str) -> bool:
-        """Whether the database's server takes connections now (PQping: no login, no slot)."""
-        dsn = self.login(database).dsn()
+        """Whether the database's server takes connections now (PQping: no login, no slot). A host that does not answer
+        has two seconds for each way of connecting."""
+        dsn = make_conninfo(self.login(database).dsn(), connect_timeout=_PING_SECONDS)
         answer = await asyncio.to_thread(pq.PGconn.ping, dsn.encode())
         return answer == pq.Ping.OK
 

@@ -88,11 +88,7 @@ async def run(session: Session, text: str, bounds: Bounds, params: Sequence[byte
     Cancelled, or past its deadline, it makes sure that the backend stops: cancel, then terminate, then close.
     """
     exchange = _Exchange(session, bounds)
-    try:
-        return await _guarded(exchange, exchange.run(_encode(text), params))
-    finally:
-        if not exchange.leaves_nothing:
-            await session.leave()
+    return await _guarded(exchange, exchange.run(_encode(text), params))
 
 
 async def is_question(session: Session, text: str, bounds: Bounds) -> bool:
@@ -102,10 +98,10 @@ async def is_question(session: Session, text: str, bounds: Bounds) -> bool:
 
 
 async def _guarded(exchange: "_Exchange", work: Coroutine[Any, Any, T]) -> T:
-    """Do the work within its time; however it ends, the backend ends with it."""
+    """Do the work within its time; however it ends, the backend ends with it, or is as it was when it was new."""
     try:
         async with asyncio.timeout(exchange.bounds.seconds + _AFTER):
-            return await work
+            done = await work
     except TimeoutError:
         await _despite_cancel(exchange.stop())
         raise StatementError(
@@ -114,9 +110,17 @@ async def _guarded(exchange: "_Exchange", work: Coroutine[Any, Any, T]) -> T:
     except asyncio.CancelledError:
         await _despite_cancel(exchange.stop())
         raise
-    except (ConnectionLostError, TooLargeError):
+    except TooLargeError:
+        await _despite_cancel(cutting.end(exchange.session))
+        raise
+    except ConnectionLostError:
         exchange.session.close()
         raise
+    except StatementError:
+        await exchange.leave()
+        raise
+    await exchange.leave()
+    return done
 
 
 def _encode(text: str) -> bytes:
@@ -152,21 +156,26 @@ class _Exchange:
         self._growth = max(_GROWTH, 5 * bounds.bytes)
         self._at_once = max(_AT_ONCE, 2 * bounds.bytes + (1 << 20))
         self._syncs = 0
-        self.leaves_nothing = True
+        self._leaves_nothing = True
+        self._clean = True
 
     async def run(self, text: bytes, params: Sequence[bytes | None] | None) -> Rows:
         with Wire(self._pgconn, self._growth, self._at_once) as wire:
             if params is not None:
                 return await self._framed(wire, text, params)
-            self.leaves_nothing = (await self._judged(wire, text)).leaves_nothing
+            self._leaves_nothing = (await self._judged(wire, text)).leaves_nothing
             rows = await self._framed(wire, text, ())
             unknown = self._types.unknown(rows.types)
-            if unknown and not self.session.conn.closed:  # made anew since the text was judged
+            if unknown and self._clean:  # made anew since the text was judged
                 await self._learn(wire, unknown)
                 rows = await self._framed(wire, text, ())
-            if wire.grown > _KEPT:
-                self.session.close()
+            self._clean = self._clean and wire.grown <= _KEPT
             return rows
+
+    async def leave(self) -> None:
+        """Close a connection that is not as it was when it was new; its conversation is over."""
+        if not (self._clean and self._leaves_nothing):
+            await self.session.leave()
 
     async def ask(self, text: bytes) -> bool:
         """Whether the text is a question, without running it."""
@@ -265,7 +274,7 @@ class _Exchange:
     # -- the frame -------------------------------------------------------------------------------------------
 
     def _send(self, *statements: Statement) -> None:
-        if self.session.conn.closed:
+        if self.session.conn.closed or not self._clean:
             raise ConnectionLostError("the connection to the database was lost")
         milliseconds = b"%d" % int(self.bounds.seconds * 1000)
         pgconn = self._pgconn
@@ -282,23 +291,21 @@ class _Exchange:
         begin = await wire.command()
         limits = await wire.command()
         if begin.status != _Status.COMMAND_OK or limits.status != _Status.TUPLES_OK:
-            self.session.close()
+            self._clean = False
             raise _error(begin if begin.status != _Status.COMMAND_OK else limits)
 
     async def _ended(self, wire: Wire) -> None:
-        """Take the rest of the frame; where it is not as it should be, the connection is closed."""
+        """Take the rest of the frame, and see whether it is as it should be."""
         await self._synced(wire)
         rollback = await wire.command()
         unlock = await wire.command()
         await self._synced(wire)
-        clean = (
+        self._clean = (  # else a late cancel hit the frame, or a prepared statement would outlive the call
             rollback.status == _Status.COMMAND_OK
             and unlock.status == _Status.TUPLES_OK
             and unlock.get_value(0, 1) == b"0"
             and self._pgconn.transaction_status == pq.TransactionStatus.IDLE
         )
-        if not clean:  # a late cancel hit the frame, or a prepared statement would have outlived the call
-            self.session.close()
 
     async def _framed(self, wire: Wire, text: bytes, params: Sequence[bytes | None]) -> Rows:
         self._send((text, params))
@@ -317,15 +324,21 @@ class _Exchange:
                     raise ConnectionLostError("the statement turned out to be a COPY, which is not a question")
                 elif stop is None:
                     failed = _error(result)
+            await self._ended(wire)
         except TooLargeError:
             if not answer.columns:
                 raise
             answer.too_large()
+            await cutting.end(self.session)
             return answer.done()
+        except ConnectionLostError:
+            if failed is None:
+                raise
+            self.session.close()  # PostgreSQL's last words come before its end
+            raise failed from None
         finally:
             if stop is not None:
                 await asyncio.shield(stop)
-        await self._ended(wire)
         if failed is not None:
             raise failed
         return answer.done()
@@ -347,7 +360,7 @@ class _Exchange:
             await cutting.end(self.session)
             return
         # A cancel that came late may have hit the ROLLBACK: what is not clearly clean is not used again.
-        self.session.close()
+        await self.session.leave()
 
 
 def _cells(result: Any) -> list[tuple[bytes, ...]] | StatementError:

@@ -5,7 +5,9 @@ without this connection, so that a full server, or a role at its CONNECTION LIMI
 """
 
 import asyncio
+import contextlib
 import logging
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ log = logging.getLogger("mcpctl.pools")
 Backend = tuple[int, str]
 """A backend's pid, and when it began: a pid alone may be somebody else's by now."""
 _LEAST = 0.05
+_GOODBYE = 0.5
 _TERMINATE = """
 SELECT a.pid, pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a
 WHERE (a.pid, a.backend_start::text) IN (SELECT * FROM unnest(%s::int[], %s::text[]))
@@ -36,7 +39,7 @@ class Terminator:
         self.login = login
         self._conn: AsyncConnection[Any] | None = None
         self._opening: asyncio.Task[Exception | None] | None = None
-        self._asking: set[asyncio.Task[bool | None]] = set()
+        self._asking: set[asyncio.Task[set[int] | None]] = set()
 
     async def ready(self) -> bool:
         """See that it is there; False where it was let go meanwhile, for somebody else's sake.
@@ -87,8 +90,8 @@ class Terminator:
             return _LetGo()  # who waits for it has not been cancelled
         return None
 
-    async def terminate(self, backends: Sequence[Backend], patience: float) -> bool | None:
-        """Tell these to end, within that many seconds; True when none is there any more, None when there is no
+    async def terminate(self, backends: Sequence[Backend], patience: float) -> set[int] | None:
+        """Tell these to end, within that many seconds; the pids of those that were still there, None when there is no
         connection to tell them by."""
         until = asyncio.get_running_loop().time() + patience
         problem: Exception | None
@@ -119,19 +122,40 @@ class Terminator:
             self._opening = None
         conn, self._conn = self._conn, None
         if conn is not None:
+            ended = ending(conn)
             await conn.close()
+            await ended
 
 
-async def _ask(conn: AsyncConnection[Any], backends: Sequence[Backend]) -> bool | None:
+async def _ask(conn: AsyncConnection[Any], backends: Sequence[Backend]) -> set[int] | None:
     pids, starts = [pid for pid, _ in backends], [started for _, started in backends]
     try:
-        return not await (await conn.execute(_TERMINATE, (pids, starts))).fetchall()
+        return {row[0] for row in await (await conn.execute(_TERMINATE, (pids, starts))).fetchall()}
     except psycopg.Error as problem:
         log.debug("terminating: %s", problem)
         return None
     except asyncio.CancelledError:
         await conn.close()
         raise
+
+
+def ending(*conns: AsyncConnection[Any]) -> "asyncio.Future[Any]":
+    """To be asked for before connections in whose conversation nothing is left are closed, and awaited afterwards: done
+    when their backends have ended, so that their places are free; after half a second in any case."""
+    watched = [
+        socket.fromfd(conn.pgconn.socket, socket.AF_INET, socket.SOCK_STREAM) for conn in conns if not conn.closed
+    ]
+    return asyncio.gather(*map(_ended, watched))
+
+
+async def _ended(theirs: socket.socket) -> None:
+    """Wait until a backend's end of its socket closes, which is when its process ends."""
+    loop = asyncio.get_running_loop()
+    with theirs, contextlib.suppress(TimeoutError, OSError):  # then it ends a little later, or was reset
+        theirs.setblocking(False)
+        async with asyncio.timeout(_GOODBYE):
+            while await loop.sock_recv(theirs, 4096):
+                pass
 
 
 def unreachable(login: Login, problem: BaseException) -> UnavailableError:

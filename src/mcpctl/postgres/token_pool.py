@@ -1,9 +1,7 @@
 """The pool of one token for one database: psycopg_pool, with the failures told at once and every backend known."""
 
 import asyncio
-import contextlib
 import logging
-import socket
 from collections.abc import Awaitable, Callable
 from time import monotonic
 from typing import Any
@@ -15,12 +13,11 @@ from psycopg import AsyncConnection, pq
 from mcpctl.errors import Error, ForbiddenError, UnavailableError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.login import SETTINGS
-from mcpctl.postgres.terminator import Backend, Terminator, alive, unreachable
+from mcpctl.postgres.terminator import Backend, Terminator, alive, ending, unreachable
 from mcpctl.postgres.verdicts import Verdicts
 
 log = logging.getLogger("mcpctl.pools")
 _LEFT = 1000
-_GOODBYE = 0.5
 MakeRoom = Callable[["TokenPool"], Awaitable[None]]
 
 
@@ -40,10 +37,10 @@ class Session:
     """One backend that has logged in, and who uses it now.
 
     Of the caller's statement: `described` is whether PostgreSQL described columns of it (a text of which it has not may
-    hold anything, a password too), `relations` what its plan reads.
+    hold anything, a password too), `relations` what its plan reads. `lingers`: it was told to end, and has not yet.
     """
 
-    __slots__ = ("conn", "cut", "described", "login", "pid", "pool", "relations", "started", "task")
+    __slots__ = ("conn", "cut", "described", "lingers", "login", "pid", "pool", "relations", "started", "task")
 
     def __init__(self, conn: "_Login", pool: "TokenPool", pid: int, started: str, login: str) -> None:
         self.conn = conn
@@ -52,6 +49,7 @@ class Session:
         self.started = started
         self.login = login
         self.cut = False
+        self.lingers = False
         self.task: asyncio.Task[Any] | None = None
         self.described = False
         self.relations: tuple[str, ...] | None = None
@@ -79,16 +77,9 @@ class Session:
 
     async def leave(self) -> None:
         """Close it and wait, for half a second at most, until its backend has ended: then its place is free."""
-        if self.conn.closed:
-            return
-        with socket.fromfd(self.pgconn.socket, socket.AF_INET, socket.SOCK_STREAM) as theirs:
-            theirs.setblocking(False)
-            self.close()
-            loop = asyncio.get_running_loop()
-            with contextlib.suppress(TimeoutError, OSError):  # then it ends a little later, or has ended
-                async with asyncio.timeout(_GOODBYE):
-                    while await loop.sock_recv(theirs, 4096):
-                        pass
+        ended = ending(self.conn)
+        self.close()
+        await ended
 
 
 class TokenPool:
@@ -117,8 +108,7 @@ class TokenPool:
         self._make_room = make_room
         self._freed = freed
         self.connecting = 0
-        self._waiting: set[asyncio.Timeout] = set()
-        self._error: Error | None = None
+        self._waiting: dict[asyncio.Timeout, Error | None] = {}
         self._wait = settings.wait
         self._left = 0
         self._pool = self._new()
@@ -149,15 +139,21 @@ class TokenPool:
 
     @property
     def count(self) -> int:
-        """Connections open or being opened, or being closed by who has them."""
-        for conn in [conn for conn, session in self.sessions.items() if conn.closed and session not in self.out]:
-            del self.sessions[conn]
+        """Connections open or being opened, or whose backend may still be there."""
+        for conn, session in list(self.sessions.items()):
+            if conn.closed and not session.lingers and session not in self.out:
+                del self.sessions[conn]
         return len(self.sessions) + self.connecting
 
     @property
     def idle(self) -> bool:
-        """Nobody uses it, waits for it, or is being connected."""
-        return not self.out and not self._waiting and not self.connecting
+        """Nobody uses it, waits for it, or is being connected, and nothing of it lingers."""
+        return not (self.out or self._waiting or self.connecting or self.lingering)
+
+    @property
+    def lingering(self) -> list[Session]:
+        """Those that were told to end, and have not yet."""
+        return [session for session in self.sessions.values() if session.lingers]
 
     @property
     def wanted(self) -> bool:
@@ -175,7 +171,9 @@ class TokenPool:
 
     async def close(self) -> None:
         """Close it and its idle connections; what is out is closed when it comes back."""
+        ended = ending(*(conn for conn, session in self.sessions.items() if session not in self.out))
         await self._pool.close(timeout=0.2)
+        await ended
 
     async def _conninfo(self) -> str:
         try:
@@ -196,13 +194,12 @@ class TokenPool:
 
     def _refused(self, problem: Exception) -> None:
         """There will be no new connection: whoever waits is told, unless one that is out may still come back."""
-        if isinstance(problem, UnavailableError | ForbiddenError):
-            self._error = problem
-        else:
-            self._error = unreachable(self.login, problem)
-        if not self.out:
-            now = asyncio.get_running_loop().time()
-            for waiting in self._waiting:
+        if not isinstance(problem, UnavailableError | ForbiddenError):
+            problem = unreachable(self.login, problem)
+        now = asyncio.get_running_loop().time()
+        for waiting in self._waiting:
+            self._waiting[waiting] = problem
+            if not self.out:
                 waiting.reschedule(now)
 
     async def _configure(self, conn: _Login) -> None:
@@ -225,7 +222,6 @@ class TokenPool:
     async def take(self) -> Session:
         """A live connection, waiting for one as long as the config says. Raises UnavailableError with the reason."""
         self.last_used = monotonic()
-        self._error = None
         await self._forget_who_left()
         while True:
             conn = await self._getconn()
@@ -264,18 +260,19 @@ class TokenPool:
         return conn
 
     async def _waited(self) -> _Login:
+        reason: Error | None = None
         try:
             async with asyncio.timeout(self._wait + 0.2) as waiting:  # who could not have room says why first
-                self._waiting.add(waiting)
+                self._waiting[waiting] = None
                 try:
                     return await self._pool.getconn(self._wait + 0.2)
                 finally:
-                    self._waiting.discard(waiting)
+                    reason = self._waiting.pop(waiting)
                     if not self._waiting:
                         self._freed()
         except (TimeoutError, psycopg_pool.PoolTimeout):
-            if self._error is not None:
-                raise self._error from None
+            if reason is not None:
+                raise reason from None
             raise UnavailableError(
                 f"no connection of this token to {self.login.name!r} came free in {self._wait:g} s",
                 "wait for the token's other calls to end",
@@ -291,7 +288,7 @@ class TokenPool:
         if not conn.closed and conn.pgconn.transaction_status != pq.TransactionStatus.IDLE:
             session.close()
         self.out.discard(session)
-        if conn.closed:
+        if conn.closed and not session.lingers:
             self.sessions.pop(conn, None)
         task = asyncio.ensure_future(self._pool.putconn(conn))
         await asyncio.shield(task)

@@ -34,7 +34,7 @@ _TOO_LARGE = (
 )
 
 
-_M_MMAP_THRESHOLD = -3
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
 _LARGE = 1 << 20
 
 
@@ -42,12 +42,14 @@ def large_blocks_apart() -> None:
     """Have glibc map each large block by itself, and give it back when it is freed (mallopt(3)).
 
     Else one that fits into memory freed before does not show in the virtual size, and what a large answer took stays
-    taken. Once a process, before the first exchange. Where there is no mallopt, nothing is done.
+    taken; and a thread that begins reserves a range of addresses as large as one. Once a process, before the first
+    exchange. Where there is no mallopt, nothing is done.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, _LARGE)
+            mallopt(_M_ARENA_MAX, 1)
 
 
 def _virtual_size() -> int:
