@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -485,3 +486,17 @@ def test_follow_does_not_mix_the_half_of_a_moved_file_with_the_new_one(log: Audi
 def test_follow_starts_again_where_the_file_was_emptied(log: AuditLog, path: Path) -> None:
     write(log, 3)
     assert followed(path, [lambda: os.truncate(path, 0), lambda: write(log, 1)]) == [4]
+
+
+@pytest.mark.parametrize("more", [1, 9])
+def test_follow_loses_nothing_when_the_log_is_copied_and_emptied(log: AuditLog, path: Path, more: int) -> None:
+    """logrotate's copytruncate; with nine lines more the file is larger than it was, when we look again."""
+    write(log, 3)
+
+    def rotate() -> None:
+        write(log, 2)
+        shutil.copy(path, path.with_name("audit.jsonl.1"))
+        os.truncate(path, 0)
+        write(log, more)
+
+    assert followed(path, [lambda: write(log, 1), rotate]) == list(range(4, 7 + more))

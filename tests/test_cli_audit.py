@@ -31,6 +31,14 @@ def busy(alice: Home) -> tuple[Home, str]:
     return alice, name
 
 
+def test_an_event_that_there_is_not_is_an_error_that_says_which_was_meant(busy: tuple[Home, str]) -> None:
+    home, _ = busy
+    refused = home("audit", "tail", "--event", "tool.caled")
+    assert refused.code == 2
+    assert "did you mean tool.called?" in refused.error
+    assert home("audit", "tail", "--event", "nope.*").code == 2
+
+
 def test_audit_tail_shows_the_end_and_filters(busy: tuple[Home, str]) -> None:
     home, name = busy
 
@@ -46,7 +54,7 @@ def test_audit_tail_shows_the_end_and_filters(busy: tuple[Home, str]) -> None:
     assert events("--token", name) == ["token.added", "token.revoked"]
     assert events("--event", "token.*") == every[1:]
     assert events("--event", "token.added", "-n", "1") == ["token.added"]
-    assert events("--event", "nothing") == []
+    assert events("--event", "token.removed") == []
     assert events("--since", "1h") == every
     assert events("--since", "1h", "-n", "2") == every[2:]
     assert events("--since", "2999-01-01") == []

@@ -331,8 +331,11 @@ def _follow(path: Path, fd: int, done: int, seq: int, pause: Callable[[float], N
         while True:
             now = private_file.fingerprint(path)
             about = os.fstat(fd)
-            if about.st_size < done:
+            if about.st_size < done or (done and _read_at(fd, 1, done - 1) != b"\n"):
                 done = 0  # emptied under us: what a crash left half written is not counted in `done`
+                missed = list(_since(path, seq)) if seq else []  # written since our last look, and in the copy now
+                seq = max([seq, *map(number, missed)])
+                yield from reversed(missed)
             whole = _whole_lines(fd, done)  # read after the look at the name: nothing is written to it after its move
             if whole:
                 done += len(whole)

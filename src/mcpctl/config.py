@@ -279,7 +279,7 @@ def _has_password(dsn: str) -> bool:
     if re.match(r"[^:]*://", dsn):
         names = [unquote(name) for name in re.findall(r"[?&]([^=&]*)=", dsn)]
         return bool(re.match(r"[^:]*://[^@/:]*:[^@/]+@", dsn)) or not {"password", "sslpassword"}.isdisjoint(names)
-    return bool(re.search(r"(^|\s)(ssl)?password\s*=", dsn))
+    return bool(re.search(r"password\s*=", dsn))
 
 
 def default_database(settings: Settings) -> str | None:

@@ -140,9 +140,37 @@ def _networks(value: Any) -> tuple[Network, ...]:
 def _public_url(value: Any) -> str | None:
     if value is None:
         return None
-    if not re.fullmatch(r"https?://[^/?#@\s]+/?", text(value)):  # the well-known places are at a host's root (RFC 9728)
+    url = text(value).removesuffix("/")  # the well-known places are at a host's root (RFC 9728)
+    if not re.match("https?://", url) or not _is_authority(url.partition("://")[2]):
         raise ValueError("a URL such as https://mcp.example.org, without path, user, query or fragment")
-    return str(value).rstrip("/")
+    return url
+
+
+def _is_authority(value: str) -> bool:
+    """Whether it is a host, with a port or without one, as clients send it: in ASCII (RFC 3986, section 3.2)."""
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?", value)
+    if not found or (found[2] and not 0 < int(found[2]) < 65536):
+        return False
+    try:
+        return not value.startswith("[") or ipaddress.ip_address(found[1][1:-1]).version == 6
+    except ValueError:
+        return False
+
+
+def _hosts(value: Any) -> tuple[str, ...]:
+    found = _texts(value)
+    if wrong := [item for item in found if not _is_authority(item)]:
+        raise ValueError(f"hosts such as mcp.example.org or mcp.example.org:8443 ({wrong[0]!r} is none)")
+    return found
+
+
+def _origins(value: Any) -> tuple[str, ...]:
+    found = _texts(value)
+    for item in found:
+        scheme, _, host = item.partition("://")
+        if not re.fullmatch("[a-z][a-z0-9+.-]*", scheme) or not _is_authority(host):
+            raise ValueError(f"origins such as https://app.example.org, without a path ({item!r} is none)")
+    return found
 
 
 def setting(default: Any, read: Reader, doc: str) -> Any:
@@ -176,8 +204,8 @@ class Server:
         None, _public_url, "what clients call the server by, where that is not host and port"
     )
     tls: Tls = section(Tls, "HTTPS")
-    allowed_hosts: tuple[str, ...] = setting((), _texts, "further Host headers to answer to, such as mcp.example.org")
-    allowed_origins: tuple[str, ...] = setting((), _texts, "further Origin headers of browsers to answer to")
+    allowed_hosts: tuple[str, ...] = setting((), _hosts, "further Host headers to answer to, such as mcp.example.org")
+    allowed_origins: tuple[str, ...] = setting((), _origins, "further Origin headers of browsers to answer to")
     trusted_proxies: tuple[Network, ...] = setting((), _networks, "networks whose X-Forwarded-For is believed")
     workers: int = setting(1, _number(1, 64), "processes that share the port")
     stdio: bool = setting(False, _bool, "`serve` without a flag speaks on stdin and stdout instead of HTTP")

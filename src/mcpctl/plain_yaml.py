@@ -4,6 +4,7 @@ No tag, no anchor, no alias, no key twice, no second document, and no deeper tha
 the parser's events, without recursion and without its composer, which a file of nested brackets crashes.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _RESOLVER = yaml.resolver.Resolver()
 _CONSTRUCTOR = yaml.constructor.SafeConstructor()
 _TEXT = "tag:yaml.org,2002:str"
+_SURPRISING = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-9_.]+)+)")
+"""What YAML 1.1 takes for a number in base 8 or 60, and nobody means: 010, 1:20."""
 DEEPEST = 20
 
 
@@ -142,7 +145,7 @@ class _Reader:
         if not event.implicit[0]:
             return event.value
         tag = _RESOLVER.resolve(yaml.ScalarNode, event.value, (True, False))  # type: ignore[no-untyped-call]
-        if tag == _TEXT:
+        if tag == _TEXT or _SURPRISING.fullmatch(event.value):
             return event.value
         try:
             return _CONSTRUCTOR.construct_object(yaml.ScalarNode(tag, event.value))

@@ -53,6 +53,7 @@ def tail(
     from mcpctl import audit
 
     begin = _since(since)
+    _check_event(event)
     found = settings(context, config)
     # opened at the end before the old lines are read, so that none between is lost
     newer = audit.follow(found.audit.file) if follow else None
@@ -126,6 +127,19 @@ def _after(text: Any, begin: "datetime") -> bool:
         return datetime.fromisoformat(str(text)) >= begin
     except (TypeError, ValueError):
         return True
+
+
+def _check_event(wanted: str | None) -> None:
+    import difflib
+
+    from mcpctl import audit
+    from mcpctl.errors import UsageError
+
+    known = [*audit.EVENTS, *sorted({f"{name.partition('.')[0]}.*" for name in audit.EVENTS}), "unreadable"]
+    if wanted is not None and wanted not in known:
+        close = difflib.get_close_matches(wanted, known, 1)
+        hint = f"did you mean {close[0]}?" if close else "docs/reference/audit.md has them all"
+        raise UsageError(f"--event {wanted!r} is no event and no family of events", hint)
 
 
 def _is_event(found: str, wanted: str) -> bool:
