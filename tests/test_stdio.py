@@ -63,6 +63,57 @@ def test_stdio_needs_only_a_database_url_and_nothing_that_only_posix_has(newest_
     assert (tmp_path / "mcpctl" / "audit.jsonl").stat().st_mode & 0o777 == 0o600
 
 
+NO_MESSAGES: dict[bytes, tuple[int, object]] = {
+    b"garbage": (-32700, None),
+    b"{": (-32700, None),
+    b"[" * 100_000: (-32700, None),
+    b'\xef\xbb\xbf{"jsonrpc":"2.0","id":1,"method":"ping"}': (-32700, None),
+    b"null": (-32600, None),
+    b'[{"jsonrpc":"2.0","id":7,"method":"ping"}]': (-32600, None),
+    b'{"id":8,"method":"ping"}': (-32600, 8),
+    b'{"jsonrpc":"2.0","id":{},"method":"ping"}': (-32600, None),
+    json.dumps({**_question("select 'x'"), "id": 9}).replace("x", "\\ud800").encode(): (-32700, 9),
+    json.dumps({**_question("select 'x'"), "id": 10}).encode().replace(b"x", b"\xff"): (-32700, None),
+}
+
+
+def test_what_is_no_message_is_answered_and_nothing_of_it_run(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop)
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--stdio", "--config", str(at.config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, env=environment(),
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        for line, (code, number) in NO_MESSAGES.items():
+            process.stdin.write(line + b"\n\n")
+            process.stdin.flush()
+            answer = json.loads(site.in_background(process.stdout.readline).result(10))
+            assert (answer["error"]["code"], answer["id"]) == (code, number), line[:100]
+        process.stdin.write(json.dumps(_question("select 'fine'")).encode() + b"\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["result"]["structuredContent"]["rows"] == [["fine"]]
+    finally:
+        process.communicate(timeout=10)
+    assert [line["statement"] for line in at.audit() if line["event"] == "tool.called"] == ["select 'fine'"]
+
+
+def test_what_was_asked_before_the_end_of_stdin_is_answered_and_what_takes_long_is_cut(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop)
+    asked = [{**_question(query), "id": number} for number, query in enumerate(["select 1", "select pg_sleep(60)"])]
+    done = subprocess.run(
+        [*COMMAND, "serve", "--stdio", "--config", str(at.config)], check=True, timeout=20, env=environment(),
+        input="".join(json.dumps(message) + "\n" for message in asked), capture_output=True, text=True,
+    )  # fmt: skip
+    answers = {answer["id"]: answer for answer in map(json.loads, done.stdout.splitlines())}
+    assert answers[0]["result"]["structuredContent"]["rows"] == [[1]]
+    assert "result" not in answers.get(1, {})
+    assert not newest_shop.backends("query LIKE '%sleep%'")
+
+
 def test_on_stdio_the_token_of_the_environment_counts_and_its_revocation_too(make_site: MakeSite, shop: Shop) -> None:
     at = make_site(shop)
     name, text = at.token()

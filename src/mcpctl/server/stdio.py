@@ -6,21 +6,40 @@ the config's login has.
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import signal
 import sys
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Self, cast
 
+import anyio
+import anyio.to_thread
 from mcp.server import ServerRequestContext
 from mcp.server.stdio import stdio_server
+from mcp.shared._stream_protocols import WriteStream
+from mcp.shared.message import SessionMessage
+from mcp_types import (
+    INVALID_REQUEST,
+    PARSE_ERROR,
+    ErrorData,
+    JSONRPCError,
+    JSONRPCNotification,
+    JSONRPCRequest,
+    JSONRPCResponse,
+    RequestId,
+    jsonrpc_message_adapter,
+)
 
 from mcpctl.calls import Request
 from mcpctl.errors import UnauthorizedError
 from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.server.parts import Core
 from mcpctl.server.protocol import build
+
+_MOMENT = 1.0
+"""Seconds after the end of stdin for what has been asked: `echo … | mcpctl serve --stdio`. Then its queries are cut."""
 
 
 async def serve(core: Core, token: str | None) -> None:
@@ -39,8 +58,90 @@ async def serve(core: Core, token: str | None) -> None:
         return principal, request
 
     server = build(core.calls, who)
-    async with stdio_server() as (read, write):
-        await server.run(read, write, server.create_initialization_options())
+    lines = _Lines()
+    async with stdio_server(stdin=cast("anyio.AsyncFile[str]", lines)) as (read, write):
+        lines.answers = answers = _Answers(write)
+        await server.run(read, answers, server.create_initialization_options())
+
+
+class _Answers:
+    """The stream of answers, which knows what has not been answered yet."""
+
+    def __init__(self, inner: WriteStream[SessionMessage]) -> None:
+        self._inner = inner
+        self._open: set[RequestId | None] = set()
+        self._done = asyncio.Event()
+        self._done.set()
+
+    def expect(self, request: RequestId) -> None:
+        self._open.add(request)
+        self._done.clear()
+
+    async def all(self, seconds: float) -> None:
+        """Wait until all that is expected has been sent, no longer than that."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._done.wait(), seconds)
+
+    async def send(self, item: SessionMessage) -> None:
+        await self._inner.send(item)
+        if isinstance(item.message, JSONRPCResponse | JSONRPCError):
+            self._open.discard(item.message.id)
+        if not self._open:
+            self._done.set()
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+class _Lines:
+    """The lines of stdin that are messages. Any other is answered here, as the SDK would pass it over in silence
+    (JSON-RPC 2.0, section 5.1); and at the end of stdin the last answers have a moment."""
+
+    def __init__(self) -> None:
+        # a descriptor of our own: a thread may still wait for it when the interpreter ends, and closes sys.stdin
+        self._file = os.fdopen(os.dup(0), "rb", closefd=False)
+        self.answers: _Answers
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        while True:
+            line = await anyio.to_thread.run_sync(self._file.readline, abandon_on_cancel=True)
+            if not line:
+                await self.answers.all(_MOMENT)
+                raise StopAsyncIteration
+            if not line.strip():
+                continue
+            try:
+                text = line.decode("utf-8")
+                message = jsonrpc_message_adapter.validate_json(text, by_name=False)
+                if isinstance(message, JSONRPCNotification) and "id" in json.loads(text):
+                    raise ValueError("an id that is none")
+            except ValueError:
+                await self.answers.send(SessionMessage(_refusal(line)))
+                continue
+            if isinstance(message, JSONRPCRequest):
+                self.answers.expect(message.id)
+            return text
+
+
+def _refusal(line: bytes) -> JSONRPCError:
+    """What is said of a line that is no message, with its id where it has one."""
+    code, said, request = PARSE_ERROR, "Parse error: one line of JSON in UTF-8 is a message", None
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(line.decode("utf-8"))
+        request = found.get("id") if isinstance(found, dict) else None
+        request = request if isinstance(request, str | int) and not isinstance(request, bool) else None
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        code, said = INVALID_REQUEST, "Invalid request: a message is one JSON-RPC 2.0 object"
+    return JSONRPCError(jsonrpc="2.0", id=request, error=ErrorData(code=code, message=said))
 
 
 async def serve_until_told(core: Core, token: str | None) -> bool:
