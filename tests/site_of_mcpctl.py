@@ -108,9 +108,9 @@ class Site:
             raise AssertionError(f"mcpctl {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
-    def start(self, *arguments: str, wait: bool = True) -> Site:
+    def start(self, *arguments: str, wait: bool = True, before: Sequence[str] = ()) -> Site:
         self.process = subprocess.Popen(
-            [*COMMAND, "--config", str(self.config), "serve", "--port", "0", *arguments],
+            [*before, *COMMAND, "--config", str(self.config), "serve", "--port", "0", *arguments],
             stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(),
         )  # fmt: skip
         up = threading.Event()

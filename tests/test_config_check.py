@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def test_a_fault_of_a_variable_names_the_variable(tmp_path: Path) -> None:
     done = run("config", "check", env={"MCPCTL_DATABASE_URL": "postgresql://h:99999/db", "HOME": str(tmp_path)})
     assert done.code == 3
     assert "environment MCPCTL_DATABASE_URL: databases.default.dsn: 99999 is no port" in done.error
+
+
+def test_a_certificate_out_of_date_is_told(home: Home) -> None:
+    old = trustme.CA().issue_cert("localhost", not_after=datetime(2025, 6, 1, tzinfo=UTC))
+    old.cert_chain_pems[0].write_to_path(home.folder / "cert.pem")
+    old.private_key_pem.write_to_path(home.folder / "key.pem")
+    (home.folder / "key.pem").chmod(0o600)
+    home.config.write_text(home.config.read_text() + "server: {tls: {cert: cert.pem, key: key.pem}}\n")
+    done = home("config", "check")
+    assert done.code == 0
+    assert "to 2025-06-01: clients refuse it" in done.err
 
 
 def test_a_chain_has_to_go_on_from_the_certificate(home: Home) -> None:

@@ -25,6 +25,7 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     from mcpctl.errors import ConfigError, Error
     from mcpctl.identity import tokens, users
     from mcpctl.postgres.login import Login
+    from mcpctl.server import tls
 
     found = settings(context, config)
     faults: list[str] = []
@@ -44,8 +45,6 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         password = ".password_file" if database.password_file is not None and database.dsn is None else ".dsn"
         tried(Login(name, database).dsn, key + password)
     if found.server.tls.cert is not None:
-        from mcpctl.server import tls
-
         tried(lambda: tls.context(found), "server.tls")
     from mcpctl.server.credentials import is_loopback
 
@@ -57,6 +56,8 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         )
     if not found.databases:
         faults.append("the config names no database (add one below `databases:`)")
+    if not faults and found.server.tls.cert is not None and (old := tls.out_of_date(found, tokens.utcnow())):
+        output.warn(old)
     if faults:
         raise ConfigError(
             "\n  ".join(["the installation is not in order:", *faults]),

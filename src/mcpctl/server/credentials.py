@@ -1,6 +1,7 @@
 """What an HTTP request says of itself before anything of it is believed: host, origin, address, credential."""
 
 import ipaddress
+import re
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,10 @@ from mcpctl.config_keys import Network, Settings
 from mcpctl.errors import Error, UnauthorizedError, UsageError
 
 Headers = Sequence[tuple[bytes, bytes]]
-_FORWARDING = (b"forwarded", b"via", b"x-real-ip", b"cf-connecting-ip", b"true-client-ip", b"x-client-ip")
+_FORWARDING = re.compile(
+    rb"^via$|forwarded|(client|real|connecting|user)-?ip|original-host|external-address|cdn-loop|amzn-trace"
+)
+"""Names of headers that proxies, balancers and content networks add."""
 _SCHEMES = ("http", "https")
 
 
@@ -31,15 +35,18 @@ def to_origin_form(scope: MutableMapping[str, Any]) -> None:
         scope["headers"].append((b"host", target.netloc.encode("latin-1", "replace")))
 
 
-def token(headers: Headers, query: bytes) -> str | None:
-    """The credential of a request: Authorization: Bearer, or X-API-Key; None where there is none.
-
-    UsageError (400) for two of them, or for one in the URL, where logs and histories keep it. UnauthorizedError for
-    another scheme.
-    """
+def refuse_in_url(query: bytes) -> None:
+    """Raise UsageError (400) for a credential in the URL, where logs and histories keep it."""
     names = (unquote_to_bytes(part.partition(b"=")[0]).lower() for part in query.split(b"&"))
     if b"mcp_" in unquote_to_bytes(query) or any(name in _IN_URL for name in names):
         raise UsageError("a token in the URL is not taken", "send it as a header: Authorization: Bearer …")
+
+
+def token(headers: Headers) -> str | None:
+    """The credential of a request: Authorization: Bearer, or X-API-Key; None where there is none.
+
+    UsageError (400) for two of them. UnauthorizedError for another scheme.
+    """
     bearer, api_key = header(headers, b"authorization"), header(headers, b"x-api-key")
     session = header(headers, b"x-session-id")
     if sum(credential is not None for credential in (bearer, api_key, session)) > 1:
@@ -135,7 +142,7 @@ class Gatekeeper:
 
 def forwarded(headers: Headers) -> bool:
     """Whether a proxy had the request before us."""
-    return any(key in _FORWARDING or key.startswith(b"x-forwarded") for key, _ in headers)
+    return any(_FORWARDING.search(key) for key, _ in headers)
 
 
 def is_loopback(host: str) -> bool:

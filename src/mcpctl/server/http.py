@@ -5,6 +5,7 @@ the request's task is cancelled, and with it the statement.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -34,6 +35,7 @@ log = logging.getLogger("mcpctl.http")
 _JSON = b"application/json"
 _READY_FOR = 2.0
 _BODY_SECONDS = 30.0
+_LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
 _CANCELLED = "The call was cancelled: by its client, or because the server stops"
 _INVALID_REQUEST, _INTERNAL = -32600, -32603
 
@@ -87,7 +89,7 @@ class Http:
                 raise Error("there is nothing here", "the server answers at /mcp", status=404)
             await route(scope, receive, send, request_id)
         except Error as problem:
-            await self._refuse(scope, send, problem, request_id)
+            await self._refuse(scope, receive, send, problem, request_id)
         except Exception:
             log.exception("request %s failed", request_id)
             await _json(send, 500, encoding.rpc_error(_INTERNAL, f"Internal error. Request {request_id}."), request_id)
@@ -124,13 +126,14 @@ class Http:
         parts, headers = self._parts, scope["headers"]
         parts.gatekeeper.check(headers)
         peer = scope["client"][0] if scope.get("client") else None
+        credentials.refuse_in_url(scope["query_string"])
         if parts.no_auth:
             if credentials.forwarded(headers):
                 raise Error("--no-auth takes no request that a proxy has forwarded", "use tokens", status=403)
             return peer, LOCAL
         address = parts.gatekeeper.address(headers, peer)
         try:
-            text = credentials.token(headers, scope["query_string"])
+            text = credentials.token(headers)
             if text is None:
                 raise UnauthorizedError("no credential")
             principal = await parts.authenticator.authenticate(text, address)
@@ -270,9 +273,17 @@ class Http:
         if self._parts.sse is None or scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
         address, principal = await self._admit(scope, request_id)
+        _check_content_type(scope["headers"])
         body = await self._body(scope, receive)
         scope["mcpctl"] = Caller(principal, Request(request_id, address, "sse", None, None))
-        await self._parts.sse(scope, _replay(body), send)
+        status, _, _ = await _captured(self._parts.sse, scope, body)
+        if status == 404:
+            raise Error(
+                "there is no such session", "open /sse first, and post to the address that it names", status=404
+            )
+        if status != 202:
+            raise UsageError("the message, or the session_id in the URL, is not valid", "post what /sse asks for")
+        await _json(send, 202, b"", request_id)
 
     def end_streams(self) -> int:
         """End the open streams of tokens that are no longer valid; how many there were."""
@@ -285,7 +296,7 @@ class Http:
 
     # -- refusals --------------------------------------------------------------------------------------------------
 
-    async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send, problem: Error, request_id: str) -> None:
         """One answer for every refusal; a 401 says the same whatever the reason, which is in the audit log."""
         headers: list[tuple[bytes, bytes]] = []
         message, hint = problem.message, problem.hint
@@ -309,7 +320,9 @@ class Http:
             told = problem.status == 503 and ("cannot be written" in message or message == _CANCELLED)
             message = message if told else outside(problem)
         data = {"hint": hint} if hint and problem.status < 500 else None
-        await _json(send, problem.status, encoding.rpc_error(_INVALID_REQUEST, message, data), request_id, headers)
+        body = encoding.rpc_error(_INVALID_REQUEST, message, data)
+        unread = receive if problem.status == 413 else None
+        await _json(send, problem.status, body, request_id, headers, unread=unread)
 
 
 def outside(problem: Error) -> str:
@@ -340,7 +353,15 @@ async def _watch(receive: Receive, task: "asyncio.Task[Any] | None", gone: async
 
 
 async def _through(app: App, scope: Scope, body: bytes) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
-    """The SDK's answer to a request, whole: (status, body, the headers that are its own)."""
+    """The SDK's answer to a request as ours: (status, body, the headers that are its own)."""
+    status, answer, kept = await _captured(app, scope, body)
+    caller: Caller = scope["mcpctl"]
+    if caller.problem is not None:
+        raise caller.problem
+    return status, encoding.again(answer), kept
+
+
+async def _captured(app: App, scope: Scope, body: bytes) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
     status, kept, chunks = 500, [], []
 
     async def send(message: Message) -> None:
@@ -352,10 +373,7 @@ async def _through(app: App, scope: Scope, body: bytes) -> tuple[int, bytes, lis
             chunks.append(message.get("body", b""))
 
     await app(scope, _replay(body), send)
-    caller: Caller = scope["mcpctl"]
-    if caller.problem is not None:
-        raise caller.problem
-    return status, encoding.again(b"".join(chunks)), kept
+    return status, b"".join(chunks), kept
 
 
 def _replay(body: bytes) -> Receive:
@@ -387,9 +405,7 @@ def _cancelled_number(body: bytes) -> str | int | None:
 def _negotiate(scope: Scope) -> None:
     """JSON comes and JSON goes, or the request is refused; afterwards both lanes see one line of each header."""
     headers = scope["headers"]
-    given = (credentials.header(headers, b"content-type") or "").partition(";")[0].strip().lower()
-    if given != "application/json":
-        raise Error("the body is to be JSON", "send Content-Type: application/json", status=415)
+    _check_content_type(headers)
     accepted = b",".join(value for key, value in headers if key == b"accept").decode("latin-1").lower()
     kinds = {part.partition(";")[0].strip() for part in accepted.split(",")}
     if not kinds & {"application/json", "application/*", "*/*"}:
@@ -398,14 +414,27 @@ def _negotiate(scope: Scope) -> None:
     scope["headers"] = [*kept, (b"accept", b"application/json, text/event-stream"), (b"content-type", _JSON)]
 
 
+def _check_content_type(headers: credentials.Headers) -> None:
+    given = (credentials.header(headers, b"content-type") or "").partition(";")[0].strip().lower()
+    if given != "application/json":
+        raise Error("the body is to be JSON", "send Content-Type: application/json", status=415)
+
+
 def _only_get(scope: Scope) -> None:
     if scope["method"] not in ("GET", "HEAD"):
         raise Error("only GET is answered here", status=405)
 
 
 async def _json(
-    send: Send, status: int, body: bytes, request_id: str, headers: list[tuple[bytes, bytes]] | None = None
+    send: Send,
+    status: int,
+    body: bytes,
+    request_id: str,
+    headers: list[tuple[bytes, bytes]] | None = None,
+    *,
+    unread: Receive | None = None,
 ) -> None:
+    """Answer. `unread`: the request's body is still coming, and the connection will be closed."""
     own = [
         (b"content-type", _JSON),
         (b"content-length", str(len(body)).encode()),
@@ -414,7 +443,23 @@ async def _json(
         (b"x-request-id", request_id.encode()),
     ]
     await send({"type": "http.response.start", "status": status, "headers": own[not body :] + (headers or [])})
+    if unread is not None:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await _linger(unread)
+        body = b""
     await send({"type": "http.response.body", "body": body})
+
+
+async def _linger(receive: Receive) -> None:
+    """Read on for a moment: closed at once, the answer would be lost to a reset (RFC 9112, section 9.6)."""
+    left = _LINGER_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_SECONDS):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 __all__ = ["Caller", "Http", "Parts"]

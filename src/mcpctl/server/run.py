@@ -25,8 +25,10 @@ from mcpctl.calls import Request
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, Error
 from mcpctl.identity.principal import Principal
+from mcpctl.identity.tokens import utcnow
 from mcpctl.server import credentials, http, protocol, tls
 from mcpctl.server.credentials import Gatekeeper
+from mcpctl.server.door import Door, Visitor
 from mcpctl.server.http import Caller, Http, Parts
 from mcpctl.server.parts import Core, running
 
@@ -75,6 +77,8 @@ def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
     settings = listening.settings
     if listening.tls:
         tls.context(settings)
+        if problem := tls.out_of_date(settings, utcnow()):
+            log.warning("%s", problem)
     bound = _bind(settings.server.host, settings.server.port)
     port = bound.getsockname()[1]
     settings = replace(settings, server=replace(settings.server, port=port))
@@ -86,7 +90,7 @@ def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
         log.warning("Connection isolation: DISABLED (--no-auth: all share one pool)")
     else:
         log.info("Connection isolation: ENABLED (per-token database connections)")
-    _all_descriptors()
+    bound.most = _all_descriptors(settings.limits.connections)
     try:
         if settings.server.workers == 1:
             told = asyncio.run(_worker(listening, bound, lambda: ready(f"{url}/mcp"), None, 1))
@@ -98,22 +102,24 @@ def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
         signal.raise_signal(number)  # so that the exit status tells what ended it
 
 
-def _all_descriptors() -> None:
-    """Take all the file descriptors that the system lets us have: a flood of connections must not close our files."""
+def _all_descriptors(connections: int) -> int | None:
+    """Take all the file descriptors that the system lets us have; how many of them visitors may fill. The others are
+    for our files, and for twice as many connections to PostgreSQL as there may be: cancelling one opens another."""
     try:
         import resource
     except ImportError:  # Windows
-        return
+        return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return None if hard == resource.RLIM_INFINITY else max(hard // 2, hard - 64 - 2 * connections)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int) -> Door:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         # asyncio turns Nagle's algorithm off for sockets that name their protocol, and else an answer takes 40 ms more.
-        made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        made = Door(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
         made.listen(1024)
@@ -165,7 +171,7 @@ async def _worker(
     async with running(settings, files=not listening.no_auth, workers=workers) as core, _app(listening, core) as app:
         config = uvicorn.Config(
             app,
-            http="h11",  # strips header values on both sides (RFC 9110); httptools leaves the end
+            http=Visitor,  # h11, which strips header values on both sides (RFC 9110); httptools leaves the end
             loop="asyncio",
             ws="none",
             lifespan="off",

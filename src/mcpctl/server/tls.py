@@ -5,6 +5,7 @@ import os
 import ssl
 import tempfile
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
@@ -36,6 +37,18 @@ def context(settings: Settings) -> ssl.SSLContext:
             "both in PEM, the key without a passphrase and belonging to the certificate",
         ) from None
     return made
+
+
+def out_of_date(settings: Settings, now: datetime) -> str | None:
+    """What is to be said of a certificate that clients refuse for its dates; None where there is nothing."""
+    tls = settings.server.tls
+    if tls.cert is None:
+        return None
+    own = _certificates(tls.cert, "certificate")[0]
+    if own.not_valid_before_utc <= now <= own.not_valid_after_utc:
+        return None
+    begin, end = own.not_valid_before_utc.date(), own.not_valid_after_utc.date()
+    return f"the certificate {tls.cert} counts from {begin} to {end}: clients refuse it"
 
 
 def _certificates(path: Path, what: str) -> list[x509.Certificate]:
