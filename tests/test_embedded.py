@@ -77,7 +77,10 @@ def alive(pid: int) -> bool:
     except PermissionError:
         return True
     status = Path(f"/proc/{pid}/stat")
-    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):  # it has ended since; where there is no /proc, it is alive
+        return not status.parent.parent.joinpath("self").exists()
 
 
 def family(pid: int) -> list[int]:

@@ -1,6 +1,7 @@
 """What every command needs: the config named on the command line, and the files with the right user's rights."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,6 @@ def invocation(config: Path | None) -> Invocation:
 
 def config_flag(source: Path | None) -> str:
     """What a command that we advise needs behind it to find this config file."""
-    import shlex
-
     from mcpctl import config as configuration
 
     usual = source is None or configuration.find(None, {}) == source

@@ -26,6 +26,7 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     from mcpctl.identity import tokens, users
     from mcpctl.postgres.login import Login
     from mcpctl.server import tls
+    from mcpctl.server.credentials import is_loopback
 
     found = settings(context, config)
     faults: list[str] = []
@@ -46,7 +47,6 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         tried(Login(name, database).dsn, key + password)
     if found.server.tls.cert is not None:
         tried(lambda: tls.context(found), "server.tls")
-    from mcpctl.server.credentials import is_loopback
 
     if not is_loopback(found.server.host) and found.server.tls.cert is None and not found.server.trusted_proxies:
         host = found.server.host
