@@ -334,7 +334,7 @@ class _Exchange:
         except ConnectionLostError:
             if failed is None:
                 raise
-            self.session.close()  # PostgreSQL's last words come before its end
+            self._clean = False  # PostgreSQL's last words come before its end
             raise failed from None
         finally:
             if stop is not None:

@@ -82,7 +82,14 @@ class Wire:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.remove_reader(self._fd)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Before the socket is closed: its number may be another's at once."""
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            self._loop.remove_writer(self._fd)
+        self._fd = -1
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -110,12 +117,14 @@ class Wire:
                 await self._ready()
                 self._consume()
         finally:
-            self._loop.remove_writer(self._fd)
+            if self._fd >= 0:
+                self._loop.remove_writer(self._fd)
 
     def _flush(self) -> bool:
         try:
             return bool(self._pgconn.flush())
         except Exception as problem:
+            self._let_go()
             raise ConnectionLostError("the connection to the database was lost") from problem
 
     def _consume(self) -> None:
@@ -124,6 +133,7 @@ class Wire:
         try:
             self._pgconn.consume_input()
         except Exception as problem:
+            self._let_go()
             raise ConnectionLostError("the connection to the database was lost") from problem
         self._count(_virtual_size() - before)
         self._refuse_if_full()
@@ -145,6 +155,7 @@ class Wire:
     def _refuse_if_full(self) -> None:
         """Close the connection under what is too large."""
         if self._full:
+            self._let_go()
             self._pgconn.finish()
             raise TooLargeError(*_TOO_LARGE)
 
