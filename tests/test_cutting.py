@@ -115,7 +115,10 @@ def test_a_token_is_cut_by_expiry_removal_and_the_end_of_an_overlap(make_site: M
                 assert again.call("whoami").status_code == 200
             elif how == "edit":
                 path = at.folder / "tokens.yaml"
-                path.write_text("".join(line for line in path.read_text().splitlines(True) if name not in line))
+                edited = path.with_suffix(".new")  # as editors do: the old file is there until the new one is whole
+                edited.touch(0o600)
+                edited.write_text("".join(line for line in path.read_text().splitlines(True) if name not in line))
+                edited.replace(path)
             if how in ("expiry", "overlap"):
                 eventually(lambda ends=ends: datetime.now(UTC) >= ends)
             assert again.call("whoami").status_code == 401, how
@@ -281,6 +284,20 @@ def test_a_frozen_backend_is_remembered_until_it_has_ended(make_site: MakeSite, 
             os.kill(pid, signal.SIGCONT)
     eventually(lambda: any(f"backend {pid} is gone" in str(line.get("reason")) for line in at.audit()))
     assert not shop.backends(f"pid = {pid}")
+
+
+def test_the_place_of_a_frozen_backend_is_free_when_it_has_ended(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, extra="limits: {statement_timeout: 200ms, connections: 2}\n").start()
+    with at.client(at.token()[1]) as a, at.client(at.token("bob")[1]) as b:
+        pid = a.rows("select pg_backend_pid()")[0][0]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            assert "statement timeout" in a.error("select 1")
+            waiting = in_background(b.rows, "select 2")
+            assert newest_shop.backends(f"pid = {pid}")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert waiting.result(15) == [[2]]
 
 
 def test_fifty_ends_of_a_token_and_the_slowest_of_them(

@@ -18,7 +18,7 @@ import site_of_mcpctl as site
 from mcpctl.config_keys import Database, Pool
 from mcpctl.errors import UnavailableError
 from mcpctl.identity.principal import LOCAL
-from mcpctl.postgres import token_pool
+from mcpctl.postgres import ping, token_pool
 from mcpctl.postgres.login import Login
 from mcpctl.postgres.terminator import Terminator
 from mcpctl.postgres.verdicts import Verdicts
@@ -138,6 +138,63 @@ def test_a_host_that_never_answers_takes_nothing_from_the_other_databases(
             client.http.close()
 
 
+def test_ready_asks_all_databases_at_once_and_holds_nobody_up(make_site: MakeSite, newest_shop: Shop) -> None:
+    with contextlib.ExitStack() as stack:
+        more = ""
+        for number in range(4):
+            hole = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            more += f"  hole{number}: {{host: 127.0.0.1, port: {hole.getsockname()[1]}, user: shop_reader}}\n"
+        at = make_site(newest_shop, database="    default: true\n", extra=more).start()
+        b = stack.enter_context(at.client(at.token("bob")[1]))
+        assert b.rows("select 1") == [[1]]
+        asking = site.in_background(lambda: httpx.get(f"{at.url[:-4]}/ready", timeout=30))
+        begun = time.monotonic()
+        slowest = 0.0
+        while asking._thread.is_alive():
+            call = time.monotonic()
+            assert b.rows("select 1") == [[1]]
+            slowest = max(slowest, time.monotonic() - call)
+        assert asking.result().status_code == 503
+        assert time.monotonic() - begun < 5
+        assert slowest < 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "takes"),
+    [
+        (b"R\0\0\0\x08\0\0\0\x0a", True),
+        (b"E\0\0\0\x13SFATAL\0C57P03\0\0", False),
+        (b"E\0\0\0\x13SFATAL\0C53300\0\0", True),
+        (b"HTTP/1.1 400", False),
+        (b"", False),
+    ],
+)
+def test_a_server_that_is_starting_takes_no_connections_and_one_that_is_full_does(answer: bytes, takes: bool) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if await reader.readexactly(8) == b"\0\0\0\x08\x04\xd2\x16\x2f":
+            writer.write(b"N")
+            await reader.readexactly(8)
+        writer.write(answer)
+        writer.close()
+
+    async def run() -> bool:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            return await ping.takes_connections(f"host=127.0.0.1 port={port} user=a", 5)
+
+    assert asyncio.run(run()) is takes
+
+
+def test_of_several_hosts_one_that_takes_connections_is_enough(newest_shop: Shop) -> None:
+    cluster = newest_shop.cluster
+
+    def takes(hosts: str) -> bool:
+        return asyncio.run(ping.takes_connections(f"host={hosts} port={cluster.port} user=a", 5))
+
+    assert takes(f"/nonexistent,{cluster.host}")
+    assert not takes("/nonexistent")
+
+
 def test_a_pool_forgets_those_who_stopped_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(token_pool, "_LEFT", 5)
 
@@ -198,6 +255,27 @@ def test_a_call_waits_for_room_in_a_full_budget_and_gets_it(make_site: MakeSite,
         waiting = [site.in_background(client.rows, "select 2") for client in (b, c)]
         assert [one.result() for one in waiting] == [[[2]], [[2]]]
         sleeper.result()
+
+
+@pytest.mark.parametrize("lane", ["express", "sdk"])
+def test_a_call_that_waits_for_room_gets_that_of_a_client_who_went_away(
+    make_site: MakeSite, shop: Shop, lane: str
+) -> None:
+    at = make_site(shop, extra="limits: {connections: 2}\n").start()
+    _, text = at.token()
+    params = {"name": "query_database", "arguments": {"query": "select pg_sleep(50)"}}
+    if lane == "sdk":
+        params["_meta"] = {"zzz": 1}  # type: ignore[assignment]
+    asked = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+    headers = {"Authorization": f"Bearer {text}", "Accept": "application/json"}
+    with at.client(at.token("bob")[1]) as b:
+        leaving = site.in_background(lambda: httpx.post(at.url, json=asked, headers=headers, timeout=2))
+        eventually(lambda: shop.backends("query LIKE '%pg_sleep(50)%' AND state = 'active'"))
+        begun = time.monotonic()
+        assert b.rows("select 2") == [[2]]
+        assert time.monotonic() - begun < 10
+    with pytest.raises(httpx.ReadTimeout):
+        leaving.result()
 
 
 def test_an_idle_pool_is_closed(make_site: MakeSite, newest_shop: Shop) -> None:

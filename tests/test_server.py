@@ -221,7 +221,7 @@ def test_a_flood_of_silent_visitors_does_not_stand_in_a_revocations_way(make_sit
 
 
 def test_a_visitor_who_asks_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "_FIRST_REQUEST", 0.2)
+    monkeypatch.setattr(door, "_PATIENCE", 0.5)
 
     async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})

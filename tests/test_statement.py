@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 import pg
@@ -281,6 +282,7 @@ def test_a_cell_of_a_gigabyte_and_ten_million_rows_cost_little_memory_and_nobody
         at = make_site(shop, extra=lines, database=database, tcp=way != "socket").start()
         with at.client(at.token()[1]) as a, at.client(at.token("bob")[1]) as b:
             assert a.rows("select ssl from pg_stat_ssl where pid = pg_backend_pid()") == [[way == "tls"]]
+            assert httpx.get(f"{at.url.removesuffix('/mcp')}/ready").status_code == 200
             assert b.rows("select 1") == [[1]]
             before = _memory(at)
             slowest = 0.0

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import site_of_mcpctl as site
 from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually
 
@@ -72,6 +74,7 @@ NO_MESSAGES: dict[bytes, tuple[int, object]] = {
     b'[{"jsonrpc":"2.0","id":7,"method":"ping"}]': (-32600, None),
     b'{"id":8,"method":"ping"}': (-32600, 8),
     b'{"jsonrpc":"2.0","id":{},"method":"ping"}': (-32600, None),
+    b'{"jsonrpc":"2.0","id":"\\ud800","method":"ping"}': (-32700, None),
     json.dumps({**_question("select 'x'"), "id": 9}).replace("x", "\\ud800").encode(): (-32700, 9),
     json.dumps({**_question("select 'x'"), "id": 10}).encode().replace(b"x", b"\xff"): (-32700, None),
 }
@@ -134,6 +137,47 @@ def test_on_stdio_the_token_of_the_environment_counts_and_its_revocation_too(mak
     finally:
         process.communicate(timeout=10)
     assert all(line.get("token") in (name, None) for line in at.audit())
+
+
+@pytest.mark.parametrize("before", [(), (_question("select 1"),)], ids=["at once", "after a call"])
+def test_ctrl_c_on_stdio_ends_it(make_site: MakeSite, newest_shop: Shop, before: tuple[dict[str, object], ...]) -> None:
+    at = make_site(newest_shop)
+    (at.folder / "audit.jsonl").touch(0o600)
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--stdio", "--config", str(at.config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    try:
+        eventually(lambda: b"server.started" in (at.folder / "audit.jsonl").read_bytes())
+        _speak(process, *before)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(5) == 130
+    finally:
+        process.kill()
+        _, said = process.communicate()
+    assert "Traceback" not in said
+
+
+def test_a_client_that_closes_stdout_is_gone(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop)
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--stdio", "--config", str(at.config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        process.stdout.close()
+        process.stdin.write(json.dumps(_question("select 1")) + "\n")
+        process.stdin.flush()
+        assert process.wait(10) == 0
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.stdin.close()
+        process.stderr.close()
+        process.wait()
 
 
 def test_sigterm_on_stdio_closes_everything_first(make_site: MakeSite, newest_shop: Shop) -> None:

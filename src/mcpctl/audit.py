@@ -350,6 +350,7 @@ def _follow(path: Path, fd: int, done: int, seq: int, pause: Callable[[float], N
                 os.close(fd)
                 fd, done = new, 0
                 missed = list(_since(path, seq)) if seq else []  # in files that came and went between two looks
+                seq = max([seq, *map(number, missed)])
                 yield from reversed(missed)
             else:
                 pause(0.2)

@@ -143,7 +143,13 @@ def _public_url(value: Any) -> str | None:
     url = text(value).removesuffix("/")  # the well-known places are at a host's root (RFC 9728)
     if not re.match("https?://", url) or not _is_authority(url.partition("://")[2]):
         raise ValueError("a URL such as https://mcp.example.org, without path, user, query or fragment")
-    return url
+    return _as_sent(url)
+
+
+def _as_sent(origin: str) -> str:
+    """An origin as clients write it: in lower case, without the scheme's own port (RFC 6454, section 6.1)."""
+    origin = origin.lower()
+    return origin.removesuffix({"http": ":80", "https": ":443"}.get(origin.partition("://")[0], "/"))
 
 
 def _is_authority(value: str) -> bool:
@@ -170,7 +176,7 @@ def _origins(value: Any) -> tuple[str, ...]:
         scheme, _, host = item.partition("://")
         if not re.fullmatch("[a-z][a-z0-9+.-]*", scheme) or not _is_authority(host):
             raise ValueError(f"origins such as https://app.example.org, without a path ({item!r} is none)")
-    return found
+    return tuple(map(_as_sent, found))
 
 
 def setting(default: Any, read: Reader, doc: str) -> Any:

@@ -10,13 +10,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 
-from psycopg import pq
-from psycopg.conninfo import make_conninfo
-
 from mcpctl.errors import Error, UnauthorizedError, UnavailableError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.cutting import Cut, cut, try_again
 from mcpctl.postgres.login import Login
+from mcpctl.postgres.ping import takes_connections
 from mcpctl.postgres.terminator import Terminator, unreachable
 from mcpctl.postgres.token_pool import Session, TokenPool
 from mcpctl.postgres.verdicts import Verdicts
@@ -25,7 +23,7 @@ log = logging.getLogger("mcpctl.pools")
 _MINUTE = 60.0
 _OFTEN, _SELDOM = 0.25, 15.0
 """Seconds between two tries to end a backend that outlived its cut, in the first minute and after it."""
-_PING_SECONDS = 2
+_PING_SECONDS = 2.0
 Told = Callable[..., None]
 
 
@@ -81,8 +79,10 @@ class Pools:
             self._check(principal)  # it may have been cut while this call waited
             yield session
         finally:
-            await pool.give_back(session)
-            self._freed.set()
+            try:
+                await pool.give_back(session)
+            finally:
+                self._freed.set()
 
     async def _pool(self, principal: Principal, database: str) -> TokenPool:
         if self._closed:
@@ -205,6 +205,7 @@ class Pools:
                 left = await try_again(pool.terminator, lingering)
                 for session in lingering:
                     session.lingers = session in left
+                self._freed.set()
         now = monotonic()
         for pool in list(self._pools.values()):
             if pool.idle and now - pool.last_used > pool.login.settings.pool.max_idle:
@@ -263,11 +264,8 @@ class Pools:
             await shared.terminator.close()
 
     async def reachable(self, database: str) -> bool:
-        """Whether the database's server takes connections now (PQping: no login, no slot). A host that does not answer
-        has two seconds for each way of connecting."""
-        dsn = make_conninfo(self.login(database).dsn(), connect_timeout=_PING_SECONDS)
-        answer = await asyncio.to_thread(pq.PGconn.ping, dsn.encode())
-        return answer == pq.Ping.OK
+        """Whether the database's server takes connections now; it has two seconds to say so."""
+        return await takes_connections(self.login(database).dsn(), _PING_SECONDS)
 
     def login(self, database: str) -> Login:
         """The login of a database of the config."""

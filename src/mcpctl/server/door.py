@@ -10,8 +10,9 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-_FIRST_REQUEST = 20.0
-"""Seconds in which a connection's first request has to have come, its headers whole."""
+_PATIENCE = 20.0
+"""Seconds in which a connection's next request has to have come, its headers whole. Who has been answered and says
+nothing at all is sent away sooner, by uvicorn."""
 
 
 class Door(socket.socket):
@@ -37,11 +38,12 @@ class Visitor(H11Protocol):
     """uvicorn's protocol, which lets nobody stay who does not ask."""
 
     _patience: asyncio.TimerHandle | None = None
+    _seen: object = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection is there."""
         super().connection_made(transport)
-        self._patience = self.loop.call_later(_FIRST_REQUEST, self._if_silent)
+        self._patience = self.loop.call_later(_PATIENCE, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has ended."""
@@ -49,6 +51,11 @@ class Visitor(H11Protocol):
             self._patience.cancel()
         super().connection_lost(exc)
 
-    def _if_silent(self) -> None:
-        if self.cycle is None:
+    def _look(self) -> None:
+        """Whether there was a request since the last look, or still is one."""
+        asked = self.cycle is not None and (self.cycle is not self._seen or not self.cycle.response_complete)
+        if not asked:
             self.transport.abort()
+            return
+        self._seen = self.cycle
+        self._patience = self.loop.call_later(_PATIENCE, self._look)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
+from mcp_types import jsonrpc_message_adapter
+
 from mcpctl.calls import Calls, Request, UnknownToolError
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, UnauthorizedError, UnavailableError, UsageError
@@ -275,6 +277,10 @@ class Http:
         address, principal = await self._admit(scope, request_id)
         _check_content_type(scope["headers"])
         body = await self._body(scope, receive)
+        try:
+            jsonrpc_message_adapter.validate_json(body, by_name=False)
+        except ValueError:
+            raise UsageError("the body is no JSON-RPC message", "post one message in JSON") from None
         scope["mcpctl"] = Caller(principal, Request(request_id, address, "sse", None, None))
         status, _, _ = await _captured(self._parts.sse, scope, body)
         if status == 404:
@@ -282,7 +288,7 @@ class Http:
                 "there is no such session", "open /sse first, and post to the address that it names", status=404
             )
         if status != 202:
-            raise UsageError("the message, or the session_id in the URL, is not valid", "post what /sse asks for")
+            raise UsageError("the session_id in the URL is none", "post to the address that /sse names")
         await _json(send, 202, b"", request_id)
 
     def end_streams(self) -> int:

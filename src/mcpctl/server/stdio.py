@@ -7,15 +7,15 @@ the config's login has.
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import secrets
 import signal
 import sys
+import threading
 from collections.abc import Coroutine
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
 
-import anyio
-import anyio.to_thread
 from mcp.server import ServerRequestContext
 from mcp.server.stdio import stdio_server
 from mcp.shared._stream_protocols import WriteStream
@@ -38,6 +38,10 @@ from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.server.parts import Core
 from mcpctl.server.protocol import build
 
+if TYPE_CHECKING:
+    import anyio
+
+log = logging.getLogger("mcpctl.stdio")
 _MOMENT = 1.0
 """Seconds after the end of stdin for what has been asked: `echo … | mcpctl serve --stdio`. Then its queries are cut."""
 
@@ -59,9 +63,12 @@ async def serve(core: Core, token: str | None) -> None:
 
     server = build(core.calls, who)
     lines = _Lines()
-    async with stdio_server(stdin=cast("anyio.AsyncFile[str]", lines)) as (read, write):
-        lines.answers = answers = _Answers(write)
-        await server.run(read, answers, server.create_initialization_options())
+    try:
+        async with stdio_server(stdin=cast("anyio.AsyncFile[str]", lines)) as (read, write):
+            lines.answers = answers = _Answers(write)
+            await server.run(read, answers, server.create_initialization_options())
+    except* BrokenPipeError:
+        log.info("the client has closed stdout")
 
 
 class _Answers:
@@ -104,16 +111,33 @@ class _Lines:
     (JSON-RPC 2.0, section 5.1); and at the end of stdin the last answers have a moment."""
 
     def __init__(self) -> None:
-        # a descriptor of our own: a thread may still wait for it when the interpreter ends, and closes sys.stdin
-        self._file = os.fdopen(os.dup(0), "rb", closefd=False)
         self.answers: _Answers
+        self._loop = asyncio.get_running_loop()
+        self._came: asyncio.Queue[bytes] = asyncio.Queue()
+        self._wanted = threading.Semaphore(1)
+        # The interpreter waits for no daemon thread at its end, and stdin may have none. Its descriptor is our own,
+        # since the interpreter closes sys.stdin.
+        file = os.fdopen(os.dup(0), "rb", closefd=False)
+        threading.Thread(target=self._read, args=(file,), name="stdin", daemon=True).start()
+
+    def _read(self, file: BinaryIO) -> None:
+        line = b"begun"
+        while line:
+            self._wanted.acquire()
+            try:
+                line = file.readline()
+            except OSError:  # the terminal is gone
+                line = b""
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._came.put_nowait, line)
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> str:
         while True:
-            line = await anyio.to_thread.run_sync(self._file.readline, abandon_on_cancel=True)
+            line = await self._came.get()
+            self._wanted.release()
             if not line:
                 await self.answers.all(_MOMENT)
                 raise StopAsyncIteration
@@ -137,8 +161,9 @@ def _refusal(line: bytes) -> JSONRPCError:
     code, said, request = PARSE_ERROR, "Parse error: one line of JSON in UTF-8 is a message", None
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(line.decode("utf-8"))
-        request = found.get("id") if isinstance(found, dict) else None
-        request = request if isinstance(request, str | int) and not isinstance(request, bool) else None
+        given = found.get("id") if isinstance(found, dict) else None
+        if (isinstance(given, str) and given.isascii()) or (isinstance(given, int) and not isinstance(given, bool)):
+            request = given
         json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
         code, said = INVALID_REQUEST, "Invalid request: a message is one JSON-RPC 2.0 object"
     return JSONRPCError(jsonrpc="2.0", id=request, error=ErrorData(code=code, message=said))
