@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -122,6 +123,30 @@ KEEPING = (
     "values (1), (2) ; ",
     "select",
 )
+
+
+def test_a_connection_that_is_closed_early_takes_no_others_descriptor(served: Site, a: Client) -> None:
+    """Whoever comes meanwhile gets its number."""
+    enough = threading.Event()
+
+    def visit(token: str) -> int:
+        answered = 0
+        while not enough.is_set():
+            with served.client(token) as new:
+                assert new.rows("select 1") == [[1]]
+            answered += 1
+        return answered
+
+    visiting = [in_background(visit, served.token("bob")[1]) for _ in range(3)]
+    try:
+        for _ in range(8):
+            rows = a.rows(
+                "select i, case when i < 100 then 'a' else repeat('x', 60000000) end from generate_series(1, 101) i"
+            )
+            assert len(rows) == 96
+    finally:
+        enough.set()
+    assert all(one.result() for one in visiting)
 
 
 def test_the_last_words_of_a_connection_reach_the_caller(a: Client) -> None:

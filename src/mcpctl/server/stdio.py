@@ -14,11 +14,10 @@ import signal
 import sys
 import threading
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, Self, cast
 
 from mcp.server import ServerRequestContext
 from mcp.server.stdio import stdio_server
-from mcp.shared._stream_protocols import WriteStream
 from mcp.shared.message import SessionMessage
 from mcp_types import (
     INVALID_REQUEST,
@@ -37,9 +36,6 @@ from mcpctl.errors import UnauthorizedError
 from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.server.parts import Core
 from mcpctl.server.protocol import build
-
-if TYPE_CHECKING:
-    import anyio
 
 log = logging.getLogger("mcpctl.stdio")
 _MOMENT = 1.0
@@ -64,7 +60,7 @@ async def serve(core: Core, token: str | None) -> None:
     server = build(core.calls, who)
     lines = _Lines()
     try:
-        async with stdio_server(stdin=cast("anyio.AsyncFile[str]", lines)) as (read, write):
+        async with stdio_server(stdin=cast("Any", lines)) as (read, write):  # it wants no more than `async for`
             lines.answers = answers = _Answers(write)
             await server.run(read, answers, server.create_initialization_options())
     except* BrokenPipeError:
@@ -72,9 +68,9 @@ async def serve(core: Core, token: str | None) -> None:
 
 
 class _Answers:
-    """The stream of answers, which knows what has not been answered yet."""
+    """The SDK's stream of answers, which knows what has not been answered yet."""
 
-    def __init__(self, inner: WriteStream[SessionMessage]) -> None:
+    def __init__(self, inner: Any) -> None:
         self._inner = inner
         self._open: set[RequestId | None] = set()
         self._done = asyncio.Event()
