@@ -54,25 +54,27 @@ class Terminator:
     async def _attempt(self) -> Exception | None:
         """See that it is there; what went wrong. Whoever asks meanwhile shares the attempt, and its result."""
         self.begin()
-        return None if self._opening is None else await asyncio.shield(self._opening)
+        opening = self._opening
+        return None if opening is None or opening.done() else await asyncio.shield(opening)
 
     def begin(self) -> None:
         """Begin to make it, where it is not there."""
-        if self._opening is None and not self._alive():
+        if not self._being_made and not self._alive():
             self._opening = asyncio.create_task(self._open())
-            self._opening.add_done_callback(self._opened)
 
     @property
     def open(self) -> bool:
         """Whether it holds a connection, or is making one."""
-        return self._conn is not None or self._opening is not None
+        return self._conn is not None or self._being_made
+
+    @property
+    def _being_made(self) -> bool:
+        # an attempt that has ended says nothing of now; who asked for it has its result
+        return self._opening is not None and not self._opening.done()
 
     def _alive(self) -> bool:
         conn = self._conn
         return conn is not None and (conn.lock.locked() or alive(conn))
-
-    def _opened(self, _: object) -> None:
-        self._opening = None
 
     async def _open(self) -> Exception | None:
         """Connect, and no more: who fights back may end this one too, so that its first statement has to count."""
@@ -116,10 +118,9 @@ class Terminator:
 
     async def close(self) -> None:
         """Close it, until somebody needs it again."""
-        if self._opening is not None:
+        if self._opening is not None and not self._opening.done():
             self._opening.cancel()
             await asyncio.wait({self._opening})
-            self._opening = None
         conn, self._conn = self._conn, None
         if conn is not None:
             ended = ending(conn)
