@@ -214,6 +214,28 @@ def test_a_pool_forgets_those_who_stopped_waiting(monkeypatch: pytest.MonkeyPatc
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("gap", range(16))
+def test_who_comes_while_another_is_being_told_why_is_told_too(tmp_path: Path, gap: int) -> None:
+    async def full(pool: token_pool.TokenPool) -> None:
+        raise UnavailableError("there is no room")
+
+    async def run() -> None:
+        pool = token_pool.TokenPool(
+            Terminator(Login("down", Database(host=str(tmp_path)))), LOCAL, 1.0, Verdicts(), full, lambda: None
+        )
+        await pool.open()
+        asking = [asyncio.create_task(pool.take())]
+        for _ in range(gap):  # steps of the event loop, while the first one is on its way out
+            await asyncio.sleep(0)
+        asking += [asyncio.create_task(pool.take()) for _ in range(2)]
+        async with asyncio.timeout(5):
+            said = await asyncio.gather(*asking, return_exceptions=True)
+        assert [str(problem) for problem in said] == ["there is no room"] * 3
+        await pool.close()
+
+    asyncio.run(run())
+
+
 class _Spoken:
     """libpq's side of a connection, and its closing."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -343,13 +344,18 @@ def test_a_writer_killed_at_a_hundred_random_moments_always_leaves_a_whole_file(
         writers.append(made)
         return made
 
+    def number_above(least: int) -> bool:
+        return bool(json.loads(private_file.read(path).data)["number"] > least)
+
     waiting = [start() for _ in range(4)]  # they start while another one works: a start takes longer than a life
-    for _ in range(100):
+    for turn in range(100):
         writer = waiting.pop(0)
         waiting.append(start())
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
         writer.stdout.close()
+        if turn % 2:  # on a slow machine the others may be killed before they have written anything
+            eventually(functools.partial(number_above, last), 60, 0.001)
         threading.Event().wait(chance.uniform(0, 0.02))
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
@@ -362,7 +368,7 @@ def test_a_writer_killed_at_a_hundred_random_moments_always_leaves_a_whole_file(
         writer.wait()
         assert writer.stdout is not None
         writer.stdout.close()
-    assert last > 100  # they did write
+    assert last >= 50  # they did write
     with private_file.edit(path):
         pass
     assert list(tmp_path.glob(".counted.json.*.tmp")) == [], f"{left} times something had been left"

@@ -198,6 +198,8 @@ class TokenPool:
             problem = unreachable(self.login, problem)
         now = asyncio.get_running_loop().time()
         for waiting in self._waiting:
+            if waiting.expired():
+                continue  # it has been told, and is on its way out: another attempt may fail before it is
             self._waiting[waiting] = problem
             if not self.out:
                 waiting.reschedule(now)
