@@ -18,6 +18,7 @@ _TEXT = "tag:yaml.org,2002:str"
 _SURPRISING = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-9_.]+)+)")
 """What YAML 1.1 takes for a number in base 8 or 60, and nobody means: 010, 1:20."""
 DEEPEST = 20
+_TOO_DEEP = f"nested deeper than {DEEPEST}"
 
 
 @dataclass
@@ -100,7 +101,10 @@ class _Reader:
             mark = getattr(problem, "problem_mark", None)
             line = mark.line + 1 if mark else 1 + text.count("\n", 0, getattr(problem, "position", 0) or 0)
             why = getattr(problem, "problem", None) or getattr(problem, "reason", None) or "cannot be read"
-            self._faults.append(f"{self._source}:{line}: not YAML: {why}")
+            if "nesting" in why:  # newer libyamls give up first, at a depth of their own
+                self._faults.append(f"{self._source}:{line}: {_TOO_DEEP}")
+            else:
+                self._faults.append(f"{self._source}:{line}: not YAML: {why}")
             return None
         return self._top
 
@@ -117,7 +121,7 @@ class _Reader:
             self._faults.append(f"{where}: the tag {event.tag} is not plain data")  # type: ignore[attr-defined]
         if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
             if len(self._stack) >= DEEPEST:
-                self._faults.append(f"{where}: nested deeper than {DEEPEST}")
+                self._faults.append(f"{where}: {_TOO_DEEP}")
                 return False
             if isinstance(event, yaml.MappingStartEvent):
                 self._stack.append(_Open(where, keys={}))
