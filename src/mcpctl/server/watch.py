@@ -67,6 +67,8 @@ class Watch:
             self._recorder.note("query.cancelled", token=token, reason=f"{reason}: {done}")
         if reason == "expired":
             self._recorder.note("token.expired", token=token, reason=str(done))
+            if not done.backends_left and self._cuts.get(token) is asyncio.current_task():
+                del self._cuts[token]  # no command asks for it: whoever revokes the token later has cut nothing
         return done
 
     async def run(self) -> None:
