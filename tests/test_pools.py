@@ -203,7 +203,7 @@ def test_a_pool_forgets_those_who_stopped_waiting(monkeypatch: pytest.MonkeyPatc
 
     async def run() -> None:
         terminator = Terminator(Login("down", Database(host=str(tmp_path), pool=Pool(wait=1.0))))
-        pool = token_pool.TokenPool(terminator, LOCAL, 1.0, Verdicts(), room, lambda: None)
+        pool = token_pool.TokenPool(terminator, LOCAL, 1.0, Verdicts(), room)
         await pool.open()
         for _ in range(30):
             with pytest.raises(UnavailableError, match="cannot be reached"):
@@ -221,7 +221,7 @@ def test_who_comes_while_another_is_being_told_why_is_told_too(tmp_path: Path, g
 
     async def run() -> None:
         pool = token_pool.TokenPool(
-            Terminator(Login("down", Database(host=str(tmp_path)))), LOCAL, 1.0, Verdicts(), full, lambda: None
+            Terminator(Login("down", Database(host=str(tmp_path)))), LOCAL, 1.0, Verdicts(), full
         )
         await pool.open()
         asking = [asyncio.create_task(pool.take())]

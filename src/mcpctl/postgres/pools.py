@@ -23,6 +23,8 @@ log = logging.getLogger("mcpctl.pools")
 _MINUTE = 60.0
 _OFTEN, _SELDOM = 0.25, 15.0
 """Seconds between two tries to end a backend that outlived its cut, in the first minute and after it."""
+_LOOK = 0.05
+"""Seconds after which whoever waits for room looks again by himself: nobody tells when PostgreSQL ends a backend."""
 _PING_SECONDS = 2.0
 Told = Callable[..., None]
 
@@ -33,6 +35,12 @@ class _Shared:
 
     terminator: Terminator
     verdicts: Verdicts
+    turn: asyncio.Lock
+
+    @classmethod
+    def of(cls, login: Login) -> "_Shared":
+        verdicts = Verdicts()
+        return cls(Terminator(login, verdicts.forget), verdicts, asyncio.Lock())
 
 
 class Pools:
@@ -47,8 +55,9 @@ class Pools:
         told: Told,
         valid: Callable[[Principal], bool],
     ) -> None:
-        self._shared = {name: _Shared(Terminator(login), Verdicts()) for name, login in logins.items()}
+        self._shared = {name: _Shared.of(login) for name, login in logins.items()}
         self._budget = budget
+        self._at_once = max(1, budget // 4)
         self._statement_timeout = statement_timeout
         self._told = told
         self._valid = valid
@@ -60,8 +69,15 @@ class Pools:
         self._closed = False
 
     def _counted(self, asking: TokenPool, more: int) -> int:
-        """Connections, as they would be with `more` of that pool's and the one that is kept for its login."""
-        found = sum(pool.count for pool in self._pools.values()) + more
+        """Connections, as they would be with `more` of that pool's and the one that is kept for its login.
+
+        Backends that were told to end, and may not have yet, count for their own database alone: while a host hangs
+        nobody knows, and the other databases must not have to wait for it.
+        """
+        found = more + sum(
+            pool.count - (0 if pool.terminator is asking.terminator else len(pool.lingering))
+            for pool in self._pools.values()
+        )
         kept = {pool.terminator for pool in self._pools.values() if pool.count or pool is asking}
         kept.update(shared.terminator for shared in self._shared.values() if shared.terminator.open)
         return found + len(kept)
@@ -98,7 +114,6 @@ class Pools:
                 self._statement_timeout,
                 shared.verdicts,
                 lambda asking: self._make_room(asking),
-                self._freed.set,
             )
             self._pools[key] = pool
             await pool.open()
@@ -128,8 +143,8 @@ class Pools:
         """Let `asking` connect once more, within the budget. Raises UnavailableError when nothing came free in the time
         that a call waits, or nobody waits any more.
 
-        The connection that is kept for its login comes first: only that attempt counts while a host does not answer, so
-        that it cannot take the budget from the other databases.
+        The connection that is kept for its login comes first, and then no more than a quarter of the budget is being
+        opened at once for one database: a host that does not answer, or no longer, cannot take it from the others.
         """
         connecting = False
         try:
@@ -144,11 +159,30 @@ class Pools:
                     connecting = True
                     ready = await asking.terminator.ready()
                 connecting = False
-                async with self._room:
-                    await self._room_for(asking, 1)
-                    asking.connecting += 1
+                async with self._shared[asking.login.name].turn:
+                    while self._being_opened(asking.terminator) >= self._at_once:
+                        self._check_wanted(asking)
+                        await self._change()
+                    async with self._room:
+                        await self._room_for(asking, 1)
+                        asking.connecting += 1
         except TimeoutError as late:
-            raise (unreachable(asking.login, late) if connecting else self._full()) from None
+            hangs = connecting or self._being_opened(asking.terminator) >= self._at_once
+            raise (unreachable(asking.login, late) if hangs else self._full()) from None
+
+    def _being_opened(self, terminator: Terminator) -> int:
+        return sum(pool.connecting for pool in self._pools.values() if pool.terminator is terminator)
+
+    def _check_wanted(self, asking: TokenPool) -> None:
+        if asking.closed or not asking.wanted:
+            raise self._full()
+
+    async def _change(self) -> None:
+        """Wait until there may be room."""
+        self._freed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK):
+                await self._freed.wait()
 
     def _full(self) -> UnavailableError:
         return UnavailableError(
@@ -156,19 +190,25 @@ class Pools:
         )
 
     async def _room_for(self, asking: TokenPool, more: int) -> None:
-        """Wait until there is room: the longest-idle pool gives way, or a call that ends. Who asks first is first."""
+        """Wait until there is room: the longest-idle pool gives way, then what busy ones have to spare, or a call ends.
+        Who asks first is first."""
         while self._counted(asking, more) > self._budget:
-            if not asking.wanted:
-                raise self._full()
-            idle = [pool for pool in self._pools.values() if pool is not asking and pool.idle]
+            self._check_wanted(asking)
+            others = sorted(
+                (pool for pool in self._pools.values() if pool is not asking), key=lambda pool: pool.last_used
+            )
+            idle = [pool for pool in others if pool.idle]
+            spare = [session for pool in others for session in pool.spare]
             if idle:
-                await self._close(min(idle, key=lambda pool: pool.last_used), "the budget is full")
+                await self._close(idle[0], "the budget is full")
                 await self._let_go(asking)
-            elif not await self._let_go(asking):
-                self._freed.clear()
-                await self._freed.wait()
-        if asking.closed or not asking.wanted:
-            raise self._full()
+            elif await self._let_go(asking):
+                pass
+            elif spare:
+                await spare[0].leave()
+            else:
+                await self._change()
+        self._check_wanted(asking)
 
     async def _close(self, pool: TokenPool, reason: str) -> None:
         for key, found in list(self._pools.items()):
@@ -205,11 +245,12 @@ class Pools:
                 left = await try_again(pool.terminator, lingering)
                 for session in lingering:
                     session.lingers = session in left
-                self._freed.set()
         now = monotonic()
-        for pool in list(self._pools.values()):
-            if pool.idle and now - pool.last_used > pool.login.settings.pool.max_idle:
-                await self._close(pool, "idle")
+        await asyncio.gather(*(
+            self._close(pool, "idle")
+            for pool in self._pools.values()
+            if pool.idle and now - pool.last_used > pool.login.settings.pool.max_idle
+        ))  # fmt: skip
         await self._let_go()
         for terminator in {pool.terminator for pool in self._pools.values() if pool.count}:
             terminator.begin()  # it may have been ended under a query that runs; nobody waits for it here
@@ -255,13 +296,12 @@ class Pools:
     async def close(self) -> None:
         """Cut everything, for the end of the server."""
         self._closed = True
-        for token in {pool.principal.token for pool in self._pools.values()}:
-            await self.cut(token, "the server stops")
+        ending = {pool.principal.token for pool in self._pools.values()}
+        await asyncio.gather(*(self.cut(token, "the server stops") for token in ending))
         for task in self._finishing:
             task.cancel()
         await asyncio.gather(*self._finishing, return_exceptions=True)
-        for shared in self._shared.values():
-            await shared.terminator.close()
+        await asyncio.gather(*(shared.terminator.close() for shared in self._shared.values()))
 
     async def reachable(self, database: str) -> bool:
         """Whether the database's server takes connections now; it has two seconds to say so."""

@@ -83,8 +83,7 @@ class Session:
 
 
 class TokenPool:
-    """See the module. `make_room(pool)` is awaited before each new connection, and adds one to its `connecting`;
-    `freed()` is told when nobody waits any more."""
+    """See the module. `make_room(pool)` is awaited before each new connection, and adds one to its `connecting`."""
 
     def __init__(
         self,
@@ -93,7 +92,6 @@ class TokenPool:
         timeout: float,
         verdicts: Verdicts,
         make_room: MakeRoom,
-        freed: Callable[[], None],
     ) -> None:
         self.login = login = terminator.login
         settings = login.settings.pool
@@ -106,7 +104,6 @@ class TokenPool:
         self.last_used = monotonic()
         self._timeout = timeout
         self._make_room = make_room
-        self._freed = freed
         self.connecting = 0
         self._waiting: dict[asyncio.Timeout, Error | None] = {}
         self._wait = settings.wait
@@ -154,6 +151,17 @@ class TokenPool:
     def lingering(self) -> list[Session]:
         """Those that were told to end, and have not yet."""
         return [session for session in self.sessions.values() if session.lingers]
+
+    @property
+    def spare(self) -> list[Session]:
+        """Those that nobody uses, and nobody waits for."""
+        if self._waiting:
+            return []
+        return [
+            session
+            for conn, session in self.sessions.items()
+            if not (conn.closed or session.lingers or session in self.out)
+        ]
 
     @property
     def wanted(self) -> bool:
@@ -270,8 +278,6 @@ class TokenPool:
                     return await self._pool.getconn(self._wait + 0.2)
                 finally:
                     reason = self._waiting.pop(waiting)
-                    if not self._waiting:
-                        self._freed()
         except (TimeoutError, psycopg_pool.PoolTimeout):
             if reason is not None:
                 raise reason from None

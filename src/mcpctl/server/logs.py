@@ -28,5 +28,5 @@ def set_up(level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("mcpctl").setLevel(level.upper())
-    for name in ("psycopg.pool", "mcp"):
+    for name in ("psycopg", "mcp"):
         logging.getLogger(name).setLevel(logging.ERROR)

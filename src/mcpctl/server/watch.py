@@ -73,20 +73,28 @@ class Watch:
 
     async def run(self) -> None:
         """Look after the files, the expiries and the idle pools, for ever."""
-        loop = asyncio.get_running_loop()
-        swept = loop.time()
+        async with asyncio.TaskGroup() as group:  # a pool that is slow to close holds no expiry up
+            group.create_task(self._keep_looking())
+            group.create_task(self._keep_sweeping())
+
+    async def _keep_looking(self) -> None:
         while True:
             try:
                 self._look()
-                if loop.time() - swept > _SWEEP:
-                    swept = loop.time()
-                    await self._pools.sweep()
-                    self._recorder.flush()
-                    self._remind()
             except Exception:
                 log.exception("looking after the files failed; it is tried again")
             expiry = self._authenticator.next_expiry()
             await asyncio.sleep(TICK if expiry is None else min(TICK, expiry + 0.001))
+
+    async def _keep_sweeping(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP)
+            try:
+                await self._pools.sweep()
+                self._recorder.flush()
+                self._remind()
+            except Exception:
+                log.exception("looking after the pools failed; it is tried again")
 
     def _look(self) -> None:
         try:
