@@ -75,6 +75,12 @@ def serve(
     )
     if server.sse and server.workers > 1:
         raise UsageError("server.sse goes with one worker only", "say --workers 1")
+    if found.limits.connections < 2 * server.workers:
+        raise UsageError(
+            f"each of {server.workers} workers needs at least two of limits.connections, which is "
+            f"{found.limits.connections}",
+            f"say --workers {max(1, found.limits.connections // 2)}, or raise limits.connections",
+        )
     from mcpctl.server import run
 
     listening = run.Listening(replace(found, server=server), behind_proxy=behind_proxy, no_auth=no_auth)

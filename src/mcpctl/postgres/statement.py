@@ -18,6 +18,7 @@ from collections.abc import Coroutine, Sequence
 from time import monotonic
 from typing import Any, TypeVar
 
+import psycopg
 from psycopg import pq
 
 from mcpctl.errors import Error
@@ -116,6 +117,9 @@ async def _guarded(exchange: "_Exchange", work: Coroutine[Any, Any, T]) -> T:
     except ConnectionLostError:
         exchange.session.close()
         raise
+    except psycopg.Error as problem:  # libpq has nobody to say it to any more
+        exchange.session.close()
+        raise ConnectionLostError("the connection to the database was lost") from problem
     except StatementError:
         await exchange.leave()
         raise
@@ -356,7 +360,7 @@ class _Exchange:
                         result = await wire.result()
                         if result is not None and result.status == _Status.PIPELINE_SYNC:
                             self._syncs -= 1
-        except (TimeoutError, ConnectionLostError, TooLargeError):
+        except (TimeoutError, ConnectionLostError, TooLargeError, psycopg.Error):
             await cutting.end(self.session)
             return
         # A cancel that came late may have hit the ROLLBACK: what is not clearly clean is not used again.

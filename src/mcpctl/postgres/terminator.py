@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psycopg
@@ -33,10 +33,12 @@ class _LetGo(Exception):
 
 
 class Terminator:
-    """One a login and process. Opened before the login's first session, closed with the login's last pool."""
+    """One a login and process. Opened before the login's first session, closed with the login's last pool. `opened()`
+    is told each time: it may be another PostgreSQL by now that answers there."""
 
-    def __init__(self, login: Login) -> None:
+    def __init__(self, login: Login, opened: Callable[[], None] = lambda: None) -> None:
         self.login = login
+        self._opened = opened
         self._conn: AsyncConnection[Any] | None = None
         self._opening: asyncio.Task[Exception | None] | None = None
         self._asking: set[asyncio.Task[set[int] | None]] = set()
@@ -90,6 +92,7 @@ class Terminator:
             return problem
         except asyncio.CancelledError:
             return _LetGo()  # who waits for it has not been cancelled
+        self._opened()
         return None
 
     async def terminate(self, backends: Sequence[Backend], patience: float) -> set[int] | None:

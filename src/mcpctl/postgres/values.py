@@ -93,7 +93,10 @@ def _json_integer(text: str) -> int | str:
 def _json_float(text: str) -> float | str:
     """A number that a double carries without loss, or its text."""
     number = float(text)
-    return number if math.isfinite(number) and Decimal(repr(number)) == Decimal(text) else text
+    try:
+        return number if math.isfinite(number) and Decimal(repr(number)) == Decimal(text) else text
+    except ArithmeticError:  # its exponent is beyond Decimal's
+        return text
 
 
 _decode = json.JSONDecoder(parse_int=_json_integer, parse_float=_json_float).decode

@@ -35,6 +35,11 @@ class Verdicts:
     types: Types = field(default_factory=Types)
     _known: OrderedDict[bytes, tuple[float, Verdict]] = field(default_factory=OrderedDict)
 
+    def forget(self) -> None:
+        """Forget all, types too: an OID says something only in the PostgreSQL that gave it."""
+        self.types = Types()
+        self._known.clear()
+
     @staticmethod
     def key(login: str, text: bytes) -> bytes:
         """The digest that stands for a text of that login role."""

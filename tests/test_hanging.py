@@ -1,0 +1,229 @@
+"""A PostgreSQL that hangs (its machine lost power, its cable was cut) holds up nobody who does not ask it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import site_of_mcpctl as site
+from mcpctl.config_keys import Database
+from mcpctl.identity.principal import LOCAL
+from mcpctl.postgres import statement
+from mcpctl.postgres.answer import Bounds
+from mcpctl.postgres.login import Login
+from mcpctl.postgres.terminator import Terminator
+from mcpctl.postgres.token_pool import TokenPool
+from mcpctl.postgres.verdicts import Verdicts
+from mcpctl.postgres.wire import ConnectionLostError
+from mcpctl.server import watch
+from site_of_mcpctl import Client, Shop, Site, eventually, in_background
+
+MakeSite = Callable[..., Site]
+
+
+@pytest.fixture
+def other(newest: object) -> Iterator[Shop]:
+    """A second PostgreSQL, which can be frozen."""
+    with site.shop(newest) as found:  # type: ignore[arg-type]
+        yield found
+
+
+def _beside(other: Shop, extra: str = "") -> dict[str, str]:
+    more = (
+        f"  other: {{host: {other.cluster.host}, port: {other.cluster.port}, dbname: shop, user: shop_reader,"
+        f" password_file: shop.password, required: false}}\n{extra}"
+    )
+    return {"database": "    default: true\n", "extra": more}
+
+
+@contextlib.contextmanager
+def _frozen(shop: Shop) -> Iterator[None]:
+    """Neither its postmaster nor any of its backends runs, and no connection is closed."""
+    with shop.admin() as admin:
+        pids = [
+            row[0] for row in admin.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'")
+        ]
+        own = admin.info.backend_pid
+    pids = [shop.cluster.pid, *(pid for pid in pids if pid != own)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def _asks(client: Client, query: str, database: str) -> str:
+    """The text of the answer, whatever it is."""
+    answer = client.call("query_database", {"query": query, "database": database})
+    return str(answer.json()["result"]["content"][0]["text"])
+
+
+def test_backends_that_nobody_can_see_end_take_no_place_of_another_database(
+    make_site: MakeSite, newest_shop: Shop, other: Shop
+) -> None:
+    at = make_site(newest_shop, **_beside(other, "limits: {connections: 4, statement_timeout: 1s}\n")).start()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(at.client(at.token()[1])) for _ in range(3)]
+        running = [in_background(_asks, client, "select pg_sleep(50)", "other") for client in clients]
+        eventually(lambda: len(other.backends("state = 'active'")) == 3)
+        with _frozen(other):
+            assert all("statement timeout" in one.result() for one in running)
+            begun = time.monotonic()
+            assert clients[0].rows("select 1") == [[1]]
+            assert time.monotonic() - begun < 5
+        eventually(lambda: '"rows":[[1]]' in _asks(clients[0], "select 1", "other"), 15)
+
+
+def test_a_database_that_hangs_once_it_was_reached_slows_no_other_down(
+    make_site: MakeSite, newest_shop: Shop, other: Shop
+) -> None:
+    at = make_site(newest_shop, **_beside(other, "limits: {connections: 6}\n")).start()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(at.client(at.token()[1])) for _ in range(6)]
+        b = stack.enter_context(at.client(at.token("bob")[1]))
+        assert '"rows":[[1]]' in _asks(clients[0], "select 1", "other")
+        with _frozen(other):
+            running = [in_background(_asks, client, "select 1", "other") for client in clients]
+            slowest = 0.0
+            for _ in range(10):
+                begun = time.monotonic()
+                assert b.rows("select 1") == [[1]]
+                slowest = max(slowest, time.monotonic() - begun)
+            assert slowest < 3
+        said = [one.result(60) for one in running]
+        assert all("cannot be reached" in text or '"rows":[[1]]' in text for text in said), said
+
+
+def test_a_server_with_many_pools_on_a_database_that_hangs_stops_in_time(make_site: MakeSite, other: Shop) -> None:
+    at = make_site(other).start()
+    for _ in range(8):
+        with at.client(at.token()[1]) as client:
+            assert client.rows("select 1") == [[1]]
+    with _frozen(other):
+        begun = time.monotonic()
+        at.stop()
+        assert time.monotonic() - begun < 6
+
+
+def test_a_connection_whose_caller_left_while_it_was_made_gives_way(make_site: MakeSite, other: Shop) -> None:
+    at = make_site(other, extra="limits: {connections: 2}\n").start()
+    with at.client(at.token()[1]) as first, at.client(at.token("bob")[1]) as b:
+        assert first.rows("select 1") == [[1]]
+        impatient = Client(at.url, at.token()[1])
+        impatient.http.timeout = httpx.Timeout(0.7)
+        os.kill(other.cluster.pid, signal.SIGSTOP)  # new connections wait, and those that are there go on
+        try:
+            with impatient, pytest.raises(httpx.ReadTimeout):
+                impatient.call("query_database", {"query": "select 1"})
+            waiting = in_background(b.rows, "select 2")
+        finally:
+            os.kill(other.cluster.pid, signal.SIGCONT)
+        assert waiting.result(15) == [[2]]
+
+
+def test_what_a_busy_pool_has_to_spare_gives_way_to_a_call_that_waits(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, extra="limits: {connections: 5}\n").start()
+    _, text = at.token()
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(at.client(text)) for _ in range(4)]
+        b = stack.enter_context(at.client(at.token("bob")[1]))
+        running = [in_background(client.rows, "select pg_sleep(0.5)") for client in clients]
+        assert [one.result() for one in running] == [[[""]]] * 4
+        assert len(newest_shop.backends("application_name LIKE 'mcpctl%' AND state = 'idle'")) == 5
+        sleeper = in_background(clients[0].call, "query_database", {"query": "select pg_sleep(20)"})
+        eventually(lambda: newest_shop.backends("query LIKE '%pg_sleep(20)%' AND state = 'active'"))
+        begun = time.monotonic()
+        assert b.rows("select 1") == [[1]]
+        assert time.monotonic() - begun < 10
+        at.run("token", "revoke", "--all")
+        assert sleeper.result().status_code == 401
+
+
+def test_what_is_slow_to_close_holds_no_expiry_up() -> None:
+    class Held:
+        """An authenticator that sees a token expire once the pools are being swept; the pools never end that."""
+
+        def __init__(self) -> None:
+            self.sweeping = False
+            self.told = asyncio.Event()
+            self.ended: Callable[[dict[str, str]], None] = lambda ids: None
+
+        def refresh(self) -> None:
+            pass
+
+        def expired(self) -> list[str]:
+            if not self.sweeping:
+                return []
+            self.told.set()
+            return ["ab12cd34"]
+
+        def next_expiry(self) -> float | None:
+            return None
+
+        async def sweep(self) -> None:
+            self.sweeping = True
+            await asyncio.Event().wait()
+
+    async def run() -> None:
+        held = Held()
+        looking = watch.Watch(held, None, held, None, Path(), lambda: 0)  # type: ignore[arg-type]
+        looking._ended = lambda ids: None  # type: ignore[method-assign]
+        task = asyncio.create_task(looking.run())
+        await asyncio.wait_for(held.told.wait(), 20)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_what_was_learnt_of_a_database_is_forgotten_when_all_its_connections_were_lost(other: Shop) -> None:
+    """It may be another PostgreSQL by then, in which the same OID is another type."""
+    told: list[int] = []
+
+    async def run() -> None:
+        dsn = other.cluster.dsn_for("postgres", other.cluster.superuser_password, "shop")
+        terminator = Terminator(Login("shop", Database(dsn=dsn)), lambda: told.append(1))
+        assert await terminator.ready()
+        assert await terminator.ready()
+        assert len(told) == 1
+        with other.admin() as admin:
+            admin.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'mcpctl cut'"
+            )
+        async with asyncio.timeout(20):
+            while len(told) < 2:
+                assert await terminator.ready()
+        await terminator.close()
+
+    asyncio.run(run())
+
+
+def test_a_connection_that_is_lost_before_a_word_is_said_is_told_in_words(newest_shop: Shop) -> None:
+    async def room(pool: TokenPool) -> None:
+        pool.connecting += 1
+
+    async def run() -> None:
+        dsn = newest_shop.cluster.dsn_for("postgres", newest_shop.cluster.superuser_password, "shop")
+        login = Login("shop", Database(dsn=dsn, allow_privileged_login=True))
+        pool = TokenPool(Terminator(login), LOCAL, 5.0, Verdicts(), room)
+        await pool.open()
+        session = await pool.take()
+        session.close()
+        with pytest.raises(ConnectionLostError, match="the connection to the database was lost"):
+            await statement.run(session, "select 1", Bounds(10, 1000, 5.0))
+        await pool.give_back(session)
+        await pool.close()
+        await pool.terminator.close()
+
+    asyncio.run(run())
