@@ -101,9 +101,10 @@ def test_typos_and_flags_that_do_not_go_together_are_usage_errors(home: Home) ->
         ["token", "show", "a", "b"], ["token", "list", "extra"], ["token", "revoke"], ["token", "revoke", "a", "--all"],
         ["user", "add"], ["user", "add", "a", "b"], ["config", "chekc"], ["audit", "tail", "-x"], ["--no-such-flag"],
         ["--\x1b[31m\n"], ["token", "list", "--json=maybe"], ["serve", "--port", "x"], ["serve", "--port", "70000"],
-        ["serve", "--port", "-1"], ["serve", "--workers", "0"], ["serve", "--workers", "11"], ["serve", "--stdio", "--http"],
-        ["serve", "--host", ""], ["serve", "--stdio", "--port", "1"], ["serve", "--stdio", "--no-auth"], ["serve", "--tls-cert", "x"],
-        ["serve", "--tls-key", "x"], ["serve", "--tls-chain", "x"],
+        ["serve", "--port", "-1"], ["serve", "--workers", "0"], ["serve", "--workers", "11"],
+        ["serve", "--stdio", "--http"], ["serve", "--host", ""], ["serve", "--stdio", "--port", "1"],
+        ["serve", "--stdio", "--no-auth"], ["serve", "--tls-cert", "x"], ["serve", "--tls-key", "x"],
+        ["serve", "--tls-chain", "x"],
         ["demo", "--port", "-5"], ["init", "a", "b"], ["token", "verify", "mcp_on_the_command_line"],
     ]  # fmt: skip
     all_of(home, commands, {2})

@@ -197,3 +197,24 @@ def test_sigterm_on_stdio_closes_everything_first(make_site: MakeSite, newest_sh
     assert eventually(lambda: [line for line in at.audit() if line["event"] == "server.stopped"])
     process.communicate(timeout=10)
     assert process.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_stdio_that_is_told_to_end_closes_its_books(
+    make_site: MakeSite, newest_shop: Shop, number: signal.Signals
+) -> None:
+    at = make_site(newest_shop)
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--stdio", "--config", str(at.config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, env=environment(MCPCTL_TOKEN=at.token()[1]),
+    )  # fmt: skip
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(_question("select pg_sleep(43)")).encode() + b"\n")
+    process.stdin.flush()
+    eventually(lambda: newest_shop.backends("query LIKE '%pg_sleep(43)%' AND state = 'active'"), 30)
+    process.send_signal(number)
+    process.communicate(timeout=15)
+    assert process.returncode == -number
+    assert [line["event"] for line in at.audit()][-2:] == ["pool.closed", "server.stopped"]
+    assert "tool.called" in [line["event"] for line in at.audit()]
+    assert not list(at.folder.glob("*.sock"))

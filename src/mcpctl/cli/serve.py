@@ -106,8 +106,8 @@ def _stdio(found: "Settings") -> None:
     async def main() -> None:
         async with running(found, files=token is not None) as core:
             told = await stdio.serve_until_told(core, token)
-        if told:  # all is closed; the exit status tells what ended it
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGTERM)
+        if told is not None:  # all is closed; the exit status tells what ended it
+            signal.signal(told, signal.SIG_DFL)
+            signal.raise_signal(told)
 
     stdio.run(main())

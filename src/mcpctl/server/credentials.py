@@ -5,14 +5,15 @@ import re
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from mcpctl.config_keys import Network, Settings
 from mcpctl.errors import Error, UnauthorizedError, UsageError
 
 Headers = Sequence[tuple[bytes, bytes]]
 _FORWARDING = re.compile(
-    rb"^via$|forwarded|(client|real|connecting|user)-?ip|original-host|external-address|cdn-loop|amzn-trace"
+    rb"^via$|-via$|forwarded|(client|real|connecting|user)-?ip|(remote|external)-addr|x-(original|host|proxy)|"
+    rb"cdn-loop|^cf-|amzn-trace|nginx|varnish|appengine"
 )
 """Names of headers that proxies, balancers and content networks add."""
 _SCHEMES = ("http", "https")
@@ -28,9 +29,13 @@ def header(headers: Headers, name: bytes) -> str | None:
 
 def to_origin_form(scope: MutableMapping[str, Any]) -> None:
     """A request target may be a whole URL, whose authority then stands for Host (RFC 9112, section 3.2.2)."""
-    if scope["path"].startswith(("http://", "https://")):
-        target = urlsplit(scope["path"])
-        scope["path"] = target.path
+    raw = scope["raw_path"].decode("latin-1")
+    if raw.lower().startswith(("http://", "https://")):
+        try:
+            target = urlsplit(raw)
+        except ValueError:
+            raise UsageError("the request's target is no URL", "ask for /mcp") from None
+        scope["path"] = unquote(target.path)
         scope["headers"] = [(key, value) for key, value in scope["headers"] if key != b"host"]
         scope["headers"].append((b"host", target.netloc.encode("latin-1", "replace")))
 
@@ -83,6 +88,8 @@ class Gatekeeper:
         if settings.server.public_url:
             url = urlsplit(settings.server.public_url)
             hosts.add(url.netloc.lower())
+            if url.port is None:
+                hosts.add(f"{url.netloc.lower()}:{443 if url.scheme == 'https' else 80}")
             origins.add(f"{url.scheme}://{url.netloc}")
         shown = f"[{host}]" if ":" in host else host
         names = {"localhost", "127.0.0.1", "[::1]", shown} if loopback else {shown}
@@ -112,20 +119,19 @@ class Gatekeeper:
 
         Where plain HTTP is spoken for a proxy's sake, nobody but the proxy is answered.
         """
+        peer = _as_one(peer)
         if self.proxies_only and (peer is None or not self._trusted(peer)):
             raise Error("only the proxies of server.trusted_proxies are answered here", status=403)
         if peer is None or not self._trusted(peer):
             return peer
         hops = [
-            part.strip()
+            _hop(part.strip())
             for key, value in headers
             if key == b"x-forwarded-for"
             for part in value.decode("latin-1").split(",")
         ]
         for hop in reversed(hops):
-            try:
-                ipaddress.ip_address(hop)
-            except ValueError:
+            if hop is None:
                 return peer
             if not self._trusted(hop):
                 return hop
@@ -138,6 +144,25 @@ class Gatekeeper:
         except ValueError:
             return False
         return any(found.version == item.version and found in item for item in self.proxies)
+
+
+def _as_one(address: str | None) -> str | None:
+    """An address as it is called everywhere: IPv4 that came to an IPv6 socket is IPv4 (RFC 4291, section 2.5.5.2)."""
+    try:
+        found = ipaddress.ip_address(address or "")
+    except ValueError:
+        return address
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return str(mapped) if mapped else address
+
+
+def _hop(text: str) -> str | None:
+    """An address that a proxy names; None for anything else. A scope id is any text, and says nothing here."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return None if "%" in text else _as_one(text)
 
 
 def forwarded(headers: Headers) -> bool:

@@ -5,11 +5,18 @@ control socket, of the connections to PostgreSQL.
 """
 
 import asyncio
+import secrets
 import socket
 from typing import Any
 
+import h11
+from mcp_types import INVALID_REQUEST
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mcpctl.server import encoding
+
+_AHEAD = 64 << 10
+"""Bytes of further requests that may come before the answer to the one before."""
 _PATIENCE = 20.0
 """Seconds in which a connection's next request has to have come, its headers whole. Who has been answered and says
 nothing at all is sent away sooner, by uvicorn."""
@@ -39,11 +46,42 @@ class Visitor(H11Protocol):
 
     _patience: asyncio.TimerHandle | None = None
     _seen: object = None
+    _ahead = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection is there."""
         super().connection_made(transport)
         self._patience = self.loop.call_later(_PATIENCE, self._look)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came. While an answer is being made there may be some for the next request, and they are kept: uvicorn
+        would stop reading, and not see that the client goes away."""
+        busy = self.conn.their_state is h11.DONE
+        if (busy or self.conn.their_state is h11.IDLE) and not self.conn.trailing_data[0]:
+            data = data.lstrip(b"\r\n")  # empty lines before a request are passed over (RFC 9112, section 2.2)
+            if not data:
+                return
+        self._ahead = self._ahead + len(data) if busy else 0
+        if self._ahead > _AHEAD:
+            self.transport.abort()
+            return
+        super().data_received(data)
+        if self.conn.their_state is h11.DONE:
+            self.flow.resume_reading()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, in the form of every other answer."""
+        body = encoding.rpc_error(INVALID_REQUEST, msg)
+        headers = [*encoding.headers(body, secrets.token_hex(8)), (b"connection", b"close")]
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # what the app says of a request that went on like this is not sent
+            self.cycle.message_event.set()
+        try:
+            for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        except h11.LocalProtocolError:  # an answer is under way already
+            self.transport.abort()
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has ended."""

@@ -30,9 +30,23 @@ def _ordered(found: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: found[name] for name in names if name in found} | found
 
 
-def rpc_error(code: int, message: str, data: dict[str, Any] | None = None) -> bytes:
-    """A JSON-RPC error that belongs to no request."""
+def headers(body: bytes, request_id: str) -> list[tuple[bytes, bytes]]:
+    """What every answer over HTTP has."""
+    found = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"cache-control", b"no-store"),
+        (b"x-content-type-options", b"nosniff"),
+        (b"x-request-id", request_id.encode()),
+    ]
+    return found if body else found[1:]
+
+
+def rpc_error(
+    code: int, message: str, data: dict[str, Any] | None = None, *, request: str | int | None = None
+) -> bytes:
+    """A JSON-RPC error; without `request` one that belongs to none."""
     error: dict[str, Any] = {"code": code, "message": message}
     if data:
         error["data"] = data
-    return encode({"jsonrpc": "2.0", "id": None, "error": error})
+    return encode({"jsonrpc": "2.0", "id": request, "error": error})

@@ -6,7 +6,6 @@ the request's task is cancelled, and with it the statement.
 
 import asyncio
 import contextlib
-import json
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -15,6 +14,7 @@ from time import monotonic
 from typing import Any
 
 from mcp_types import jsonrpc_message_adapter
+from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from mcpctl.calls import Calls, Request, UnknownToolError
 from mcpctl.config_keys import Settings
@@ -23,7 +23,7 @@ from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.postgres.pools import Pools
 from mcpctl.recorder import Recorder
-from mcpctl.server import credentials, encoding
+from mcpctl.server import credentials, encoding, messages
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.express import Express
 
@@ -37,6 +37,7 @@ log = logging.getLogger("mcpctl.http")
 _JSON = b"application/json"
 _READY_FOR = 2.0
 _BODY_SECONDS = 30.0
+_PIECE = 64 << 10
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
 _CANCELLED = "The call was cancelled: by its client, or because the server stops"
 _INVALID_REQUEST, _INTERNAL = -32600, -32603
@@ -84,9 +85,11 @@ class Http:
         if scope["type"] != "http":
             return
         request_id = secrets.token_hex(8)
-        credentials.to_origin_form(scope)
-        route = self._routes.get(scope["path"])
         try:
+            credentials.to_origin_form(scope)
+            if self._parts.no_auth and credentials.forwarded(scope["headers"]):
+                raise Error("--no-auth takes no request that a proxy has forwarded", "use tokens", status=403)
+            route = self._routes.get(scope["path"])
             if route is None:
                 raise Error("there is nothing here", "the server answers at /mcp", status=404)
             await route(scope, receive, send, request_id)
@@ -121,28 +124,27 @@ class Http:
             watcher.cancel()
         if not self._parts.authenticator.still_valid(principal):
             raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
-        await _json(send, status, answer, request_id, headers)
+        valid = self._parts.authenticator.still_valid
+        await _json(send, status, answer, request_id, headers, wanted=lambda: valid(principal))
 
     async def _admit(self, scope: Scope, request_id: str) -> tuple[str | None, Principal]:
         """Host, origin, address and credential: the caller's address and principal, or a refusal."""
         parts, headers = self._parts, scope["headers"]
         parts.gatekeeper.check(headers)
         peer = scope["client"][0] if scope.get("client") else None
-        credentials.refuse_in_url(scope["query_string"])
         if parts.no_auth:
-            if credentials.forwarded(headers):
-                raise Error("--no-auth takes no request that a proxy has forwarded", "use tokens", status=403)
+            credentials.refuse_in_url(scope["query_string"])
             return peer, LOCAL
         address = parts.gatekeeper.address(headers, peer)
         try:
+            credentials.refuse_in_url(scope["query_string"])
             text = credentials.token(headers)
             if text is None:
                 raise UnauthorizedError("no credential")
             principal = await parts.authenticator.authenticate(text, address)
-        except UnauthorizedError as problem:
-            parts.recorder.auth_refused(
-                address, problem.message, request_id=request_id, token=problem.token_id, transport="http"
-            )
+        except (UnauthorizedError, UsageError) as problem:
+            known = problem.token_id if isinstance(problem, UnauthorizedError) else None
+            parts.recorder.auth_refused(address, problem.message, request_id=request_id, token=known, transport="http")
             raise
         parts.recorder.auth_ok(principal.token, principal.user, address, request_id=request_id, transport="http")
         return address, principal
@@ -150,7 +152,7 @@ class Http:
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The request's body, never more of it than the config allows, and not for ever."""
         most = self._parts.settings.limits.request_bytes
-        if credentials.header(scope["headers"], b"content-encoding") not in (None, "identity"):
+        if (credentials.header(scope["headers"], b"content-encoding") or "identity").lower() != "identity":
             raise Error("a packed body is not taken", "send it without Content-Encoding", status=415)
         length = credentials.header(scope["headers"], b"content-length")
         if length is not None and credentials.header(scope["headers"], b"transfer-encoding") is not None:
@@ -187,16 +189,21 @@ class Http:
             except UnknownToolError as problem:
                 return *parts.express.unknown_tool(call, problem.message), []
         self.answered_sdk += 1
-        if b"notifications/cancelled" in body:
-            await self._cancelled(principal, body)
+        try:
+            message = messages.read(body)
+            messages.check_version(message, scope["headers"])
+        except messages.NotAMessageError as problem:
+            return 400, encoding.rpc_error(problem.code, problem.said, request=problem.request), []
+        await self._cancelled(principal, message, scope["headers"])
         scope["mcpctl"] = Caller(principal, Request(request_id, address, "http", None, asyncio.current_task()))
         return await _through(self._parts.sdk, scope, body)
 
-    async def _cancelled(self, principal: Principal, body: bytes) -> None:
+    async def _cancelled(self, principal: Principal, message: Any, headers: credentials.Headers) -> None:
         """An older client's `notifications/cancelled` ends the one call of that token and number, if it is one. The
         SDK still answers the notification."""
-        number = _cancelled_number(body)
-        if number is None:
+        number = messages.cancelled(message)
+        modern = any((messages.VERSION_HEADER, version.encode()) in headers for version in MODERN_PROTOCOL_VERSIONS)
+        if number is None or modern:
             return
         here = self._parts.calls.matching(principal.token, number)
         if self._parts.cancel_elsewhere is not None:
@@ -278,8 +285,9 @@ class Http:
         _check_content_type(scope["headers"])
         body = await self._body(scope, receive)
         try:
+            messages.read(body)
             jsonrpc_message_adapter.validate_json(body, by_name=False)
-        except ValueError:
+        except (messages.NotAMessageError, ValueError):
             raise UsageError("the body is no JSON-RPC message", "post one message in JSON") from None
         scope["mcpctl"] = Caller(principal, Request(request_id, address, "sse", None, None))
         status, _, _ = await _captured(self._parts.sse, scope, body)
@@ -397,17 +405,6 @@ def _replay(body: bytes) -> Receive:
     return receive
 
 
-def _cancelled_number(body: bytes) -> str | int | None:
-    try:
-        message = json.loads(body)
-        if message.get("method") != "notifications/cancelled" or "id" in message:
-            return None
-        number = message["params"]["requestId"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return number if isinstance(number, str | int) and not isinstance(number, bool) else None
-
-
 def _negotiate(scope: Scope) -> None:
     """JSON comes and JSON goes, or the request is refused; afterwards both lanes see one line of each header."""
     headers = scope["headers"]
@@ -439,16 +436,17 @@ async def _json(
     headers: list[tuple[bytes, bytes]] | None = None,
     *,
     unread: Receive | None = None,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Answer. `unread`: the request's body is still coming, and the connection will be closed."""
-    own = [
-        (b"content-type", _JSON),
-        (b"content-length", str(len(body)).encode()),
-        (b"cache-control", b"no-store"),
-        (b"x-content-type-options", b"nosniff"),
-        (b"x-request-id", request_id.encode()),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": own[not body :] + (headers or [])})
+    """Answer. `unread`: the request's body is still coming, and the connection will be closed. `wanted`: whether the
+    rest of a long answer may still leave; else the connection is closed under it."""
+    own = encoding.headers(body, request_id) + (headers or [])
+    await send({"type": "http.response.start", "status": status, "headers": own})
+    while len(body) > _PIECE:
+        await send({"type": "http.response.body", "body": body[:_PIECE], "more_body": True})
+        body = body[_PIECE:]
+        if not wanted():
+            return
     if unread is not None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
         await _linger(unread)

@@ -28,5 +28,7 @@ def set_up(level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("mcpctl").setLevel(level.upper())
-    for name in ("psycopg", "mcp"):
+    # A stranger's bad requests are told to him and counted, not listed; an answer that ends short is one that was cut.
+    for name in ("psycopg", "mcp", "uvicorn"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing" not in record.getMessage())

@@ -6,7 +6,6 @@ the config's login has.
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -21,10 +20,8 @@ from mcp.server.stdio import stdio_server
 from mcp.shared.message import SessionMessage
 from mcp_types import (
     INVALID_REQUEST,
-    PARSE_ERROR,
     ErrorData,
     JSONRPCError,
-    JSONRPCNotification,
     JSONRPCRequest,
     JSONRPCResponse,
     RequestId,
@@ -34,6 +31,7 @@ from mcp_types import (
 from mcpctl.calls import Request
 from mcpctl.errors import UnauthorizedError
 from mcpctl.identity.principal import LOCAL, Principal
+from mcpctl.server import messages
 from mcpctl.server.parts import Core
 from mcpctl.server.protocol import build
 
@@ -140,42 +138,39 @@ class _Lines:
             if not line.strip():
                 continue
             try:
-                text = line.decode("utf-8")
-                message = jsonrpc_message_adapter.validate_json(text, by_name=False)
-                if isinstance(message, JSONRPCNotification) and "id" in json.loads(text):
-                    raise ValueError("an id that is none")
-            except ValueError:
-                await self.answers.send(SessionMessage(_refusal(line)))
+                found = messages.read(line)
+                try:
+                    message = jsonrpc_message_adapter.validate_json(line, by_name=False)
+                except ValueError:
+                    said = "Invalid request: a message is one JSON-RPC 2.0 object"
+                    raise messages.NotAMessageError(INVALID_REQUEST, said, messages.answerable(found)) from None
+            except messages.NotAMessageError as problem:
+                error = ErrorData(code=problem.code, message=problem.said)
+                await self.answers.send(SessionMessage(JSONRPCError(jsonrpc="2.0", id=problem.request, error=error)))
                 continue
             if isinstance(message, JSONRPCRequest):
                 self.answers.expect(message.id)
-            return text
+            return line.decode("utf-8")
 
 
-def _refusal(line: bytes) -> JSONRPCError:
-    """What is said of a line that is no message, with its id where it has one."""
-    code, said, request = PARSE_ERROR, "Parse error: one line of JSON in UTF-8 is a message", None
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(line.decode("utf-8"))
-        given = found.get("id") if isinstance(found, dict) else None
-        if (isinstance(given, str) and given.isascii()) or (isinstance(given, int) and not isinstance(given, bool)):
-            request = given
-        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
-        code, said = INVALID_REQUEST, "Invalid request: a message is one JSON-RPC 2.0 object"
-    return JSONRPCError(jsonrpc="2.0", id=request, error=ErrorData(code=code, message=said))
+async def serve_until_told(core: Core, token: str | None) -> int | None:
+    """Serve until stdin ends (None), or SIGTERM or SIGHUP comes (its number): a thread that waits for stdin is then
+    left behind."""
+    told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
+    def stop(number: int) -> None:
+        if not told.done():
+            told.set_result(number)
 
-async def serve_until_told(core: Core, token: str | None) -> bool:
-    """Serve until stdin ends (False) or SIGTERM comes (True); a thread that waits for stdin is then left behind."""
-    told = asyncio.Event()
-    with contextlib.suppress(NotImplementedError):  # Windows has no such signal
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
-    serving, waiting = asyncio.ensure_future(serve(core, token)), asyncio.ensure_future(told.wait())
-    await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    for name in ("SIGTERM", "SIGHUP"):
+        with contextlib.suppress(NotImplementedError, AttributeError):  # Windows has no such signals
+            number = getattr(signal, name)
+            asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    serving: asyncio.Future[Any] = asyncio.ensure_future(serve(core, token))
+    await asyncio.wait({serving, cast("asyncio.Future[Any]", told)}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
-        waiting.cancel()
         serving.result()
-    return told.is_set()
+    return told.result() if told.done() else None
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:

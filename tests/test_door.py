@@ -1,0 +1,210 @@
+"""Those who come to the listening socket: silent, hasty, gone, or speaking no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import uvicorn
+
+from mcpctl.server import door, http
+from site_of_mcpctl import Shop, Site, eventually, in_background
+
+MakeSite = Callable[..., Site]
+
+
+@pytest.fixture(scope="module")
+def served(newest_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    found = Site(tmp_path_factory.mktemp("door") / "site", newest_shop).start()
+    yield found
+    found.stop()
+
+
+def _connect(at: Site) -> socket.socket:
+    host, port = urlsplit(at.url).netloc.split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def _request(at: Site, token: str, query: str, *more: str) -> bytes:
+    params = {"name": "query_database", "arguments": {"query": query}}
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}).encode()
+    lines = [
+        "POST /mcp HTTP/1.1", f"Host: {urlsplit(at.url).netloc}", f"Authorization: Bearer {token}", *more,
+        "Content-Type: application/json", "Accept: application/json", f"Content-Length: {len(body)}",
+    ]  # fmt: skip
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def _answer(wire: socket.socket) -> tuple[bytes, bytes]:
+    """The next answer's head and body."""
+    found = b""
+    while b"\r\n\r\n" not in found:
+        found += (more := wire.recv(1))
+        assert more, found
+    head, _, body = found.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    while len(body) < length:
+        body += (more := wire.recv(length - len(body)))
+        assert more, body
+    return head, body
+
+
+def test_a_flood_of_silent_visitors_does_not_stand_in_a_revocations_way(make_site: MakeSite, newest_shop: Shop) -> None:
+    few = ("sh", "-c", 'ulimit -n 200 && exec "$0" "$@"')
+    at = make_site(newest_shop).start(before=few)
+    name, text = at.token()
+    host, port = urlsplit(at.url).netloc.split(":")
+    with at.client(text) as a, contextlib.ExitStack() as visitors:
+        running = in_background(a.call, "query_database", {"query": "select pg_sleep(60)"})
+        eventually(lambda: newest_shop.backends("query LIKE '%pg_sleep(60)%' AND state = 'active'"))
+        for _ in range(300):
+            visitors.enter_context(socket.create_connection((host, int(port)), timeout=5))
+        assert "cut: 1 query, 0 backends left" in at.run("token", "revoke", name).stdout
+        assert running.result().status_code == 401
+    eventually(lambda: httpx.get(f"{at.url.removesuffix('/mcp')}/health").status_code == 200)
+    assert len(at.stderr) < 30, at.stderr[-30:]
+
+
+def test_a_visitor_who_asks_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_PATIENCE", 0.5)
+
+    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def run() -> None:
+        server = uvicorn.Server(uvicorn.Config(app, http=door.Visitor, lifespan="off", log_config=None))
+        with door.Door() as bound:
+            bound.bind(("127.0.0.1", 0))
+            serving = asyncio.create_task(server.serve(sockets=[bound]))
+            while not server.started:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(visit, bound.getsockname())
+            server.should_exit = True
+            await serving
+
+    def visit(address: tuple[str, int]) -> None:
+        with contextlib.ExitStack() as stack:
+            asks, silent, slow = (stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(3))
+            slow.sendall(b"GET / HTTP/1.1\r\nHost:")
+            for _ in range(2):  # before the others are sent away, and after
+                asks.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert asks.recv(4096).startswith(b"HTTP/1.1 204")
+                for one in (silent, slow):
+                    with contextlib.suppress(ConnectionResetError):
+                        assert one.recv(1) == b""
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("more", [b"G", b"\r\n", b"a whole request"])
+def test_who_goes_away_after_a_word_too_many_ends_his_call(newest_shop: Shop, served: Site, more: bytes) -> None:
+    _, token = served.token()
+    with _connect(served) as wire:
+        wire.sendall(_request(served, token, "select pg_sleep(41)"))
+        eventually(lambda: newest_shop.backends("query LIKE '%pg_sleep(41)%' AND state = 'active'"))
+        wire.sendall(_request(served, token, "select 1") if b"whole" in more else more)
+    eventually(lambda: not newest_shop.backends("query LIKE '%pg_sleep(41)%' AND state = 'active'"), 5)
+
+
+def test_requests_that_come_before_the_answer_are_answered_in_turn_and_not_without_bound(served: Site) -> None:
+    _, token = served.token()
+    with _connect(served) as wire:
+        for number in range(3):
+            wire.sendall(_request(served, token, f"select {number}, pg_sleep(0.1)"))
+        assert [f'"rows":[[{number},'.encode() in _answer(wire)[1] for number in range(3)] == [True] * 3
+        for _ in range(2):  # an empty line before a request is passed over
+            wire.sendall(b"\r\n" + _request(served, token, "select 9"))
+            assert b'"rows":[[9]]' in _answer(wire)[1]
+    with _connect(served) as wire, contextlib.suppress(ConnectionError):
+        wire.sendall(_request(served, token, "select pg_sleep(42)"))
+        for _ in range(100):
+            wire.sendall(b"x" * 10_000)
+        assert wire.recv(1) == b""
+
+
+NO_HTTP = [
+    b"x\r\n\r\n",
+    b"GET http://[ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    b"GET http://[::1/mcp HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    b"GET http%3a//[/mcp HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    b"GET /mcp HTTP/1.1\r\n\r\n",
+    b"POST /mcp HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\nxyz\r\n",
+]
+
+
+@pytest.mark.parametrize("request_", NO_HTTP, ids=repr)
+def test_what_is_no_http_is_answered_as_everything_else_is_and_not_logged(served: Site, request_: bytes) -> None:
+    logged = len(served.stderr)
+    for _ in range(20):
+        with _connect(served) as wire:
+            wire.sendall(request_)
+            head, body = _answer(wire)
+            assert head.split(b" ")[1][:1] == b"4", head
+            assert b"x-request-id: " in head
+            assert b"cache-control: no-store" in head
+            assert json.loads(body)["error"]["message"]
+            assert wire.recv(1) == b""
+    assert len(served.stderr) == logged, served.stderr[logged:]
+
+
+def test_a_credential_that_is_refused_for_its_form_leaves_an_audit_line(served: Site) -> None:
+    _, token = served.token()
+    header = f"Authorization: Bearer {token}"
+    for more in ((f"X-API-Key: {token}",), (header,)):
+        with _connect(served) as wire:
+            wire.sendall(_request(served, token, "select 1", *more))
+            assert b" 400 " in _answer(wire)[0]
+    assert httpx.post(f"{served.url}?token={token}").status_code == 400
+    said = [line["reason"] for line in served.audit() if line["event"] == "auth.refused"]
+    assert any("two credentials" in reason for reason in said)
+    assert any("authorization stands there 2 times" in reason for reason in said)
+    assert any("in the URL" in reason for reason in said)
+    assert token[13:] not in (served.folder / "audit.jsonl").read_text()
+
+
+def test_of_an_answer_that_is_read_slowly_nothing_more_leaves_once_its_token_is_revoked(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop, extra="limits: {max_bytes: 8MiB, max_rows: 100000}\n").start()
+    name, token = at.token()
+    host, port = urlsplit(at.url).netloc.split(":")
+    with socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire.settimeout(20)
+        wire.connect((host, int(port)))
+        wire.sendall(_request(at, token, "select repeat('x', 1000) from generate_series(1, 3000)"))
+        assert wire.recv(12) == b"HTTP/1.1 200"
+        eventually(lambda: [line for line in at.audit() if line["event"] == "tool.called"])
+        at.run("token", "revoke", name)
+        read = 0
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := wire.recv(1 << 20):
+                read += len(chunk)
+    with at.client(at.token("bob")[1]) as client:
+        whole = len(
+            client.call("query_database", {"query": "select repeat('x', 1000) from generate_series(1, 3000)"}).content
+        )
+    assert read < whole - (1 << 20)
+
+
+def test_a_cancelled_notification_that_is_none_or_is_not_an_older_clients_ends_nothing(
+    newest_shop: Shop, served: Site
+) -> None:
+    with served.client(served.token()[1]) as client:
+        running = in_background(client.call, "query_database", {"query": "select pg_sleep(3)"}, 77)
+        eventually(lambda: newest_shop.backends("query LIKE '%pg_sleep(3)%' AND state = 'active'"))
+        with served.client(served.token()[1]):
+            for message, headers in (
+                ({"method": "notifications/cancelled", "params": {"requestId": 77}}, {}),
+                ({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 77}},
+                 {"MCP-Protocol-Version": "2026-07-28"}),
+            ):  # fmt: skip
+                httpx.post(served.url, json=message, headers={**client.http.headers, **headers})
+        assert running.result().json()["result"]["isError"] is False
