@@ -26,7 +26,9 @@ if (
 _VERSIONS = pg.oldest_and_newest()
 
 # A slow machine is no failure, and a test run writes nothing into the source tree.
-hypothesis.settings.register_profile("mcpctl", deadline=None, database=None)
+hypothesis.settings.register_profile(
+    "mcpctl", deadline=None, database=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("mcpctl")
 
 

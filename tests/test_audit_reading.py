@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import os
+import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,3 +127,84 @@ def test_following_begins_though_the_log_was_moved_away_just_now(log: AuditLog, 
 
     newer = audit.follow(path, once)
     assert next(newer)["seq"] == 3
+
+
+# -- following ---------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    pass
+
+
+def followed(path: Path, script: list[Callable[[], object]]) -> list[Any]:
+    """The seqs that `follow` tells while the script's steps are done, one whenever it has nothing more to tell."""
+    steps = iter(script)
+
+    def pause(_: float) -> None:
+        step = next(steps, None)
+        if step is None:
+            raise Stopped
+        step()
+
+    told = []
+    with pytest.raises(Stopped):
+        for line in audit.follow(path, pause):
+            told.append(line.get("seq", line["event"]))
+    return told
+
+
+def test_follow_tells_what_is_written_from_the_call_on_over_two_rotations(log: AuditLog, path: Path) -> None:
+    write(log, 2)
+    newer = audit.follow(path, lambda _: pytest.fail("it waited"))
+    write(log, 1)
+    assert next(newer)["seq"] == 3
+    script: list[Callable[[], object]] = [
+        lambda: write(log, 2),
+        lambda: None,
+        lambda: (write(log, 1), path.rename(path.with_name("audit.jsonl.1"))),
+        lambda: None,
+        lambda: write(log, 2),
+        lambda: (write(log, 1), path.rename(path.with_name("audit.jsonl.2")), write(log, 1)),
+    ]
+    assert followed(path, script) == [4, 5, 6, 7, 8, 9, 10]
+
+
+def test_follow_waits_for_the_end_of_a_line_and_forgets_a_half_that_was_taken_back(log: AuditLog, path: Path) -> None:
+    write(log, 1)
+
+    def torn() -> None:
+        with path.open("ab") as file:
+            file.write(b'{"seq":2,"tim')
+
+    assert followed(path, [torn, lambda: None, lambda: (log.close(), write(log, 2))]) == [2, 3]
+
+
+def test_follow_does_not_mix_the_half_of_a_moved_file_with_the_new_one(log: AuditLog, path: Path) -> None:
+    write(log, 1)
+
+    def torn_and_moved() -> None:
+        with path.open("ab") as file:
+            file.write(b'{"seq":2,"tim')
+        path.rename(path.with_name("audit.jsonl.1"))
+        write(log, 1)
+
+    assert followed(path, [torn_and_moved]) == [2]
+
+
+def test_follow_starts_again_where_the_file_was_emptied(log: AuditLog, path: Path) -> None:
+    write(log, 3)
+    assert followed(path, [lambda: os.truncate(path, 0), lambda: write(log, 1)]) == [4]
+
+
+@pytest.mark.parametrize("more", [1, 9])
+def test_follow_loses_nothing_when_the_log_is_copied_and_emptied(log: AuditLog, path: Path, more: int) -> None:
+    """logrotate's copytruncate; with nine lines more the file is larger than it was, when we look again."""
+    write(log, 3)
+
+    def rotate() -> None:
+        write(log, 2)
+        shutil.copy(path, path.with_name("audit.jsonl.1"))
+        os.truncate(path, 0)
+        write(log, more)
+
+    assert followed(path, [lambda: write(log, 1), rotate]) == list(range(4, 7 + more))

@@ -185,6 +185,11 @@ log: loud
         ("databases: {a: }", "databases.a"),
         ("databases: {'a b': {dsn: x}}", "a name is a-z"),
         ("databases: {a: {host: ~}}", "needs dsn, or host"),
+        ("databases: {a: {host: 'postgresql://u:hunter2@h/db'}}", "databases.a.host: is a URL"),
+        ("databases: {a: {dsn: ['postgresql://u:hunter2@h/db']}}", "not what stands there"),
+        ("port: 1", "did you mean server.port?"),
+        ("SERVER: {port: 1}", "did you mean server?"),
+        ("limits: {MAX_ROWS: 1}", "did you mean max_rows?"),
         ("databases: {a: {dsn: x, sslmode: verify-full}}", "not both"),
         ("databases: {a: {host: x, sslmode: maybe}}", "takes one of disable, allow"),
         ("a: &a [x]\nb: *a", "anchors and aliases are not taken"),
@@ -215,6 +220,7 @@ log: loud
 def test_a_fault_is_told_with_its_line_and_never_crashes(path: Path, text: str, told: str) -> None:
     found = faults(path, text)
     assert any(told in line for line in found), found
+    assert "hunter2" not in "".join(found)
     assert all(len(line) < 400 for line in found)
 
 
@@ -325,6 +331,10 @@ def test_a_variable_can_mend_what_is_wrong_in_the_file(path: Path) -> None:
         ("MCPCTL_SERVER__HOST", "&a [*a]", "server.host"),
         ("MCPCTL_SERVER__HOST", "\udcff", "server.host: takes a text without control characters"),
         ("MCPCTL_SERVER__SSE", "yes please", "takes true or false"),
+        ("MCPCTL_SERVER_PORT", "9", "did you mean MCPCTL_SERVER__PORT?"),
+        ("MCPCTL_PORT", "9", "did you mean MCPCTL_SERVER__PORT?"),
+        ("MCPCTL_TOKEN_FILE", "x", "did you mean MCPCTL_AUTH__TOKEN_FILE?"),
+        ("MCPCTL_SERVER", "x", "did you mean MCPCTL_SERVER__"),
         ("MCPCTL_DATABASES__SHOP", "x", "databases.shop: expected keys and values below it"),
         ("MCPCTL_DATABASES__A.B__DSN", "x", "a name is a-z"),
     ],

@@ -44,7 +44,7 @@ def test_every_fault_of_what_the_config_names_is_told_at_once_with_its_line(home
         f"{config}:3: databases.a.password_file: there is no file {folder}/one",
         f"{config}:4: databases.b.password_file: there is no file {folder}/two",
         f"{config}:5: databases.c.dsn: not taken: passfile, service",
-        f"{config}:6: databases.d.dsn: 99999 is no port",
+        f"{config}:6: databases.d.dsn: its port is none",
         f"{config}:1: server.tls: the certificate {folder}/none.pem cannot be used: No such file or directory",
     ]
 
@@ -60,7 +60,10 @@ def test_plain_http_for_strangers_is_a_fault(home: Home) -> None:
 def test_a_fault_of_a_variable_names_the_variable(tmp_path: Path) -> None:
     done = run("config", "check", env={"MCPCTL_DATABASE_URL": "postgresql://h:99999/db", "HOME": str(tmp_path)})
     assert done.code == 3
-    assert "environment MCPCTL_DATABASE_URL: databases.default.dsn: 99999 is no port" in done.error
+    assert "environment MCPCTL_DATABASE_URL: databases.default.dsn: its port is none" in done.error
+    url = "postgresql://u:hunter2/secret@h/db"  # a slash in a password has to be written otherwise
+    done = run("config", "check", env={"MCPCTL_DATABASE_URL": url, "HOME": str(tmp_path)})
+    assert (done.code, "hunter2" in done.err) == (3, False)
 
 
 def test_a_certificate_out_of_date_is_told(home: Home) -> None:

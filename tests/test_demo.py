@@ -21,10 +21,11 @@ from site_of_mcpctl import COMMAND, environment
 
 
 @contextlib.contextmanager
-def demo(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def demo(*arguments: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         [*COMMAND, "demo", "--port", "0", *arguments],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(**variables),
     ) as process:  # fmt: skip
         try:
             yield process
@@ -45,8 +46,13 @@ def _running_in(folder: str) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the printed line is curl's, and there is no curl")
-def test_the_printed_curl_line_answers_with_rows_and_ctrl_c_leaves_nothing() -> None:
-    with demo() as process:
+def test_the_printed_curl_line_answers_with_rows_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder of'mine #1"
+    folder.mkdir()
+    for above in (folder, *folder.parents[:3]):
+        above.chmod(above.stat().st_mode | 0o055)  # PostgreSQL may run as another user there
+    others = {"PGOPTIONS": "-c default_transaction_read_only=on", "PGSERVICE": "nope", "PGCHANNELBINDING": "require"}
+    with demo(TMPDIR=str(folder), **others) as process:
         assert process.stdout is not None
         lines = []
         for line in process.stdout:
@@ -91,3 +97,14 @@ def test_json_says_where_everything_is_and_a_signal_ends_all_of_it(number: signa
         assert not Path(facts["config"]).parent.exists()
         assert place is not None
         assert not os.path.exists(place[0])
+
+
+def test_json_that_cannot_be_written_is_told_and_leaves_nothing() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, "demo", "--port", "0", "--json"],
+            stdout=full, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, timeout=60, env=environment(),
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "mcpctl: error: No space left on device" in done.stderr

@@ -424,3 +424,11 @@ def test_the_map_follows_functions_that_there_are() -> None:
         target: Any = importlib.import_module("mcpctl." + file.replace("/", "."))
         for part in name.split("."):
             target = getattr(target, part)
+
+
+def test_no_file_is_longer_than_a_person_reads_at_once() -> None:
+    files = [
+        file for part in ("src", "tests") for file in (ROOT / part).rglob("*.py") if "node_modules" not in file.parts
+    ]
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert {file: lines for file, lines in lengths.items() if lines > 500} == {}

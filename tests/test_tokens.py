@@ -237,7 +237,9 @@ def test_rotate_without_overlap_ends_the_old_one_in_the_same_write(
     old, text = tokens.add(file, Wanted("alice", NOW + DAY, ("shop",), ("tools:*",), None, "n"), NOW)
     writes: list[bytes] = []
     replace = private_file.Edit.replace
-    monkeypatch.setattr(private_file.Edit, "replace", lambda held, data: (writes.append(data), replace(held, data)))
+    monkeypatch.setattr(
+        private_file.Edit, "replace", lambda held, data, **_: (writes.append(data), replace(held, data))
+    )
     ended, new, fresh = tokens.rotate(file, old.id, None, None, NOW)
     assert len(writes) == 1
     found = file.current()

@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ EVENTS = (
     "pool.opened", "pool.closed", "query.cancelled", "tool.called", "tool.refused", "user.added", "config.created",
     "server.started", "server.stopped",
 )  # fmt: skip
+_DIGEST = re.compile("[0-9a-f]{64}")
 _BEGINNING = b'{"seq":'
 _FIRST_LOOK = 64 << 10
 _CHUNK = 4 << 20
@@ -182,7 +184,7 @@ class AuditLog:
     def _before_rotation(self) -> "tuple[int, str] | None":
         """Where the files that were moved away end, so that a new one goes on from there."""
         files, _ = older(self.path)
-        return _end_of(files[0]) if files else None
+        return end_of(files[0]) if files else None
 
 
 def _open_moved(path: Path) -> int | None:
@@ -197,7 +199,7 @@ def _open_moved(path: Path) -> int | None:
     return None
 
 
-def _end_of(path: Path) -> "tuple[int, str] | None":
+def end_of(path: Path) -> "tuple[int, str] | None":
     """Number and hash of the last line of a file that was moved away; None where there is none of ours."""
     fd = _open_moved(path)
     if fd is None:
@@ -214,7 +216,7 @@ def older(path: Path) -> tuple[list[Path], list[Path]]:
     """The files that the log was before, the last first; and by name those beside them that cannot be read as such:
     packed ones, and others."""
     beside = [one for one in path.parent.glob(glob.escape(path.name) + "[.-]*") if one.suffix != ".lock"]
-    ends = {one: end for one in beside if (end := _end_of(one)) is not None}
+    ends = {one: end for one in beside if (end := end_of(one)) is not None}
     return sorted(ends, key=lambda one: ends[one], reverse=True), sorted(set(beside) - set(ends))
 
 
@@ -242,13 +244,13 @@ def _last_line(fd: int, size: int, path: Path) -> "tuple[tuple[int, str] | None,
     line = tail[:whole].rstrip(b"\n").rpartition(b"\n")[2]
     if not line:
         return None, start + whole
-    try:
-        found = json.loads(line)
-        return (int(found["seq"]), str(found["hash"])), start + whole
-    except (ValueError, KeyError, TypeError):
+    found = _parse(line)
+    seq, digest = found.get("seq"), found.get("hash")
+    if type(seq) is not int or seq < 1 or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise ConfigError(
             f"the last line of {path} is not one of mcpctl's", "move the file away; the log goes on in a new one"
-        ) from None
+        )
+    return (seq, digest), start + whole
 
 
 def _stamp(when: datetime) -> str:
@@ -386,7 +388,7 @@ def _whole_lines(fd: int, start: int) -> bytes:
 def _parse(line: bytes) -> dict[str, Any]:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     return (
         found if isinstance(found, dict) else {"event": "unreadable", "reason": line[:200].decode("utf-8", "replace")}

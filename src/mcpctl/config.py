@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -25,6 +25,7 @@ NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _OTHER_VARIABLES = {"MCPCTL_CONFIG", "MCPCTL_DATABASE_URL", "MCPCTL_TOKEN"}
 _OF_KUBERNETES = re.compile(r"MCPCTL_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
 """What Kubernetes puts into every container for a Service that is called mcpctl."""
+_MAY_HOLD_SECRETS = ("dsn", "host", "password_file")
 _NO_HOME = Path("/nonexistent")
 
 
@@ -92,12 +93,12 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
 
 def _add_environment(tree: Branch, environ: Mapping[str, str], faults: list[str]) -> None:
     for name in sorted(environ):
-        if not name.startswith("MCPCTL_") or name in _OTHER_VARIABLES or _OF_KUBERNETES.fullmatch(name):
+        if not name.startswith("MCPCTL_") or name in _OTHER_VARIABLES or _is_of_kubernetes(name, environ):
             continue
         where = f"environment {name}"
         parts = name.removeprefix("MCPCTL_").lower().split("__")
         if len(parts) < 2:
-            faults.append(f"{where}: names no key; the form is MCPCTL_<SECTION>__<KEY>{_meant(name, _OTHER_VARIABLES)}")
+            faults.append(f"{where}: names no key; the form is MCPCTL_<SECTION>__<KEY>{_meant_variable(name)}")
             continue
         branch: Branch | None = tree
         for part in parts[:-1]:
@@ -111,6 +112,10 @@ def _add_environment(tree: Branch, environ: Mapping[str, str], faults: list[str]
             if "default" in databases.children:
                 faults.append(f"{where}: the config has a database named `default` too")
             databases.children["default"] = Branch({"dsn": Value(url, where)}, where)
+
+
+def _is_of_kubernetes(name: str, environ: Mapping[str, str]) -> bool:
+    return bool(_OF_KUBERNETES.fullmatch(name)) and environ.get("MCPCTL_PORT", "").startswith(("tcp://", "udp://"))
 
 
 def _below(branch: Branch, name: str, where: str) -> Branch | None:
@@ -129,8 +134,35 @@ def _from_environment(text: str, where: str) -> Value:
 
 
 def _meant(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), 1, 0.6)
+    close = difflib.get_close_matches(name.lower(), list(names), 1, 0.6)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _paths(cls: type[Any], prefix: str = "") -> Iterator[str]:
+    """Every key that there is, dotted, but for those below a name."""
+    for found in dataclasses.fields(cls):
+        if found.metadata:
+            yield prefix + found.name
+            if "section" in found.metadata:
+                yield from _paths(found.metadata["section"], f"{prefix}{found.name}.")
+
+
+def _elsewhere(name: str) -> str:
+    """The key that is meant where it stands in the wrong place: `port` for `server.port`."""
+    found = [path for path in _paths(Settings) if path.rpartition(".")[2] == name.lower()]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _meant_variable(name: str) -> str:
+    """The variable that is meant: with one underscore, or without its section."""
+    known = {f"MCPCTL_{path.replace('.', '__').upper()}": path for path in _paths(Settings) if "." in path}
+    flat = {variable.replace("__", "_"): variable for variable in known}
+    key = name.removeprefix("MCPCTL_").lower()
+    found = [variable for variable, path in known.items() if path.rpartition(".")[2] == key]
+    section = [variable for variable, path in known.items() if path.partition(".")[0] == key]
+    close = difflib.get_close_matches(name, [*flat, *_OTHER_VARIABLES], 1, 0.85)
+    meant = found or section[:1] or [flat.get(one, one) for one in close]
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def _read(cls: type[T], branch: Branch, prefix: str, faults: list[str]) -> T:
@@ -140,7 +172,7 @@ def _read(cls: type[T], branch: Branch, prefix: str, faults: list[str]) -> T:
         dotted = prefix + name
         found = fields.get(name)
         if found is None:
-            meant = _meant(name, fields) or f"; there are {', '.join(fields)}"
+            meant = _meant(name, fields) or _elsewhere(name) or f"; there are {', '.join(fields)}"
             faults.append(f"{child.where}: {dotted}: there is no such key{meant}")
         elif "section" in found.metadata or "named" in found.metadata:
             if isinstance(child, Value) and child.value is None:
@@ -157,7 +189,8 @@ def _read(cls: type[T], branch: Branch, prefix: str, faults: list[str]) -> T:
             try:
                 values[name] = _value(found.metadata["read"], child)
             except ValueError as problem:
-                faults.append(f"{child.where}: {dotted}: takes {problem}, not {_shown(child.value)}")
+                shown = "what stands there" if name in _MAY_HOLD_SECRETS else _shown(child.value)
+                faults.append(f"{child.where}: {dotted}: takes {problem}, not {shown}")
     return cls(**values)
 
 
@@ -244,6 +277,8 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
             fault(dotted, "needs dsn, or host with port, dbname and user")
         elif "dsn" in given and given & {"host", "port", "dbname", "user", "sslmode", "sslrootcert"}:
             fault(dotted, "dsn, or host, port, dbname, user, sslmode: not both")
+        if database.host and ("://" in database.host or "@" in database.host[1:]):
+            fault(f"{dotted}.host", "is a URL, or holds a login; a URL goes into dsn, a login into user")
         dsn = f"{dotted}.dsn"
         if database.dsn and not _where(tree, dsn).startswith("environment ") and _has_password(database.dsn):
             fault(dsn, "holds a password; put it into a 0600 file and name that in password_file")

@@ -126,7 +126,10 @@ def _texts(value: Any) -> tuple[str, ...]:
 def network(value: Any) -> Network:
     """An address or a network in CIDR notation."""
     try:
-        return ipaddress.ip_network(text(value))
+        found = ipaddress.ip_network(text(value))
+        if isinstance(found, ipaddress.IPv6Network) and found.network_address.ipv4_mapped:
+            raise ValueError(f"IPv4 is written as IPv4: {found.network_address.ipv4_mapped}")
+        return found
     except ValueError as problem:
         raise ValueError(f"an address or network such as 10.0.0.0/8 ({problem})") from None
 

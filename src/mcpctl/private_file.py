@@ -60,14 +60,15 @@ def become_owner(path: Path) -> None:
     """Give up root for good, in favour of the owner of `path`, when another user owns it.
 
     Run as root, the command line works on the service's files as the service's user, so that nothing it makes
-    there is root's and nothing planted there is followed with root's rights. Where there is no such file, its folder
-    says whose it would be. Does nothing for an ordinary user and for root's own files. The file's group is kept as a
-    further one, so that the file can keep it. Order as setuid(2) asks: groups, gid, uid.
+    there is root's and nothing planted there is followed with root's rights. Where there is no such file, its folder,
+    or the nearest above it that there is, says whose it would be. Does nothing for an ordinary user and for root's own
+    files. The file's group is kept as a further one, so that the file can keep it. Order as setuid(2) asks: groups,
+    gid, uid.
     """
     if not POSIX or os.geteuid() != 0:
         return
     refuse_link(path)
-    for place in (path, path.parent):
+    for place in (path, *path.parents):
         try:
             found = os.lstat(place)
             break
@@ -152,6 +153,15 @@ def _check_folders(path: Path) -> None:
         )
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose files others could replace, before anything is made in it; one that is not there yet is
+    judged by those above it. Raises ConfigError."""
+    while POSIX and not os.path.exists(folder):
+        folder = folder.parent
+    if POSIX:
+        _check_folders(folder / "x")
+
+
 def _check(path: Path, shown: object, found: os.stat_result, mode: int, trusted_owner: int | None) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise ConfigError(f"{shown} is not a regular file", "name a file in the config")
@@ -160,7 +170,7 @@ def _check(path: Path, shown: object, found: os.stat_result, mode: int, trusted_
     if found.st_uid not in (os.geteuid(), trusted_owner):
         raise ConfigError(
             f"{shown} belongs to another user (uid {found.st_uid}, and this is uid {os.geteuid()})",
-            f"run as its owner, or: chown {os.geteuid()} {path}",
+            f"all of mcpctl's files belong to one user; `ls -l {path.parent}` shows which of them does not",
         )
     extra = stat.S_IMODE(found.st_mode) & ~mode & 0o777
     if extra:
@@ -296,8 +306,12 @@ class Edit:
         with os.fdopen(os.dup(fd), "rb") as file:
             self.data = file.read()
 
-    def replace(self, data: bytes) -> None:
-        """Put `data` in place of the file in one step; owner, group and mode stay. Raises ConfigError."""
+    def replace(self, data: bytes, *, though_full: bool = False) -> None:
+        """Put `data` in place of the file in one step; owner, group and mode stay. Raises ConfigError.
+
+        `though_full`: where the disk has no room for a second file, write over the one that is there. What takes a
+        right away must be done then too; whoever reads meanwhile meets a broken file, and refuses.
+        """
         old = os.fstat(self._fd)
         beside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
         try:
@@ -313,6 +327,8 @@ class Edit:
             os.replace(beside, self.path)
         except OSError as problem:
             beside.unlink(missing_ok=True)
+            if though_full and problem.errno in (errno.ENOSPC, errno.EDQUOT) and self._overwrite(data):
+                return
             raise ConfigError(
                 f"cannot write {self.path}: {problem.strerror}; nothing was changed", "is the disk full, or not yours?"
             ) from None
@@ -320,6 +336,22 @@ class Edit:
             beside.unlink(missing_ok=True)
             raise
         _sync_folder(self.path.parent)
+
+    def _overwrite(self, data: bytes) -> bool:
+        """Write over the file itself; False, and nothing is changed, where even that has no room."""
+        size = os.fstat(self._fd).st_size
+        try:
+            if len(data) > size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._fd, size, len(data) - size)
+        except OSError:
+            return False
+        done = 0
+        while done < len(data):
+            os.lseek(self._fd, done, os.SEEK_SET)
+            done += os.write(self._fd, data[done:])
+        os.ftruncate(self._fd, len(data))
+        os.fsync(self._fd)
+        return True
 
 
 def _keep_owner(fd: int, old: os.stat_result) -> None:

@@ -55,6 +55,7 @@ def tail(
     begin = _since(since)
     _check_event(event)
     found = settings(context, config)
+    before = _last_number(found.audit.file) if follow else 0
     # opened at the end before the old lines are read, so that none between is lost
     newer = audit.follow(found.audit.file) if follow else None
 
@@ -75,8 +76,24 @@ def tail(
         return
     last = max((audit.number(line) for line in known), default=0)
     for line in newer:
-        if wanted(line) and (audit.number(line) > last or not audit.number(line)):
+        number = audit.number(line)
+        if number and number <= before:
+            output.warn(f"the chain begins anew, at number {number} after {before}: was the log removed?")
+            last = 0
+        before = number or before
+        if wanted(line) and (number > last or not number):
             _show([line], json, with_head=False)
+
+
+def _last_number(path: "Path") -> int:
+    """The number of the log's last line; 0 where there is none."""
+    from mcpctl import audit
+    from mcpctl.errors import NotFoundError
+
+    try:
+        return audit.number(next(audit.read_back(path), {}))
+    except NotFoundError:
+        return 0
 
 
 def _all_lines(path: "Path", begin: "datetime | None") -> "Iterator[dict[str, Any]]":
@@ -84,19 +101,23 @@ def _all_lines(path: "Path", begin: "datetime | None") -> "Iterator[dict[str, An
     from mcpctl import audit
     from mcpctl.errors import NotFoundError
 
-    files: list[Path] | None = None
+    files, others = audit.older(path)
+    ends = {end[1]: one for one in files if (end := audit.end_of(one)) is not None}
     try:
-        yield from audit.read_back(path)
+        for line in audit.read_back(path):
+            ends.pop(str(line.get("hash")), None)  # a copy of what is shown here
+            yield line
     except NotFoundError:  # moved away, and nothing has been written since
-        files, others = audit.older(path)
         if not files and not others:
             raise
-    if files is None:
-        files, others = audit.older(path)
     for one in files:
+        if one not in ends.values():
+            continue
         for index, line in enumerate(audit.read_older(one)):
             if index == 0 and begin is not None and not _after(line.get("time"), begin):
                 return
+            if index:
+                ends.pop(str(line.get("hash")), None)
             yield line
     if others:
         output.warn(f"older lines may be in what is not read here: {', '.join(one.name for one in others)}")
@@ -164,7 +185,7 @@ def _show(lines: list[dict[str, Any]], json: bool, *, with_head: bool = True) ->
         )  # fmt: skip
     if sys.stdout.isatty() and shutil.get_terminal_size().columns < _NARROW:
         few = (0, 1, 2, 3, 5, 8)
-        rows = [[f"{str(row[0])[:19]}Z", *(row[at] for at in few[1:])] for row in rows]
+        rows = [[f"{str(row[0])[:19]}Z" if row[0] else None, *(row[at] for at in few[1:])] for row in rows]
         widths = (20, *(_WIDTHS[at] for at in few[1:-1]), 15)
         output.put_table([_HEAD[at] for at in few], rows, widths, with_head=with_head)
         return

@@ -159,5 +159,7 @@ def _audit_log(found: "Settings") -> "Iterator[AuditLog]":
 
 def by_whom(context: typer.Context, reason: str | None = None) -> str:
     """Who runs the command, for the audit line's reason."""
+    from mcpctl.cli.output import masked
+
     who = context.find_root().obj.who
-    return f"{reason}; by {who}" if reason else f"by {who}"
+    return f"{masked(reason)}; by {who}" if reason else f"by {who}"

@@ -21,6 +21,10 @@ def group() -> None:
 @app.command("check")
 def check(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> None:
     """Read everything that the server would, without listening or connecting; every fault is named. Exits 3 on one."""
+    import os
+    import socket
+
+    from mcpctl import control
     from mcpctl.config import where
     from mcpctl.errors import ConfigError, Error
     from mcpctl.identity import tokens, users
@@ -48,6 +52,14 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     if found.server.tls.cert is not None:
         tried(lambda: tls.context(found), "server.tls")
 
+    folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        key = "server.runtime_dir" if found.server.runtime_dir else "auth.token_file"
+        faults.append(f"{where(found, key)}: {key}: nothing can be made in {folder}, where the control socket goes")
+    try:
+        socket.getaddrinfo(found.server.host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as problem:
+        faults.append(f"{where(found, 'server.host')}: server.host: is no address to listen on: {problem.strerror}")
     if not is_loopback(found.server.host) and found.server.tls.cert is None and not found.server.trusted_proxies:
         host = found.server.host
         faults.append(

@@ -1,6 +1,8 @@
 """mcpctl demo: everything at once, in a temporary folder, and gone again with Ctrl-C."""
 
+import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -37,7 +39,7 @@ def demo(
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
     ] = 8080,
-    json: Annotated[
+    as_json: Annotated[
         bool, typer.Option("--json", help="Print one line when ready: url, token, dsn, config, pid.")
     ] = False,
 ) -> None:
@@ -50,12 +52,14 @@ def demo(
     from mcpctl.server.logs import set_up
 
     set_up("warning")
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]  # they are meant for another PostgreSQL
     with _stopped_by_signals(), ExitStack() as stack:
         cluster, folder, token = _set_up(stack, port)
         settings = config.load(folder / "config.yaml", {})
 
         def ready(url: str) -> None:
-            if json:
+            if as_json:
                 facts = {
                     "url": url,
                     "token": token,
@@ -139,8 +143,10 @@ def _load_shop(cluster: "Cluster") -> str:
 
 def _explain(url: str, token: str, settings: "Settings") -> None:
     """How to ask the first question, with curl and with each client."""
-    python = f"{sys.executable} -m mcpctl"
-    folder = settings.source.parent if settings.source else ""
+    python = f"{shlex.quote(sys.executable)} -m mcpctl"
+    config = str(settings.source)
+    header = shlex.quote(f"@{Path(config).parent / 'authorization'}")
+    command = json.dumps(sys.executable)
     body = (
         '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"query_database","arguments":'
         f'{{"query":"{_QUESTION}"}}}}}}'
@@ -152,7 +158,7 @@ A shop is open at {url}
 
 Ask it a question. The token is in the file, and so not in the process list:
 
-  curl -s {url} -H @{folder}/authorization -H 'Content-Type: application/json' -H 'Accept: application/json' -d '{body}'
+  curl -s {url} -H {header} -H 'Content-Type: application/json' -H 'Accept: application/json' -d '{body}'
 
 Connect a client:
 
@@ -161,11 +167,11 @@ Connect a client:
   Gemini CLI      ~/.gemini/settings.json: {{"mcpServers":{{"shop":{{"type":"http","url":"{url}","headers":{{"Authorization":"Bearer $MCP_TOKEN"}}}}}}}}
   Cursor          ~/.cursor/mcp.json:      {{"mcpServers":{{"shop":{{"url":"{url}","headers":{{"Authorization":"Bearer ${{env:MCP_TOKEN}}"}}}}}}}}
   VS Code         .vscode/mcp.json:        {{"servers":{{"shop":{{"type":"http","url":"{url}","headers":{{"Authorization":"Bearer ${{env:MCP_TOKEN}}"}}}}}}}}
-  Claude Desktop  claude_desktop_config.json: {{"mcpServers":{{"shop":{{"command":"{sys.executable}","args":["-m","mcpctl","serve","--stdio","--config","{settings.source}"],"env":{{"MCPCTL_TOKEN":"{token}"}}}}}}}}
+  Claude Desktop  claude_desktop_config.json: {{"mcpServers":{{"shop":{{"command":{command},"args":["-m","mcpctl","serve","--stdio","--config",{json.dumps(config)}],"env":{{"MCPCTL_TOKEN":"{token}"}}}}}}}}
 
 Look after it, in another terminal:
 
-  {python} --config {settings.source} token list
-  {python} --config {settings.source} audit tail -f
+  {python} --config {shlex.quote(config)} token list
+  {python} --config {shlex.quote(config)} audit tail -f
 
 The token ends in a day. Ctrl-C ends everything and leaves nothing behind.""")

@@ -34,6 +34,7 @@ def init(
 
     where = (folder or (Path("/etc/mcpctl") if _is_root() else config.default_folder())).absolute()
     private_file.become_owner(where)
+    private_file.check_folder(where)
     before = os.umask(0o077)
     try:
         files = make(where, _CONFIG)

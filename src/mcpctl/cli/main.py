@@ -4,14 +4,14 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mcpctl import __version__
 from mcpctl.cli import audit, config, demo, init, serve, token, user
 from mcpctl.cli.common import invocation
-from mcpctl.cli.output import SeenEnough, error, say
+from mcpctl.cli.output import SeenEnough, error, put, say
 from mcpctl.errors import Error, UsageError
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ _READ_NO_CONFIG = ("demo", "init")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mcpctl {__version__}")
+        put(f"mcpctl {__version__}")
         raise typer.Exit
 
 
@@ -78,12 +78,23 @@ def _open_all_three() -> None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
+def _call(arguments: list[str] | None) -> Any:
+    """Run the command; what went wrong in a server's group of tasks is raised as itself."""
+    try:
+        return app(arguments, standalone_mode=False)
+    except BaseExceptionGroup as group:
+        problem: BaseException = group
+        while isinstance(problem, BaseExceptionGroup):
+            problem = problem.exceptions[0]
+        raise problem from None
+
+
 def _run(arguments: list[str] | None) -> int:
     _open_all_three()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no failure
     try:
-        done = app(arguments, standalone_mode=False)
+        done = _call(arguments)
     except Error as problem:
         error(problem.message, problem.hint)
         return problem.exit_code

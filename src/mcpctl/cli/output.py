@@ -7,6 +7,7 @@
 - a token goes to stdout, where it is asked for, and never into a message.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -32,7 +33,13 @@ def _lines(text: str) -> str:
     return "\n".join(map(clean, text.split("\n")))
 
 
+_NARROWEST = 40
 _SECRET = re.compile(r"(mcp_[0-9a-z]{8}_)[0-9A-Za-z_]+")
+
+
+def masked(text: str) -> str:
+    """The text with every token cut down to its id."""
+    return _SECRET.sub(r"\1…", text)
 
 
 class SeenEnough(Exception):
@@ -50,8 +57,9 @@ def _print(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """A line for the person, on stderr."""
-    print(_lines(_SECRET.sub(r"\1…", text)), file=sys.stderr, flush=True)
+    """A line for the person, on stderr. Where nobody reads it, the exit code says enough."""
+    with contextlib.suppress(OSError):
+        print(_lines(masked(text)), file=sys.stderr, flush=True)
 
 
 def warn(text: str, hint: str | None = None) -> None:
@@ -98,4 +106,6 @@ def put_table(
         table.add_column(name, overflow="fold", min_width=widths[index] if widths else None)
     for row in shown:
         table.add_row(*(Text(cell) for cell in row))
-    Console(no_color=plain, highlight=False).print(table)
+    console = Console(no_color=plain, highlight=False)
+    console.width = max(console.width, _NARROWEST)
+    console.print(table)

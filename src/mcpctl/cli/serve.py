@@ -49,6 +49,7 @@ def serve(
     if stdio and http:
         raise UsageError("--stdio and --http exclude each other", "choose one")
     found = settings(context, config)
+    _check_that_python_can_be_read()
     from mcpctl.server.logs import set_up
 
     set_up(found.log.level)
@@ -85,6 +86,22 @@ def serve(
 
     listening = run.Listening(replace(found, server=server), behind_proxy=behind_proxy, no_auth=no_auth)
     run.serve(listening, lambda url: output.say(f"serving at {url}"))
+
+
+def _check_that_python_can_be_read() -> None:
+    """Started by root, the server becomes the owner of its files, and goes on importing as that user."""
+    import os
+    import sys
+
+    import mcpctl
+    from mcpctl.errors import ConfigError
+
+    for file in (os.__file__, mcpctl.__file__):
+        if not os.access(file, os.R_OK):
+            raise ConfigError(
+                f"uid {os.geteuid()}, who owns mcpctl's files and whom the server becomes, cannot read {file}",
+                f"install mcpctl where that user may read it, such as /opt/mcpctl; {sys.prefix} is closed to it",
+            )
 
 
 def _stdio(found: "Settings") -> None:

@@ -134,7 +134,8 @@ def list_(
 
 
 def _cell(value: Any) -> Any:
-    return ",".join(value) if isinstance(value, list) else value
+    """A field as a cell: a list that names nothing allows nothing, while no list is no limit."""
+    return (",".join(value) or "none") if isinstance(value, list) else value
 
 
 TokenId = Annotated[str, typer.Argument(metavar="ID", help="The token's id, as `token list` shows it.")]
@@ -178,10 +179,13 @@ def rotate(
 
     from mcpctl.config_keys import duration
     from mcpctl.errors import UsageError
-    from mcpctl.identity import tokens
+    from mcpctl.identity import tokens, users
 
     found = settings(context, config)
     now = tokens.utcnow()
+    file = tokens.token_file(found.auth.token_file)
+    if (user := tokens.show(file, id).user) is not None:
+        users.find(users.user_file(found.auth.user_file).current(), user)
     over: timedelta | None = None
     if overlap is not None:
         try:
@@ -191,7 +195,7 @@ def rotate(
     ends = bounded(found, expiry, now)
     ready_to_note(found)
     with handing_over(out) as give:
-        old, new, text = tokens.rotate(tokens.token_file(found.auth.token_file), id, over, ends, now)
+        old, new, text = tokens.rotate(file, id, over, ends, now)
         note(found, "token.rotated", token=id, user=old.user, reason=by_whom(context, f"replaced by {new.id}"))
         give(new, text, json, now)
     ends_at = f"expires {tokens.rfc3339(new.expires_at)}" if new.expires_at else "never expires"
@@ -251,8 +255,9 @@ def revoke(
     done = tokens.revoke(tokens.token_file(found.auth.token_file), None if all_ else ids, tokens.utcnow())
     fresh = [entry for entry, alive in done if alive]
     why = by_whom(context, reason)
-    words, values = _proof(found, [entry.id for entry, _ in done])  # first what is urgent, then its record
+    # The servers see the file by themselves meanwhile; whoever interrupts the wait for their proof leaves a record.
     note_all(found, [("token.revoked", {"token": entry.id, "user": entry.user, "reason": why}) for entry in fresh])
+    words, values = _proof(found, [entry.id for entry, _ in done])
     if json:
         output.put_json(
             {
@@ -329,7 +334,7 @@ def verify(
     Exits 0 for a good one, 1 for any other.
     """
     from mcpctl import private_file
-    from mcpctl.identity import tokens
+    from mcpctl.identity import tokens, users
 
     text = private_file.read(file, limit=4096).data.decode("utf-8", "replace").strip() if file else _from_stdin()
     found = settings(context, config, needs_log=False)
@@ -342,6 +347,8 @@ def verify(
         good, why = False, f"there is no token {name} here (removed, or of another server)"
     elif not tokens.matches(entry, text):
         good, why = False, f"its id is {name}, but it is not that token"
+    elif entry.user is not None and entry.user not in users.user_file(found.auth.user_file).current():
+        good, why = False, f"token {name} opens nothing: its user {entry.user} is gone"
     else:
         status = entry.status(now)
         good, why = status in ("active", "expiring"), f"token {name} is {status}"

@@ -93,8 +93,9 @@ class EntryFile(Generic[E]):
         return {name: old if (old := self._entries.get(name)) == entry else entry for name, entry in entries.items()}
 
     @contextlib.contextmanager
-    def edit(self) -> Iterator[dict[str, E]]:
-        """The entries, held under the file's lock; what the block leaves in them is written when it ends well."""
+    def edit(self, *, though_full: bool = False) -> Iterator[dict[str, E]]:
+        """The entries, held under the file's lock; what the block leaves in them is written when it ends well.
+        `though_full` as in `private_file.Edit.replace`."""
         with private_file.edit(self.path) as held:
             before = self._parse(held.data)
             entries = dict(before)
@@ -103,7 +104,7 @@ class EntryFile(Generic[E]):
                 data = self.render(entries)
                 if self._parse(data) != entries:
                     raise ConfigError(f"{self.path} could not be read again if it were written; nothing was changed")
-                held.replace(data)
+                held.replace(data, though_full=though_full)
 
     def render(self, entries: Mapping[str, E]) -> bytes:
         """The file's bytes for these entries."""

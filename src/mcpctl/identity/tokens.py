@@ -161,6 +161,13 @@ def _texts(value: Any, name: str) -> tuple[str, ...] | None:
     return tuple(value)
 
 
+def _networks(texts: tuple[str, ...]) -> tuple[Network, ...]:
+    try:
+        return tuple(network(item) for item in texts)
+    except ValueError as problem:
+        raise ValueError(f"allow_ips: takes {problem}") from None
+
+
 def _read_hash(value: Any) -> str:
     """An Argon2id PHC string of exactly our profile: a dearer or longer one would let a stranger make us pay."""
     if isinstance(value, str) and _HASH.fullmatch(value):
@@ -209,7 +216,7 @@ def _read(name: str, fields: dict[str, Any]) -> Token:
         revoked_at=_time(fields.get("revoked_at"), "revoked_at"),
         databases=_texts(fields.get("databases"), "databases"),
         permissions=permissions,
-        allow_ips=None if allow_ips is None else tuple(network(item) for item in allow_ips),
+        allow_ips=None if allow_ips is None else _networks(allow_ips),
         note=note,
     )
 
@@ -324,7 +331,7 @@ def revoke(file: EntryFile[Token], names: Iterable[str] | None, now: datetime) -
     An unknown id is NotFoundError and then nothing is changed. Revoking twice is fine.
     """
     done = []
-    with file.edit() as entries:
+    with file.edit(though_full=True) as entries:
         for name in list(entries) if names is None else dict.fromkeys(names):
             entry = _find(entries, name)
             alive = entry.revoked_at is None
@@ -336,7 +343,7 @@ def revoke(file: EntryFile[Token], names: Iterable[str] | None, now: datetime) -
 
 def remove(file: EntryFile[Token], name: str) -> Token:
     """Take a token out of the file, record and all."""
-    with file.edit() as entries:
+    with file.edit(though_full=True) as entries:
         entry = _find(entries, name)
         del entries[name]
     return entry
@@ -344,7 +351,7 @@ def remove(file: EntryFile[Token], name: str) -> Token:
 
 def prune(file: EntryFile[Token], now: datetime) -> list[Token]:
     """Take out every token that is expired or revoked; returns them."""
-    with file.edit() as entries:
+    with file.edit(though_full=True) as entries:
         dead = [entry for entry in entries.values() if entry.status(now) in ("expired", "revoked")]
         for entry in dead:
             del entries[entry.id]

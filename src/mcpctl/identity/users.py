@@ -54,6 +54,8 @@ def check_note(note: str | None) -> None:
         text(note)
     except ValueError as problem:
         raise UsageError(f"--note takes {problem}", "or leave it out") from None
+    if re.search(r"mcp_[0-9a-z]{8}_[0-9A-Za-z]{20}", note):
+        raise UsageError("--note holds a token", "notes are shown and logged; name the token by its id")
     if len(note) > 1000:
         raise UsageError("--note is longer than 1000 characters", "say it shorter")
 

@@ -99,7 +99,9 @@ class Login:
             )
         for port in str(values.get("port", "")).split(","):
             if port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-                raise ConfigError(f"databases.{self.name}.dsn: {port[:20]} is no port", "1 to 65535; 5432 by default")
+                raise ConfigError(  # it may be a password with a / or @ in it, which is not shown
+                    f"databases.{self.name}.dsn: its port is none", "1 to 65535; a / or @ in a password is %2F or %40"
+                )
         return dict(values)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -124,7 +125,10 @@ def _bind(host: str, port: int) -> Door:
         made.bind(address)
         made.listen(1024)
     except OSError as problem:
-        raise Error(f"cannot listen on {host} port {port}: {problem.strerror}", "is another server there?") from None
+        hint = "is another server there?"
+        if isinstance(problem, socket.gaierror) or problem.errno == errno.EADDRNOTAVAIL:
+            hint = "server.host and --host take an address of this machine, such as 127.0.0.1"
+        raise Error(f"cannot listen on {host} port {port}: {problem.strerror}", hint) from None
     made.set_inheritable(True)
     return made
 
