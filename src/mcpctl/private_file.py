@@ -159,7 +159,7 @@ def check_folder(folder: Path) -> None:
     while POSIX and not os.path.exists(folder):
         folder = folder.parent
     if POSIX:
-        _check_folders(folder / "x")
+        _check_folders(folder / "mcpctl's files")
 
 
 def _check(path: Path, shown: object, found: os.stat_result, mode: int, trusted_owner: int | None) -> None:
