@@ -219,7 +219,7 @@ def _open(path: Path, flags: int, mode: int = 0o600, trusted_owner: int | None =
 
 @dataclass(frozen=True)
 class Content:
-    """A private file as it was read: its bytes, and the fingerprint of exactly these bytes' file."""
+    """A private file as it was read: its bytes, and the fingerprint that it had before they were."""
 
     data: bytes
     fingerprint: Fingerprint
@@ -229,13 +229,13 @@ def read(path: Path, *, mode: int = 0o600, trusted_owner: int | None = None, lim
     """The content of a private file. Raises ConfigError (exit 3) for a file that breaks a rule."""
     fd = open_checked(path, os.O_RDONLY, mode=mode, trusted_owner=trusted_owner)
     with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)  # before it is read: what is written over it meanwhile differs from this
         try:
             data = file.read(limit + 1)
         except OSError as problem:
             raise ConfigError(f"cannot read {path}: {problem.strerror}", "is it a file on a disk?") from None
         if len(data) > limit:
             raise ConfigError(f"{path} is larger than {limit >> 20} MiB", "this is not a file that mcpctl wrote")
-        found = os.fstat(file.fileno())
     return Content(data, _fingerprint(found))
 
 
@@ -350,6 +350,8 @@ class Edit:
             os.lseek(self._fd, done, os.SEEK_SET)
             done += os.write(self._fd, data[done:])
         os.ftruncate(self._fd, len(data))
+        if os.utime in os.supports_fd:  # the kernel's own stamp may be that of what a reader met half written
+            os.utime(self._fd, ns=(time.time_ns(), time.time_ns()))
         os.fsync(self._fd)
         return True
 
