@@ -132,17 +132,17 @@ def test_a_connection_whose_caller_left_while_it_was_made_gives_way(make_site: M
         assert waiting.result(15) == [[2]]
 
 
-def test_what_a_busy_pool_has_to_spare_gives_way_to_a_call_that_waits(make_site: MakeSite, newest_shop: Shop) -> None:
-    at = make_site(newest_shop, extra="limits: {connections: 5}\n").start()
+def test_what_a_busy_pool_has_to_spare_gives_way_to_a_call_that_waits(make_site: MakeSite, other: Shop) -> None:
+    at = make_site(other, extra="limits: {connections: 5}\n").start()
     _, text = at.token()
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(at.client(text)) for _ in range(4)]
         b = stack.enter_context(at.client(at.token("bob")[1]))
         running = [in_background(client.rows, "select pg_sleep(0.5)") for client in clients]
         assert [one.result() for one in running] == [[[""]]] * 4
-        assert len(newest_shop.backends("application_name LIKE 'mcpctl%' AND state = 'idle'")) == 5
+        assert len(other.backends("application_name LIKE 'mcpctl%' AND state = 'idle'")) == 5
         sleeper = in_background(clients[0].call, "query_database", {"query": "select pg_sleep(20)"})
-        eventually(lambda: newest_shop.backends("query LIKE '%pg_sleep(20)%' AND state = 'active'"))
+        eventually(lambda: other.backends("query LIKE '%pg_sleep(20)%' AND state = 'active'"))
         begun = time.monotonic()
         assert b.rows("select 1") == [[1]]
         assert time.monotonic() - begun < 10
