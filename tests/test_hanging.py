@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -209,21 +209,58 @@ def test_what_was_learnt_of_a_database_is_forgotten_when_all_its_connections_wer
     asyncio.run(run())
 
 
-def test_a_connection_that_is_lost_before_a_word_is_said_is_told_in_words(newest_shop: Shop) -> None:
+@contextlib.asynccontextmanager
+async def _pool(shop: Shop) -> AsyncIterator[TokenPool]:
+    """A pool as `Pools` makes it, with room for whoever asks."""
+
     async def room(pool: TokenPool) -> None:
         pool.connecting += 1
 
+    dsn = shop.cluster.dsn_for("postgres", shop.cluster.superuser_password, "shop")
+    login = Login("shop", Database(dsn=dsn, allow_privileged_login=True))
+    pool = TokenPool(Terminator(login), LOCAL, 5.0, Verdicts(), room)
+    await pool.open()
+    yield pool
+    await pool.close()
+    await pool.terminator.close()
+
+
+def test_a_connection_that_is_lost_before_a_word_is_said_is_told_in_words(newest_shop: Shop) -> None:
     async def run() -> None:
-        dsn = newest_shop.cluster.dsn_for("postgres", newest_shop.cluster.superuser_password, "shop")
-        login = Login("shop", Database(dsn=dsn, allow_privileged_login=True))
-        pool = TokenPool(Terminator(login), LOCAL, 5.0, Verdicts(), room)
-        await pool.open()
-        session = await pool.take()
-        session.close()
-        with pytest.raises(ConnectionLostError, match="the connection to the database was lost"):
-            await statement.run(session, "select 1", Bounds(10, 1000, 5.0))
-        await pool.give_back(session)
-        await pool.close()
-        await pool.terminator.close()
+        async with _pool(newest_shop) as pool:
+            session = await pool.take()
+            session.close()
+            with pytest.raises(ConnectionLostError, match="the connection to the database was lost"):
+                await statement.run(session, "select 1", Bounds(10, 1000, 5.0))
+            await pool.give_back(session)
+
+    asyncio.run(run())
+
+
+def test_a_caller_who_left_as_his_connection_came_does_not_use_it(
+    newest_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        async with _pool(newest_shop) as pool:
+            getconn = pool._getconn
+
+            async def swallows() -> object:
+                found = await getconn()
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0)
+                return found
+
+            monkeypatch.setattr(pool, "_getconn", swallows)
+            leaving = asyncio.create_task(pool.take())
+            await asyncio.wait({leaving})
+            assert leaving.cancelled()
+            assert not pool.out
+            monkeypatch.undo()
+            session = await pool.take()
+            assert len(pool.sessions) == 1
+            await pool.give_back(session)
 
     asyncio.run(run())

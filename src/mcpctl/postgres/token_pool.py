@@ -241,13 +241,16 @@ class TokenPool:
             await conn.close()
             await self._pool.putconn(conn)
         self.out.add(session)
+        task = asyncio.current_task()
         try:
+            if task is not None and task.cancelling():  # Python 3.11's wait_for keeps a result that comes with a cancel
+                raise asyncio.CancelledError
             await self.terminator.ready()
         except BaseException:
             self.out.discard(session)
             await asyncio.shield(self._pool.putconn(conn))
             raise
-        session.task = asyncio.current_task()
+        session.task = task
         session.described, session.relations = False, None
         return session
 
