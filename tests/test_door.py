@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
@@ -71,23 +72,25 @@ def test_a_flood_of_silent_visitors_does_not_stand_in_a_revocations_way(make_sit
     assert len(at.stderr) < 30, at.stderr[-30:]
 
 
+async def _served(app: http.App, visit: Callable[[tuple[str, int]], None]) -> None:
+    """Let somebody visit the app through the door."""
+    server = uvicorn.Server(uvicorn.Config(app, http=door.Visitor, lifespan="off", log_config=None))
+    with door.Door() as bound:
+        bound.bind(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve(sockets=[bound]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(visit, bound.getsockname())
+        server.should_exit = True
+        await serving
+
+
 def test_a_visitor_who_asks_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "_PATIENCE", 0.5)
 
     async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
-
-    async def run() -> None:
-        server = uvicorn.Server(uvicorn.Config(app, http=door.Visitor, lifespan="off", log_config=None))
-        with door.Door() as bound:
-            bound.bind(("127.0.0.1", 0))
-            serving = asyncio.create_task(server.serve(sockets=[bound]))
-            while not server.started:
-                await asyncio.sleep(0.01)
-            await asyncio.to_thread(visit, bound.getsockname())
-            server.should_exit = True
-            await serving
 
     def visit(address: tuple[str, int]) -> None:
         with contextlib.ExitStack() as stack:
@@ -100,7 +103,7 @@ def test_a_visitor_who_asks_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch
                     with contextlib.suppress(ConnectionResetError):
                         assert one.recv(1) == b""
 
-    asyncio.run(run())
+    asyncio.run(_served(app, visit))
 
 
 @pytest.mark.parametrize("more", [b"G", b"\r\n", b"a whole request"])
@@ -119,14 +122,48 @@ def test_requests_that_come_before_the_answer_are_answered_in_turn_and_not_witho
         for number in range(3):
             wire.sendall(_request(served, token, f"select {number}, pg_sleep(0.1)"))
         assert [f'"rows":[[{number},'.encode() in _answer(wire)[1] for number in range(3)] == [True] * 3
+        for number in range(40):  # always one ahead, and more than 64 KiB in all
+            wire.sendall(_request(served, token, f"select {number} -- {'x' * 4000}"))
+            if number:
+                assert f'"rows":[[{number - 1}]]'.encode() in _answer(wire)[1]
+        assert b'"rows":[[39]]' in _answer(wire)[1]
+        wire.sendall(_request(served, token, "select 7, pg_sleep(0.3)"))
+        wire.sendall(_request(served, token, f"select 8 -- {'x' * 100_000}"))
+        assert [f'"rows":[[{number}'.encode() in _answer(wire)[1] for number in (7, 8)] == [True] * 2
         for _ in range(2):  # an empty line before a request is passed over
             wire.sendall(b"\r\n" + _request(served, token, "select 9"))
             assert b'"rows":[[9]]' in _answer(wire)[1]
     with _connect(served) as wire, contextlib.suppress(ConnectionError):
         wire.sendall(_request(served, token, "select pg_sleep(42)"))
-        for _ in range(100):
+        for _ in range(300):
             wire.sendall(b"x" * 10_000)
         assert wire.recv(1) == b""
+
+
+def test_an_empty_line_behind_the_last_request_disturbs_it_not(served: Site) -> None:
+    _, token = served.token()
+    with _connect(served) as wire:
+        wire.sendall(_request(served, token, "select 5, pg_sleep(0.3)", "Connection: close"))
+        wire.sendall(b"\r\n")
+        assert b'"rows":[[5,' in _answer(wire)[1]
+
+
+def test_who_reads_nothing_of_his_answer_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_PATIENCE", 0.3)
+    ended = threading.Event()
+
+    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(200):
+            await send({"type": "http.response.body", "body": bytes(64 << 10), "more_body": True})
+        ended.set()
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert ended.wait(10)
+
+    asyncio.run(_served(app, visit))
 
 
 NO_HTTP = [

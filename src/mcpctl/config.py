@@ -25,7 +25,7 @@ NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _OTHER_VARIABLES = {"MCPCTL_CONFIG", "MCPCTL_DATABASE_URL", "MCPCTL_TOKEN"}
 _OF_KUBERNETES = re.compile(r"MCPCTL_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
 """What Kubernetes puts into every container for a Service that is called mcpctl."""
-_MAY_HOLD_SECRETS = ("dsn", "host", "password_file")
+_MAY_HOLD_SECRETS = ("dsn", "host", "user", "dbname", "password_file", "public_url")
 _NO_HOME = Path("/nonexistent")
 
 
@@ -213,7 +213,8 @@ def _read_named(cls: type[T], branch: Branch, dotted: str, faults: list[str]) ->
     named = {}
     for name, child in branch.children.items():
         if not NAME.fullmatch(name):
-            faults.append(f"{child.where}: {dotted}.{name}: a name is a-z, then a-z 0-9 - _, 63 at most")
+            shown = f"{dotted}: a name" if re.search("[:@/]", name) else f"{dotted}.{name}: a name"  # it may be a URL
+            faults.append(f"{child.where}: {shown} is a-z, then a-z 0-9 - _, 63 at most")
         elif isinstance(child, Branch):
             named[name] = _read(cls, child, f"{dotted}.{name}.", faults)
         else:
@@ -279,6 +280,8 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
             fault(dotted, "dsn, or host, port, dbname, user, sslmode: not both")
         if database.host and ("://" in database.host or "@" in database.host[1:]):
             fault(f"{dotted}.host", "is a URL, or holds a login; a URL goes into dsn, a login into user")
+        if database.dbname and ("://" in database.dbname or "=" in database.dbname):
+            fault(f"{dotted}.dbname", "is a connection string; that goes into dsn")
         dsn = f"{dotted}.dsn"
         if database.dsn and not _where(tree, dsn).startswith("environment ") and _has_password(database.dsn):
             fault(dsn, "holds a password; put it into a 0600 file and name that in password_file")

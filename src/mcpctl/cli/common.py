@@ -84,7 +84,7 @@ def _import_as_root() -> None:
     import sys
     from importlib import import_module
 
-    names = ["mcpctl.audit", "mcpctl.control", "mcpctl.identity.users"]
+    names = ["mcpctl.audit", "mcpctl.control", "mcpctl.identity.users", "encodings.idna"]
     if sys.stdout.isatty():
         names += ["rich.console", "rich.table", "rich.text"]
     for name in names:

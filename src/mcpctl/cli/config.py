@@ -58,8 +58,9 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         faults.append(f"{where(found, key)}: {key}: nothing can be made in {folder}, where the control socket goes")
     try:
         socket.getaddrinfo(found.server.host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as problem:
-        faults.append(f"{where(found, 'server.host')}: server.host: is no address to listen on: {problem.strerror}")
+    except (OSError, UnicodeError) as problem:
+        why = getattr(problem, "strerror", None) or "it is no name"
+        faults.append(f"{where(found, 'server.host')}: server.host: is no address to listen on: {why}")
     if not is_loopback(found.server.host) and found.server.tls.cert is None and not found.server.trusted_proxies:
         host = found.server.host
         faults.append(

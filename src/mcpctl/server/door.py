@@ -15,11 +15,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mcpctl.server import encoding
 
-_AHEAD = 64 << 10
-"""Bytes of further requests that may come before the answer to the one before."""
 _PATIENCE = 20.0
 """Seconds in which a connection's next request has to have come, its headers whole. Who has been answered and says
-nothing at all is sent away sooner, by uvicorn."""
+nothing at all is sent away sooner, by uvicorn. Who reads nothing of an answer is sent away at the third look."""
 
 
 class Door(socket.socket):
@@ -44,9 +42,12 @@ class Door(socket.socket):
 class Visitor(H11Protocol):
     """uvicorn's protocol, which lets nobody stay who does not ask."""
 
+    ahead = 64 << 10
+    """Bytes of further requests that may come before the answer to the one before."""
     _patience: asyncio.TimerHandle | None = None
     _seen: object = None
     _ahead = 0
+    _unread: tuple[int, ...] = ()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection is there."""
@@ -56,18 +57,25 @@ class Visitor(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Bytes came. While an answer is being made there may be some for the next request, and they are kept: uvicorn
         would stop reading, and not see that the client goes away."""
+        if self.conn.their_state is h11.MUST_CLOSE:
+            return  # no request follows one that said so
         busy = self.conn.their_state is h11.DONE
         if (busy or self.conn.their_state is h11.IDLE) and not self.conn.trailing_data[0]:
-            data = data.lstrip(b"\r\n")  # empty lines before a request are passed over (RFC 9112, section 2.2)
+            data = data.lstrip(b"\r\n")  # an empty line that comes before a request (RFC 9112, section 2.2)
             if not data:
                 return
         self._ahead = self._ahead + len(data) if busy else 0
-        if self._ahead > _AHEAD:
+        if self._ahead > self.ahead:
             self.transport.abort()
             return
         super().data_received(data)
         if self.conn.their_state is h11.DONE:
             self.flow.resume_reading()
+
+    def on_response_complete(self) -> None:
+        """An answer has left; what has come meanwhile counts as the next request's."""
+        self._ahead = 0
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, in the form of every other answer."""
@@ -90,9 +98,12 @@ class Visitor(H11Protocol):
         super().connection_lost(exc)
 
     def _look(self) -> None:
-        """Whether there was a request since the last look, or still is one."""
+        """Whether there was a request since the last look, or still is one whose answer is being read."""
         asked = self.cycle is not None and (self.cycle is not self._seen or not self.cycle.response_complete)
-        if not asked:
+        waiting = self.transport.get_write_buffer_size() if self.flow.write_paused else 0
+        self._unread = (*self._unread[-2:], waiting) if waiting else ()
+        stuck = len(self._unread) == 3 and len(set(self._unread)) == 1
+        if not asked or stuck:
             self.transport.abort()
             return
         self._seen = self.cycle

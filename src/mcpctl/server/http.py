@@ -442,11 +442,13 @@ async def _json(
     rest of a long answer may still leave; else the connection is closed under it."""
     own = encoding.headers(body, request_id) + (headers or [])
     await send({"type": "http.response.start", "status": status, "headers": own})
-    while len(body) > _PIECE:
-        await send({"type": "http.response.body", "body": body[:_PIECE], "more_body": True})
-        body = body[_PIECE:]
+    whole = memoryview(body)
+    while len(whole) > _PIECE:
+        await send({"type": "http.response.body", "body": bytes(whole[:_PIECE]), "more_body": True})
+        whole = whole[_PIECE:]
         if not wanted():
             return
+    body = bytes(whole)
     if unread is not None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
         await _linger(unread)

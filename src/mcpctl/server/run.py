@@ -175,7 +175,8 @@ async def _worker(
     async with running(settings, files=not listening.no_auth, workers=workers) as core, _app(listening, core) as app:
         config = uvicorn.Config(
             app,
-            http=Visitor,  # h11, which strips header values on both sides (RFC 9110); httptools leaves the end
+            # h11, which strips header values on both sides (RFC 9110); httptools leaves the end
+            http=type("Visitor", (Visitor,), {"ahead": settings.limits.request_bytes + Visitor.ahead}),
             loop="asyncio",
             ws="none",
             lifespan="off",

@@ -165,6 +165,8 @@ async def serve_until_told(core: Core, token: str | None) -> int | None:
     for name in ("SIGTERM", "SIGHUP"):
         with contextlib.suppress(NotImplementedError, AttributeError):  # Windows has no such signals
             number = getattr(signal, name)
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup(1)
             asyncio.get_running_loop().add_signal_handler(number, stop, number)
     serving: asyncio.Future[Any] = asyncio.ensure_future(serve(core, token))
     await asyncio.wait({serving, cast("asyncio.Future[Any]", told)}, return_when=asyncio.FIRST_COMPLETED)
