@@ -344,6 +344,7 @@ class Edit:
             if len(data) > size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._fd, size, len(data) - size)
         except OSError:
+            os.ftruncate(self._fd, size)  # it may have come a part of the way
             return False
         done = 0
         while done < len(data):
