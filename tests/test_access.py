@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mcpctl.config_keys import Auth, Role
 from mcpctl.identity.principal import LOCAL, Principal
-from mcpctl.policy.access import covers, may
+from mcpctl.identity.tenants import Tenant
+from mcpctl.policy.access import Access, covers
 
 PART = st.text(alphabet="abc_-.", min_size=1, max_size=3)
 
@@ -83,11 +87,69 @@ def principal(databases: tuple[str, ...] | None = None, permissions: tuple[str, 
 def test_a_tokens_lists_narrow_what_its_user_has(
     databases: tuple[str, ...] | None, permissions: tuple[str, ...] | None, permission: str, allowed: bool, reason: str
 ) -> None:
-    decision = may(principal(databases, permissions), permission)
+    decision = Access(Auth()).may(principal(databases, permissions), permission)
     assert decision.allowed is allowed
     assert reason in decision.reason
 
 
-def test_whoever_started_the_server_may_do_all_of_it() -> None:
-    assert may(LOCAL, "tools:query_database").allowed
-    assert may(LOCAL, "databases:shop:read").allowed
+def test_whoever_started_the_server_may_read_all_of_it() -> None:
+    access = Access(Auth())
+    assert access.may(LOCAL, "tools:query_database").allowed
+    assert access.may(LOCAL, "databases:shop:read").allowed
+    assert not access.may(LOCAL, "databases:shop:write").allowed
+
+
+def of(*roles: str, user: str = "alice") -> Principal:
+    return Principal("ab12cd34", user, "pool", roles=roles)
+
+
+@pytest.mark.parametrize(
+    "role, permission, allowed",
+    [
+        ("mcp-admin", "databases:shop:admin", True),
+        ("mcp-admin", "sessions:revoke", True),
+        ("mcp-developer", "tools:execute_statement", True),
+        ("mcp-developer", "databases:shop:write", True),
+        ("mcp-developer", "databases:shop:admin", False),
+        ("mcp-developer", "sessions:revoke", False),
+        ("mcp-tools", "databases:shop:write", True),
+        ("mcp-tools", "tools:set_pg_configuration", False),
+        ("mcp-user", "databases:shop:read", True),
+        ("mcp-user", "databases:shop:write", False),
+        ("mcp-user", "tools:execute_statement", False),
+        ("no-such-role", "tools:whoami", False),
+        ("analyst", "databases:sales:read", True),
+        ("analyst", "databases:shop:read", False),
+    ],
+)
+def test_a_role_gives_its_permissions_and_no_other(role: str, permission: str, allowed: bool) -> None:
+    access = Access(Auth(roles={"analyst": Role(("tools:*", "databases:sales:read"))}))
+    decision = access.may(of(role), permission)
+    assert decision.allowed is allowed
+    assert allowed or f"the role {role} has not the permission {permission}" in decision.reason
+
+
+def test_a_user_without_roles_has_the_least_of_them() -> None:
+    access = Access(Auth())
+    assert access.roles_of(principal()) == ("mcp-user",)
+    assert not access.may(of(), "tools:whoami").allowed, "an empty list is no list"
+
+
+def test_the_configs_lists_make_admins_and_readers() -> None:
+    access = Access(Auth(admin_users=("alice",), read_only_users=("bob", "carol")))
+    assert access.may(of(user="alice"), "databases:shop:admin").allowed
+    assert not access.may(of("mcp-admin", user="bob"), "databases:shop:write").allowed
+    assert access.may(of("mcp-admin", user="bob"), "databases:shop:read").allowed
+    assert not access.may(of("mcp-admin", user="bob"), "tools:execute_statement").allowed
+
+
+def test_a_tenants_user_has_nothing_outside_of_it() -> None:
+    place = Tenant("acme", datetime(2026, 1, 1, tzinfo=UTC), "acme")
+    access = Access(Auth())
+    inside = Principal("ab12cd34", "alice", "pool", roles=("mcp-admin",), tenant="acme", within=place)
+    assert access.may(inside, "databases:acme:read").allowed
+    for other in ("databases:acme2:read", "databases:acm:read", "databases:shop:admin"):
+        assert "the tenant acme has the database acme" in access.may(inside, other).reason
+    lost = Principal("ab12cd34", "alice", "pool", roles=("mcp-admin",), tenant="acme")
+    assert not access.may(lost, "databases:acme:read").allowed, "a tenant that is gone opens nothing"
+    assert not access.may(lost, "tools:whoami").allowed

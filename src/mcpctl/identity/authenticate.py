@@ -15,8 +15,9 @@ from pathlib import Path
 from time import monotonic
 
 from mcpctl.errors import Error, UnauthorizedError, UnavailableError
-from mcpctl.identity import tokens, users
+from mcpctl.identity import tenants, tokens, users
 from mcpctl.identity.principal import Principal
+from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import Token
 
 WRONG_SECRETS = 10
@@ -57,12 +58,14 @@ class Authenticator:
         self,
         token_path: Path,
         user_path: Path,
+        tenant_path: Path | None = None,
         *,
         now: Callable[[], datetime] = tokens.utcnow,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.tokens = tokens.token_file(token_path)
         self.users = users.user_file(user_path)
+        self.tenants = tenants.tenant_file(tenant_path or user_path.with_name("tenants.yaml"))
         self.ended: Callable[[dict[str, str]], None] = lambda ids: None
         self._now = now
         self._clock = clock
@@ -74,7 +77,9 @@ class Authenticator:
         self._verifying: dict[str, asyncio.Lock] = {}
         self._people: Mapping[str, users.User] = {}
         self._active: set[str] = set()
-        self._versions = (-1, -1)
+        self._places: Mapping[str, Tenant] = {}
+        self._alone: frozenset[str] = frozenset()
+        self._versions = (-1, -1, -1)
         self._attempts = _Attempts()
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="argon2")
 
@@ -87,29 +92,66 @@ class Authenticator:
         try:
             entries = self.tokens.current()
             people = self.users.current()
+            places = self.tenants.current()
         except Error as problem:
             raise UnavailableError(problem.message, problem.hint) from None
-        versions = (self.tokens.version, self.users.version)
+        versions = (self.tokens.version, self.users.version, self.tenants.version)
         if versions == self._versions:
             return
-        before, self._seen, self._versions, self._people = self._seen, dict(entries), versions, people
+        before, self._seen, self._versions = self._seen, dict(entries), versions
+        narrowed = self._note_people(people, places)
         for name, old in before.items():
             new = entries.get(name)
-            if new is old:
+            why = narrowed.get(new.user or "") if new is not None else None
+            if new is old and why is None:
                 continue
-            if new is None or new.rights != old.rights:
+            if new is None or new.rights != old.rights or why is not None:
                 self._known.pop(name, None)
                 self._edition += 1
                 self._editions[name] = self._edition  # kept when it is gone: an id that comes back is another edition
             elif name in self._known:  # its times or its note: the same secret still opens it
                 self._known[name] = (self._known[name][0], self._principal(new))
-        over = {name: why for name in self._active if (why := self._why_over(before.get(name), entries.get(name)))}
+        over = {
+            name: why
+            for name in self._active
+            if (why := self._why_over(before.get(name), entries.get(name), narrowed)) is not None
+        }
         self._active.difference_update(over)
         if over:
             self.ended(over)
 
-    def _why_over(self, old: Token | None, new: Token | None) -> str | None:
-        """Why what a token has open must end, now that its entry is `new`; None where it need not."""
+    def _note_people(self, people: Mapping[str, users.User], places: Mapping[str, Tenant]) -> dict[str, str]:
+        """Take note of the users and tenants; whose rights have become fewer, and why. Who has more is remembered with
+        it."""
+        before, self._people = self._people, people
+        moved = {name for name, old in self._places.items() if places.get(name) is not old}
+        new = places.keys() - self._places.keys()
+        self._places = places
+        alone, self._alone = self._alone, tenants.alone(places)
+        outside = {name for name, old in before.items() if old.tenant in moved and name in people}
+        inside = {name for name, old in before.items() if old.tenant in new and name in people}
+        differ = {name for name in before.keys() | people.keys() if people.get(name) is not before.get(name)}
+        changed = {*people} if alone != self._alone else outside | inside | differ
+        if not changed and alone == self._alone:
+            return {}
+        for name, (digest, principal) in list(self._known.items()):
+            if principal.user not in changed and (principal.user is not None or alone == self._alone):
+                continue
+            if (principal.user is None or principal.user in people) and (token := self._seen.get(name)) is not None:
+                self._known[name] = (digest, self._principal(token))
+            else:  # who comes back under that name is somebody else
+                del self._known[name]
+        found = {name: people[name].narrowed(before[name]) for name in changed & before.keys() & people.keys()}
+        found |= dict.fromkeys(outside, "its user's tenant changed")
+        if more := self._alone - alone:
+            there = {name for name, one in places.items() if one.database in more}
+            strangers = {name for name, one in people.items() if one.tenant not in there}
+            found |= dict.fromkeys({"", *strangers}, f"{', '.join(sorted(more))} is a tenant's alone now")
+        return {name: why for name, why in found.items() if why is not None}
+
+    def _why_over(self, old: Token | None, new: Token | None, narrowed: Mapping[str, str]) -> str | None:
+        """Why what a token has open must end, now that its entry is `new`; None where it need not. `narrowed`: whose
+        user's rights have become fewer."""
         if new is None:
             return "removed"
         if new.status(self._now()) == "revoked":
@@ -118,7 +160,7 @@ class Authenticator:
             return "its user is gone"
         if old is not None and old.rights != new.rights:
             return "changed"
-        return None
+        return narrowed.get(new.user or "")
 
     def expired(self) -> list[str]:
         """Ids of tokens in use whose time is over; each is told once."""
@@ -199,9 +241,17 @@ class Authenticator:
             return f"the token is {status}"
         if token.user is not None and token.user not in self._people:
             return f"its user {token.user} is gone"
+        if token.user is not None and self._people[token.user].created_at > token.created_at:
+            return f"it was given to another {token.user}, who is gone"
+        if token.user is not None and self._people[token.user].disabled_at is not None:
+            return f"its user {token.user} is disabled"
+        tenant = self._people[token.user].tenant if token.user is not None else None
+        if tenant is not None and tenant not in self._places:
+            return f"its tenant {tenant} is gone"
         return None
 
     def _principal(self, token: Token) -> Principal:
+        user = self._people.get(token.user or "")
         return Principal(
             token=token.id,
             user=token.user,
@@ -210,4 +260,9 @@ class Authenticator:
             permissions=token.permissions,
             expires_at=token.expires_at,
             edition=self._editions.get(token.id, 0),
+            roles=user.roles if user is not None else None,
+            grants=user.grants if user is not None else {},
+            tenant=user.tenant if user is not None else None,
+            within=self._places.get(user.tenant or "") if user is not None else None,
+            closed=tenants.alone(self._places, but=user.tenant if user is not None else None),
         )

@@ -53,7 +53,8 @@ _OneLine.add_representer(str, _text)
 
 @dataclass
 class EntryFile(Generic[E]):
-    """One such file. `current()` is for the server, `edit()` for the command line."""
+    """One such file. `current()` is for the server, `edit()` for the command line. One that is `optional` has no
+    entries while it is not there, and is made by the first edit."""
 
     path: Path
     shape: Shape[E]
@@ -62,6 +63,7 @@ class EntryFile(Generic[E]):
     _lines: dict[str, E] = field(default_factory=dict)
     _broken: ConfigError | None = None
     version: int = 0
+    optional: bool = False
 
     def current(self) -> Mapping[str, E]:
         """The entries of the file as it is now: one stat, and a parse where it has changed.
@@ -69,6 +71,11 @@ class EntryFile(Generic[E]):
         `version` counts the contents seen. Raises ConfigError while the file is missing or broken.
         """
         now = private_file.fingerprint(self.path)
+        if self.optional and now == private_file.ABSENT:
+            if self._entries or self._fingerprint != now:
+                self._entries, self._broken, self._fingerprint = {}, None, now
+                self.version += 1
+            return self._entries
         if now != self._fingerprint or now == private_file.ABSENT:
             self._fingerprint = None  # what cannot even be read is tried again each time: its folder may be at fault
             try:
@@ -96,6 +103,8 @@ class EntryFile(Generic[E]):
     def edit(self, *, though_full: bool = False) -> Iterator[dict[str, E]]:
         """The entries, held under the file's lock; what the block leaves in them is written when it ends well.
         `though_full` as in `private_file.Edit.replace`."""
+        if self.optional and not self.path.exists():
+            private_file.create(self.path, self.render({}))
         with private_file.edit(self.path) as held:
             before = self._parse(held.data)
             entries = dict(before)

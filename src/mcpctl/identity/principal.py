@@ -1,7 +1,11 @@
 """The frozen answer to "who is asking?". It is made once per request and handed down; nothing looks it up."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
+
+from mcpctl.identity.grants import Grant
+from mcpctl.identity.tenants import Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,8 +14,11 @@ class Principal:
 
     `token` is the token's id (None for the one local user of stdio or --no-auth), `pool` the name of its own
     pools: SHA-256 of the stored hash in hex, of which logs show the first 12. `databases` and `permissions` are
-    what the token is limited to; None means all that its user has. `edition` counts how often the rights of its
-    token have changed: what was opened under an earlier edition is over, whatever else is equal.
+    what the token is limited to; None means all that its user has. `roles` are its user's own (None: the default ones),
+    `grants` its user's by database; `within` is its tenant's place, beyond which it sees nothing, and
+    `closed` are the databases that are other tenants' alone. `edition` counts how
+    often the rights of its token or of its user have become fewer: what was opened under an earlier edition is over,
+    whatever else is equal.
     """
 
     token: str | None
@@ -22,6 +29,10 @@ class Principal:
     expires_at: datetime | None = None
     tenant: str | None = None
     edition: int = 0
+    roles: tuple[str, ...] | None = None
+    grants: Mapping[str, Grant] = field(default_factory=dict, compare=False)
+    within: Tenant | None = None
+    closed: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def name(self) -> str:

@@ -19,11 +19,12 @@ from typing import Any
 import argon2
 from argon2.exceptions import InvalidHashError
 
-from mcpctl.config_keys import Network, duration, network
+from mcpctl.config_keys import Network, duration, network, permission
 from mcpctl.errors import ConflictError, NotFoundError, UsageError
 from mcpctl.identity.entry_file import EntryFile, Shape
 from mcpctl.identity.users import NAME as USER_NAME
 from mcpctl.identity.users import check_note, read_time
+from mcpctl.identity.users import rfc3339 as rfc3339
 
 # The secret has 256 random bits: nobody guesses it, so a hash that costs .02 ms is as good as one that costs 500.
 CHEAP_ARGON2ID = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1, hash_len=32, salt_len=16)
@@ -32,7 +33,6 @@ _HASH = re.compile(r"\$argon2id\$v=19\$m=8,t=1,p=1\$[A-Za-z0-9+/]{22}\$[A-Za-z0-
 _TOKEN = re.compile(r"mcp_([0-9a-z]{8})_[0-9A-Za-z]{43}_[0-9A-Za-z]{6}")
 _ID = re.compile(r"[0-9a-z]{8}")
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_PERMISSION = re.compile(r"\*|[a-z*][a-z0-9_*-]*(:[A-Za-z*][A-Za-z0-9_.*-]*){1,3}")
 _FIELDS = (
     "user", "hash", "created_at", "expires_at", "revoked_at", "databases", "permissions", "allow_ips", "note",
 )  # fmt: skip
@@ -72,11 +72,6 @@ class Token:
 def utcnow() -> datetime:
     """The clock that everything is handed unless a test hands another."""
     return datetime.now(UTC)
-
-
-def rfc3339(when: datetime) -> str:
-    """RFC 3339 in UTC, to the second or, where there is a part of one, to the microsecond."""
-    return when.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def _base62(number: int, width: int) -> str:
@@ -184,15 +179,6 @@ def _read_hash(value: Any) -> str:
     )
 
 
-def check_permission(text: str) -> str:
-    """A permission pattern such as `*`, `tools:*`, `databases:sales:read`; ValueError for anything else."""
-    if not _PERMISSION.fullmatch(text):
-        raise ValueError(
-            f"{text!r} is no permission; they look like tools:query_database, databases:sales:read, tools:*"
-        )
-    return text
-
-
 def _read(name: str, fields: dict[str, Any]) -> Token:
     if unknown := [field for field in fields if field not in _FIELDS]:
         raise ValueError(f"{unknown[0]}: there is no such key; there are {', '.join(_FIELDS)}")
@@ -204,8 +190,8 @@ def _read(name: str, fields: dict[str, Any]) -> Token:
     if note is not None and not isinstance(note, str):
         raise ValueError("note: expected a text")
     permissions = _texts(fields.get("permissions"), "permissions")
-    for permission in permissions or ():
-        check_permission(permission)
+    for one in permissions or ():
+        permission(one)
     allow_ips = _texts(fields.get("allow_ips"), "allow_ips")
     return Token(
         id=name,

@@ -1,38 +1,86 @@
-"""The user file: who there is."""
+"""The user file: who there is, their roles, and what each was granted in which database."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mcpctl.config_keys import text
 from mcpctl.errors import ConflictError, NotFoundError, UsageError
+from mcpctl.identity import grants
 from mcpctl.identity.entry_file import EntryFile, Shape
+from mcpctl.identity.grants import Grant
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
-_FIELDS = ("created_at", "note")
+ROLE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_FIELDS = ("created_at", "disabled_at", "roles", "tenant", "note", "grants")
+_TENANT = re.compile(r"[a-z][a-z0-9-]{0,30}")
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """One entry of users.yaml."""
+    """One entry of users.yaml. `roles` is None for a user who was given none, and has the default one."""
 
     name: str
     created_at: datetime
     note: str | None = None
+    disabled_at: datetime | None = None
+    roles: tuple[str, ...] | None = None
+    grants: Mapping[str, Grant] = field(default_factory=dict)
+    tenant: str | None = None
+
+    def narrowed(self, before: "User") -> str | None:
+        """Why what was opened when the entry was `before` must end, now that it is this one; None where it need not."""
+        if self.created_at != before.created_at:
+            return "its user is another one of that name"
+        if self.disabled_at is not None and before.disabled_at is None:
+            return "its user is disabled"
+        if before.roles != self.roles and not (before.roles and set(before.roles) <= set(self.roles or ())):
+            return "its user's roles changed"
+        if self.tenant != before.tenant:
+            return "its user's tenant changed"
+        for database, grant in before.grants.items():
+            left = self.grants[database].rights if database in self.grants else frozenset()
+            if not grant.rights <= left:
+                return f"its user's grant on {database} was narrowed"
+        return None
+
+    def with_grant(self, grant: Grant) -> "User":
+        """The entry with that grant in the place of the one in its database; a grant of nothing is left out."""
+        others = {database: one for database, one in self.grants.items() if database != grant.database}
+        if not (grant.empty and grant.state is None):
+            others[grant.database] = grant
+        return replace(self, grants=dict(sorted(others.items())))
 
 
 def _read(name: str, fields: dict[str, Any]) -> User:
     if unknown := [field for field in fields if field not in _FIELDS]:
         raise ValueError(f"{unknown[0]}: there is no such key; there are {', '.join(_FIELDS)}")
-    created, note = fields.get("created_at"), fields.get("note")
+    created, note, disabled = fields.get("created_at"), fields.get("note"), fields.get("disabled_at")
     if created is None:
         raise ValueError("created_at: is missing")
     if note is not None and not isinstance(note, str):
         raise ValueError("note: expected a text")
-    return User(name, read_time(created, "created_at"), note)
+    roles, granted, tenant = fields.get("roles"), fields.get("grants") or {}, fields.get("tenant")
+    if tenant is not None and not (isinstance(tenant, str) and _TENANT.fullmatch(tenant)):
+        raise ValueError("tenant: expected a tenant's name")
+    if roles is not None and not (
+        isinstance(roles, list) and all(isinstance(one, str) and ROLE_NAME.fullmatch(one) for one in roles)
+    ):
+        raise ValueError("roles: expected a list of roles")
+    if not isinstance(granted, dict):
+        raise ValueError("grants: expected {database: {…}}")  # noqa: TRY004 - as all readers do
+    return User(
+        name,
+        read_time(created, "created_at"),
+        note,
+        None if disabled is None else read_time(disabled, "disabled_at"),
+        None if roles is None else tuple(roles),
+        {database: grants.read(database, found) for database, found in granted.items()},
+        tenant,
+    )
 
 
 def read_time(value: Any, name: str) -> datetime:
@@ -44,6 +92,11 @@ def read_time(value: Any, name: str) -> datetime:
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name}: {str(value)[:40]!r} is not a time such as 2027-01-31T12:00:00Z") from None
     raise ValueError(f"{name}: has no time zone")
+
+
+def rfc3339(when: datetime) -> str:
+    """RFC 3339 in UTC, to the second or, where there is a part of one, to the microsecond."""
+    return when.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def check_note(note: str | None) -> None:
@@ -62,7 +115,14 @@ def check_note(note: str | None) -> None:
 
 def as_values(user: User) -> dict[str, Any]:
     """The entry's fields as plain values, without its name."""
-    return {"created_at": user.created_at.isoformat().replace("+00:00", "Z"), "note": user.note}
+    return {
+        "created_at": rfc3339(user.created_at),
+        "disabled_at": user.disabled_at and rfc3339(user.disabled_at),
+        "roles": None if user.roles is None else list(user.roles),
+        "tenant": user.tenant,
+        "note": user.note,
+        "grants": {name: grants.as_values(grant) for name, grant in user.grants.items()} or None,
+    }
 
 
 _SHAPE: Shape[User] = Shape("users", NAME, _read, as_values)
@@ -73,7 +133,14 @@ def user_file(path: Path) -> EntryFile[User]:
     return EntryFile(path, _SHAPE)
 
 
-def add(file: EntryFile[User], name: str, note: str | None, now: datetime) -> User:
+def add(
+    file: EntryFile[User],
+    name: str,
+    note: str | None,
+    now: datetime,
+    roles: Iterable[str] | None = None,
+    tenant: str | None = None,
+) -> User:
     """Write a new user into the file; ConflictError (exit 5) where there is one of that name."""
     if not NAME.fullmatch(name):
         raise UsageError(f"{name!r} cannot be a user name", "a-z first, then a-z 0-9 -, at most 31 characters")
@@ -81,7 +148,8 @@ def add(file: EntryFile[User], name: str, note: str | None, now: datetime) -> Us
     with file.edit() as entries:
         if name in entries:
             raise ConflictError(f"there is a user {name} already", "`mcpctl user list` shows all")
-        entries[name] = user = User(name, now, note)
+        given = tuple(dict.fromkeys(roles)) if roles is not None else None
+        entries[name] = user = User(name, now, note, roles=given, tenant=tenant)
     return user
 
 
@@ -91,3 +159,35 @@ def find(entries: Mapping[str, User], name: str) -> User:
         return entries[name]
     except KeyError:
         raise NotFoundError(f"there is no user {name}", f"make one with `mcpctl user add {name}`") from None
+
+
+def disable(file: EntryFile[User], name: str, when: datetime | None) -> tuple[User, bool]:
+    """Set or, with None, clear the time since which a user is disabled; (entry, whether that changed anything)."""
+    with file.edit(though_full=True) as entries:
+        user = find(entries, name)
+        changed = (user.disabled_at is None) != (when is None)
+        if changed:
+            user = entries[name] = replace(user, disabled_at=when)
+    return user, changed
+
+
+def set_roles(file: EntryFile[User], name: str, roles: Iterable[str]) -> User:
+    """Give a user these roles instead of those they have; none at all for none."""
+    with file.edit() as entries:
+        user = entries[name] = replace(find(entries, name), roles=tuple(dict.fromkeys(roles)))
+    return user
+
+
+def remove(file: EntryFile[User], name: str) -> User:
+    """Take a user out of the file. All of their tokens end with that."""
+    with file.edit(though_full=True) as entries:
+        user = find(entries, name)
+        del entries[name]
+    return user
+
+
+def record(file: EntryFile[User], name: str, grant: Grant) -> User:
+    """Write what a user is granted in one database; a grant of nothing is taken out."""
+    with file.edit(though_full=True) as entries:
+        entries[name] = user = find(entries, name).with_grant(grant)
+    return user

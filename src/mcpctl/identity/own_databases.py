@@ -1,0 +1,168 @@
+"""The databases that users bring themselves: whose they are, where they are, and a password that only fits there.
+
+The password is sealed together with the entry it is for, so that one that was moved to another user, host or login by
+hand does not open.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, field, fields, replace
+from typing import Any
+
+from mcpctl.config import NAME
+from mcpctl.errors import ConfigError, ConflictError, NotFoundError, UsageError
+from mcpctl.keyring import Keyring
+from mcpctl.state import State, Version
+
+Key = tuple[str, str]
+"""(user, name)."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnDatabase:
+    """One row of own_databases. `hostaddr` is the address that was resolved and checked when it was registered, and is
+    the only one ever connected to. `created_at` is RFC 3339 in UTC."""
+
+    user: str
+    name: str
+    host: str
+    hostaddr: str
+    port: int
+    dbname: str
+    login: str
+    sealed: str = field(repr=False, compare=False)
+    created_at: str
+
+    @property
+    def key(self) -> Key:
+        """What it is called, and by whom."""
+        return self.user, self.name
+
+    @property
+    def shown(self) -> str:
+        """How messages and the audit log call it. No database of the config has a colon in its name."""
+        return f"own:{self.name}"
+
+    @property
+    def bound(self) -> list[str | int]:
+        """What its password is sealed for."""
+        return [self.user, self.name, self.host, self.hostaddr, self.port, self.dbname, self.login]
+
+
+_COLUMNS = ", ".join(column.name for column in fields(OwnDatabase))
+_SELECT = f"SELECT {_COLUMNS} FROM own_databases ORDER BY user, created_at, name"  # noqa: S608 - a constant
+_INSERT = f"INSERT INTO own_databases ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - a constant
+
+
+def check_name(name: str, taken: Mapping[str, Any]) -> None:
+    """Raises UsageError for what cannot be a name, ConflictError for that of a database of the config."""
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"{name[:63]!r} cannot be a database's name", "a-z first, then a-z 0-9 - _, at most 63 characters"
+        )
+    if name in taken:
+        raise ConflictError(f"there is a database {name!r} already", "choose another name")
+
+
+class OwnDatabases:
+    """The rows of own_databases, as they are now."""
+
+    def __init__(self, state: State, keyring: Keyring) -> None:
+        self.name = str(state.path)
+        self._state = state
+        self._keyring = keyring
+        self._version: Version | None = None
+        self._rows: Mapping[Key, OwnDatabase] = {}
+
+    def current(self) -> Mapping[Key, OwnDatabase]:
+        """All of them; read again only when somebody has written."""
+        version = self._state.version()
+        if version != self._version:
+            self._rows = {row.key: row for row in (OwnDatabase(*values) for values in self._state.rows(_SELECT))}
+            self._version = version
+        return self._rows
+
+    def of(self, user: str) -> list[OwnDatabase]:
+        """One user's, the oldest first."""
+        return [row for row in self.current().values() if row.user == user]
+
+    def find(self, user: str, name: str) -> OwnDatabase:
+        """A user's database, or NotFoundError (exit 4), which says the same whoever else has one of that name."""
+        try:
+            return self.current()[user, name]
+        except KeyError:
+            raise NotFoundError(
+                f"you have no database {name[:63]!r}", "list_my_databases shows those you have"
+            ) from None
+
+    def check_room(self, user: str, name: str, most: int) -> None:
+        """Raises ConflictError (exit 5) where the user has one of that name, or as many as one may have."""
+        have = self.of(user)
+        if any(row.name == name for row in have):
+            raise ConflictError(f"there is a database {name!r} already", "remove it first, or choose another name")
+        if len(have) >= most:
+            raise ConflictError(f"a user may have {most} databases here", "remove one first")
+
+    def add(self, row: OwnDatabase, password: str, most: int) -> OwnDatabase:
+        """Store it. It is sealed within the transaction, which a rotation of the keys waits for, and the other way
+        round: no key is dropped that something was sealed with meanwhile."""
+        with self._state.change() as connection:
+            self.check_room(row.user, row.name, most)
+            text = json.dumps({"for": row.bound, "password": password})
+            row = replace(row, sealed=self._keyring.seal(text))
+            connection.execute(_INSERT, astuple(row))
+        return row
+
+    def remove(self, user: str, name: str) -> OwnDatabase:
+        """Take one away. Raises NotFoundError (exit 4)."""
+        with self._state.change() as connection:
+            row = self.find(user, name)
+            connection.execute("DELETE FROM own_databases WHERE user = ? AND name = ?", row.key)
+        return row
+
+    def remove_all(self, user: str) -> list[str]:
+        """Take all of a user's away; their names."""
+        with self._state.change() as connection:
+            found = [row.name for row in self.of(user)]
+            connection.execute("DELETE FROM own_databases WHERE user = ?", (user,))
+        return found
+
+    def password(self, row: OwnDatabase) -> str:
+        """The password of exactly this row. ConfigError (exit 3) where it does not open, or is another row's."""
+        what = f"the password of {row.user}'s own database {row.name}"
+        values = json.loads(self._keyring.open(row.sealed, what))
+        if values["for"] != row.bound:
+            raise ConfigError(
+                f"{what} was sealed for another entry than that in {self._state.path}",
+                "somebody has changed the file by hand; remove the database, and register it anew",
+            )
+        return str(values["password"])
+
+    def check_sealed(self) -> None:
+        """See that each password opens. ConfigError (exit 3) names the key file and what does not."""
+        for row in self.current().values():
+            self.password(row)
+
+    # -- for a rotation of the keys --------------------------------------------------------------------------------
+
+    def sealed(self) -> Iterator[tuple[str, str]]:
+        """See rotation.Store."""
+        for row in self.current().values():
+            yield row.sealed, f"the password of {row.user}'s own database {row.name}"
+
+    def reseal(self, again: Any) -> None:
+        """See rotation.Store."""
+        with self._state.change() as connection:
+            for row in self.current().values():
+                sealed = again(row.sealed, f"the password of {row.user}'s own database {row.name}")
+                if sealed != row.sealed:
+                    connection.execute(
+                        "UPDATE own_databases SET sealed = ? WHERE user = ? AND name = ?", (sealed, *row.key)
+                    )
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """As long as the block runs nobody seals anything for this store."""
+        with self._state.change():
+            yield
