@@ -1,0 +1,163 @@
+"""The embedded store of what the server itself remembers: one SQLite file, 0600, for all workers and the command line.
+
+The file passes the rules of `private_file` before it is opened, and is made whole beside its place, so that nobody ever
+meets half of it. It is in WAL mode: readers and one writer do not wait for each other (sqlite.org/wal.html; it wants a
+disk of this machine). Each access is short, and waits a bounded time for another writer.
+"""
+
+import contextlib
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mcpctl import private_file
+from mcpctl.errors import ConfigError, UnavailableError
+
+APPLICATION = 0x6D637063
+"""PRAGMA application_id: the letters mcpc."""
+SCHEMA_VERSION = 1
+_PATIENCE = 2.0
+"""Seconds to wait for another writer, who needs some milliseconds."""
+_SCHEMA = """
+CREATE TABLE own_databases (
+  user TEXT NOT NULL, name TEXT NOT NULL, host TEXT NOT NULL, hostaddr TEXT NOT NULL, port INTEGER NOT NULL,
+  dbname TEXT NOT NULL, login TEXT NOT NULL, sealed TEXT NOT NULL, created_at TEXT NOT NULL,
+  PRIMARY KEY (user, name)
+) WITHOUT ROWID
+"""
+Version = tuple[int, int, int]
+
+
+class State:
+    """The store at `path`, opened when it is first needed and made where there is none. One thread's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._connection: sqlite3.Connection | None = None
+        self._fd = -1
+        self._opened = 0
+        self._written = 0
+
+    def version(self) -> Version:
+        """Differs as soon as anybody has written, in this process or in another one."""
+        with self._told():
+            connection = self._open()
+            (changes,) = connection.execute("PRAGMA data_version").fetchone()
+            return self._opened, self._written, changes
+
+    def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The rows of a question. UnavailableError while it is busy, ConfigError where the file cannot be believed."""
+        with self._told():
+            return self._open().execute(sql, values).fetchall()
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[sqlite3.Connection]:
+        """One transaction that others who write wait for; rolled back where the block fails."""
+        with self._told():
+            connection = self._open()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+            self._written += 1
+
+    def close(self) -> None:
+        """Close it, until it is needed again."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+            os.close(self._fd)
+
+    # -- the file --------------------------------------------------------------------------------------------------
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is not None and self._is_the_file():
+            return self._connection
+        self.close()  # another file has taken its place: a backup was restored
+        if not os.path.lexists(self.path):
+            _make(self.path)
+        # The descriptor stays open as long as the connection: to close one drops the locks that SQLite holds on the
+        # file in this process (fcntl(2), and sqlite.org/howtocorrupt.html).
+        fd = private_file.open_checked(self.path, os.O_RDWR)
+        try:
+            connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
+            try:
+                self._check(connection)
+            except BaseException:
+                connection.close()
+                raise
+        except BaseException:
+            os.close(fd)
+            raise
+        self._connection, self._fd = connection, fd
+        self._opened += 1
+        return connection
+
+    def _is_the_file(self) -> bool:
+        try:
+            now, held = os.stat(self.path), os.fstat(self._fd)
+        except OSError:
+            return False
+        return (now.st_ino, now.st_dev) == (held.st_ino, held.st_dev)
+
+    def _check(self, connection: sqlite3.Connection) -> None:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION:
+            raise ConfigError(f"{self.path} is not a store of mcpctl's", "name another file in server.state_file")
+        if version != SCHEMA_VERSION:
+            raise ConfigError(
+                f"{self.path} was written by another version of mcpctl (its form is {version}, ours {SCHEMA_VERSION})",
+                "run that version, or restore the file from your backup",
+            )
+        connection.execute("PRAGMA synchronous = FULL")  # what was removed stays removed, whatever the machine does
+        connection.execute("PRAGMA secure_delete = ON")
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """SQLite's errors as ours."""
+        try:
+            yield
+        except sqlite3.OperationalError as problem:
+            if "locked" in str(problem) or "busy" in str(problem):
+                raise UnavailableError(f"{self.path} is held by another process", "try again in a moment") from None
+            raise UnavailableError(f"{self.path}: {problem}", "is the disk full, or not yours?") from None
+        except sqlite3.DatabaseError as problem:
+            raise ConfigError(f"{self.path}: {problem}", "restore it from your backup") from None
+
+
+def _make(path: Path) -> None:
+    """Make an empty store. Where another process makes one at the same time, one of the two stays."""
+    private_file.check_folder(path.parent)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    private_file.create(beside, b"")
+    try:
+        connection = sqlite3.connect(beside, isolation_level=None)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("BEGIN")
+            connection.execute(_SCHEMA)
+            connection.execute(f"PRAGMA application_id = {APPLICATION}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection.execute("COMMIT")
+        finally:
+            connection.close()
+        with contextlib.suppress(FileExistsError):
+            os.link(beside, path)
+    except OSError as problem:
+        raise ConfigError(f"cannot make {path}: {problem.strerror}", "check the folder's owner and mode") from None
+    finally:
+        beside.unlink(missing_ok=True)
+    if private_file.POSIX:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
