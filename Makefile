@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: $(STAMP)
 	@exec $(BIN)/mcpctl demo --port $(or $(PORT),8080)
@@ -12,6 +12,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	@tests/clients/setup.sh || test $$? -eq 3
 	$(BIN)/python -m pytest $(or $(ARGS),-n 2 -q)
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/tenants.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

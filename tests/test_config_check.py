@@ -49,6 +49,13 @@ def test_every_fault_of_what_the_config_names_is_told_at_once_with_its_line(home
     ]
 
 
+def test_a_broken_tenant_file_is_a_fault_and_a_missing_one_is_none(home: Home) -> None:
+    assert home("config", "check").good.startswith("ok")
+    (home.folder / "tenants.yaml").touch(0o600)
+    (home.folder / "tenants.yaml").write_text("junk")
+    assert faults(home)[0].startswith(f"{home.folder}/tenants.yaml is not in order:")
+
+
 def test_plain_http_for_strangers_is_a_fault(home: Home) -> None:
     text = home.config.read_text()
     home.config.write_text(f"{text}server: {{host: 0.0.0.0}}\n")

@@ -25,7 +25,8 @@ NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _OTHER_VARIABLES = {"MCPCTL_CONFIG", "MCPCTL_DATABASE_URL", "MCPCTL_TOKEN"}
 _OF_KUBERNETES = re.compile(r"MCPCTL_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
 """What Kubernetes puts into every container for a Service that is called mcpctl."""
-_MAY_HOLD_SECRETS = ("dsn", "host", "user", "dbname", "password_file", "public_url")
+_MAY_HOLD_SECRETS = ("dsn", "service_dsn", "host", "user", "dbname", "password_file", "public_url")
+_INSTEAD_OF_DSN = ("host", "port", "dbname", "user", "sslmode", "sslrootcert", "sslcert", "sslkey")
 _NO_HOME = Path("/nonexistent")
 
 
@@ -266,6 +267,8 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
         fault("server.sse", "its sessions live in one process; it goes with workers: 1 only")
     if settings.limits.connections < 2 * settings.server.workers:
         fault("limits.connections", f"each of the {settings.server.workers} server.workers needs at least two")
+    if settings.own_databases.sslmode == "verify-ca" and settings.own_databases.sslrootcert is None:
+        fault("own_databases.sslrootcert", "is needed for sslmode: verify-ca, for which the system's CAs are too many")
     lifetime, most = settings.auth.token_lifetime, settings.auth.max_token_lifetime
     if lifetime and most and lifetime > most:
         fault("auth.token_lifetime", "is above auth.max_token_lifetime")
@@ -276,15 +279,30 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
         dotted = f"databases.{name}"
         if not given & {"dsn", "host"}:
             fault(dotted, "needs dsn, or host with port, dbname and user")
-        elif "dsn" in given and given & {"host", "port", "dbname", "user", "sslmode", "sslrootcert"}:
-            fault(dotted, "dsn, or host, port, dbname, user, sslmode: not both")
+        elif "dsn" in given and (both := given & {*_INSTEAD_OF_DSN}):
+            fault(dotted, f"dsn, or host, port, dbname, user, sslmode, …: not both ({', '.join(sorted(both))})")
+        if database.roles == "per_user" and "password_file" in given:
+            fault(
+                f"{dotted}.password_file",
+                "each user has a password of their own there; for service_dsn: service_password_file",
+            )
+        only = [key for key in ("allow_open_hba", "service_dsn", "service_password_file") if getattr(database, key)]
+        if database.roles != "per_user" and only:
+            fault(f"{dotted}.{only[0]}", "goes with roles: per_user")
+        if "service_password_file" in given and "service_dsn" not in given:
+            fault(f"{dotted}.service_password_file", "goes with service_dsn")
+        if ("sslcert" in given) != ("sslkey" in given):
+            fault(dotted, "sslcert and sslkey go together")
         if database.host and ("://" in database.host or "@" in database.host[1:]):
             fault(f"{dotted}.host", "is a URL, or holds a login; a URL goes into dsn, a login into user")
         if database.dbname and ("://" in database.dbname or "=" in database.dbname):
             fault(f"{dotted}.dbname", "is a connection string; that goes into dsn")
-        dsn = f"{dotted}.dsn"
-        if database.dsn and not _where(tree, dsn).startswith("environment ") and _has_password(database.dsn):
-            fault(dsn, "holds a password; put it into a 0600 file and name that in password_file")
+        if database.settings and database.roles != "per_user":
+            fault(f"{dotted}.settings", "needs roles: per_user, since a user changes them with a login of their own")
+        for key, instead in (("dsn", "password_file"), ("service_dsn", "service_password_file")):
+            text, place = getattr(database, key), f"{dotted}.{key}"
+            if text and not _where(tree, place).startswith("environment ") and _has_password(text):
+                fault(place, f"holds a password; put it into a 0600 file and name that in {instead}")
 
 
 def _walk(tree: Branch, names: tuple[str, ...]) -> "Value | Branch":

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mcpctl import dangerous_settings
+
 Reader = Callable[[Any], Any]
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -182,6 +184,33 @@ def _origins(value: Any) -> tuple[str, ...]:
     return tuple(map(_as_sent, found))
 
 
+_PERMISSION = re.compile(r"\*|[a-z*][a-z0-9_*-]*(:[A-Za-z*][A-Za-z0-9_.*-]*){1,3}")
+
+
+def permission(value: Any) -> str:
+    """A permission pattern such as `*`, `tools:*`, `databases:sales:read`."""
+    found = text(value)
+    if not _PERMISSION.fullmatch(found):
+        raise ValueError(
+            f"{found!r} is no permission; they look like tools:query_database, databases:sales:read, tools:*"
+        )
+    return found
+
+
+_PARAMETER = re.compile(r"[a-z_][a-z0-9_.]{0,126}")
+
+
+def _parameters(value: Any) -> tuple[str, ...]:
+    """Names of PostgreSQL's settings, in lower case, of which none opens the server to who may change it."""
+    found = tuple(dict.fromkeys(_texts(value)))
+    for name in found:
+        if not _PARAMETER.fullmatch(name):
+            raise ValueError(f"names of PostgreSQL's settings in lower case, such as work_mem ({name[:80]!r} is none)")
+        if reason := dangerous_settings.why(name):
+            raise ValueError(f"no setting that {reason}: leave out {name}")
+    return found
+
+
 def setting(default: Any, read: Reader, doc: str) -> Any:
     """A dataclass field that is a key of the config."""
     return field(default=default, metadata={"read": read, "doc": doc})
@@ -222,6 +251,18 @@ class Server:
     runtime_dir: Path | None = setting(
         None, _optional_path, "folder of the control sockets; default: that of token_file"
     )
+    state_file: Path = setting(Path("state.db"), _path, "what the server itself remembers, 0600; on a disk of its own")
+
+
+def _permissions(value: Any) -> tuple[str, ...]:
+    return tuple(permission(one) for one in _texts(value))
+
+
+@dataclass(frozen=True)
+class Role:
+    """auth.roles.NAME"""
+
+    permissions: tuple[str, ...] = setting((), _permissions, "what users with this role may do, with * for a part")
 
 
 @dataclass(frozen=True)
@@ -230,10 +271,23 @@ class Auth:
 
     token_file: Path = setting(Path("tokens.yaml"), _path, "the tokens, 0600")
     user_file: Path = setting(Path("users.yaml"), _path, "the users, 0600")
+    tenant_file: Path = setting(Path("tenants.yaml"), _path, "the tenants, 0600; there need be none")
     token_lifetime: float | None = setting(
         None, _optional_duration, "lifetime of `token add` without --expiry; none: required"
     )
     max_token_lifetime: float | None = setting(None, _optional_duration, "no token may live longer; none: no bound")
+    admin_users: tuple[str, ...] = setting((), _texts, "users who have the role mcp-admin, whatever their own are")
+    read_only_users: tuple[str, ...] = setting((), _texts, "users who can only read, whatever their roles are")
+    roles: dict[str, Role] = field(
+        default_factory=dict, metadata={"named": Role, "doc": "roles beside the built-in ones, by name"}
+    )
+
+
+@dataclass(frozen=True)
+class Keys:
+    """keyring"""
+
+    file: Path = setting(Path("secret.key"), _path, "the keys that seal database passwords, 0600; or systemd's source")
 
 
 @dataclass(frozen=True)
@@ -241,6 +295,7 @@ class Pool:
     """databases.NAME.pool"""
 
     max_size: int = setting(4, _number(1, 100), "connections that one token may hold at once")
+    max_per_user: int = setting(8, _number(1, 1000), "connections of all tokens of one user; for roles: per_user")
     wait: float = setting(30.0, _positive_duration, "how long a call waits for one of them")
     max_waiting: int = setting(40, _number(1, 10000), "calls of one token that may wait; more are refused at once")
     max_idle: float = setting(300.0, _positive_duration, "an unused pool is closed after this")
@@ -281,6 +336,24 @@ class Database:
     sslrootcert: str | None = setting(
         None, _optional_text, "CA file that signed the server's certificate; default: the system's"
     )
+    sslcert: Path | None = setting(None, _optional_path, "client certificate in PEM, for a server that asks for one")
+    sslkey: Path | None = setting(None, _optional_path, "its private key in PEM, 0600")
+    roles: str = setting(
+        "shared", _choice("shared", "per_user"), "per_user: each user logs in with a role of their own, as granted"
+    )
+    service_dsn: str | None = setting(
+        None, _optional_text, "libpq connection string for service tokens, where roles are per user"
+    )
+    service_password_file: Path | None = setting(None, _optional_path, "file with the password of service_dsn, 0600")
+    allow_open_hba: bool = setting(
+        False, _bool, "grant write access although pg_hba.conf lets the users' roles in from anywhere"
+    )
+    settings: tuple[str, ...] = setting(
+        (), _parameters, "settings of PostgreSQL that who was granted admin access may change; none: nobody may"
+    )
+    read_all_settings: bool = setting(
+        False, _bool, "who was granted admin access also sees in which file a setting stands (pg_read_all_settings)"
+    )
     description: str | None = setting(None, _optional_text, "one line on what is in it, shown by list_databases")
     required: bool = setting(True, _bool, "/ready answers 503 while it cannot be reached")
     default: bool = setting(False, _bool, "the one that is meant when a call names none; a single one always is")
@@ -289,6 +362,47 @@ class Database:
     )
     pool: Pool = section(Pool, "connections of one token to it")
     limits: DatabaseLimits = section(DatabaseLimits, "limits that differ here")
+
+
+_HOST_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*")
+
+
+def host_name(value: str) -> str | None:
+    """A host's name in its one spelling, without a final dot; None for what is none, addresses included."""
+    name = value.lower().removesuffix(".")
+    if not _HOST_NAME.fullmatch(name) or re.fullmatch(r"[0-9]+|0x[0-9a-f]*", name.rpartition(".")[2]):
+        return None  # a last label of digits alone is an address to resolvers, in one of its old spellings
+    return name
+
+
+def _named_hosts(value: Any) -> tuple[str, ...]:
+    found = []
+    for item in _texts(value):
+        name = host_name(item)
+        try:
+            found.append(name if name is not None else str(network(item)))
+        except ValueError:
+            raise ValueError(f"hosts such as db.example.org, 10.1.2.3 or 10.0.0.0/8 ({item!r} is none)") from None
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class OwnDatabases:
+    """own_databases"""
+
+    hosts: tuple[str, ...] = setting(
+        (), _named_hosts, "names, addresses and networks that users' own databases may be on; none: off"
+    )
+    allow_password_in_dsn: bool = setting(
+        False, _bool, "take passwords in register_database, where the model and the client's history see them"
+    )
+    most: int = setting(5, _number(1, 1000), "databases that one user may register")
+    sslmode: str = setting(
+        "verify-full", _choice("require", "verify-ca", "verify-full"), "how their servers show who they are"
+    )
+    sslrootcert: Path | None = setting(
+        None, _optional_path, "CA file that signed their certificates; default: the system's"
+    )
 
 
 @dataclass(frozen=True)
@@ -332,9 +446,11 @@ class Settings:
 
     server: Server = section(Server, "where and how it listens")
     auth: Auth = section(Auth, "who may ask")
+    keyring: Keys = section(Keys, "what database passwords are sealed with")
     databases: dict[str, Database] = field(
         default_factory=dict, metadata={"named": Database, "doc": "what can be asked, by name"}
     )
+    own_databases: OwnDatabases = section(OwnDatabases, "databases that users bring themselves")
     limits: Limits = section(Limits, "what one call, and all of them, may take")
     audit: Audit = section(Audit, "the log of who did what")
     log: Log = section(Log, "the server's own messages")

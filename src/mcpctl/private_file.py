@@ -15,16 +15,17 @@ On Windows there are no such modes: the checks of mode and owner are left out th
 import contextlib
 import errno
 import glob
+import json
 import os
 import secrets
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcpctl.errors import ConfigError, ConflictError, NotFoundError
+from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError
 
 try:
     import fcntl
@@ -63,7 +64,7 @@ def become_owner(path: Path) -> None:
     there is root's and nothing planted there is followed with root's rights. Where there is no such file, its folder,
     or the nearest above it that there is, says whose it would be. Does nothing for an ordinary user and for root's own
     files. The file's group is kept as a further one, so that the file can keep it. Order as setuid(2) asks: groups,
-    gid, uid.
+    gid, uid. HOME becomes that user's.
     """
     if not POSIX or os.geteuid() != 0:
         return
@@ -82,12 +83,45 @@ def become_owner(path: Path) -> None:
 
     try:
         entry = pwd.getpwuid(found.st_uid)
-        primary, groups = entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
+        primary, groups, home = entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid), entry.pw_dir
     except KeyError:
-        primary, groups = found.st_gid, []
+        primary, groups, home = found.st_gid, [], "/"
     os.setgroups(sorted({primary, *groups, found.st_gid, *_groups_beside(path, found.st_uid)}))
     os.setgid(primary)
     os.setuid(found.st_uid)
+    os.environ["HOME"] = home  # libpq looks for certificates there, and gives TLS up where that is root's, and closed
+
+
+def as_owner(path: Path, work: Callable[[], None]) -> None:
+    """Do some work as the owner of `path`, in a process of its own where that is not who we are, so that we stay root
+    for what is root's. An Error of the work is raised here."""
+    if not POSIX or os.geteuid() != 0 or os.lstat(path).st_uid == 0:
+        work()
+        return
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            become_owner(path)
+            work()
+            status = 0
+        except Error as problem:
+            os.write(writing, json.dumps([problem.message, problem.hint, problem.exit_code]).encode())
+        except Exception as problem:  # noqa: BLE001 - nobody above us in this process would tell it
+            why = f"the owner of {path.name} could not do it: {type(problem).__name__}: {problem}"
+            os.write(writing, json.dumps([why, f"look at the owner of {path}", 1]).encode())
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as told:
+        said = told.read()
+    _, status = os.waitpid(pid, 0)
+    if said:
+        message, hint, code = json.loads(said)
+        raise Error(message, hint, exit_code=code)
+    if status:
+        raise Error("what had to be done as the owner of mcpctl's files failed", f"look at the owner of {path}")
 
 
 def refuse_link(path: Path) -> None:
@@ -378,14 +412,14 @@ def _is(path: Path, found: os.stat_result) -> bool:
 
 
 @contextlib.contextmanager
-def edit(path: Path) -> Iterator[Edit]:
-    """Hold a private file for a change. Others who want to change it wait; readers don't.
+def edit(path: Path, *, mode: int = 0o600) -> Iterator[Edit]:
+    """Hold a private file of that mode at most for a change. Others who want to change it wait; readers don't.
 
     The lock is on the file itself, which nobody but its owner can open: no stranger can hold up a revocation.
     Since a change replaces the file, a waiter may wake up holding the old one; it then takes the new one's lock.
     """
     while True:
-        fd, real = _open(path, os.O_RDWR)
+        fd, real = _open(path, os.O_RDWR, mode)
         try:
             lock(fd)
             if not _is(real, os.fstat(fd)):
