@@ -7,8 +7,9 @@ from mcpctl.postgres import statement
 from mcpctl.postgres.answer import Bounds, Rows
 from mcpctl.postgres.token_pool import Session
 
-_READABLE = """pg_catalog.has_schema_privilege(n.oid, 'USAGE')
+READABLE = """pg_catalog.has_schema_privilege(n.oid, 'USAGE')
  AND (pg_catalog.has_table_privilege(c.oid, 'SELECT') OR pg_catalog.has_any_column_privilege(c.oid, 'SELECT'))"""
+"""Whether the role may read something of relation `c` in schema `n`: nothing else is ever named to it."""
 _KIND = """CASE c.relkind WHEN 'r' THEN 'table' WHEN 'p' THEN 'partitioned table' WHEN 'v' THEN 'view'
  WHEN 'm' THEN 'materialized view' WHEN 'f' THEN 'foreign table' END"""
 
@@ -20,9 +21,9 @@ FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamesp
 WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND NOT c.relispartition
  AND n.nspname NOT LIKE 'pg\\_toast%' AND n.nspname NOT LIKE 'pg\\_temp%'
  AND CASE WHEN $1::text IS NULL THEN n.nspname NOT IN ('pg_catalog', 'information_schema') ELSE n.nspname = $1 END
- AND {_READABLE}
+ AND {READABLE}
 ORDER BY 1, 2
-"""  # noqa: S608 - only constants of this file are put in
+"""
 
 _TABLE = f"""
 SELECT pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object(
@@ -35,13 +36,19 @@ SELECT pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object(
     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
      AND pg_catalog.has_column_privilege(c.oid, a.attnum, 'SELECT')),
   'constraints', (SELECT pg_catalog.jsonb_agg(pg_catalog.pg_get_constraintdef(k.oid) ORDER BY k.contype DESC, k.conname)
-    FROM pg_catalog.pg_constraint k WHERE k.conrelid = c.oid AND k.contype IN ('p', 'f', 'u', 'c')),
+    FROM pg_catalog.pg_constraint k WHERE k.conrelid = c.oid AND k.contype IN ('p', 'f', 'u', 'c')
+     AND (pg_catalog.has_table_privilege(c.oid, 'SELECT') OR NOT EXISTS (SELECT FROM pg_catalog.unnest(k.conkey) a
+          WHERE NOT pg_catalog.has_column_privilege(c.oid, a, 'SELECT')))
+     AND (k.confrelid = 0 OR EXISTS (SELECT FROM pg_catalog.pg_class o WHERE o.oid = k.confrelid
+          AND pg_catalog.has_schema_privilege(o.relnamespace, 'USAGE')
+          AND pg_catalog.has_table_privilege(o.oid, 'SELECT')))),
   'indexes', (SELECT pg_catalog.jsonb_agg(pg_catalog.pg_get_indexdef(i.indexrelid) ORDER BY i.indexrelid)
-    FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND NOT i.indisprimary)
+    FROM pg_catalog.pg_index i WHERE i.indrelid = c.oid AND NOT i.indisprimary
+     AND pg_catalog.has_table_privilege(c.oid, 'SELECT'))
 )) FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-WHERE c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND {_READABLE}
+WHERE c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND {READABLE}
  AND CASE WHEN $1::text IS NULL THEN pg_catalog.pg_table_is_visible(c.oid) ELSE n.nspname = $1 END
-"""  # noqa: S608 - only constants of this file are put in
+"""
 
 
 async def tables(session: Session, schema: str | None, bounds: Bounds) -> Rows:

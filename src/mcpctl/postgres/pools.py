@@ -6,14 +6,15 @@ All pools live under one budget of connections; a full budget closes the longest
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 
 from mcpctl.errors import Error, UnauthorizedError, UnavailableError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.cutting import Cut, cut, try_again
-from mcpctl.postgres.login import Login
+from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.ping import takes_connections
 from mcpctl.postgres.terminator import Terminator, unreachable
 from mcpctl.postgres.token_pool import Session, TokenPool
@@ -49,21 +50,24 @@ class Pools:
 
     def __init__(
         self,
-        logins: Mapping[str, Login],
         budget: int,
         statement_timeout: float,
         told: Told,
         valid: Callable[[Principal], bool],
+        workers: int = 1,
     ) -> None:
-        self._shared = {name: _Shared.of(login) for name, login in logins.items()}
+        self._shared: dict[tuple[str, str | None], _Shared] = {}
         self._budget = budget
+        self._workers = workers
         self._at_once = max(1, budget // 4)
         self._statement_timeout = statement_timeout
         self._told = told
         self._valid = valid
-        self._pools: dict[tuple[str, str], TokenPool] = {}
-        self._room = asyncio.Lock()
+        self._pools: dict[tuple[str, int, tuple[str, str | None]], TokenPool] = {}
+        self._queue: list[TokenPool] = []
         self._freed = asyncio.Event()
+        self._waiting: list[TokenPool] = []
+        self._since: dict[TokenPool, float] = {}
         self._finishing: set[asyncio.Task[None]] = set()
         self._cutting = 0
         self._closed = False
@@ -83,9 +87,9 @@ class Pools:
         return found + len(kept)
 
     @contextlib.asynccontextmanager
-    async def borrow(self, principal: Principal, database: str) -> AsyncIterator[Session]:
-        """A connection of this principal's own pool for that database; given back, clean or closed, afterwards."""
-        pool = await self._pool(principal, database)
+    async def borrow(self, principal: Principal, login: Login) -> AsyncIterator[Session]:
+        """A connection of this principal's own pool for that login; given back, clean or closed, afterwards."""
+        pool = await self._pool(principal, login)
         try:
             session = await pool.take()
         except Error:
@@ -96,24 +100,29 @@ class Pools:
             yield session
         finally:
             try:
-                await pool.give_back(session)
+                if self._owes(pool):
+                    await session.leave()
             finally:
-                self._freed.set()
+                try:
+                    await pool.give_back(session)
+                finally:
+                    self._freed.set()
 
-    async def _pool(self, principal: Principal, database: str) -> TokenPool:
+    async def _pool(self, principal: Principal, login: Login) -> TokenPool:
         if self._closed:
             raise UnavailableError("the server is stopping", "ask again in a moment")
         self._check(principal)
-        key = (principal.pool, database)
+        shared = self._shared.get(login.key) or self._shared.setdefault(login.key, _Shared.of(login))
+        shared.terminator.login = login  # its password may be another one by now
+        key = (principal.pool, principal.edition, login.key)
         pool = self._pools.get(key)
         if pool is None:
-            shared = self._shared[database]
             pool = TokenPool(
                 shared.terminator,
                 principal,
                 self._statement_timeout,
                 shared.verdicts,
-                lambda asking: self._make_room(asking),
+                lambda asking: self._make_room(asking, shared.turn),
             )
             self._pools[key] = pool
             await pool.open()
@@ -139,7 +148,7 @@ class Pools:
         owner = pool.principal
         self._told(event, token=owner.token, user=owner.user, database=pool.login.name, reason=reason)
 
-    async def _make_room(self, asking: TokenPool) -> None:
+    async def _make_room(self, asking: TokenPool, turn: asyncio.Lock) -> None:
         """Let `asking` connect once more, within the budget. Raises UnavailableError when nothing came free in the time
         that a call waits, or nobody waits any more.
 
@@ -147,31 +156,42 @@ class Pools:
         opened at once for one database: a host that does not answer, or no longer, cannot take it from the others.
         """
         connecting = False
+        self._since[asking] = monotonic()
         try:
             async with asyncio.timeout(asking.login.settings.pool.wait):
                 ready = False
                 while not ready:
                     connecting = False
                     if not asking.terminator.open:
-                        async with self._room:
+                        with self._waits(asking):
+                            await self._room_within(asking, 0)
                             await self._room_for(asking, 0)
                             asking.terminator.begin()
                     connecting = True
                     ready = await asking.terminator.ready()
                 connecting = False
-                async with self._shared[asking.login.name].turn:
-                    while self._being_opened(asking.terminator) >= self._at_once:
-                        self._check_wanted(asking)
-                        await self._change()
-                    async with self._room:
-                        await self._room_for(asking, 1)
-                        asking.connecting += 1
+                with self._waits(asking):
+                    async with turn:
+                        await self._one_more(asking)
         except TimeoutError as late:
             hangs = connecting or self._being_opened(asking.terminator) >= self._at_once
             raise (unreachable(asking.login, late) if hangs else self._full()) from None
+        finally:
+            self._since.pop(asking, None)
+
+    async def _one_more(self, asking: TokenPool) -> None:
+        """Wait until a pool may open one more, and count it. What holds up its own login alone comes before the
+        queue of all, so that nobody else waits for it."""
+        while self._being_opened(asking.terminator) >= self._at_once:
+            self._check_wanted(asking)
+            await self._change()
+        await self._room_within(asking, 1)
+        await self._room_for(asking, 1)
+        asking.connecting += 1
 
     def _being_opened(self, terminator: Terminator) -> int:
-        return sum(pool.connecting for pool in self._pools.values() if pool.terminator is terminator)
+        crowd = terminator.login.crowd
+        return sum(pool.connecting for pool in self._pools.values() if pool.login.crowd == crowd)
 
     def _check_wanted(self, asking: TokenPool) -> None:
         if asking.closed or not asking.wanted:
@@ -190,25 +210,79 @@ class Pools:
         )
 
     async def _room_for(self, asking: TokenPool, more: int) -> None:
-        """Wait until there is room: the longest-idle pool gives way, then what busy ones have to spare, or a call ends.
-        Who asks first is first."""
-        while self._counted(asking, more) > self._budget:
+        """Wait until there is room. Who asks first is first. Nothing is awaited after the last look."""
+        self._queue.append(asking)
+        try:
+            while self._behind(asking) or self._counted(asking, more) > self._budget:
+                if self._behind(asking):
+                    self._check_wanted(asking)
+                    await self._change()
+                elif not await self._take_back(asking, None):
+                    await self._change()
             self._check_wanted(asking)
-            others = sorted(
-                (pool for pool in self._pools.values() if pool is not asking), key=lambda pool: pool.last_used
-            )
-            idle = [pool for pool in others if pool.idle]
-            spare = [session for pool in others for session in pool.spare]
-            if idle:
-                await self._close(idle[0], "the budget is full")
-                await self._let_go(asking)
-            elif await self._let_go(asking):
-                pass
-            elif spare:
-                await spare[0].leave()
-            else:
+        finally:
+            self._queue.remove(asking)
+            self._freed.set()
+
+    def _behind(self, asking: TokenPool) -> bool:
+        """Whether another pool that waits for room has asked before."""
+        own = self._since.get(asking, inf)
+        return any(self._since.get(pool, inf) < own for pool in self._queue)
+
+    async def _room_within(self, asking: TokenPool, more: int) -> None:
+        """Wait until a pool's crowd has room; see `_crowd`."""
+        while crowd := self._crowd(asking, more):
+            if not await self._take_back(asking, crowd):
                 await self._change()
+
+    async def _take_back(self, asking: TokenPool, crowd: list[TokenPool] | None) -> bool:
+        """Close what nobody uses: the longest-idle pool, what is kept for logins that have nothing open, or what busy
+        pools have to spare; whether there was any. `crowd`: only what these pools have; no other would help."""
         self._check_wanted(asking)
+        among = list(self._pools.values()) if crowd is None else crowd
+        others = sorted((pool for pool in among if pool is not asking), key=lambda pool: pool.last_used)
+        idle = [pool for pool in others if pool.idle]
+        spare = [session for pool in others for session in pool.spare]
+        if idle:
+            await self._close(idle[0], "the budget is full")
+        if (crowd is None or asking.login.crowd == OWN) and await self._let_go(asking):
+            return True
+        if spare and not idle:
+            await spare[0].leave()
+        return bool(idle or spare)
+
+    @contextlib.contextmanager
+    def _waits(self, asking: TokenPool) -> Iterator[None]:
+        """Note that a pool waits for room, or for its turn to."""
+        self._waiting.append(asking)
+        try:
+            yield
+        finally:
+            self._waiting.remove(asking)
+
+    def _owes(self, pool: TokenPool) -> bool:
+        """Whether a pool whose call has ended has to give its connection up, since another with none, or with two
+        fewer, waits for room. Else it would hand it to its own next caller for ever, and the other would starve."""
+        return any(
+            pool in self._crowd(asking, 1) or self._counted(asking, 1) > self._budget
+            for asking in self._waiting
+            if asking is not pool and (asking.count == 0 or asking.count + 1 < pool.count)
+        )
+
+    def _crowd(self, asking: TokenPool, more: int) -> list[TokenPool]:
+        """The pools of which one has to give way first: all tokens' of a user where the login role of one user has as
+        much as it may, or all databases' that users have brought, which have half of the budget. Else none."""
+        login = asking.login
+        if login.role is None:
+            return []
+        same = [pool for pool in self._pools.values() if pool.terminator is asking.terminator]
+        if sum(pool.count for pool in same) + more > max(1, login.settings.pool.max_per_user // self._workers):
+            return same
+        if login.crowd != OWN:
+            return []
+        brought = [pool for pool in self._pools.values() if pool.login.crowd == OWN]
+        kept = {pool.terminator for pool in brought if pool.count or pool.terminator.open or pool is asking}
+        return brought if sum(pool.count for pool in brought) + len(kept) + more > max(2, self._budget // 2) else []
 
     async def _close(self, pool: TokenPool, reason: str) -> None:
         for key, found in list(self._pools.items()):
@@ -220,23 +294,35 @@ class Pools:
     async def _let_go(self, asking: TokenPool | None = None) -> bool:
         """Close what was kept to end backends with, where there is none left to end; whether there was any.
 
-        For the sake of a pool that asks for room, also what others wait for, who have none yet.
+        For the sake of a pool that asks for room, also what others wait for, who have none yet and asked later. Who
+        asked first keeps it, if its host answers: else each would close what the others have, and none get further.
         """
         if self._cutting or self._finishing:
             return False
         used = {
             pool.terminator
             for pool in self._pools.values()
-            if pool is asking or pool.out or pool.count or (asking is None and pool.wanted)
+            if pool is asking
+            or pool.out
+            or pool.count
+            or (pool.wanted if asking is None else self._first(pool, asking))
         }
-        unused = [
-            shared.terminator
-            for shared in self._shared.values()
-            if shared.terminator.open and shared.terminator not in used
-        ]
-        for terminator in unused:
+        unused = [(key, shared.terminator) for key, shared in self._shared.items() if shared.terminator not in used]
+        found = [terminator for _, terminator in unused if terminator.open]
+        for terminator in found:
             await terminator.close()
-        return bool(unused)
+        for key, terminator in unused:  # of a user who may be gone by now
+            if key[1] is not None and not self._wanted(terminator):
+                self._shared.pop(key, None)
+        return bool(found)
+
+    def _first(self, pool: TokenPool, asking: TokenPool) -> bool:
+        """Whether a pool asks for room since before another did, and gets an answer from its host."""
+        since = self._since.get(pool)
+        return since is not None and since < self._since.get(asking, 0.0) and pool.terminator.answers
+
+    def _wanted(self, terminator: Terminator) -> bool:
+        return terminator.open or any(pool.terminator is terminator for pool in self._pools.values())
 
     async def sweep(self) -> None:
         """Close the pools that nobody has used for their `max_idle`, and tell backends again that would not end."""
@@ -256,8 +342,17 @@ class Pools:
             terminator.begin()  # it may have been ended under a query that runs; nobody waits for it here
 
     async def cut(self, token: str | None, reason: str) -> Cut:
-        """End all that a token has open: cancel, terminate, close. Returns what was done; see `cutting`."""
-        victims = [pool for pool in self._pools.values() if pool.principal.token == token]
+        """End all that a token has open and no longer may: cancel, terminate, close. Returns what was done; see
+        `cutting`."""
+        ending = [pool for pool in self._pools.values() if pool.principal.token == token]
+        victims = [pool for pool in ending if self._closed or not self._valid(pool.principal)]
+        return await self._cut(victims, token, reason)
+
+    async def cut_login(self, key: tuple[str, str | None], reason: str) -> Cut:
+        """End all that anybody has open as that login, as `cut` does."""
+        return await self._cut([pool for pool in self._pools.values() if pool.login.key == key], None, reason)
+
+    async def _cut(self, victims: list[TokenPool], token: str | None, reason: str) -> Cut:
         for key, pool in list(self._pools.items()):
             if pool in victims:
                 del self._pools[key]
@@ -303,10 +398,7 @@ class Pools:
         await asyncio.gather(*self._finishing, return_exceptions=True)
         await asyncio.gather(*(shared.terminator.close() for shared in self._shared.values()))
 
-    async def reachable(self, database: str) -> bool:
-        """Whether the database's server takes connections now; it has two seconds to say so."""
-        return await takes_connections(self.login(database).dsn(), _PING_SECONDS)
 
-    def login(self, database: str) -> Login:
-        """The login of a database of the config."""
-        return self._shared[database].terminator.login
+async def reachable(login: Login) -> bool:
+    """Whether the database's server takes connections now; it has two seconds to say so."""
+    return await takes_connections(login.dsn(), _PING_SECONDS)

@@ -37,7 +37,7 @@ _LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, true),
 _UNLOCK = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
  (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements), pg_catalog.setseed($1)"""
 _CURSOR = b"declare c no scroll cursor for\n"
-_LOCKED = b"""SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_catalog.pg_locks l
+LOCKED = b"""SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_catalog.pg_locks l
  JOIN pg_catalog.pg_class c ON c.oid = l.relation JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
  WHERE l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
  AND l.relation NOT IN ('pg_catalog.pg_locks'::regclass, 'pg_catalog.pg_class'::regclass,
@@ -54,7 +54,7 @@ _TYPES = b"""SELECT t.oid, pg_catalog.format_type(t.oid, NULL), CASE WHEN t.typc
   SELECT oid FROM base WHERE typbasetype = 0) ELSE 0 END,
  coalesce(e.typdelim, ',') FROM pg_catalog.pg_type t LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem
  WHERE t.oid = ANY($1::oid[])"""
-_CHUNK = 16
+CHUNK = 16
 """Rows that libpq gathers before we see one: few, since each may be as large as an answer."""
 _GROWTH = 24 << 20
 """How much libpq may grow for one answer, unless an answer may have more than a fifth of it."""
@@ -88,17 +88,17 @@ async def run(session: Session, text: str, bounds: Bounds, params: Sequence[byte
 
     Cancelled, or past its deadline, it makes sure that the backend stops: cancel, then terminate, then close.
     """
-    exchange = _Exchange(session, bounds)
-    return await _guarded(exchange, exchange.run(_encode(text), params))
+    exchange = Exchange(session, bounds)
+    return await guarded(exchange, exchange.run(encode(text), params))
 
 
 async def is_question(session: Session, text: str, bounds: Bounds) -> bool:
     """Whether PostgreSQL would open a cursor for the text. Raises its error where it is not even a statement."""
-    exchange = _Exchange(session, bounds)
-    return await _guarded(exchange, exchange.ask(_encode(text)))
+    exchange = Exchange(session, bounds)
+    return await guarded(exchange, exchange.ask(encode(text)))
 
 
-async def _guarded(exchange: "_Exchange", work: Coroutine[Any, Any, T]) -> T:
+async def guarded(exchange: "Exchange", work: Coroutine[Any, Any, T]) -> T:
     """Do the work within its time; however it ends, the backend ends with it, or is as it was when it was new."""
     try:
         async with asyncio.timeout(exchange.bounds.seconds + _AFTER):
@@ -127,7 +127,8 @@ async def _guarded(exchange: "_Exchange", work: Coroutine[Any, Any, T]) -> T:
     return done
 
 
-def _encode(text: str) -> bytes:
+def encode(text: str) -> bytes:
+    """A caller's text as PostgreSQL takes it. Raises StatementError for what it cannot."""
     if "\0" in text:
         raise StatementError("the statement holds a NUL character, which PostgreSQL's texts cannot", {})
     try:
@@ -148,7 +149,7 @@ async def _despite_cancel(work: Coroutine[Any, Any, None]) -> None:
     task.result()
 
 
-class _Exchange:
+class Exchange:
     """One statement's conversation on one connection."""
 
     def __init__(self, session: Session, bounds: Bounds) -> None:
@@ -214,9 +215,10 @@ class _Exchange:
 
     # -- what PostgreSQL says of a text ------------------------------------------------------------------------
 
-    async def judge(self, wire: Wire, text: bytes) -> tuple[bool, bool]:
-        """(would it open a cursor for it, does it describe columns of it), without running anything."""
-        self._pgconn.send_prepare(b"", _CURSOR + text)
+    async def judge(self, wire: Wire, text: bytes, before: bytes = _CURSOR) -> tuple[bool, bool]:
+        """(would PostgreSQL take it behind `before`: open a cursor for it; does it describe columns of it), without
+        running anything."""
+        self._pgconn.send_prepare(b"", before + text)
         self._sync()
         self._pgconn.send_prepare(b"", text)
         self._pgconn.send_describe_prepared(b"")
@@ -229,7 +231,7 @@ class _Exchange:
         await self._synced(wire)
         for answer in (parsed, described):
             if answer.status != _Status.COMMAND_OK:
-                raise _error(answer)
+                raise error(answer)
         oids = {described.ftype(i) for i in range(described.nfields)}
         if unknown := self._types.unknown(oids):
             await self._learn(wire, unknown)
@@ -257,7 +259,7 @@ class _Exchange:
         _, locked, _, plan = await self._ours(
             wire,
             (_CURSOR + text, ()),
-            (_LOCKED, ()),
+            (LOCKED, ()),
             (_GATHER, (parallel,)),
             (_APART % text.rstrip(b"; \t\r\n"), ()),
         )
@@ -273,20 +275,24 @@ class _Exchange:
         await self._begun(wire)
         results = [await wire.command() for _ in statements]
         await self._ended(wire)
-        return [_cells(result) for result in results]
+        return [cells(result) for result in results]
 
     # -- the frame -------------------------------------------------------------------------------------------
+
+    def begin(self, begin: bytes, *statements: Statement) -> None:
+        """Queue the first segment of a frame: a transaction, its limits, and these."""
+        pgconn = self._pgconn
+        pgconn.send_query_params(begin, None)
+        pgconn.send_query_params(_LIMITS, [b"%d" % int(self.bounds.seconds * 1000)])
+        for text, params in statements:
+            pgconn.send_query_params(text, list(params) or None)
+        self._sync()
 
     def _send(self, *statements: Statement) -> None:
         if self.session.conn.closed or not self._clean:
             raise ConnectionLostError("the connection to the database was lost")
-        milliseconds = b"%d" % int(self.bounds.seconds * 1000)
+        self.begin(b"BEGIN READ ONLY", *statements)
         pgconn = self._pgconn
-        pgconn.send_query_params(b"BEGIN READ ONLY", None)
-        pgconn.send_query_params(_LIMITS, [milliseconds])
-        for text, params in statements:
-            pgconn.send_query_params(text, list(params) or None)
-        self._sync()
         pgconn.send_query_params(b"ROLLBACK", None)
         pgconn.send_query_params(_UNLOCK, [b"%.9f" % random.uniform(-1, 1)])  # noqa: S311 - no secret
         self._sync()
@@ -296,7 +302,7 @@ class _Exchange:
         limits = await wire.command()
         if begin.status != _Status.COMMAND_OK or limits.status != _Status.TUPLES_OK:
             self._clean = False
-            raise _error(begin if begin.status != _Status.COMMAND_OK else limits)
+            raise error(begin if begin.status != _Status.COMMAND_OK else limits)
 
     async def _ended(self, wire: Wire) -> None:
         """Take the rest of the frame, and see whether it is as it should be."""
@@ -316,7 +322,7 @@ class _Exchange:
         await wire.flush()
         await self._begun(wire)
         answer = Answer(self._types, self.bounds)
-        self._pgconn.set_chunked_rows_mode(min(_CHUNK, self.bounds.rows + 1))
+        self._pgconn.set_chunked_rows_mode(min(CHUNK, self.bounds.rows + 1))
         failed: StatementError | None = None
         stop: asyncio.Task[None] | None = None
         try:
@@ -324,10 +330,10 @@ class _Exchange:
                 if result.status in (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COMMAND_OK, _Status.SINGLE_TUPLE):
                     if stop is None and not await answer.take(result):
                         stop = asyncio.create_task(self.session.cancel())
-                elif result.status in (_Status.COPY_IN, _Status.COPY_OUT, _Status.COPY_BOTH):
+                elif self.is_copy(result):
                     raise ConnectionLostError("the statement turned out to be a COPY, which is not a question")
                 elif stop is None:
-                    failed = _error(result)
+                    failed = error(result)
             await self._ended(wire)
         except TooLargeError:
             if not answer.columns:
@@ -346,6 +352,16 @@ class _Exchange:
         if failed is not None:
             raise failed
         return answer.done()
+
+    @staticmethod
+    def has_rows(result: Any) -> bool:
+        """Whether it is a result that went well, with rows or without."""
+        return result.status in (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COMMAND_OK, _Status.SINGLE_TUPLE)
+
+    @staticmethod
+    def is_copy(result: Any) -> bool:
+        """Whether PostgreSQL now speaks COPY."""
+        return result.status in (_Status.COPY_IN, _Status.COPY_OUT, _Status.COPY_BOTH)
 
     async def stop(self) -> None:
         """End what is still running: politely, so that the connection can be used again, or else for good."""
@@ -367,15 +383,16 @@ class _Exchange:
         await self.session.leave()
 
 
-def _cells(result: Any) -> list[tuple[bytes, ...]] | StatementError:
+def cells(result: Any) -> list[tuple[bytes, ...]] | StatementError:
+    """A result's cells as they came, or what PostgreSQL said instead."""
     if result.status not in (_Status.TUPLES_OK, _Status.COMMAND_OK):
-        return _error(result)
+        return error(result)
     return [
         tuple(result.get_value(row, column) or b"" for column in range(result.nfields)) for row in range(result.ntuples)
     ]
 
 
-def _error(result: Any) -> StatementError:
+def error(result: Any) -> StatementError:
     """What PostgreSQL said, or that what stood before it went wrong (PIPELINE_ABORTED has no words of its own)."""
     if result.status == _Status.PIPELINE_ABORTED:
         return StatementError("the statement was not run", {})

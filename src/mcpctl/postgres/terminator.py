@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from time import monotonic
 from typing import Any
 
 import psycopg
@@ -21,6 +22,8 @@ log = logging.getLogger("mcpctl.pools")
 Backend = tuple[int, str]
 """A backend's pid, and when it began: a pid alone may be somebody else's by now."""
 _LEAST = 0.05
+_SOON = 1.0
+"""Seconds in which a host that is well has answered."""
 _GOODBYE = 0.5
 _TERMINATE = """
 SELECT a.pid, pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a
@@ -41,6 +44,7 @@ class Terminator:
         self._opened = opened
         self._conn: AsyncConnection[Any] | None = None
         self._opening: asyncio.Task[Exception | None] | None = None
+        self._begun = 0.0
         self._asking: set[asyncio.Task[set[int] | None]] = set()
 
     async def ready(self) -> bool:
@@ -62,12 +66,18 @@ class Terminator:
     def begin(self) -> None:
         """Begin to make it, where it is not there."""
         if not self._being_made and not self._alive():
+            self._begun = monotonic()
             self._opening = asyncio.create_task(self._open())
 
     @property
     def open(self) -> bool:
         """Whether it holds a connection, or is making one."""
         return self._conn is not None or self._being_made
+
+    @property
+    def answers(self) -> bool:
+        """Whether it holds a connection, or began to make one so short a time ago that its host may well answer."""
+        return self._conn is not None or (self._being_made and monotonic() - self._begun < _SOON)
 
     @property
     def _being_made(self) -> bool:
@@ -115,6 +125,7 @@ class Terminator:
         await asyncio.wait({asking}, timeout=max(_LEAST, until - asyncio.get_running_loop().time()))
         if not asking.done():
             self._conn = None  # it hangs: the next one makes a new one
+            shut(conn)
             asking.cancel()
             return None
         return asking.result()
@@ -141,6 +152,26 @@ async def _ask(conn: AsyncConnection[Any], backends: Sequence[Backend]) -> set[i
     except asyncio.CancelledError:
         await conn.close()
         raise
+
+
+def shut(conn: AsyncConnection[Any]) -> None:
+    """Shut a connection's socket from this side: whoever waits for the server's word hears at once that none comes.
+
+    To cancel him is not enough: psycopg then asks the server to cancel, and waits for what it says to that.
+    """
+    if not conn.closed:
+        with contextlib.suppress(OSError), socket.fromfd(conn.pgconn.socket, socket.AF_INET, socket.SOCK_STREAM) as one:
+            one.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def bounded(conn: AsyncConnection[Any], seconds: float) -> Iterator[None]:
+    """What is asked in the block is answered in that time, or the connection is shut, and psycopg says so."""
+    late = asyncio.get_running_loop().call_later(seconds, shut, conn)
+    try:
+        yield
+    finally:
+        late.cancel()
 
 
 def ending(*conns: AsyncConnection[Any]) -> "asyncio.Future[Any]":

@@ -12,8 +12,8 @@ from psycopg import AsyncConnection, pq
 
 from mcpctl.errors import Error, ForbiddenError, UnavailableError
 from mcpctl.identity.principal import Principal
-from mcpctl.postgres.login import SETTINGS
-from mcpctl.postgres.terminator import Backend, Terminator, alive, ending, unreachable
+from mcpctl.postgres.login import SETTINGS, Login
+from mcpctl.postgres.terminator import Backend, Terminator, alive, bounded, ending, unreachable
 from mcpctl.postgres.verdicts import Verdicts
 
 log = logging.getLogger("mcpctl.pools")
@@ -37,10 +37,11 @@ class Session:
     """One backend that has logged in, and who uses it now.
 
     Of the caller's statement: `described` is whether PostgreSQL described columns of it (a text of which it has not may
-    hold anything, a password too), `relations` what its plan reads. `lingers`: it was told to end, and has not yet.
+    hold anything, a password too), `relations` what its plan reads. `did`: what the audit line must say of the call
+    however it ends. `lingers`: it was told to end, and has not yet.
     """
 
-    __slots__ = ("conn", "cut", "described", "lingers", "login", "pid", "pool", "relations", "started", "task")
+    __slots__ = ("conn", "cut", "described", "did", "lingers", "login", "pid", "pool", "relations", "started", "task")
 
     def __init__(self, conn: "_Login", pool: "TokenPool", pid: int, started: str, login: str) -> None:
         self.conn = conn
@@ -53,6 +54,7 @@ class Session:
         self.task: asyncio.Task[Any] | None = None
         self.described = False
         self.relations: tuple[str, ...] | None = None
+        self.did: str | None = None
 
     @property
     def backend(self) -> Backend:
@@ -93,8 +95,7 @@ class TokenPool:
         verdicts: Verdicts,
         make_room: MakeRoom,
     ) -> None:
-        self.login = login = terminator.login
-        settings = login.settings.pool
+        settings = terminator.login.settings.pool
         self.terminator = terminator
         self.principal = principal
         self.verdicts = verdicts
@@ -133,6 +134,11 @@ class TokenPool:
             configure=self._configure,
             name=f"token {self.short}, database {self.login.name}",
         )
+
+    @property
+    def login(self) -> Login:
+        """Who logs in; the password in it is that of now."""
+        return self.terminator.login
 
     @property
     def count(self) -> int:
@@ -201,21 +207,23 @@ class TokenPool:
         self._refused(problem)
 
     def _refused(self, problem: Exception) -> None:
-        """There will be no new connection: whoever waits is told, unless one that is out may still come back."""
+        """There will be no new connection: whoever waits is told, unless one that is there may still come to them."""
         if not isinstance(problem, UnavailableError | ForbiddenError):
             problem = unreachable(self.login, problem)
         now = asyncio.get_running_loop().time()
+        there = any(not (conn.closed or session.lingers) for conn, session in self.sessions.items())
         for waiting in self._waiting:
             if waiting.expired():
                 continue  # it has been told, and is on its way out: another attempt may fail before it is
             self._waiting[waiting] = problem
-            if not self.out:
+            if not (self.out or there):
                 waiting.reschedule(now)
 
     async def _configure(self, conn: _Login) -> None:
         try:
             timeout = f"{int(self._timeout * 1000)}ms"
-            row = await (await conn.execute(SETTINGS, (timeout,))).fetchone()
+            with bounded(conn, self._wait):
+                row = await (await conn.execute(SETTINGS, (timeout,))).fetchone()
             if row is None or (row[3] and not self.login.settings.allow_privileged_login):
                 raise ForbiddenError(
                     f"database {self.login.name!r} is not served: its login is a superuser, bypasses row security, "
@@ -251,7 +259,7 @@ class TokenPool:
             await asyncio.shield(self._pool.putconn(conn))
             raise
         session.task = task
-        session.described, session.relations = False, None
+        session.described, session.relations, session.did = False, None, None
         return session
 
     async def _forget_who_left(self) -> None:

@@ -1,0 +1,283 @@
+"""What `mcpctl doctor` looks at: files, keys, secrets in the open, databases, grants, what is still open in PostgreSQL.
+
+Each check is a function that yields findings. Nothing is changed by looking.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import mcpctl
+from mcpctl import audit, keyring, private_file, rotation
+from mcpctl.config_keys import Settings
+from mcpctl.errors import Error
+from mcpctl.granting import Granting
+from mcpctl.identity import tenants, tokens, users
+from mcpctl.identity.grants import ACCESSES, SUFFIXES, login_role
+from mcpctl.keyring import Keyring
+from mcpctl.postgres import administrator, arithmetic, harden, trial
+from mcpctl.postgres.administrator import Administrator, Connection
+from mcpctl.postgres.login import is_here
+from mcpctl.state import State
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+_MANY = 6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: what, how it is, and what to do."""
+
+    check: str
+    status: str
+    what: str
+    hint: str | None = None
+
+
+@dataclass
+class Patient:
+    """An installation as the doctor sees it. `dsns` are the administrator's, `admin` their file."""
+
+    settings: Settings
+    dsns: Mapping[str, str]
+    admin: Path | None
+    now: datetime
+    environ: Mapping[str, str]
+
+    def granting(self) -> Granting:
+        """Its grants."""
+        key = audit.read_key(self.settings.audit.key_file)
+        return Granting(self.settings, Keyring(self.settings.keyring.file), audit.installation(key))
+
+
+def examine(patient: Patient) -> list[Finding]:
+    """Every finding of every check. A check that cannot be made is a finding, too."""
+    found: list[Finding] = []
+    own = {"files": _files, "keys": _keys, "secrets": _secrets, "program": _program, "tokens": _tokens}
+    for name, check in own.items():
+        found += _tried(name, partial(check, patient))
+    for name in patient.settings.databases:
+        found += _tried(f"database {name}", partial(_database, patient, name))
+        if patient.settings.databases[name].roles == "per_user":
+            found += _tried(f"database {name}", partial(_grants, patient, name))
+    return found
+
+
+def _tried(check: str, work: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from work()
+    except Error as problem:
+        yield Finding(check, FAIL, problem.message, problem.hint)
+
+
+def _files(patient: Patient) -> Iterator[Finding]:
+    auth = patient.settings.auth
+    places = tenants.tenant_file(auth.tenant_file).current()
+    counted = len(tokens.token_file(auth.token_file).current()), len(users.user_file(auth.user_file).current())
+    audit.read_key(patient.settings.audit.key_file)
+    yield Finding("files", OK, f"{counted[0]} tokens, {counted[1]} users; owners and modes are as they must be")
+    people = users.user_file(auth.user_file).current()
+    for user in people.values():
+        if user.tenant is not None and user.tenant not in places:
+            hint = "restore tenants.yaml, or: mcpctl tenant add"
+            yield Finding("files", FAIL, f"{user.name} belongs to the tenant {user.tenant}, which is gone", hint)
+    for place in places.values():
+        if place.database not in patient.settings.databases:
+            hint = f"mcpctl database add {place.database}, or: mcpctl tenant remove {place.name}"
+            yield Finding("files", FAIL, f"the tenant {place.name} has {place.where}, which is not in the config", hint)
+        for name in tenants.strangers(place, people):
+            hint = f"mcpctl user ungrant {name} --database {place.database} --apply"
+            yield Finding(
+                "files", FAIL, f"{name} has a grant in {place.where}, which is the tenant {place.name}'s", hint
+            )
+    admin = patient.admin
+    if admin is not None and admin.exists() and os.access(admin, os.R_OK):
+        owner = patient.settings.auth.token_file.stat().st_uid
+        if admin.stat().st_uid == owner:
+            yield Finding(
+                "files",
+                WARN,
+                f"{admin} belongs to the user whom the server runs as, who could make roles with it",
+                "for one person's own installation that is so; else: chown root, and run the server as another user",
+            )
+
+
+def _keys(patient: Patient) -> Iterator[Finding]:
+    ring = Keyring(patient.settings.keyring.file)
+    count = 0
+    with closing(State(patient.settings.server.state_file)) as state:
+        for store in rotation.stores(patient.settings, state):
+            for text, what in store.sealed():
+                ring.open(text, what)
+                count += 1
+    if not ring.path.exists():
+        yield Finding("keys", WARN, f"there is no {ring.path}, and nothing is sealed", "`mcpctl key rotate` makes it")
+        return
+    old = len(ring.keys()) - 1
+    yield Finding("keys", OK, f"{count} sealed passwords open with {ring.path}")
+    if old:
+        yield Finding("keys", WARN, "an old key is still there: a rotation was interrupted", "mcpctl key rotate")
+
+
+def _secrets(patient: Patient) -> Iterator[Finding]:
+    """Passwords and tokens in the open, where their owner put them."""
+    for name, value in sorted(patient.environ.items()):
+        whole = name in ("PGPASSWORD", "MCPCTL_TOKEN")
+        dsn = name == "MCPCTL_DATABASE_URL" or (name.startswith("MCPCTL_DATABASES__") and name.endswith("DSN"))
+        if value and (whole or (dsn and ("password" in value or "@" in value.rpartition("/")[0]))):
+            yield Finding(
+                "secrets", WARN, f"the variable {name} may hold a secret, which /proc shows to this user and root",
+                "mcpctl database add NAME --ask-password seals it",
+            )  # fmt: skip
+    for name, database in patient.settings.databases.items():
+        for path in (database.password_file, database.service_password_file):
+            if path is None or not path.exists():
+                continue
+            text = private_file.read(path, limit=4096).data.decode("utf-8", "replace")
+            if not keyring.is_sealed(text):
+                yield Finding(
+                    "secrets", WARN, f"{path} holds the password of {name} as plain text",
+                    f"put it aside, and: mcpctl database add {name} … --password-file FILE, which seals it",
+                )  # fmt: skip
+
+
+def _program(patient: Patient) -> Iterator[Finding]:
+    """Whether the user that serves could change the program that serves."""
+    if not hasattr(os, "geteuid"):
+        return
+    package = Path(mcpctl.__file__).parent
+    if os.geteuid() != 0 and os.access(package, os.W_OK):
+        yield Finding(
+            "program", WARN, f"uid {os.geteuid()}, who runs this, could change the program in {package}",
+            "install it as root, such as in /opt/mcpctl, for a server that others use",
+        )  # fmt: skip
+    elif patient.settings.auth.token_file.stat().st_uid == 0:
+        yield Finding("program", WARN, "mcpctl's files are root's, so the server runs as root", "see the README")
+    else:
+        yield Finding("program", OK, "the user that serves cannot change the program")
+
+
+def _tokens(patient: Patient) -> Iterator[Finding]:
+    people = users.user_file(patient.settings.auth.user_file).current()
+    living = [
+        one
+        for one in tokens.token_file(patient.settings.auth.token_file).current().values()
+        if one.status(patient.now) in ("active", "expiring")
+    ]
+    never = [one.id for one in living if one.expires_at is None]
+    orphans = [one.id for one in living if one.user is not None and one.user not in people]
+    lost = [one.id for one in living if one.databases and not set(one.databases) & patient.settings.databases.keys()]
+    yield Finding("tokens", OK, f"{len(living)} are alive")
+    if never:
+        yield Finding("tokens", WARN, f"never expire: {_some(never)}", "mcpctl token rotate ID --expiry 90d")
+    if orphans:
+        yield Finding("tokens", WARN, f"their user is gone: {_some(orphans)}", "mcpctl token revoke ID")
+    if lost:
+        yield Finding("tokens", WARN, f"for no database that there is: {_some(lost)}", "mcpctl token revoke ID")
+
+
+def _database(patient: Patient, name: str) -> Iterator[Finding]:
+    check, logins = f"database {name}", patient.granting().logins
+    for login in logins.own(name):
+        about = trial.log_in(login)
+        about.check(login)
+        yield Finding(check, OK, f"{about.user} logs in: {about.words()}")
+        if login.about()["sslmode"] in ("require", "prefer") and about.tls is not None and not is_here(login.place[0]):
+            hint = "say sslmode: verify-full, with sslrootcert where the CA is your own"
+            yield Finding(check, WARN, "nobody checks who the other side is (sslmode require)", hint)
+        connection = administrator.connect_as(login)
+        if connection is None:
+            continue
+        with closing(connection):
+            yield from _open_still(check, name, connection, None)
+            room = arithmetic.room(connection)
+            if (most := patient.settings.limits.connections) > room:
+                yield Finding(
+                    check, WARN, f"limits.connections is {most}, and it has {room} to give",
+                    "lower limits.connections, or raise max_connections",
+                )  # fmt: skip
+
+
+def _open_still(
+    check: str, name: str, connection: Connection, role: str | None, *, functions: bool = True
+) -> Iterator[Finding]:
+    """What a login could do behind its privileges' back; `functions`: with what every login may execute."""
+    found = harden.still_open(connection, role) if functions else []
+    if (role or "").endswith(f"_{SUFFIXES['admin']}"):  # who changes settings was granted that by us
+        found = [one for one in found if one[0] != "pg_reload_conf()"]
+    if found:
+        shown = _some([one for one, _ in found])
+        hint = f"mcpctl database harden {name} shows the SQL that takes them from PUBLIC"
+        yield Finding(check, WARN, f"{role or 'the login'} may still execute {shown}", hint)
+    for one in harden.definers(connection, role):
+        who = f"{one.owner}, a superuser" if one.superuser else one.owner
+        yield Finding(
+            check, WARN, f"{one.signature} acts with the rights of {who} (SECURITY DEFINER)",
+            "see what it does; REVOKE EXECUTE ON FUNCTION … FROM PUBLIC, if it is not meant for all",
+        )  # fmt: skip
+    for view in harden.views(connection, role):
+        yield Finding(
+            check, WARN, f"the view {view.schema}.{view.name} reads as {view.owner}, whom no row policy stops",
+            "ALTER VIEW … SET (security_invoker = true), or give it to another owner",
+        )  # fmt: skip
+
+
+def _grants(patient: Patient, name: str) -> Iterator[Finding]:
+    check, granting = f"database {name}", patient.granting()
+    shown: list[Finding] = []
+    asked: set[str] = set()
+    for user in granting.people().values():
+        grant = user.grants.get(name)
+        if grant is None:
+            continue
+        wrong = granting.disagreements(user, grant, patient.dsns)
+        for one in wrong:
+            yield Finding(
+                check, FAIL, one, f"mcpctl user grant {user.name} … again mends it; `mcpctl grant diff` shows all"
+            )
+        if not wrong:
+            yield Finding(check, OK, f"{user.name}: PostgreSQL has what is recorded")
+        connection = granting.connection(user, grant, patient.dsns)
+        if connection is None:
+            continue
+        with closing(connection):
+            for access in ACCESSES:
+                role = login_role(user.name, access)
+                if grant.has(access) and f"{role}: is not there" not in wrong:
+                    for finding in _open_still(check, name, connection, role, functions=access not in asked):
+                        if finding not in shown:
+                            shown.append(finding)
+                            yield finding
+                    asked.add(access)
+    for database, sentence in granting.strays(patient.dsns, name):
+        yield Finding(f"database {database}", WARN, sentence, "DROP OWNED BY and DROP ROLE it, or add the user again")
+    yield from _administered(patient, granting, name, check)
+
+
+def _administered(patient: Patient, granting: Granting, name: str, check: str) -> Iterator[Finding]:
+    """What only an administrator may see."""
+    if not (name in patient.dsns or "" in patient.dsns):
+        hint = f"put a connection string into {administrator.FILE}, or look yourself: docs/users-and-grants.md"
+        yield Finding(check, WARN, "without an administrator nobody looked at pg_hba.conf and the connections", hint)
+        return
+    with Administrator.of(patient.dsns, granting.logins.host(name)).connected() as connection:
+        room, worst = arithmetic.room(connection), granting.worst(name)
+        enough = worst <= room
+        yield Finding(
+            check, OK if enough else WARN, f"all grants could hold {worst} connections, and it has {room} to give",
+            None if enough else f"lower databases.{name}.pool.max_per_user, or raise max_connections",
+        )  # fmt: skip
+        kept = administrator.keeps_logins_here(connection)
+    if kept is None:
+        yield Finding(check, OK, "pg_hba.conf keeps the users' login roles to mcpctl")
+    else:
+        yield Finding(check, WARN, kept.message, kept.hint)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MANY} more" if len(names) > _MANY else ""
+    return ", ".join(names[:_MANY]) + more

@@ -1,0 +1,409 @@
+"""Grants, in users.yaml and in PostgreSQL: recorded as pending before COMMIT, confirmed after it, mended by the next.
+
+What takes a right away is recorded first, so that the server refuses before PostgreSQL does; what gives one is recorded
+as pending, which the server honours as far as PostgreSQL lets the role in.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from mcpctl.config_keys import Settings
+from mcpctl.errors import ConflictError, Error, NotFoundError, UsageError
+from mcpctl.identity import tenants, users
+from mcpctl.identity.entry_file import EntryFile
+from mcpctl.identity.grants import ACCESSES, PENDING, REVOKING, Grant, login_role
+from mcpctl.identity.tokens import utcnow
+from mcpctl.identity.users import User
+from mcpctl.keyring import Keyring
+from mcpctl.postgres import administrator, parameters, roles, scram
+from mcpctl.postgres.administrator import Administrator, Connection
+from mcpctl.postgres.differences import differences
+from mcpctl.postgres.login import Login
+from mcpctl.postgres.logins import Logins
+from mcpctl.postgres.parameters import Parameters
+from mcpctl.postgres.roles import Terms
+
+Change = Callable[[Grant], Grant]
+
+
+@dataclass
+class Removed:
+    """What the end of a user took along: login roles, and what they owned by database."""
+
+    roles: list[str] = field(default_factory=list)
+    owned: list[str] = field(default_factory=list)
+
+
+class Granting:
+    """The grants of one installation. `installation` marks its roles; see `audit.installation`."""
+
+    def __init__(self, settings: Settings, keyring: Keyring, installation: str) -> None:
+        self._settings = settings
+        self._keyring = keyring
+        self._installation = installation
+        self._file: EntryFile[User] = users.user_file(settings.auth.user_file)
+        self._tenants = tenants.tenant_file(settings.auth.tenant_file)
+        self.logins = Logins(settings.databases, keyring)
+
+    def user(self, name: str) -> User:
+        """The user's entry, or NotFoundError (exit 4)."""
+        return users.find(self._file.current(), name)
+
+    def people(self) -> Mapping[str, User]:
+        """All users."""
+        return self._file.current()
+
+    def check(self, database: str, access: str | None = None) -> None:
+        """Raises where no grant can be made in a database: it is not in the config, all share one login there, or the
+        access is admin and the config lists no setting that could be changed."""
+        if database not in self._settings.databases:
+            known = ", ".join(self._settings.databases) or "none"
+            raise NotFoundError(f"there is no database {database} in the config", f"there are: {known}")
+        if not self.logins.per_user(database):
+            raise Error(
+                f"in the database {database} all users share one login, so there is nothing to grant",
+                f"set databases.{database}.roles: per_user",
+            )
+        if access == "admin" and not self._settings.databases[database].settings:
+            raise Error(
+                f"in the database {database} nobody may change settings: the config lists none",
+                f"name those that may be changed, such as databases.{database}.settings: [work_mem]",
+            )
+
+    def mark(self, user: str) -> str:
+        """The COMMENT of the user's login roles."""
+        return roles.mark(self._installation, user)
+
+    def terms(self, user: str, database: str) -> Terms:
+        """What the user's login roles are given in a database, besides rights."""
+        config, limits = self._settings.databases[database], self._settings.limits
+        return Terms(
+            self.mark(user),
+            config.pool.max_per_user + self._settings.server.workers,
+            config.limits.statement_timeout or limits.statement_timeout,
+            config.allow_open_hba,
+            self._enabled(user),
+            self._schema(user, database),
+        )
+
+    def _enabled(self, user: str) -> bool:
+        """Whether the login roles of that user may log in: a grant to one who is disabled lets nobody in."""
+        entry = self._file.current().get(user)
+        return entry is None or entry.disabled_at is None
+
+    def _schema(self, user: str, database: str) -> str | None:
+        """The schema that the user's tenant has there, if it has one."""
+        entry = self._file.current().get(user)
+        place = self._tenants.current().get(entry.tenant or "") if entry is not None else None
+        return place.schema if place is not None and place.database == database else None
+
+    def confined(self, name: str, database: str, access: str, targets: tuple[str, ...]) -> tuple[str, ...]:
+        """The targets of a grant, within the user's tenant. UsageError for what is outside of it."""
+        tenant = self.user(name).tenant
+        if access == "admin":
+            if tenant is not None:
+                raise UsageError(
+                    f"{name} belongs to the tenant {tenant}, and settings are the whole cluster's",
+                    "give them to a user without a tenant",
+                )
+            return targets
+        if tenant is not None:
+            targets = tenants.find(self._tenants.current(), tenant).confine(database, targets)
+        self._check_strangers(tenant, database, targets)
+        return targets
+
+    def _check_strangers(self, tenant: str | None, database: str, targets: tuple[str, ...]) -> None:
+        """Refuses a grant that reaches into the place of a tenant whom the user does not belong to."""
+        asked = User("", utcnow(), grants={database: Grant(database, targets)}, tenant=tenant)
+        for place in self._tenants.current().values():
+            if place.name != tenant and tenants.strangers(place, {"": asked}):
+                raise ConflictError(
+                    f"{place.where} is the tenant {place.name}'s alone",
+                    "grant what is outside of it, or make a user who belongs to the tenant: user add --tenant",
+                )
+
+    def worst(self, database: str) -> int:
+        """The connections that all users with a grant in that cluster could hold at once, by their roles' limits."""
+        living = [user for user in self._file.current().values() if user.disabled_at is None]
+        place = self.logins.host(database).place
+        held = {
+            login_role(user.name, access)
+            for user in living
+            for grant in user.grants.values()
+            for access in ACCESSES
+            if grant.has(access)
+            and grant.database in self._settings.databases
+            and self.logins.host(grant.database).place == place
+        }
+        return len(held) * self.terms("", database).connections
+
+    def may_set(self, user: User, grant: Grant, before: Grant | None = None) -> Parameters:
+        """What the user's login role for admin access may set, once the grant is as given. Role and settings are the
+        cluster's, so the grants in all its databases count together; `before`: the grant as it was."""
+        names: dict[str, None] = {}
+        read_all = False
+        for one in {**user.grants, grant.database: grant}.values():
+            config = self._settings.databases.get(one.database)
+            if config is None or not one.admin or not self._one_cluster(one, grant, before):
+                continue
+            names.update(dict.fromkeys(config.settings))
+            read_all = read_all or config.read_all_settings
+        return Parameters(tuple(sorted(names)), read_all)
+
+    def _one_cluster(self, one: Grant, *others: Grant | None) -> bool:
+        """Whether a grant's database is of the cluster of another one's: they have one address, or one password."""
+        for other in others:
+            if other is None:
+                continue
+            if self.logins.host(one.database).place == self.logins.host(other.database).place:
+                return True
+            sealed = [grant.passwords.get("admin") for grant in (one, other)]
+            opened = {self._keyring.open(text, "a password in users.yaml") for text in sealed if text is not None}
+            if None not in sealed and len(opened) == 1:
+                return True
+        return False
+
+    # -- in users.yaml and in PostgreSQL -------------------------------------------------------------------------
+
+    def printed(self, name: str, database: str, change: Change) -> tuple[Grant, str]:
+        """Record a change as pending; the grant, and the script for a DBA to run."""
+        before, after = self._recorded(name, database, change)
+        title = f"mcpctl: {name} in {database}: {told(after)}. Connect to that database, as its owner or a superuser."
+        return after, roles.script(self._body(name, before, after), title)
+
+    def applied(self, name: str, database: str, change: Change, who: Administrator) -> Grant:
+        """Make a change in PostgreSQL, in one transaction, and record it. Where it fails nothing is changed, unless a
+        right is taken away: then the server refuses it already, and the next run ends it in PostgreSQL too.
+
+        What is made is what users.yaml says when it is our turn: another command may have recorded more meanwhile, and
+        finds it made."""
+        before, after = self._recorded(name, database, change)
+        undo = not after.empty and before.rights <= after.rights
+        try:
+            with who.connected() as connection:
+                connection.execute(f"BEGIN; {roles.TURN}".encode())
+                made = self.user(name).grants.get(database, Grant(database))
+                self._run(connection, name, before, made)
+                undo = False  # from here on only PostgreSQL knows
+                connection.execute("COMMIT")
+        except BaseException:
+            if undo:
+                self._undo(name, before, after)
+            raise
+        self._confirm(name, made)
+        return replace(made, state=None)
+
+    def _confirm(self, name: str, made: Grant) -> bool:
+        """Record that PostgreSQL has a grant, unless another command has changed it meanwhile; whether it was so."""
+        with self._file.edit(though_full=True) as entries:
+            user = users.find(entries, name)
+            found = user.grants.get(made.database)
+            if found is None or not found.same(made):
+                return False
+            entries[name] = user.with_grant(replace(found, state=None))
+        return True
+
+    def _undo(self, name: str, before: Grant, after: Grant) -> None:
+        """Take out of users.yaml what we have put into it. What another command has added meanwhile stays, and all of
+        it where that one has made ours as well."""
+        with self._file.edit(though_full=True) as entries:
+            if (user := entries.get(name)) is None:
+                return
+            found = user.grants.get(before.database)
+            if found is None or found.same(replace(after, state=PENDING)):
+                entries[name] = user.with_grant(before)
+            elif found.state is not None:
+                entries[name] = user.with_grant(found.without(before, after))
+
+    def _recorded(self, name: str, database: str, change: Change) -> tuple[Grant, Grant]:
+        """Record a change that is still to be made in PostgreSQL: (the grant before, the grant after). A new password
+        is sealed under the file's lock, so that no key is dropped meanwhile."""
+        with self._file.edit(though_full=True) as entries:
+            user = users.find(entries, name)
+            before = user.grants.get(database, Grant(database))
+            after = self._with_passwords(user, change(before))
+            after = replace(after, state=REVOKING if after.empty else PENDING)
+            entries[name] = user.with_grant(after)
+        return before, after
+
+    def _run(self, connection: Connection, name: str, before: Grant, after: Grant) -> None:
+        """Run the SQL in the open transaction, and see that it did what it says; Error, and ROLLBACK, where not."""
+        connection.execute(self._body(name, before, after).encode())
+        may_set = self.may_set(self.user(name), after, before)
+        found = differences(connection, name, after, self.mark(name), may_set)
+        gives = before.rights <= after.rights
+        missing = [one for one in found if ": lacks " in one or (not gives and "recorded" in one)]
+        if missing:
+            raise Error(
+                f"PostgreSQL has not {'granted' if gives else 'taken'} all of it: {'; '.join(missing[:5])}",
+                "the administrator's login must be a superuser, or own what is granted; nothing was changed",
+            )
+
+    def _body(self, name: str, before: Grant, grant: Grant) -> str:
+        verifiers = {
+            access: scram.verifier(login_role(name, access), self._open(name, grant, access))
+            for access in ACCESSES
+            if getattr(grant, access)
+        }
+        script = roles.grant_body(name, grant, verifiers, self.terms(name, grant.database))
+        may_set = self.may_set(self.user(name), grant, before)
+        if grant.admin or (before.admin and may_set.names):
+            script += parameters.body(login_role(name, "admin"), may_set, here=grant.admin)
+        return script
+
+    def _open(self, name: str, grant: Grant, access: str) -> str:
+        return self._keyring.open(grant.passwords[access], f"users.yaml: the password of {login_role(name, access)}")
+
+    def _with_passwords(self, user: User, grant: Grant) -> Grant:
+        """The grant with a sealed password for each login that it needs. A role of a cluster has one password: that of
+        another database of the cluster is taken where there is one."""
+        passwords = dict(grant.passwords)
+        for access in ACCESSES:
+            if getattr(grant, access) and access not in passwords:
+                passwords[access] = self._known(user, grant.database, access) or self._keyring.seal(
+                    scram.new_password()
+                )
+            elif not getattr(grant, access) and not grant.empty:
+                passwords.pop(access, None)
+        return replace(grant, passwords=passwords)
+
+    def _known(self, user: User, database: str, access: str) -> str | None:
+        here = self.logins.host(database).place
+        for other in user.grants.values():
+            if other.database == database or access not in other.passwords:
+                continue
+            if other.database not in self._settings.databases:
+                continue
+            sealed = other.passwords[access]
+            if self.logins.host(other.database).place == here:
+                return sealed
+            login = self.logins.with_role(database, login_role(user.name, access), sealed)
+            if administrator.logs_in(login):  # the same cluster, by another name
+                return sealed
+        return None
+
+    # -- seeing whether they agree ---------------------------------------------------------------------------------
+
+    def connection(self, user: User, grant: Grant, dsns: Mapping[str, str]) -> Connection | None:
+        """A connection to look at the grant with: the administrator's, else the user's own, else None."""
+        login = self.logins.host(grant.database)
+        if grant.database in dsns or "" in dsns:
+            return Administrator.of(dsns, login).connect()
+        found = map(administrator.connect_as, self._own(user, grant))
+        return next((connection for connection in found if connection is not None), None)
+
+    def _own(self, user: User, grant: Grant) -> list[Login]:
+        return [
+            self.logins.with_role(grant.database, login_role(user.name, access), grant.passwords[access])
+            for access in ACCESSES
+            if access in grant.passwords
+        ]
+
+    def disagreements(self, user: User, grant: Grant, dsns: Mapping[str, str]) -> list[str]:
+        """Where PostgreSQL is not as the grant says, and what is still to be confirmed."""
+        if grant.database not in self._settings.databases:
+            return [f"users.yaml has a grant on {grant.database}, which is not in the config"]
+        connection = self.connection(user, grant, dsns)
+        if connection is None:
+            if grant.state == REVOKING and all(map(administrator.is_unknown, self._own(user, grant))):
+                return []
+            return [f"none of {user.name}'s login roles can log in"]
+        with connection:
+            found = differences(
+                connection,
+                user.name,
+                grant,
+                self.mark(user.name),
+                self.may_set(user, grant),
+                login=self._enabled(user.name),
+            )
+        if grant.state is not None and found:
+            found.append(f"the grant is {grant.state}")
+        return found
+
+    def settled(self, user: User, grant: Grant, dsns: Mapping[str, str]) -> bool:
+        """Confirm in users.yaml what a DBA has done by hand meanwhile; whether it was."""
+        if grant.state is None or self.disagreements(user, grant, dsns):
+            return False
+        return self._confirm(user.name, grant)
+
+    def strays(self, dsns: Mapping[str, str], only: str | None) -> list[tuple[str, str]]:
+        """(database, sentence) of each login role that bears our mark, and that no grant in users.yaml needs."""
+        found: dict[str, tuple[str, str]] = {}
+        people = self.people()
+        wanted = {
+            login_role(user.name, access)
+            for user in people.values()
+            for grant in user.grants.values()
+            for access in ACCESSES
+            if getattr(grant, access)
+        }
+        for database in self._settings.databases:
+            per_user = self.logins.per_user(database) and (only is None or database == only)
+            if not per_user or not (database in dsns or "" in dsns):
+                continue
+            with Administrator.of(dsns, self.logins.host(database)).connected() as connection:
+                for role in administrator.login_roles(connection).values():
+                    ours = (role.mark or "").startswith(f"mcpctl {self._installation}: ")
+                    if ours and role.name not in wanted:
+                        found.setdefault(role.name, (database, f"{role.name}: is there, and no grant needs it"))
+        return list(found.values())
+
+    # -- the end of a user -----------------------------------------------------------------------------------------
+
+    def check_administrators(self, user: User, dsns: Mapping[str, str]) -> None:
+        """Raises NotFoundError where a database that the user has a grant in has no administrator."""
+        self._administrators(user, dsns)
+
+    def _administrators(self, user: User, dsns: Mapping[str, str]) -> list[Administrator]:
+        """One for each cluster in which the user has a login role."""
+        known = [one for one in user.grants if one in self._settings.databases]
+        places = {self.logins.host(one).place: one for one in known}
+        return [Administrator.of(dsns, self.logins.host(one)) for one in places.values()]
+
+    def _there(self, connection: Connection, name: str) -> list[str]:
+        """The user's login roles in that cluster; one that somebody else made is none of them."""
+        found = administrator.login_roles(connection)
+        wanted = [login_role(name, access) for access in ACCESSES]
+        return [role for role in wanted if role in found and found[role].mark == self.mark(name)]
+
+    def set_login(self, name: str, dsns: Mapping[str, str], *, on: bool) -> list[str]:
+        """Give the user's login roles LOGIN or NOLOGIN, which also ends their connections; the roles."""
+        done = []
+        for who in self._administrators(self.user(name), dsns):
+            with who.connected() as connection:
+                for role in self._there(connection, name):
+                    administrator.set_login(connection, role, on=on)
+                    done.append(role)
+        return done
+
+    def end(self, name: str, dsns: Mapping[str, str]) -> Removed:
+        """Take every login role of a user away, in all databases of each cluster. The user's entry is not touched."""
+        done = Removed()
+        self.set_login(name, dsns, on=False)
+        for who in self._administrators(self.user(name), dsns):
+            with who.connected() as connection:
+                there = self._there(connection, name)
+            for role in there:
+                self._end_role(who, role, name, done)
+        return done
+
+    def _end_role(self, who: Administrator, role: str, name: str, done: Removed) -> None:
+        for dbname in who.databases_of(role):
+            with who.connected(dbname) as connection:
+                done.owned += [f"{role} owned {one} in {dbname}" for one in administrator.owned(connection, role)]
+                connection.execute(roles.leave_here(role, self.mark(name)).encode())
+        with who.connected() as connection:
+            if role in administrator.login_roles(connection):
+                raise Error(
+                    f"role {role} has no LOGIN any more, and stays: {'; '.join(who.warnings) or 'see doctor'}",
+                    f"take from it what others have granted, and: mcpctl user remove {name} --yes",
+                )
+        done.roles.append(role)
+
+
+def told(grant: Grant) -> str:
+    """A grant in words: `read public; write sales.orders; admin`."""
+    parts = [f"{access} {', '.join(getattr(grant, access))}" for access in ("read", "write") if getattr(grant, access)]
+    parts += ["admin"] if grant.admin else []
+    return "; ".join(parts) or "nothing"

@@ -1,0 +1,236 @@
+"""The administrator's connection, which makes roles: the command line's alone, from a file that the server never opens.
+
+`admin.dsn` stands beside the config. A line is a libpq connection string, or `NAME: ` and one for the database NAME of
+the config; the line without a name is for all others. Host, port and TLS are the config's, unless it has a host.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+from mcpctl import private_file
+from mcpctl.config import NAME
+from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError
+from mcpctl.postgres import roles
+from mcpctl.postgres.login import Login
+from mcpctl.postgres.trial import reason
+
+FILE = "admin.dsn"
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+
+def read(path: Path) -> dict[str, str]:
+    """The file's connection strings by database; that without a name under "". ConfigError for a broken file."""
+    found: dict[str, str] = {}
+    for number, line in enumerate(
+        private_file.read(path, limit=1 << 16).data.decode("utf-8", "replace").splitlines(), 1
+    ):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        name, colon, rest = text.partition(": ")
+        name, text = (name, rest.strip()) if colon and NAME.fullmatch(name) else ("", text)
+        try:
+            conninfo_to_dict(text)
+        except psycopg.Error:
+            raise ConfigError(
+                f"{path}:{number}: is no libpq connection string", "such as postgresql://admin@db.example.org/postgres"
+            ) from None
+        if name in found:
+            raise ConfigError(f"{path}:{number}: a second line for {name or 'all databases'}", "leave one of them")
+        found[name] = text
+    return found
+
+
+@dataclass(frozen=True)
+class Administrator:
+    """Who may make roles in one database of the config. `warnings` are PostgreSQL's, of all that was done so far."""
+
+    login: Login
+    dsn: str
+    warnings: list[str] = field(default_factory=list, compare=False)
+
+    @classmethod
+    def of(cls, dsns: Mapping[str, str], login: Login) -> "Administrator":
+        """The administrator of a database. NotFoundError where there is none."""
+        dsn = dsns.get(login.name, dsns.get(""))
+        if dsn is None:
+            raise NotFoundError(
+                f"there is no administrator for the database {login.name}",
+                f"put a connection string into {FILE} beside the config (0600, root's), or use --print-sql",
+            )
+        return cls(login, dsn)
+
+    def _conninfo(self, dbname: str | None) -> str:
+        own: dict[str, Any] = dict(conninfo_to_dict(self.dsn))
+        theirs = conninfo_to_dict(replace(self.login, role="mcpctl", password=lambda: "").dsn())
+        for name in ("user", "password", "require_auth", "sslcert", "sslkey"):
+            theirs.pop(name, None)
+        if own.get("host") or own.get("hostaddr"):
+            theirs = {name: theirs[name] for name in ("dbname", "connect_timeout") if name in theirs}
+            checked = replace(self.login, settings=replace(self.login.settings, dsn=self.dsn), role="mcpctl")
+            theirs |= {name: value for name, value in conninfo_to_dict(checked.dsn()).items() if name.startswith("ssl")}
+        if own.get("password"):  # it is not told in clear to whoever answers at that address
+            own.setdefault("require_auth", "scram-sha-256")
+        values = {**theirs, **own, "dbname": dbname or theirs.get("dbname") or own.get("dbname")}
+        return make_conninfo("", **values)
+
+    def connect(self, dbname: str | None = None) -> Connection:
+        """A connection to that database, or to another of the cluster. Raises an Error that names no password."""
+        with _said(self.login.name):
+            made = psycopg.connect(self._conninfo(dbname), autocommit=True, application_name="mcpctl admin")
+        made.add_notice_handler(self._heard)
+        return made
+
+    def _heard(self, notice: psycopg.errors.Diagnostic) -> None:
+        if notice.severity_nonlocalized == "WARNING" and notice.message_primary is not None:
+            self.warnings.append(notice.message_primary)
+
+    @contextlib.contextmanager
+    def connected(self, dbname: str | None = None) -> Iterator[Connection]:
+        """The same, closed at the end; what PostgreSQL refuses meanwhile is raised as an Error."""
+        with self.connect(dbname) as connection, _said(self.login.name):
+            yield connection
+
+    def databases_of(self, role: str) -> list[str]:
+        """The databases of the cluster in which a role owns something or has a right, and this one, the last."""
+        with self.connected() as connection:
+            rows = connection.execute(_DATABASES, (role, role, role)).fetchall()
+            own = connection.info.dbname
+        return [*(row[0] for row in rows if row[0] != own), own]
+
+
+_DATABASES = """
+SELECT d.datname FROM pg_catalog.pg_database d
+WHERE d.datallowconn AND (EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
+                WHERE s.dbid = d.oid AND s.refclassid = 'pg_catalog.pg_authid'::regclass AND r.rolname = %s)
+   OR EXISTS (SELECT FROM pg_catalog.aclexplode(d.datacl) a JOIN pg_catalog.pg_roles r ON r.oid = a.grantee
+              WHERE r.rolname = %s))
+ORDER BY EXISTS (SELECT FROM pg_catalog.aclexplode(d.datacl) a JOIN pg_catalog.pg_roles r ON r.oid = a.grantee
+              WHERE r.rolname = %s), 1"""
+"""Those that it may connect to come last: with the last of them the role can go."""
+
+
+@contextlib.contextmanager
+def _said(database: str) -> Iterator[None]:
+    """PostgreSQL's refusals as ours. A login that fails says why, without the connection string."""
+    try:
+        yield
+    except psycopg.OperationalError as problem:
+        if problem.sqlstate is None:
+            raise Error(f"the administrator cannot reach {database}: {reason(problem)}", f"see {FILE}") from None
+        raise translated(problem, database) from None
+    except psycopg.Error as problem:
+        raise translated(problem, database) from None
+
+
+def translated(problem: psycopg.Error, database: str) -> Error:
+    """What PostgreSQL refused, with our exit code and what to do."""
+    said, hint = problem.diag.message_primary or reason(problem), problem.diag.message_hint
+    match problem.sqlstate:
+        case roles.FOREIGN_MARK | roles.OVERPOWERED:
+            return ConflictError(f"{database}: {said}", hint)
+        case roles.OPEN_HBA:
+            return ConflictError(
+                f"{database}: {said}", f"{hint}; or set databases.{database}.allow_open_hba: true, if that is wanted"
+            )
+        case "3F000" | "42P01":
+            return NotFoundError(f"{database}: {said}", "names are as PostgreSQL has them; nothing was changed")
+        case "42501":
+            return Error(f"{database}: {said}", f"{FILE} must name a superuser, or the owner of what is granted")
+    return Error(f"{database}: {said} (SQLSTATE {problem.sqlstate or 'none'})", hint)
+
+
+@dataclass(frozen=True)
+class Role:
+    """A login role as PostgreSQL has it."""
+
+    name: str
+    mark: str | None
+    can_login: bool
+    limit: int
+    owns: int
+
+
+_ROLES = """
+SELECT r.rolname, pg_catalog.shobj_description(r.oid, 'pg_authid'), r.rolcanlogin, r.rolconnlimit,
+       (SELECT pg_catalog.count(*) FROM pg_catalog.pg_shdepend s
+        WHERE s.refclassid = 'pg_catalog.pg_authid'::regclass AND s.refobjid = r.oid AND s.deptype = 'o')
+FROM pg_catalog.pg_roles r WHERE r.rolname ~ '^mcp_' AND r.rolname <> %s ORDER BY 1"""
+
+
+def login_roles(connection: Connection) -> dict[str, Role]:
+    """Every role whose name is like that of a login role of ours, whoever made it."""
+    found = [Role(*row) for row in connection.execute(_ROLES, (roles.GROUP,)).fetchall()]
+    return {role.name: role for role in found}
+
+
+def logs_in(login: Login) -> bool:
+    """Whether PostgreSQL takes that login's password; what it then may do is another question."""
+    try:
+        psycopg.connect(login.dsn()).close()
+    except psycopg.OperationalError as problem:
+        return any(one in str(problem) for one in _AFTER_THE_PASSWORD)
+    return True
+
+
+_AFTER_THE_PASSWORD = ("permission denied for database", "is not permitted to log in", "too many connections for")
+"""What PostgreSQL refuses only after the password was right (its InitPostgres)."""
+
+
+def is_unknown(login: Login) -> bool:
+    """Whether PostgreSQL answers that it knows no such role, or another password; it says the same of both."""
+    try:
+        psycopg.connect(login.dsn()).close()
+    except psycopg.OperationalError as problem:
+        return "password authentication failed" in str(problem)
+    return False
+
+
+def connect_as(login: Login) -> Connection | None:
+    """A connection as that login; None where PostgreSQL gives none."""
+    try:
+        return psycopg.connect(login.dsn(), autocommit=True, application_name="mcpctl look")
+    except psycopg.Error:
+        return None
+
+
+def set_login(connection: Connection, role: str, *, on: bool) -> None:
+    """Let a role log in, or not any more; then its connections end, too."""
+    word = sql.SQL("LOGIN" if on else "NOLOGIN")
+    connection.execute(sql.SQL("ALTER ROLE {} {}").format(sql.Identifier(role), word))
+    if not on:
+        connection.execute(_END, (role,))
+
+
+_END = "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = %s"
+
+
+def keeps_logins_here(connection: Connection) -> Error | None:
+    """None where pg_hba.conf lets the login roles in from mcpctl's machine alone; else what is wrong with it."""
+    try:
+        connection.execute(roles.hba_check().encode())
+    except psycopg.Error as problem:
+        return translated(problem, connection.info.dbname)
+    return None
+
+
+def owned(connection: Connection, role: str) -> list[str]:
+    """What a role owns in this database, as `table sales.orders`."""
+    rows = connection.execute(_OWNED, (role,)).fetchall()
+    return [row[0] for row in rows]
+
+
+_OWNED = """
+SELECT i.type || ' ' || i.identity FROM pg_catalog.pg_shdepend s
+  JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid AND s.refclassid = 'pg_catalog.pg_authid'::regclass,
+  pg_catalog.pg_identify_object(s.classid, s.objid, s.objsubid) i
+WHERE r.rolname = %s AND s.deptype = 'o'
+  AND s.dbid IN (0, (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()))
+ORDER BY 1"""

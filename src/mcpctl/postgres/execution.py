@@ -1,0 +1,100 @@
+"""One statement that may write: in a transaction of its own, committed when its answer is whole, on a connection that
+is closed afterwards, so that nothing of it but its rows outlives it.
+
+PostgreSQL says beforehand, without running it, whether it would PREPARE the text: it does for SELECT, VALUES, INSERT,
+UPDATE, DELETE and MERGE, and for nothing else (its manual, PREPARE). So no setting, role, password, session or
+transaction can be touched by the text itself. Its parser takes SELECT INTO for a SELECT there: what counts rows as one
+and describes no columns has made a table, and is rolled back.
+
+    BEGIN READ WRITE · limits · the statement · what it has locked · sync
+    COMMIT · sync
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import pq
+
+from mcpctl.postgres import cutting, statement
+from mcpctl.postgres.answer import Answer, Bounds, Rows
+from mcpctl.postgres.statement import Exchange, NotAQuestionError, StatementError
+from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.wire import ConnectionLostError, TooLargeError, Wire
+
+_PREPARE = b"prepare x as\n"
+_TAKEN = "execute_statement takes SELECT, VALUES, INSERT, UPDATE, DELETE and MERGE, also behind WITH"
+
+
+@dataclass
+class Executed:
+    """What a statement did: PostgreSQL's command tag, the rows it counted, and those it returned."""
+
+    command: str
+    affected: int
+    returned: Rows
+
+
+async def execute(session: Session, text: str, bounds: Bounds) -> Executed:
+    """Run one statement and commit it. Raises an Error with the reason, and then nothing is committed, unless the
+    connection was lost or the call cancelled in the very moment of the COMMIT."""
+    exchange = _Execution(session, bounds)
+    return await statement.guarded(exchange, exchange.execute(statement.encode(text)))
+
+
+class _Execution(Exchange):
+    async def execute(self, text: bytes) -> Executed:
+        self._leaves_nothing = False  # the connection is closed afterwards, whatever the statement was
+        with Wire(self._pgconn, self._growth, self._at_once) as wire:
+            accepted, _ = await self.judge(wire, text, _PREPARE)
+            if not accepted:
+                raise NotAQuestionError("PostgreSQL would not PREPARE this statement, so it was not run", _TAKEN)
+            self.begin(b"BEGIN READ WRITE", (text, ()), (statement.LOCKED, ()))
+            await wire.flush()
+            await self._begun(wire)
+            try:
+                done = await self._results(wire)
+            except TooLargeError:
+                await cutting.end(self.session)
+                raise StatementError(
+                    "a row that it returns is far too large; nothing was changed", {"hint": "return fewer columns"}
+                ) from None
+            await self._commit(wire)
+            return done
+
+    async def _results(self, wire: Wire) -> Executed:
+        """The statement's rows, as many as an answer may hold, and what it locked. Raises what PostgreSQL said, and
+        for what made a table."""
+        answer = Answer(self._types, self.bounds)
+        self._pgconn.set_chunked_rows_mode(min(statement.CHUNK, self.bounds.rows + 1))
+        failed: StatementError | None = None
+        wanted, tag = True, b""
+        while (result := await wire.result()) is not None:
+            if self.has_rows(result):
+                tag = result.command_status or tag
+                if result.status == pq.ExecStatus.COMMAND_OK and tag.startswith(b"SELECT"):
+                    failed = StatementError("a SELECT INTO makes a table, so it was rolled back", {"hint": _TAKEN})
+                wanted = wanted and await answer.take(result)
+            elif self.is_copy(result):
+                raise ConnectionLostError("the statement turned out to be a COPY, which is not possible here")
+            else:
+                failed = failed or statement.error(result)
+        locked = statement.cells(await wire.command())
+        await self._synced(wire)
+        if failed is not None:
+            raise failed
+        if not isinstance(locked, StatementError):
+            self.session.relations = tuple(row[0].decode("utf-8", "replace") for row in locked)
+        words = tag.decode("utf-8", "replace").split()
+        affected = int(words[-1]) if words and words[-1].isdigit() else 0
+        return Executed(" ".join(words), affected, answer.done())
+
+    async def _commit(self, wire: Wire) -> None:
+        self._pgconn.send_query_params(b"COMMIT", None)
+        self._sync()
+        await wire.flush()
+        committed: Any = await wire.command()
+        await self._synced(wire)
+        if not self.has_rows(committed):
+            raise statement.error(committed)
+        if committed.command_status != b"COMMIT":
+            raise StatementError("the transaction was rolled back: something in it had failed", {})

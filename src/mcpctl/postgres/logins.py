@@ -1,0 +1,130 @@
+"""Which login role a call uses: the config's own where roles are shared, the user's own where they are per user.
+
+There is no way from one to the other: who has no grant in a database whose roles are per user is refused there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from mcpctl.config_keys import Database
+from mcpctl.errors import ConfigError, ForbiddenError
+from mcpctl.identity.grants import Grant, login_role
+from mcpctl.identity.principal import Principal
+from mcpctl.identity.users import User
+from mcpctl.keyring import Keyring
+from mcpctl.postgres.login import Login
+
+PER_USER = "per_user"
+
+
+class Logins:
+    """The logins of one configuration. Building it checks each as far as it can be without connecting."""
+
+    def __init__(self, databases: Mapping[str, Database], keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._databases = databases
+        self._own = {name: Login(name, database, keyring) for name, database in databases.items()}
+        self._services = {
+            name: Login(name, _service(database), keyring)
+            for name, database in databases.items()
+            if database.roles == PER_USER and database.service_dsn is not None
+        }
+        places: dict[tuple[str, ...], str] = {}
+        for name in databases:
+            about = self.host(name).about()
+            place = (about["host"], about["port"], about["dbname"])
+            if self.per_user(name) and (other := places.setdefault(place, name)) != name:
+                raise ConfigError(
+                    f"databases.{name} and databases.{other} are the same database of PostgreSQL, and each would take "
+                    "away what the other grants",
+                    "leave one of them, or give one a login of its own with roles: shared",
+                )
+        for login in self._services.values():
+            login.dsn()
+
+    def per_user(self, database: str) -> bool:
+        """Whether each user logs in there with a role of their own."""
+        return self._databases[database].roles == PER_USER
+
+    def host(self, database: str) -> Login:
+        """The database itself, whoever logs in: where it is."""
+        if self.per_user(database):
+            return replace(self._own[database], role="mcpctl", password=lambda: "")
+        return self._own[database]
+
+    def own(self, database: str) -> list[Login]:
+        """The logins of the config itself there, whoever calls: its one login, or that of service tokens, or none."""
+        if not self.per_user(database):
+            return [self._own[database]]
+        return [self._services[database]] if database in self._services else []
+
+    def of_people(self, database: str, people: Mapping[str, User]) -> list[Login]:
+        """Every user's own logins there."""
+        return [
+            self.with_role(database, login_role(user.name, access), sealed)
+            for user in people.values()
+            if (grant := user.grants.get(database)) is not None
+            for access, sealed in grant.passwords.items()
+            if grant.has(access)
+        ]
+
+    def of(self, principal: Principal, database: str, access: str) -> Login:
+        """The login of a principal for read, write or admin there. ForbiddenError where it has none."""
+        if not self.per_user(database):
+            if principal.within is not None and principal.within.schema is not None:
+                raise ForbiddenError(
+                    f"in {database!r} all share one login, which sees more than the schema of your tenant",
+                    "the administrator sets roles: per_user there",
+                )
+            if access == "read":
+                return self._own[database]
+            raise ForbiddenError(
+                f"in {database!r} all share one login, which only reads", f"{access} access needs roles: per_user there"
+            )
+        if principal.user is None:
+            return self._service(principal, database, access)
+        return self.of_user(principal.user, principal.grants.get(database), database, access)
+
+    def _service(self, principal: Principal, database: str, access: str) -> Login:
+        if access == "read" and database in self._services:
+            return self._services[database]
+        why = "only reads" if access != "read" else "needs the config's service_dsn there"
+        raise ForbiddenError(f"in {database!r} each user has a login role, and {principal.name} {why}")
+
+    def of_user(self, user: str, grant: Grant | None, database: str, access: str) -> Login:
+        """The login role of a user by their grant; ForbiddenError where it does not reach that far."""
+        if access == "admin" and not self._databases[database].settings:
+            raise ForbiddenError(
+                f"in {database!r} nobody may change settings",
+                f"the administrator lists those that may be changed: databases.{database}.settings",
+            )
+        if grant is None or not grant.has(access):
+            raise ForbiddenError(
+                f"you have no {access} access in {database!r}",
+                f"the administrator gives it: mcpctl user grant {user} --database {database} --access {access} --apply",
+            )
+        return self.with_role(database, login_role(user, access), grant.passwords[access])
+
+    def with_role(self, database: str, role: str, sealed: str) -> Login:
+        """A login role with its sealed password, in that database."""
+        return replace(
+            self._own[database],
+            role=role,
+            password=lambda: self._keyring.open(sealed, f"the password of {role}"),
+        )
+
+    def check_sealed(self, people: Mapping[str, User]) -> None:
+        """See that each sealed password opens. ConfigError (exit 3) names the key file and what does not."""
+        for user in people.values():
+            for grant in user.grants.values():
+                for access, sealed in grant.passwords.items():
+                    self._keyring.open(sealed, f"users.yaml: the password of {login_role(user.name, access)}")
+
+
+def _service(database: Database) -> Database:
+    return replace(
+        database,
+        dsn=database.service_dsn,
+        host=None, port=None, dbname=None, user=None, sslmode=None, sslrootcert=None, sslcert=None, sslkey=None,
+        password_file=database.service_password_file,
+    )  # fmt: skip

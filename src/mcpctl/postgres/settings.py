@@ -1,0 +1,197 @@
+"""PostgreSQL's settings: what they are, and one of them changed for the whole cluster.
+
+ALTER SYSTEM cannot stand in a transaction block, so it goes alone, on a connection that is closed afterwards. It writes
+`postgresql.auto.conf`; `pg_reload_conf()` has all processes read the files again; `pg_conf_load_time()` says when this
+one has. PostgreSQL judges the value, and one that it does not take changes nothing. PostgreSQL's manual: ALTER SYSTEM,
+"pg_settings", "Configuration Settings Functions".
+
+    RESET ALL · sync · look · sync · ALTER SYSTEM · sync · pg_reload_conf() · sync · look · sync · look · …
+
+RESET ALL comes first, since a look must show the server's values, and not those that mcpctl gives its connections.
+"""
+
+import asyncio
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+from psycopg import sql
+
+from mcpctl.errors import Error, UsageError
+from mcpctl.postgres import statement
+from mcpctl.postgres.answer import Bounds
+from mcpctl.postgres.statement import Exchange, StatementError
+from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.wire import Wire
+
+LONGEST = 8000
+"""Characters of a value. Every process of PostgreSQL reads it at each reload, in a time that grows with its square."""
+_NOTED = 1000
+"""Characters of a value in the audit line."""
+_WAIT = 5.0
+"""Seconds that the new value has to show; a server reloads within milliseconds unless it is very busy."""
+_PAUSE = 0.02
+_LISTS_OF_NAMES = frozenset({"temp_tablespaces"})
+"""Settings whose items ALTER SYSTEM takes one by one (GUC_LIST_QUOTE). PostgreSQL has five others, and the config
+refuses each of them (`dangerous_settings`)."""
+_ITEM = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",]*))\s*(?:,|$)')
+
+_COLUMNS = f"""SELECT name, pg_catalog.left(setting, {LONGEST}), unit, context, source,
+ pg_catalog.left(boot_val, {LONGEST}), pending_restart, sourcefile, sourceline FROM pg_catalog.pg_settings WHERE """
+_NAMED = f"{_COLUMNS}pg_catalog.lower(name) = ANY ($1::text[]) ORDER BY pg_catalog.lower(name)".encode()
+_CHANGED = f"""{_COLUMNS}source NOT IN ('default', 'override', 'client', 'session')
+ ORDER BY pg_catalog.lower(name)""".encode()
+_MAY_RELOAD = b"SELECT pg_catalog.has_function_privilege('pg_catalog.pg_reload_conf()', 'EXECUTE')"
+_RELOAD = b"SELECT pg_catalog.pg_conf_load_time()::text, pg_catalog.pg_reload_conf()"
+_LOADED = b"SELECT pg_catalog.pg_conf_load_time()::text"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of pg_settings. `value` and `boot_value` are without a unit, which is `unit`; `file` and `line` are where
+    it stands, None where it stands in no file or this role may not see it."""
+
+    name: str
+    value: str
+    unit: str | None
+    context: str
+    source: str
+    boot_value: str | None
+    pending_restart: bool
+    file: str | None
+    line: int | None
+
+    def __str__(self) -> str:
+        return f"{self.value[:_NOTED]} {self.unit or ''}".rstrip()
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a change has done. `before` and `after` are None where PostgreSQL does not show the setting to this role;
+    `loaded` is whether this connection's process has read the files again."""
+
+    before: Setting | None
+    after: Setting | None
+    loaded: bool
+
+
+async def look(session: Session, names: Sequence[str], bounds: Bounds) -> tuple[list[Setting], list[Setting]]:
+    """(the settings of these names, all that differ from PostgreSQL's own), as far as the role may see them."""
+    exchange = _Settings(session, bounds)
+    return await statement.guarded(exchange, exchange.look(names))
+
+
+async def change(session: Session, name: str, value: str | None, bounds: Bounds) -> Changed:
+    """Change a setting (its name in lower case); None takes out what an earlier change has written. Raises
+    StatementError with PostgreSQL's words where it does not take name or value, and then nothing is changed."""
+    if value is not None:
+        statement.encode(value)
+        if len(value) > LONGEST:
+            raise UsageError(f"a value of {len(value)} characters is too long", f"it may have {LONGEST}")
+    exchange = _Settings(session, bounds)
+    return await statement.guarded(exchange, exchange.change(name, value))
+
+
+def items(value: str) -> list[str]:
+    """The names of a list, as PostgreSQL reads one: in lower case unless quoted. What is no list is one item."""
+    found, at = [], 0
+    while at < len(value):
+        item = _ITEM.match(value, at)
+        if item is None:
+            return [value]
+        found.append(item[2].strip().lower() if item[1] is None else item[1].replace('""', '"'))
+        at = item.end()
+    return found or [""]
+
+
+class _Settings(Exchange):
+    async def look(self, names: Sequence[str]) -> tuple[list[Setting], list[Setting]]:
+        self._leaves_nothing = False  # the connection has lost its settings
+        with Wire(self._pgconn, self._growth, self._at_once) as wire:
+            await self._one(wire, b"RESET ALL")
+            return await self._named(wire, names), _settings(await self._one(wire, _CHANGED))
+
+    async def change(self, name: str, value: str | None) -> Changed:
+        self._leaves_nothing = False
+        with Wire(self._pgconn, self._growth, self._at_once) as wire:
+            await self._one(wire, b"RESET ALL")
+            before = next(iter(await self._named(wire, [name])), None)
+            if (await self._one(wire, _MAY_RELOAD))[0][0] != b"t":
+                raise Error(
+                    "your login may not have a change applied, so nothing was changed",
+                    "the administrator grants admin access again: it comes with EXECUTE on pg_reload_conf()",
+                )
+            self.session.did = _told(name, before, value)
+            await self._one(wire, self._command(name, value))
+            loaded = await self._loaded(wire)
+            return Changed(before, next(iter(await self._named(wire, [name])), None), loaded)
+
+    def _command(self, name: str, value: str | None) -> bytes:
+        """ALTER SYSTEM, quoted by libpq for this very connection."""
+        if value is None:
+            command = sql.SQL("ALTER SYSTEM RESET {}").format(sql.Identifier(name))
+        else:
+            parts = items(value) if name in _LISTS_OF_NAMES else [value]
+            literals = sql.SQL(", ").join(map(sql.Literal, parts))
+            command = sql.SQL("ALTER SYSTEM SET {} TO {}").format(sql.Identifier(name), literals)
+        return command.as_bytes(self.session.conn)
+
+    async def _loaded(self, wire: Wire) -> bool:
+        """Have the files read again, and wait until this connection's process has; whether it has."""
+        try:
+            [(since, told)] = await self._one(wire, _RELOAD)
+        except StatementError as problem:
+            message = f"it is written to postgresql.auto.conf, and not applied: {problem.message}"
+            raise StatementError(message, problem.fields) from None
+        until = monotonic() + min(_WAIT, self.bounds.seconds / 2)
+        while told == b"t" and monotonic() < until:
+            if (await self._one(wire, _LOADED))[0][0] != since:
+                return True
+            await asyncio.sleep(_PAUSE)
+        return False
+
+    async def _named(self, wire: Wire, names: Sequence[str]) -> list[Setting]:
+        array = "{" + ",".join(names) + "}"  # they are of the form that the config takes
+        return _settings(await self._one(wire, _NAMED, array.encode()))
+
+    async def _one(self, wire: Wire, text: bytes, *params: bytes) -> list[tuple[bytes | None, ...]]:
+        """The cells of one statement that stands alone. Raises what PostgreSQL said instead."""
+        self._pgconn.send_query_params(text, list(params) or None)
+        self._sync()
+        await wire.flush()
+        result = await wire.command()
+        await self._synced(wire)
+        if not self.has_rows(result):
+            raise statement.error(result)
+        return [
+            tuple(result.get_value(row, column) for column in range(result.nfields)) for row in range(result.ntuples)
+        ]
+
+
+def _settings(rows: list[tuple[bytes | None, ...]]) -> list[Setting]:
+    found = []
+    for row in rows:
+        cells = [None if cell is None else cell.decode("utf-8", "replace") for cell in row]
+        name, value, unit, context, source, boot, pending, file, line = cells
+        found.append(
+            Setting(
+                name or "",
+                value or "",
+                unit,
+                context or "",
+                source or "",
+                boot,
+                pending == "t",
+                file,
+                None if line is None else int(line),
+            )
+        )
+    return found
+
+
+def _told(name: str, before: Setting | None, value: str | None) -> str:
+    """A change as the audit line says it."""
+    old = "(not shown)" if before is None else str(before)
+    new = "(reset)" if value is None else value[:_NOTED]
+    return f"ALTER SYSTEM {name}: {old} → {new}"

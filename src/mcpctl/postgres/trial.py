@@ -1,0 +1,75 @@
+"""A login that is tried: whether PostgreSQL takes it, and what it is like."""
+
+from dataclasses import dataclass
+from time import monotonic
+
+import psycopg
+
+from mcpctl.errors import Error
+from mcpctl.identity.grants import identifier
+from mcpctl.postgres.login import PRIVILEGED, Login
+
+_ABOUT = f"""
+SELECT session_user, pg_catalog.current_setting('server_version'), pg_catalog.current_database(),
+       {PRIVILEGED},
+       (SELECT s.version FROM pg_catalog.pg_stat_ssl s WHERE s.pid = pg_catalog.pg_backend_pid() AND s.ssl)"""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a login found. `tls` is the protocol's version, None for a socket or plain TCP; `elapsed` is in ms."""
+
+    user: str
+    version: str
+    database: str
+    privileged: bool
+    tls: str | None
+    elapsed: float
+
+    def words(self) -> str:
+        """In one line."""
+        return f"PostgreSQL {self.version}, {self.tls or 'no TLS'}, {self.elapsed:.0f} ms"
+
+    def check(self, login: Login) -> None:
+        """Raises an Error for a login with too much power, with the SQL that makes a better one."""
+        if self.privileged and not login.settings.allow_privileged_login:
+            raise Error(
+                f"{self.user} is or can become a superuser, bypass row security, replicate or reach the server's "
+                "files, and a question could use that",
+                f"make a role that can only read, and log in as it:\n{reader_sql(self.database)}",
+            )
+
+
+def reason(problem: psycopg.Error) -> str:
+    """The last thing that libpq says went wrong; indented lines and DETAIL below it are advice."""
+    lines = [line for line in str(problem).strip().splitlines() if not line[:1].isspace()]
+    fatal = [line for line in lines if "FATAL:" in line]
+    return (fatal or lines or [type(problem).__name__])[-1]
+
+
+def log_in(login: Login) -> About:
+    """Log in once. Raises an Error with PostgreSQL's reason, which never holds a password."""
+    begun = monotonic()
+    try:
+        with psycopg.connect(login.dsn(), autocommit=True, application_name="mcpctl test") as connection:
+            row = connection.execute(_ABOUT).fetchone()
+    except psycopg.Error as problem:
+        raise Error(
+            f"{login.name}: {reason(problem)}", "see `mcpctl database list`; the server's own log says more"
+        ) from None
+    if row is None:
+        raise Error(f"{login.name}: PostgreSQL gave no answer", "try again")
+    return About(row[0], row[1], row[2], bool(row[3]), row[4], (monotonic() - begun) * 1000)
+
+
+def reader_sql(dbname: str) -> str:
+    """A login role that can only read the schema public of a database: PostgreSQL, "Predefined Roles", "GRANT"."""
+    return f"""  CREATE ROLE mcp_reader LOGIN CONNECTION LIMIT 24;
+  \\password mcp_reader
+  ALTER ROLE mcp_reader SET default_transaction_read_only = on;
+  ALTER ROLE mcp_reader SET statement_timeout = '30s';
+  ALTER ROLE mcp_reader SET temp_file_limit = '256MB';
+  GRANT CONNECT ON DATABASE {identifier(dbname)} TO mcp_reader;
+  GRANT USAGE ON SCHEMA public TO mcp_reader;
+  GRANT SELECT ON ALL TABLES IN SCHEMA public TO mcp_reader;
+  ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO mcp_reader;"""

@@ -1,0 +1,303 @@
+"""May this user do that? The whole chain, from the token down to PostgreSQL's own word, by the same rules and the same
+logins that a call goes through.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from mcpctl.config import default_database
+from mcpctl.config_keys import Settings
+from mcpctl.errors import Error, ForbiddenError, NotFoundError, UsageError
+from mcpctl.identity import grants, tenants, tokens, users
+from mcpctl.identity.grants import Target, login_role
+from mcpctl.identity.principal import Principal
+from mcpctl.identity.tenants import Tenant
+from mcpctl.identity.tokens import Token
+from mcpctl.identity.users import User
+from mcpctl.keyring import Keyring
+from mcpctl.policy.access import Access
+from mcpctl.postgres import harden, privileges
+from mcpctl.postgres.login import Login
+from mcpctl.postgres.logins import Logins
+from mcpctl.tools.definition import Tool
+from mcpctl.tools.settings import SET
+from mcpctl.tools.table import TOOLS
+
+CALL = "call"
+_TOOL_OF = {"read": "query_database", "write": "execute_statement"}
+
+
+@dataclass(frozen=True)
+class Link:
+    """One link of the chain: what it is, whether it lets through, and why."""
+
+    name: str
+    allowed: bool
+    reason: str
+
+
+@dataclass
+class Answer:
+    """Yes or no, with every link up to the one that says no. `hides_all`: allowed, and row security shows no row."""
+
+    links: list[Link] = field(default_factory=list)
+    hides_all: bool = False
+
+    @property
+    def allowed(self) -> bool:
+        """Whether every link lets through."""
+        return all(link.allowed for link in self.links)
+
+    def add(self, name: str, allowed: bool, reason: str) -> bool:
+        """Add a link; whether it lets through."""
+        self.links.append(Link(name, allowed, reason))
+        return allowed
+
+
+@dataclass(frozen=True)
+class Question:
+    """An action (select, insert, update, delete; or call) and its target: a table, or a tool, in a database."""
+
+    action: str
+    target: str
+    database: str | None = None
+
+
+class Rights:
+    """The rights of one installation, all read when it is made; `now` is the time that expiries are held to."""
+
+    def __init__(self, settings: Settings, now: datetime) -> None:
+        self._settings = settings
+        self._now = now
+        self._access = Access(settings.auth)
+        self._logins = Logins(settings.databases, Keyring(settings.keyring.file))
+        self._people: Mapping[str, User] = users.user_file(settings.auth.user_file).current()
+        self._tenants: Mapping[str, Tenant] = tenants.tenant_file(settings.auth.tenant_file).current()
+        self._tokens: Mapping[str, Token] = tokens.token_file(settings.auth.token_file).current()
+
+    def users(self) -> list[str]:
+        """Everybody's name."""
+        return list(self._people)
+
+    def check_user(self, name: str) -> None:
+        """Raises NotFoundError (exit 4) where there is no such user."""
+        users.find(self._people, name)
+
+    def services(self) -> list[str]:
+        """The ids of the living service tokens."""
+        return [one.id for one in self._tokens.values() if one.user is None and self._lives(one)]
+
+    def _lives(self, token: Token) -> bool:
+        return token.status(self._now) in ("active", "expiring")
+
+    # -- who -------------------------------------------------------------------------------------------------------
+
+    def principal(self, user: str | None, token: str | None) -> Principal:
+        """The principal of a user's token, of a service token, or of a user whatever the token."""
+        entry = None if token is None else self._token(token)
+        if entry is not None and user is not None and entry.user != user:
+            raise UsageError(f"token {token} is not one of {user}'s", "`mcpctl token list` shows whose it is")
+        name = entry.user if entry is not None else user
+        person = self._people.get(name) if name is not None else None
+        return Principal(
+            token=token,
+            user=name,
+            pool="",
+            databases=entry.databases if entry is not None else None,
+            permissions=entry.permissions if entry is not None else None,
+            roles=person.roles if person is not None else None,
+            grants=person.grants if person is not None else {},
+            tenant=person.tenant if person is not None else None,
+            within=self._tenants.get(person.tenant or "") if person is not None else None,
+            closed=tenants.alone(self._tenants, but=person.tenant if person is not None else None),
+        )
+
+    def _token(self, name: str) -> Token:
+        try:
+            return self._tokens[name]
+        except KeyError:
+            raise NotFoundError(f"there is no token {name[:20]}", "`mcpctl token list` shows the ids") from None
+
+    def _who(self, principal: Principal, answer: Answer) -> bool:
+        if principal.token is not None:
+            token = self._token(principal.token)
+            status = token.status(self._now)
+            ends = f", until {tokens.rfc3339(token.expires_at)}" if token.expires_at else ""
+            if not answer.add("token", self._lives(token), f"{token.id} is {status}{ends}"):
+                return False
+        elif principal.user is not None:
+            living = [one.id for one in self._tokens.values() if one.user == principal.user and self._lives(one)]
+            shown = (
+                f"{len(living)} living: {', '.join(living[:5])}"
+                if living
+                else "none is alive, so nobody can use it now"
+            )
+            answer.add("token", True, f"any of the user's tokens ({shown}); one may be limited further (--token)")
+        if principal.user is None:
+            return True
+        person = users.find(self._people, principal.user)
+        if principal.token is not None and person.created_at > self._token(principal.token).created_at:
+            return answer.add("user", False, f"the token was given to another {person.name}, who is gone")
+        if person.disabled_at is not None:
+            return answer.add("user", False, f"{person.name} is disabled since {tokens.rfc3339(person.disabled_at)}")
+        return answer.add("user", True, f"{person.name} is there, and not disabled")
+
+    # -- may they --------------------------------------------------------------------------------------------------
+
+    def ask(self, principal: Principal, question: Question) -> Answer:
+        """The chain for one question. NotFoundError where the tool, database or table does not exist at all."""
+        answer = Answer()
+        tool, target = self._meaning(question)
+        if not self._who(principal, answer) or not self._permitted(principal, tool.permission, answer):
+            return answer
+        if tool.ask is None:
+            return answer
+        login = self._login(principal, self._database(principal, question), tool.access, answer)
+        if login is not None:
+            self._ask_postgresql(login, question.action, target, answer)
+        return answer
+
+    def _meaning(self, question: Question) -> tuple[Tool, Target | None]:
+        if question.action == CALL:
+            if question.target not in TOOLS:
+                raise NotFoundError(f"there is no tool {question.target[:60]}", f"there are {', '.join(TOOLS)}")
+            return TOOLS[question.target], None
+        if question.action not in privileges.ACTIONS:
+            raise UsageError(
+                f"{question.action[:40]!r} is no action", f"there are {', '.join((*privileges.ACTIONS, CALL))}"
+            )
+        try:
+            target = grants.parse(question.target)
+        except ValueError as problem:
+            raise UsageError(str(problem), "such as sales.orders") from None
+        if target.table is None:
+            raise UsageError(f"{question.target} names no table", "write schema.table, such as public.orders")
+        return TOOLS[_TOOL_OF[privileges.ACTIONS[question.action]]], target
+
+    def _database(self, principal: Principal, question: Question) -> str:
+        if question.database is not None:
+            if question.database not in self._settings.databases:
+                known = ", ".join(self._settings.databases) or "none"
+                raise NotFoundError(f"there is no database {question.database} in the config", f"there are: {known}")
+            return question.database
+        if principal.within is not None:
+            return principal.within.database
+        only = principal.databases
+        found = only[0] if only is not None and len(only) == 1 else default_database(self._settings)
+        if found is None:
+            raise UsageError("there is no default database", "name it with --database")
+        return found
+
+    def _permitted(self, principal: Principal, permission: str, answer: Answer) -> bool:
+        """Add the links of a permission, up to the first that says no."""
+        links = self._access.chain(principal, permission)
+        for link in links if principal.token is not None else links[:-1]:
+            if not answer.add(permission, link.allowed, link.reason):
+                return False
+        return True
+
+    def _login(self, principal: Principal, database: str, access: str, answer: Answer) -> Login | None:
+        """Add the links of the database; the login role that a call would use there."""
+        if not self._permitted(principal, f"databases:{database}:{access}", answer):
+            return None
+        try:
+            login = self._logins.of(principal, database, access)
+        except ForbiddenError as problem:
+            hint = f" ({problem.hint})" if problem.hint else ""
+            answer.add("grant", False, f"{principal.name}: {problem.message}{hint}")
+            return None
+        grant = principal.grants.get(database)
+        if self._logins.per_user(database) and grant is not None and principal.user is not None:
+            names = login.settings.settings if access == "admin" else getattr(grant, access)
+            targets = ", ".join(names)
+            state = f", {grant.state}" if grant.state else ""
+            answer.add("grant", True, f"users.yaml: {access} {targets} in {database}{state}")
+            answer.add("login role", True, login_role(principal.user, access))
+        else:
+            whose = "its service_dsn" if self._logins.per_user(database) else "the one login that all share"
+            answer.add("login role", True, f"{database}: {whose}")
+        return login
+
+    def _ask_postgresql(self, login: Login, action: str, target: Target | None, answer: Answer) -> None:
+        try:
+            connection = privileges.connect(login)
+        except ForbiddenError as problem:
+            answer.add("postgresql", False, f"{login.role or login.name}: {problem.message}")
+            return
+        except Error as problem:  # its password does not open, or a keyword is wrong: a call fails in the same way
+            answer.add("postgresql", False, problem.message)
+            return
+        with connection:
+            if target is None:
+                answer.add(
+                    "postgresql", True, f"takes the login in {login.name}; what it may touch there is another question"
+                )
+            else:
+                self._add_verdict(privileges.may(connection, action, target), answer)
+            if still := harden.still_open(connection, None):
+                some = ", ".join(signature for signature, _ in still[:3])
+                answer.add("hardening", True, f"still open to any login: {some}, … ({len(still)}); see database harden")
+        limits, own = self._settings.limits, login.settings.limits
+        rows, size = own.max_rows or limits.max_rows, own.max_bytes or limits.max_bytes
+        seconds = own.statement_timeout or limits.statement_timeout
+        connections = login.settings.pool.max_size
+        answer.add(
+            "limits", True, f"{rows} rows, {size} bytes and {seconds:g} s a call, {connections} connections a token"
+        )
+
+    @staticmethod
+    def _add_verdict(verdict: privileges.Verdict, answer: Answer) -> None:
+        answer.hides_all = verdict.hides_all
+        for reason in verdict.reasons[:-1]:
+            answer.add("postgresql", True, reason)
+        answer.add("postgresql", verdict.allowed, verdict.reasons[-1])
+        if not verdict.row_security:
+            answer.add("row security", True, "none: every row")
+        elif verdict.hides_all:
+            answer.add("row security", True, "on, and no policy lets this role through: no row")
+        else:
+            answer.add("row security", True, f"rows by {'; '.join(verdict.policies)}")
+
+    # -- everything ------------------------------------------------------------------------------------------------
+
+    def everything(self, principal: Principal) -> list[tuple[str, str, str]]:
+        """(database, what, right) of all that a principal may do: tools, and tables by PostgreSQL's word."""
+        start = Answer()
+        if not self._who(principal, start):
+            return []
+        rows = [("", name, CALL) for name, tool in TOOLS.items() if self._offered(principal, tool)]
+        for database in self._settings.databases:
+            merged: dict[str, list[str]] = {}
+            for access in ("read", "write"):
+                login = self._login(principal, database, access, Answer())
+                if login is None or not self._access.may(principal, TOOLS[_TOOL_OF[access]].permission).allowed:
+                    continue
+                wanted = [action for action, needs in privileges.ACTIONS.items() if needs == access]
+                with privileges.connect(login) as connection:
+                    for target, actions, filtered in privileges.tables(connection):
+                        shown = f"{target}{' (row security)' if filtered else ''}"
+                        merged.setdefault(shown, []).extend(one for one in actions if one in wanted)
+            rows += [(database, what, ",".join(rights)) for what, rights in sorted(merged.items()) if rights]
+            rows += [(database, name, "set") for name in self._settable(principal, database)]
+        return rows
+
+    def _offered(self, principal: Principal, tool: Tool) -> bool:
+        """Whether tools/list shows it the principal: one that needs more than to read only with that access somewhere,
+        one for databases that users bring only to a user, where there may be some."""
+        if not self._access.may(principal, tool.permission).allowed:
+            return False
+        if tool.own is not None:
+            own = principal.user is not None and principal.tenant is None
+            return own and bool(self._settings.own_databases.hosts)
+        return tool.access == "read" or any(
+            self._login(principal, database, tool.access, Answer()) is not None for database in self._settings.databases
+        )
+
+    def _settable(self, principal: Principal, database: str) -> list[str]:
+        """The listed settings that a principal may change, by PostgreSQL's word."""
+        login = self._login(principal, database, "admin", Answer())
+        if login is None or not self._access.may(principal, SET.permission).allowed:
+            return []
+        with privileges.connect(login) as connection:
+            return privileges.settable(connection, login.settings.settings)
