@@ -37,7 +37,11 @@ FIELDS = (
 
 EVENTS = (
     "auth.ok", "auth.refused", "token.added", "token.revoked", "token.expired", "token.removed", "token.rotated",
-    "pool.opened", "pool.closed", "query.cancelled", "tool.called", "tool.refused", "user.added", "config.created",
+    "pool.opened", "pool.closed", "query.cancelled", "tool.called", "tool.refused", "user.added", "user.roles",
+    "user.removed",
+    "user.disabled", "user.enabled", "tenant.added", "tenant.removed",
+    "grant.printed", "grant.added", "grant.removed", "database.registered", "database.unregistered", "config.created",
+    "config.database_added", "config.database_removed", "config.database_hardened", "config.key_rotated",
     "server.started", "server.stopped",
 )  # fmt: skip
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -273,6 +277,11 @@ def read_key(path: Path) -> bytes:
             f"{path} does not hold 64 hex digits", "restore it from the backup: the chain needs this very key"
         )
     return key
+
+
+def installation(key: bytes) -> str:
+    """What marks things elsewhere as this installation's: it stays as long as the key does, which is never dropped."""
+    return hmac.digest(key, b"mcpctl installation", "sha256").hex()[:12]
 
 
 def new_key() -> bytes:

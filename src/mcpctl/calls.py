@@ -4,25 +4,32 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
 from mcpctl.config import default_database
-from mcpctl.config_keys import Settings
+from mcpctl.config_keys import Database, Settings
 from mcpctl.errors import Error, ForbiddenError, NotFoundError, UnauthorizedError, UnavailableError, UsageError
+from mcpctl.identity.grants import ACCESSES
 from mcpctl.identity.principal import Principal
-from mcpctl.policy import access
+from mcpctl.policy.access import Access
 from mcpctl.postgres.answer import Bounds
 from mcpctl.postgres.cutting import Cut
+from mcpctl.postgres.login import OWN, Login
+from mcpctl.postgres.logins import Logins
+from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
 from mcpctl.postgres.statement import NotAQuestionError, StatementError, elapsed
 from mcpctl.postgres.token_pool import Session
 from mcpctl.recorder import Recorder
 from mcpctl.tools.definition import Databases, Result, Tool
+from mcpctl.tools.query import said, together
 from mcpctl.tools.table import TOOLS
 
 log = logging.getLogger("mcpctl.calls")
+_LATER = 2.0
+"""Seconds beyond statement_timeout that one of several databases has, its connection's making included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +63,59 @@ class _Facts:
 
     tool: str
     values: dict[str, Any] = field(default_factory=dict)
+    sessions: dict[str, Session] = field(default_factory=dict)
+    several: bool = False
+    outcome: str = "ok"
 
     def session(self, session: Session, database: str) -> None:
-        self.values.update(database=database, role=session.login, backend_pid=session.pid)
+        """One of several databases that are asked at once adds to what the others have said."""
+        self.sessions[database] = session
+        self.values.update(
+            database=self.values.get("database", database),
+            role=",".join(dict.fromkeys(one.login for one in self.sessions.values())),
+            backend_pid=session.pid if len(self.sessions) == 1 else None,
+        )
+
+    @property
+    def relations(self) -> tuple[str, ...] | None:
+        """What was read; with the database's name before it where several were asked, whoever of them answered."""
+        if not self.several:
+            return next((session.relations for session in self.sessions.values()), None)
+        return tuple(f"{name}:{one}" for name, session in self.sessions.items() for one in session.relations or ())
+
+    def reason(self, reason: str | None) -> str | None:
+        """What was done, where the line must say it, before how it ended."""
+        did = [session.did for session in self.sessions.values() if session.did is not None]
+        return ": ".join(did + ([reason] if reason is not None else [])) or None
 
 
 class Calls:
     """Everything a call needs, built once."""
 
-    def __init__(self, settings: Settings, pools: Pools, recorder: Recorder) -> None:
+    def __init__(self, settings: Settings, logins: Logins, own: Own, pools: Pools, recorder: Recorder) -> None:
         self._settings = settings
+        self._access = Access(settings.auth)
+        self._logins = logins
+        self._own = own
         self._pools = pools
         self._recorder = recorder
         self._default = default_database(settings)
         self._running: set[tuple[Principal, Request, asyncio.Task[Any]]] = set()
 
     def tools(self, principal: Principal) -> list[Tool]:
-        """The tools that a principal may call, in a fixed order."""
-        return [tool for tool in TOOLS.values() if access.may(principal, tool.permission).allowed]
+        """The tools that a principal may call, in a fixed order: with a right on one database at least, where the tool
+        needs more there than to read."""
+        return [
+            tool
+            for tool in TOOLS.values()
+            if self._access.may(principal, tool.permission).allowed
+            and (tool.access == "read" or self.databases(principal, tool.access))
+            and (tool.own is None or self._brings(principal))
+        ]
+
+    def _brings(self, principal: Principal) -> bool:
+        """Whether a principal may have databases of its own here: a user, where the config has a place for them."""
+        return self._own.on and principal.user is not None and principal.tenant is None
 
     async def call(
         self, principal: Principal, name: str, arguments: Mapping[str, Any] | None, request: Request
@@ -87,6 +129,7 @@ class Calls:
         base = {"request_id": request.id, "token": principal.token, "user": principal.user, "tenant": principal.tenant,
                 "client_ip": request.client_ip, "transport": request.transport, "tool": facts.tool}  # fmt: skip
         self._recorder.before_call()
+        self._own.look()
         event, outcome, reason = "tool.called", "ok", None
         if entry is not None:
             self._running.add(entry)
@@ -94,6 +137,7 @@ class Calls:
             tool = self._find(principal, name)
             result = await self._run(tool, principal, arguments, facts)
             facts.values.update(rows=result.rows, bytes=result.bytes)
+            reason, outcome = result.command, facts.outcome
             return Answer(result.text, result.structured)
         except (UsageError, ForbiddenError, NotAQuestionError) as problem:
             event, outcome, reason = "tool.refused", "refused", problem.message
@@ -104,11 +148,8 @@ class Calls:
         except UnauthorizedError as problem:
             event, outcome, reason = "tool.refused", "cut", problem.message
             raise
-        except StatementError as problem:  # its words may quote what only the caller may know
-            outcome, reason = "error", f"SQLSTATE {problem.fields.get('sqlstate', 'none')}"
-            return _failed(problem)
         except Error as problem:
-            outcome, reason = "error", problem.message
+            outcome, reason = "error", _noted(problem)
             return _failed(problem)
         except asyncio.CancelledError:
             outcome, reason = "cancelled", "the client went away, or the server stops"
@@ -123,16 +164,20 @@ class Calls:
             if entry is not None:
                 self._running.discard(entry)
             self._recorder.call(
-                event, **base, **facts.values, elapsed_ms=elapsed(begun), outcome=outcome, reason=reason
+                event, **base, **facts.values, elapsed_ms=elapsed(begun), outcome=outcome, reason=facts.reason(reason)
             )
 
     def _find(self, principal: Principal, name: str) -> Tool:
         tool = TOOLS.get(name)
         if tool is None:
             raise UnknownToolError(f"Unknown tool: {name[:60]}")
-        decision = access.may(principal, tool.permission)
+        decision = self._access.may(principal, tool.permission)
         if not decision.allowed:
             raise ForbiddenError(f"{tool.name}: {decision.reason}", "whoami shows what you have")
+        if tool.own is not None and not self._brings(principal):
+            raise ForbiddenError(
+                f"{tool.name}: only users can bring databases, where the config names hosts for them (own_databases)"
+            )
         return tool
 
     async def _run(
@@ -141,67 +186,180 @@ class Calls:
         checked = tool.check(arguments)
         if tool.tell is not None:
             return tool.tell(principal, self._databases(principal))
+        if tool.own is not None:
+            return await self._run_own(tool, principal, checked, facts)
         if tool.ask is None:
             raise TypeError(f"{tool.name} neither asks nor tells")
-        database = self._database(principal, checked.pop("database", None))
-        facts.values["database"] = database
-        session = None
+        one, several = checked.pop("database", None), checked.pop("databases", None)
         try:
-            async with self._borrow(principal, database, facts) as session:
-                return await tool.ask(session, checked, self._bounds(database))
+            if several is None:
+                return await self._ask(tool, principal, self._database(principal, one, tool.access), checked, facts)
+            if one is not None:
+                raise UsageError(f"{tool.name} takes database or databases, not both", "leave one of them out")
+            names = [self._database(principal, name, tool.access) for name in dict.fromkeys(several)]
+            facts.values["database"] = ",".join(self._shown(name) for name in names)
+            facts.several = len(names) > 1
+            return await self._ask_several(tool, principal, names, checked, facts)
         finally:
-            described, relations = (session.described, session.relations) if session else (False, None)
             if tool.statement is not None:
-                kept = self._recorder.statement(checked[tool.statement], described=described)
-                facts.values.update(kept, relations=relations)
+                described = bool(facts.sessions) and all(one.described for one in facts.sessions.values())
+                kept = self._recorder.statement(checked[tool.statement], described=described and tool.access == "read")
+                facts.values.update(kept, relations=facts.relations)
+
+    async def _run_own(self, tool: Tool, principal: Principal, arguments: dict[str, Any], facts: _Facts) -> Result:
+        """Do something with the databases that the caller's user has brought. A token for some databases only neither
+        brings others nor takes them away."""
+        if tool.own is None or principal.user is None:
+            raise TypeError(f"{tool.name} is not for {principal.name}")
+        name = arguments.get("name")
+        if name is not None:
+            facts.values["database"] = OWN + name[:63]
+            decision = self._access.may(principal, f"databases:{name}:read")
+            if not decision.allowed:
+                raise ForbiddenError(f"{tool.name}: {decision.reason}", "whoami shows what you have")
+        return await tool.own(self._own, principal.user, arguments)
+
+    async def _ask(
+        self, tool: Tool, principal: Principal, database: str, arguments: dict[str, Any], facts: _Facts, share: int = 1
+    ) -> Result:
+        """Ask one database; `share` is how many of them the answer's bytes are for."""
+        if tool.ask is None:
+            raise TypeError(f"{tool.name} asks nothing")
+        facts.values.setdefault("database", self._shown(database))
+        login = self._login(principal, database, tool.access)
+        bounds = self._bounds(login.settings)
+        async with self._borrow(principal, login, facts) as session:
+            return await tool.ask(session, dict(arguments), replace(bounds, bytes=bounds.bytes // share))
+
+    async def _ask_several(
+        self, tool: Tool, principal: Principal, names: list[str], arguments: dict[str, Any], facts: _Facts
+    ) -> Result:
+        """Ask several at the same time. What goes wrong with one stands beside the others' rows; what ends the call as
+        a whole (the token's end, the client's going) ends it."""
+
+        async def ask(name: str) -> Result | Error:
+            seconds = _LATER
+            try:
+                seconds += self._bounds(self._login(principal, name, tool.access).settings).seconds
+                async with asyncio.timeout(seconds):
+                    return await self._ask(tool, principal, name, arguments, facts, len(names))
+            except UnauthorizedError:
+                raise
+            except Error as problem:
+                return problem
+            except TimeoutError:
+                return UnavailableError(f"database {name!r} gave no answer in {seconds:g} s", "ask it alone, or later")
+
+        tasks = [asyncio.ensure_future(ask(name)) for name in names]
+        try:
+            found = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        results = dict(zip(names, found, strict=True))
+        failed = [f"{name}: {_noted(one)}" for name, one in results.items() if isinstance(one, Error)]
+        facts.outcome = "error" if len(failed) == len(names) else "ok"
+        done = together(results)
+        done.command = "; ".join(failed) or None
+        return done
 
     @contextlib.asynccontextmanager
-    async def _borrow(self, principal: Principal, database: str, facts: _Facts) -> AsyncIterator[Session]:
-        async with self._pools.borrow(principal, database) as session:
-            facts.session(session, database)
+    async def _borrow(self, principal: Principal, login: Login, facts: _Facts) -> AsyncIterator[Session]:
+        async with self._pools.borrow(principal, login) as session:
+            facts.session(session, login.name)
             try:
                 yield session
             except Error:
                 if session.cut:
-                    raise self._ended(principal) from None
+                    raise self._ended(principal, login) from None
+                raise
+            except asyncio.CancelledError:
+                if session.cut and self._removed(principal) and _uncancelled():
+                    raise self._ended(principal, login) from None
                 raise
             if session.cut:
-                raise self._ended(principal)
+                raise self._ended(principal, login)
 
-    def _ended(self, principal: Principal) -> Error:
+    def _removed(self, principal: Principal) -> bool:
+        """Whether what was cut is the database alone: neither the token nor the server ends."""
+        return self._pools.valid(principal) and not self._pools.closed
+
+    def _ended(self, principal: Principal, login: Login) -> Error:
         """Why a session was cut under its call."""
         if self._pools.closed:
             return UnavailableError("the server is stopping", "ask again in a moment")
+        if self._removed(principal):
+            return NotFoundError(f"the database {login.name!r} was removed while the call ran")
         return UnauthorizedError("the token ended while the call ran", token_id=principal.token)
 
+    def databases(self, principal: Principal, access: str) -> list[str]:
+        """The databases in which a principal has that access: by its roles and its token, and by a login there."""
+        brought = self._own.names(principal.user) if access == "read" else []
+        return [name for name in (*self._settings.databases, *brought) if self._has(principal, name, access)]
+
+    def _has(self, principal: Principal, database: str, access: str) -> bool:
+        if not self._access.may(principal, f"databases:{database}:{access}").allowed:
+            return False
+        try:
+            self._login(principal, database, access)
+        except (ForbiddenError, NotFoundError):
+            return False
+        return True
+
+    def _login(self, principal: Principal, database: str, access: str) -> Login:
+        """Who logs in: as the config says, or as the user has who brought the database. Raises ForbiddenError or
+        NotFoundError."""
+        if database in self._settings.databases:
+            return self._logins.of(principal, database, access)
+        if principal.user is None or not self._own.on:
+            raise NotFoundError(f"there is no database {database[:63]!r}")
+        login = self._own.login(principal.user, database)
+        if access != "read":
+            raise ForbiddenError(f"{database!r} is a database of your own, which is only read here")
+        return login
+
+    def _shown(self, database: str) -> str:
+        """How the audit log calls a database: with own: before the name of one that a user has brought."""
+        return database if database in self._settings.databases else OWN + database
+
     def _databases(self, principal: Principal) -> Databases:
-        allowed = {
-            name: database.description
-            for name, database in self._settings.databases.items()
-            if access.may(principal, f"databases:{name}:read").allowed
-        }
-        default = self._default_for(principal)
-        return Databases(allowed, default)
+        found: dict[str, list[str]] = {}
+        for access in ACCESSES:
+            for name in self.databases(principal, access):
+                found.setdefault(name, []).append(access)
+        config = self._settings.databases
+        described = {name: config[name].description if name in config else None for name in found}
+        own = frozenset(found.keys() - config.keys())
+        return Databases(described, found, self._default_for(principal), self._access.patterns(principal), own)
 
     def _default_for(self, principal: Principal) -> str | None:
+        if principal.within is not None:
+            return principal.within.database
         if principal.databases is not None and len(principal.databases) == 1:
             return principal.databases[0]
-        return self._default
+        if self._default is not None:
+            return self._default
+        readable = self.databases(principal, "read")
+        return readable[0] if len(readable) == 1 else None
 
-    def _database(self, principal: Principal, name: str | None) -> str:
-        """The database that is meant, if the principal may read it. One that it may not is as if it were not."""
+    def _database(self, principal: Principal, name: str | None, access: str) -> str:
+        """The database that is meant, if the principal may use it so. One that it may not is as if it were not."""
         wanted = name or self._default_for(principal)
         if wanted is None:
             raise UsageError("there is no default database", "name one; list_databases shows those you may ask")
-        decision = access.may(principal, f"databases:{wanted}:read")
-        if wanted not in self._settings.databases or not decision.allowed:
-            raise ForbiddenError(
-                f"there is no database {wanted[:63]!r} for you", "list_databases shows those you may ask"
-            )
+        decision = self._access.may(principal, f"databases:{wanted}:{access}")
+        none = ForbiddenError(f"there is no database {wanted[:63]!r} for you", "list_databases shows those you may ask")
+        if not decision.allowed:
+            raise none
+        try:
+            self._login(principal, wanted, access)
+        except NotFoundError:
+            raise none from None
         return wanted
 
-    def _bounds(self, database: str) -> Bounds:
-        every, own = self._settings.limits, self._settings.databases[database].limits
+    def _bounds(self, database: Database) -> Bounds:
+        every, own = self._settings.limits, database.limits
         return Bounds(
             own.max_rows or every.max_rows,
             own.max_bytes or every.max_bytes,
@@ -209,10 +367,11 @@ class Calls:
         )
 
     async def cut(self, token: str | None, reason: str) -> Cut:
-        """End all that a token has open, running calls included."""
+        """End all that a token has open, running calls included; not what it was let in for since, with the fewer
+        rights that it now has."""
         done = await self._pools.cut(token, reason)
         for principal, _, task in list(self._running):
-            if principal.token == token:
+            if principal.token == token and not self._pools.valid(principal):
                 task.cancel()
         return done
 
@@ -233,11 +392,18 @@ class Calls:
         ]
 
 
+def _uncancelled() -> bool:
+    """Take back the one cancel of this task; False where somebody else has cancelled it too."""
+    task = asyncio.current_task()
+    return task is not None and task.uncancel() == 0
+
+
+def _noted(problem: Error) -> str:
+    """What the audit line says of an error. PostgreSQL's own words may quote what only the caller may know."""
+    if isinstance(problem, StatementError):
+        return f"SQLSTATE {problem.fields.get('sqlstate', 'none')}"
+    return problem.message
+
+
 def _failed(problem: Error) -> Answer:
-    """An error as text: PostgreSQL's own words with SQLSTATE, detail, hint and position, or ours with its hint."""
-    lines = [problem.message]
-    fields = problem.fields if isinstance(problem, StatementError) else {"hint": problem.hint}
-    for name in ("sqlstate", "detail", "hint", "position", "context"):
-        if value := fields.get(name):
-            lines.append(f"{name.upper() if name == 'sqlstate' else name.capitalize()}: {value}")
-    return Answer("\n".join(lines), None, is_error=True)
+    return Answer(said(problem), None, is_error=True)

@@ -21,7 +21,8 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import LOCAL, Principal
-from mcpctl.postgres.pools import Pools
+from mcpctl.postgres.logins import Logins
+from mcpctl.postgres.pools import reachable
 from mcpctl.recorder import Recorder
 from mcpctl.server import credentials, encoding, messages
 from mcpctl.server.credentials import Gatekeeper
@@ -49,7 +50,7 @@ class Parts:
 
     settings: Settings
     calls: Calls
-    pools: Pools
+    logins: Logins
     authenticator: Authenticator
     recorder: Recorder
     gatekeeper: Gatekeeper
@@ -223,7 +224,7 @@ class Http:
         async with self._asking:  # however many ask, the databases are asked once
             if self._ready is None or monotonic() - self._ready[0] > _READY_FOR:
                 names = [name for name, database in self._parts.settings.databases.items() if database.required]
-                found = await asyncio.gather(*(self._parts.pools.reachable(name) for name in names))
+                found = await asyncio.gather(*(reachable(self._parts.logins.host(name)) for name in names))
                 self._ready = (monotonic(), all(found))
         ready = self._ready[1]
         await _json(send, 200 if ready else 503, encoding.encode({"ready": ready}), request_id)

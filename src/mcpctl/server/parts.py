@@ -13,7 +13,9 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.tokens import utcnow
-from mcpctl.postgres.login import logins
+from mcpctl.keyring import Keyring, place
+from mcpctl.postgres.logins import Logins
+from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
 from mcpctl.postgres.wire import large_blocks_apart
 from mcpctl.recorder import Recorder
@@ -28,6 +30,7 @@ class Core:
 
     settings: Settings
     authenticator: Authenticator
+    logins: Logins
     pools: Pools
     calls: Calls
     recorder: Recorder
@@ -39,25 +42,32 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
     """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all."""
     if not settings.databases:
         raise ConfigError("the config names no database", "add one below `databases:`; config.example.yaml shows how")
-    authenticator = Authenticator(settings.auth.token_file, settings.auth.user_file)
+    authenticator = Authenticator(settings.auth.token_file, settings.auth.user_file, settings.auth.tenant_file)
     if files:
         authenticator.tokens.current()
         authenticator.users.current()
     key = audit.read_key(settings.audit.key_file)
     book = audit.AuditLog(settings.audit.file, key, utcnow)
     recorder = Recorder(book, settings.audit.statements, refuse=settings.audit.on_failure == "refuse")
+    keyring = Keyring(place(settings.keyring.file))
+    logins = Logins(settings.databases, keyring)
+    if files:
+        logins.check_sealed(authenticator.users.current())
     large_blocks_apart()
     pools = Pools(
-        logins(settings.databases),
         max(2, settings.limits.connections // workers),
         settings.limits.statement_timeout,
         recorder.note,
         authenticator.still_valid,
+        workers,
     )
-    calls = Calls(settings, pools, recorder)
+    own = Own(settings, keyring, pools)
+    if files:
+        own.start()
+    calls = Calls(settings, logins, own, pools, recorder)
     folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
-    watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0)
-    core = Core(settings, authenticator, pools, calls, recorder, watch)
+    watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own)
+    core = Core(settings, authenticator, logins, pools, calls, recorder, watch)
     looking = None
     try:
         async with contextlib.AsyncExitStack() as stack:
@@ -74,4 +84,5 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
         recorder.flush(everything=True)
         recorder.note("server.stopped", reason=f"pid {os.getpid()}")
         authenticator.close()
+        own.close()
         book.close()

@@ -26,6 +26,7 @@ from mcpctl import __version__
 from mcpctl.calls import Calls, Request, UnknownToolError
 from mcpctl.errors import Error
 from mcpctl.identity.principal import Principal
+from mcpctl.tools.definition import Tool as Definition
 
 Context = ServerRequestContext[Any, Any]
 Who = Callable[[Context], Awaitable[tuple[Principal, Request]]]
@@ -34,9 +35,14 @@ Failed = Callable[[Context, Error], str]
 """Hears of an error that is the transport's to answer (401, 503), not the protocol's; what the caller may be told."""
 
 INSTRUCTIONS = (
-    "PostgreSQL, read-only. Start with list_databases and get_schema_info; then ask with query_database, one SQL "
+    "PostgreSQL. Start with list_databases and get_schema_info; then ask with query_database, one SQL "
     "statement a call. explain_query shows why one is slow."
 )
+
+
+def _annotations(tool: Definition) -> ToolAnnotations:
+    reads = not tool.changes
+    return ToolAnnotations(read_only_hint=reads, destructive_hint=None if reads else True, open_world_hint=False)
 
 
 def build(calls: Calls, who: Who, failed: Failed = lambda context, problem: problem.message) -> Server[Any]:
@@ -54,7 +60,7 @@ def build(calls: Calls, who: Who, failed: Failed = lambda context, problem: prob
                     description=tool.description,
                     input_schema=tool.input_schema,
                     output_schema=tool.output,
-                    annotations=ToolAnnotations(read_only_hint=True, open_world_hint=False),
+                    annotations=_annotations(tool),
                 )
                 for tool in calls.tools(principal)
             ]

@@ -224,7 +224,7 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
         Parts(
             settings=settings,
             calls=core.calls,
-            pools=core.pools,
+            logins=core.logins,
             authenticator=core.authenticator,
             recorder=core.recorder,
             gatekeeper=gatekeeper,

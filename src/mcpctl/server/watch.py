@@ -17,6 +17,7 @@ from mcpctl.errors import Error
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.tokens import EXPIRING, utcnow
 from mcpctl.postgres.cutting import Cut
+from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
 from mcpctl.recorder import Recorder
 
@@ -29,7 +30,8 @@ _REQUEST = 4 << 20
 
 
 class Watch:
-    """One per process. `end_streams` ends what is open over HTTP of tokens that are no longer valid."""
+    """One per process. `end_streams` ends what is open over HTTP of tokens that are no longer valid; `keys` are the ids
+    of the keys that it opens passwords with, `own` the databases that users have brought."""
 
     def __init__(
         self,
@@ -39,6 +41,8 @@ class Watch:
         recorder: Recorder,
         folder: Path,
         end_streams: Callable[[], int],
+        keys: Callable[[], list[str]] = list,
+        own: Own | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._calls = calls
@@ -46,6 +50,8 @@ class Watch:
         self._recorder = recorder
         self._folder = folder
         self.end_streams = end_streams
+        self._keys = keys
+        self._databases = own
         self._cuts: dict[str, asyncio.Task[Cut]] = {}
         self._warned: dict[str, int] = {}
         self._broken: str | None = None
@@ -110,6 +116,8 @@ class Watch:
         expired = self._authenticator.expired()
         if expired:
             self._ended(dict.fromkeys(expired, "expired"))
+        if self._databases is not None:
+            self._databases.look()
 
     def _remind(self) -> None:
         """Warn 14, 7 and 1 days before a token ends, once each."""
@@ -158,8 +166,13 @@ class Watch:
         match request["do"]:
             case "ping":
                 return {"pid": os.getpid()}
+            case "keys":
+                return {"pid": os.getpid(), "keys": self._keys()}
             case "settle":
                 return await self._settle([str(token) for token in request["tokens"]])
+            case "settle_own":
+                own = self._databases
+                return _values(await own.settle(str(request["user"]), str(request["name"])) if own else Cut())
             case "matching":
                 return {"matching": self._calls.matching(request["token"], request["id"])}
             case "cancel":
@@ -181,7 +194,7 @@ class Watch:
                 done.lingering += found.lingering
                 if not found.backends_left:
                     self._cuts.pop(token, None)  # told once: whoever revokes it again has cut nothing
-        return {"queries": done.queries, "backends_left": done.backends_left, "lingering": done.lingering}
+        return _values(done)
 
     async def cancel_elsewhere(self, token: str | None, number: str | int, here: int) -> None:
         """End the one call of that token and number, wherever it runs; not when there is more than one."""
@@ -212,3 +225,7 @@ class Watch:
                 return answer if isinstance(answer, dict) else {}
         except (OSError, ValueError, TimeoutError):
             return {}
+
+
+def _values(done: Cut) -> dict[str, Any]:
+    return {"queries": done.queries, "backends_left": done.backends_left, "lingering": done.lingering}

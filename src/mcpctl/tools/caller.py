@@ -9,22 +9,23 @@ from mcpctl.tools.definition import Databases, Result, Tool, result
 def _list(_: Principal, databases: Databases) -> Result:
     found: list[dict[str, Any]] = []
     for name, description in databases.described.items():
-        entry: dict[str, Any] = {"name": name, "default": name == databases.default}
+        entry: dict[str, Any] = {
+            "name": name,
+            "default": name == databases.default,
+            "access": databases.access[name],
+        }
         if description is not None:
             entry["description"] = description
+        if name in databases.own:
+            entry["own"] = True
         found.append(entry)
-    return result({"databases": found})
+    return result({"databases": found, "count": len(found)})
 
 
 LIST_DATABASES = Tool(
     name="list_databases",
     description="List the databases you may ask, and which is the default.",
     permission="tools:list_databases",
-    output={
-        "type": "object",
-        "properties": {"databases": {"type": "array", "items": {"type": "object"}}},
-        "required": ["databases"],
-    },
     tell=_list,
 )
 
@@ -37,7 +38,7 @@ def _whoami(principal: Principal, databases: Databases) -> Result:
             "token": principal.token,
             "tenant": principal.tenant,
             "databases": list(databases.described),
-            "permissions": ["*"] if principal.permissions is None else list(principal.permissions),
+            "permissions": list(databases.permissions if principal.permissions is None else principal.permissions),
             "expires_at": expires and expires.isoformat().replace("+00:00", "Z"),
         }
     )
@@ -47,17 +48,5 @@ WHOAMI = Tool(
     name="whoami",
     description="Say who you are here: user, token id, databases, permissions, expiry.",
     permission="tools:whoami",
-    output={
-        "type": "object",
-        "properties": {
-            "user": {"type": ["string", "null"]},
-            "token": {"type": ["string", "null"]},
-            "tenant": {"type": ["string", "null"]},
-            "databases": {"type": "array", "items": {"type": "string"}},
-            "permissions": {"type": "array", "items": {"type": "string"}},
-            "expires_at": {"type": ["string", "null"]},
-        },
-        "required": ["user", "databases"],
-    },
     tell=_whoami,
 )

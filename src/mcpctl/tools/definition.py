@@ -10,6 +10,7 @@ import msgspec
 from mcpctl.errors import UsageError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.answer import Bounds
+from mcpctl.postgres.own import Own
 from mcpctl.postgres.token_pool import Session
 
 encode = msgspec.json.Encoder().encode
@@ -17,12 +18,16 @@ encode = msgspec.json.Encoder().encode
 
 @dataclass
 class Result:
-    """What a tool answers: `structured` as plain values, and `text`, the same as compact JSON."""
+    """What a tool answers: `structured` as plain values, and `text`, the same as compact JSON.
+
+    `command` is PostgreSQL's tag of what was done, for the audit line.
+    """
 
     structured: dict[str, Any]
     text: str
     rows: int | None = None
     bytes: int | None = None
+    command: str | None = None
 
 
 def result(structured: dict[str, Any]) -> Result:
@@ -32,20 +37,29 @@ def result(structured: dict[str, Any]) -> Result:
 
 @dataclass(frozen=True)
 class Databases:
-    """The databases of the config that a principal may name: {name: description}, and which one is the default."""
+    """The databases of the config that a principal may name: {name: description} and {name: what for}; which one is the
+    default; the permissions that its roles give it; and which of the databases its user has brought."""
 
     described: Mapping[str, str | None]
+    access: Mapping[str, list[str]]
     default: str | None
+    permissions: tuple[str, ...]
+    own: frozenset[str] = frozenset()
 
 
 Ask = Callable[[Session, dict[str, Any], Bounds], Awaitable[Result]]
 Tell = Callable[[Principal, Databases], Result]
+OfOwn = Callable[[Own, str, dict[str, Any]], Awaitable[Result]]
+"""What is done with the databases that the user of that name has brought."""
 
 
 @dataclass(frozen=True)
 class Tool:
     """One row of the dispatch table. `permission` is what a caller needs; exactly one of `ask` (with a connection of
-    the caller's own pool) and `tell` (without) is set. `statement` names the argument that the audit line keeps."""
+    the caller's own pool), `tell` (without) and `own` (for users, not for service tokens) is set. `access` is the right
+    on the database that it needs, and so the login role it runs as. `statement` names the argument that the audit line
+    keeps. `changes`: it changes something, here or there.
+    """
 
     name: str
     description: str
@@ -55,7 +69,10 @@ class Tool:
     output: dict[str, Any] = field(default_factory=lambda: {"type": "object"})
     ask: Ask | None = None
     tell: Tell | None = None
+    own: OfOwn | None = None
     statement: str | None = None
+    access: str = "read"
+    changes: bool = False
 
     @property
     def input_schema(self) -> dict[str, Any]:
@@ -66,8 +83,11 @@ class Tool:
         return schema
 
     def check(self, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The arguments, or UsageError naming what is missing, unknown or of the wrong type. null is left out."""
-        given = {name: value for name, value in (arguments or {}).items() if value is not None}
+        """The arguments, or UsageError naming what is missing, unknown or of the wrong type. null is left out,
+        unless the argument takes it."""
+        given = {
+            name: value for name, value in (arguments or {}).items() if value is not None or self._takes_null(name)
+        }
         for name in given:
             if name not in self.properties:
                 close = difflib.get_close_matches(name, list(self.properties), 1, 0.6)
@@ -80,19 +100,35 @@ class Tool:
                 )
         return {name: self._checked(name, value) for name, value in given.items()}
 
+    def _takes_null(self, name: str) -> bool:
+        return "null" in _types(self.properties.get(name, {}))
+
     def _checked(self, name: str, value: Any) -> Any:
         schema = self.properties[name]
-        expected = schema["type"]
+        expected = _types(schema)[0]
+        if value is None:
+            return None
         if expected == "integer" and isinstance(value, float) and value.is_integer():
             value = int(value)  # JSON Schema 2020-12: 2.0 is an integer
-        right = {"string": isinstance(value, str), "boolean": isinstance(value, bool)}.get(
-            expected, isinstance(value, int) and not isinstance(value, bool)
-        )
+        right = {
+            "string": isinstance(value, str),
+            "boolean": isinstance(value, bool),
+            "array": isinstance(value, list) and all(isinstance(item, str) for item in value),
+        }.get(expected, isinstance(value, int) and not isinstance(value, bool))
         if not right:
-            raise UsageError(f"{self.name}: the argument {name} takes {expected}, not {_json_type(value)}")
+            wanted = "array of strings" if expected == "array" else expected
+            raise UsageError(f"{self.name}: the argument {name} takes {wanted}, not {_json_type(value)}")
+        if expected == "array" and not 0 < len(value) <= schema["maxItems"]:
+            raise UsageError(f"{self.name}: the argument {name} takes 1 to {schema['maxItems']} items")
         if expected == "integer" and not schema["minimum"] <= value:
             raise UsageError(f"{self.name}: the argument {name} is {schema['minimum']} at least")
         return value
+
+
+def _types(schema: Mapping[str, Any]) -> list[str]:
+    """The types that an argument takes: one, or one and null."""
+    found = schema.get("type", [])
+    return [found] if isinstance(found, str) else list(found)
 
 
 def _json_type(value: Any) -> str:

@@ -1,11 +1,12 @@
 """query_database and explain_query: a statement in, its rows or its plan out."""
 
+from collections.abc import Mapping
 from time import monotonic
 from typing import Any
 
 import msgspec
 
-from mcpctl.errors import UsageError
+from mcpctl.errors import Error, UsageError
 from mcpctl.postgres import statement
 from mcpctl.postgres.answer import Bounds, Rows
 from mcpctl.postgres.statement import NotAQuestionError, StatementError
@@ -13,6 +14,8 @@ from mcpctl.postgres.token_pool import Session
 from mcpctl.tools.definition import Result, Tool, encode, result
 
 DATABASE = {"type": "string", "description": "from list_databases; else the default"}
+MOST = 20
+"""Databases that one call may ask."""
 
 
 async def _query(session: Session, arguments: dict[str, Any], bounds: Bounds) -> Result:
@@ -21,11 +24,12 @@ async def _query(session: Session, arguments: dict[str, Any], bounds: Bounds) ->
     if limit is not None and limit < bounds.rows:
         bounds = Bounds(limit, bounds.bytes, bounds.seconds)
     found = await statement.run(session, arguments["query"], bounds)
-    return _as_result(found, statement.elapsed(begun))
+    return as_result(found, statement.elapsed(begun))
 
 
-def _as_result(found: Rows, elapsed: float) -> Result:
-    head: dict[str, Any] = {"columns": [{"name": name, "type": kind} for name, kind in found.columns]}
+def as_result(found: Rows, elapsed: float, before: Mapping[str, Any] = {}) -> Result:
+    """Rows as an answer; what stands `before` them in it."""
+    head: dict[str, Any] = {**before, "columns": [{"name": name, "type": kind} for name, kind in found.columns]}
     tail: dict[str, Any] = {
         "row_count": len(found.rows),
         "truncated": found.note is not None,
@@ -42,6 +46,36 @@ def _as_result(found: Rows, elapsed: float) -> Result:
     )
 
 
+def together(results: Mapping[str, Result | Error]) -> Result:
+    """One answer of several databases: each one's rows, or what went wrong there, under its name."""
+    structured: list[dict[str, Any]] = []
+    texts: list[msgspec.Raw] = []
+    for name, found in results.items():
+        if isinstance(found, Result):
+            structured.append({"database": name, **found.structured})
+            texts.append(msgspec.Raw(encode({"database": name})[:-1] + b"," + found.text.encode()[1:]))
+        else:
+            structured.append({"database": name, "error": said(found)})
+            texts.append(msgspec.Raw(encode(structured[-1])))
+    done = [found for found in results.values() if isinstance(found, Result)]
+    return Result(
+        {"results": structured},
+        encode({"results": texts}).decode(),
+        rows=sum(found.rows or 0 for found in done),
+        bytes=sum(found.bytes or 0 for found in done),
+    )
+
+
+def said(problem: Error) -> str:
+    """An error as text: PostgreSQL's own words with SQLSTATE, detail, hint and position, or ours with its hint."""
+    lines = [problem.message]
+    fields = problem.fields if isinstance(problem, StatementError) else {"hint": problem.hint}
+    for name in ("sqlstate", "detail", "hint", "position", "context"):
+        if value := fields.get(name):
+            lines.append(f"{name.upper() if name == 'sqlstate' else name.capitalize()}: {value}")
+    return "\n".join(lines)
+
+
 QUERY = Tool(
     name="query_database",
     description=(
@@ -52,26 +86,24 @@ QUERY = Tool(
     properties={
         "query": {"type": "string", "description": "one SQL statement"},
         "database": DATABASE,
+        "databases": {
+            "type": "array",
+            "items": {"type": "string"},
+            "maxItems": MOST,
+            "description": "ask several at once; then `results` has one entry each",
+        },
         "limit": {"type": "integer", "minimum": 1, "description": "rows at most"},
     },
     required=("query",),
     output={
         "type": "object",
         "properties": {
-            "columns": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "properties": {"name": {"type": "string"}, "type": {"type": "string"}},
-                },
-            },
-            "rows": {"type": "array", "items": {"type": "array"}},
+            "columns": {"type": "array"},
+            "rows": {"type": "array"},
             "row_count": {"type": "integer"},
             "truncated": {"type": "boolean"},
-            "elapsed_ms": {"type": "number"},
-            "note": {"type": "string"},
+            "results": {"type": "array"},
         },
-        "required": ["columns", "rows", "row_count", "truncated", "elapsed_ms"],
     },
     ask=_query,
     statement="query",
@@ -118,15 +150,6 @@ EXPLAIN = Tool(
         "database": DATABASE,
     },
     required=("query",),
-    output={
-        "type": "object",
-        "properties": {
-            "plan": {"type": "array", "items": {"type": "string"}},
-            "elapsed_ms": {"type": "number"},
-            "note": {"type": "string"},
-        },
-        "required": ["plan", "elapsed_ms"],
-    },
     ask=_explain,
     statement="query",
 )

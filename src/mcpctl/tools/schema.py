@@ -33,13 +33,5 @@ SCHEMA = Tool(
         "table": {"type": "string", "description": "name, or schema.name"},
         "database": DATABASE,
     },
-    output={
-        "type": "object",
-        "properties": {
-            "tables": {"type": "array", "items": {"type": "object"}},
-            "table": {"type": "object"},
-            "note": {"type": "string"},
-        },
-    },
     ask=_schema,
 )
