@@ -2,7 +2,7 @@
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,10 +55,13 @@ def config_flag(source: Path | None) -> str:
     return "" if usual else f" --config {shlex.quote(str(source))}"
 
 
-def settings(context: typer.Context, config: Path | None, *, needs_log: bool = True) -> "Settings":
+def settings(
+    context: typer.Context, config: Path | None, *, needs_log: bool = True, modules: Sequence[str] = ()
+) -> "Settings":
     """The configuration, with root's rights given up in favour of the owner of the files.
 
     `needs_log`: what only takes a right away, or only looks, goes on where the audit log is not as it must be.
+    `modules`: what the command imports later, and the owner of the files may not be able to read.
     """
     from dataclasses import replace
 
@@ -66,8 +69,7 @@ def settings(context: typer.Context, config: Path | None, *, needs_log: bool = T
     from mcpctl import private_file
 
     begun_as_root = _is_root()
-    if begun_as_root:
-        _import_as_root()
+    import_as_root(*modules)
     found = configuration.load(config or context.find_root().obj.config)
     if begun_as_root:
         found = replace(found, by_root=True)
@@ -79,12 +81,14 @@ def settings(context: typer.Context, config: Path | None, *, needs_log: bool = T
     return found
 
 
-def _import_as_root() -> None:
+def import_as_root(*more: str) -> None:
     """Root may run an mcpctl that the owner of the files cannot read: what is needed later is imported before."""
     import sys
     from importlib import import_module
 
-    names = ["mcpctl.audit", "mcpctl.control", "mcpctl.identity.users", "encodings.idna"]
+    if not _is_root():
+        return
+    names = [*more, "mcpctl.audit", "mcpctl.control", "mcpctl.identity.tenants", "encodings.idna"]
     if sys.stdout.isatty():
         names += ["rich.console", "rich.table", "rich.text"]
     for name in names:
@@ -157,9 +161,55 @@ def _audit_log(found: "Settings") -> "Iterator[AuditLog]":
         log.close()
 
 
+def confirm(what: str, question: str, yes: bool) -> None:
+    """Ask before `what` is done, unless --yes was said. UsageError where there is nobody to ask, Error for a no."""
+    import sys
+
+    from mcpctl.errors import Error, UsageError
+
+    if yes:
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError(f"{what} wants a yes, and there is no terminal to ask at", "say --yes")
+    if not typer.confirm(question, err=True):
+        raise Error("nothing was removed")
+
+
 def by_whom(context: typer.Context, reason: str | None = None) -> str:
     """Who runs the command, for the audit line's reason."""
     from mcpctl.cli.output import masked
 
     who = context.find_root().obj.who
     return f"{masked(reason)}; by {who}" if reason else f"by {who}"
+
+
+_ASKED_AT_ONCE = 1000
+
+
+def proof(found: "Settings", names: list[str]) -> tuple[str, dict[str, Any] | None]:
+    """What the running servers did about ended tokens, waiting 2 s at most: as words, and as values."""
+    from mcpctl import control
+
+    folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
+    answers = control.ask_all(folder, {"do": "settle", "tokens": names[:_ASKED_AT_ONCE]})
+    if not answers:
+        return "no server runs", None
+    for begin in range(_ASKED_AT_ONCE, len(names), _ASKED_AT_ONCE):
+        answers += control.ask_all(folder, {"do": "settle", "tokens": names[begin : begin + _ASKED_AT_ONCE]})
+    return told(answers)
+
+
+def told(answers: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """What the running servers say that they have cut: as words, and as values."""
+    silent = sum("error" in answer for answer in answers)
+    queries = sum(answer.get("queries", 0) for answer in answers)
+    left = sum(answer.get("backends_left", 0) for answer in answers)
+    pids = [pid for answer in answers for pid in answer.get("lingering", ())]
+    words = (
+        f"cut: {queries} {'query' if queries == 1 else 'queries'}, {left} {'backend' if left == 1 else 'backends'} left"
+    )
+    if pids:
+        words += f" (pid {', '.join(map(str, pids))})"
+    if silent:
+        words += f"; {silent} of {len(answers)} server processes did not answer in time"
+    return words, {"queries": queries, "backends_left": left, "lingering": pids, "silent": silent}

@@ -10,6 +10,9 @@ from mcpctl.cli.common import ConfigOption, JsonOption, settings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mcpctl.config_keys import Settings
+    from mcpctl.keyring import Keyring
+
 app = typer.Typer(help="Check the configuration.", no_args_is_help=True)
 
 
@@ -23,12 +26,14 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     """Read everything that the server would, without listening or connecting; every fault is named. Exits 3 on one."""
     import os
     import socket
+    from functools import partial
 
     from mcpctl import control
     from mcpctl.config import where
     from mcpctl.errors import ConfigError, Error
-    from mcpctl.identity import tokens, users
-    from mcpctl.postgres.login import Login
+    from mcpctl.identity import tenants, tokens, users
+    from mcpctl.keyring import Keyring
+    from mcpctl.postgres.logins import Logins
     from mcpctl.server import tls
     from mcpctl.server.credentials import is_loopback
 
@@ -44,11 +49,15 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
 
     tried(lambda: tokens.token_file(found.auth.token_file).current())
     tried(lambda: users.user_file(found.auth.user_file).current())
+    tried(lambda: tenants.tenant_file(found.auth.tenant_file).current())
     tried(lambda: common.check_log(found), "audit")
+    keyring = Keyring(found.keyring.file)
+    tried(lambda: _check_sealed(found, keyring), "keyring.file")
+    tried(lambda: _check_own(found, keyring), "server.state_file")
     for name, database in found.databases.items():
         key = f"databases.{name}"
         password = ".password_file" if database.password_file is not None and database.dsn is None else ".dsn"
-        tried(Login(name, database).dsn, key + password)
+        tried(partial(Logins, {name: database}, keyring), key + password)
     if found.server.tls.cert is not None:
         tried(lambda: tls.context(found), "server.tls")
 
@@ -82,3 +91,29 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         output.put(
             f"ok: {found.source or 'the environment'}, {len(found.databases)} database(s): {', '.join(found.databases)}"
         )
+
+
+def _check_sealed(found: "Settings", keyring: "Keyring") -> None:
+    """Whether each user's sealed password opens; a broken user file is another check's affair."""
+    from mcpctl.errors import Error
+    from mcpctl.identity import users
+    from mcpctl.postgres.logins import Logins
+
+    try:
+        people = users.user_file(found.auth.user_file).current()
+    except Error:
+        return
+    Logins({}, keyring).check_sealed(people)
+
+
+def _check_own(found: "Settings", keyring: "Keyring") -> None:
+    """Whether the password of each database that a user has brought opens, as a server that starts sees to it."""
+    from mcpctl.postgres.own import Own
+
+    if not found.server.state_file.exists():
+        return
+    own = Own(found, keyring, None)
+    try:
+        own.start()
+    finally:
+        own.close()

@@ -1,6 +1,5 @@
 """mcpctl demo: everything at once, in a temporary folder, and gone again with Ctrl-C."""
 
-import json
 import os
 import shlex
 import shutil
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcpctl.cli import output
+from mcpctl.cli import client_config, output
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
@@ -28,8 +27,9 @@ databases:
     host: {host}
     port: {pg_port}
     dbname: shop
-    user: shop_reader
-    password_file: shop.password
+    roles: per_user
+    service_dsn: "host={host} port={pg_port} dbname=shop user=shop_reader"
+    service_password_file: shop.password
     description: "a small shop: customers, orders, order_items, products, monthly_revenue"
 """
 _QUESTION = "select name, price from products order by price desc limit 3"
@@ -96,6 +96,7 @@ def _set_up(stack: ExitStack, port: int) -> "tuple[Cluster, Path, str]":
 
     from mcpctl.cli import init
     from mcpctl.identity import tokens, users
+    from mcpctl.postgres.administrator import FILE
     from mcpctl.postgres.embedded import Cluster
 
     cluster = stack.enter_context(Cluster.start(progress=output.say))
@@ -107,14 +108,42 @@ def _set_up(stack: ExitStack, port: int) -> "tuple[Cluster, Path, str]":
     secret = folder / "shop.password"
     secret.touch(0o600)
     secret.write_text(password + "\n")
+    administrator = folder / FILE
+    administrator.touch(0o600)
+    administrator.write_text(_shop(cluster) + "\n")
     now = tokens.utcnow()
     users.add(users.user_file(folder / "users.yaml"), "demo", "made by mcpctl demo", now)
+    _grant(folder)
     wanted = tokens.Wanted(user="demo", expires_at=now + datetime.timedelta(days=1), note="made by mcpctl demo")
     _, token = tokens.add(tokens.token_file(folder / "tokens.yaml"), wanted, now)
     header = folder / "authorization"  # for curl: an argument would be in the process list
     header.touch(0o600)
     header.write_text(f"Authorization: Bearer {token}\n")
     return cluster, folder, token
+
+
+def _grant(folder: Path) -> None:
+    """The user's own login role, as `mcpctl user grant demo --database shop --access read --apply` makes it."""
+    from mcpctl import audit, config
+    from mcpctl.granting import Granting
+    from mcpctl.keyring import Keyring
+    from mcpctl.postgres import administrator
+
+    settings = config.load(folder / "config.yaml", {})
+    key = audit.read_key(settings.audit.key_file)
+    granting = Granting(settings, Keyring(settings.keyring.file), audit.installation(key))
+    who = administrator.Administrator.of(administrator.read(folder / administrator.FILE), granting.logins.host("shop"))
+    granting.applied("demo", "shop", lambda old: old.more("read", ("public",)), who)
+
+
+def _keep_out(cluster: "Cluster") -> None:
+    """The lines of pg_hba.conf that a grant asks for: the users' logins come over the socket alone."""
+    from mcpctl.postgres import roles
+
+    file = cluster.folder / "data" / "pg_hba.conf"
+    before = file.read_text(encoding="utf-8")
+    with file.open("w", encoding="utf-8") as out:  # written over, so that it stays the server's own
+        out.write("\n".join([*roles.hba_lines("local"), before]))
 
 
 def _shop(cluster: "Cluster") -> str:
@@ -133,7 +162,9 @@ def _load_shop(cluster: "Cluster") -> str:
     with psycopg.connect(cluster.dsn, autocommit=True) as connection:
         connection.execute("CREATE DATABASE shop")
     password = secrets.token_urlsafe(32)
+    _keep_out(cluster)
     with psycopg.connect(_shop(cluster), autocommit=True) as connection:
+        connection.execute("SELECT pg_reload_conf()")
         for name in ("shop.sql", "shop_reader.sql"):
             connection.execute((scripts / name).read_bytes())
         verifier = connection.pgconn.encrypt_password(password.encode(), b"shop_reader", b"scram-sha-256")
@@ -141,12 +172,23 @@ def _load_shop(cluster: "Cluster") -> str:
     return password
 
 
+def _shown(name: str, file: str, text: str) -> str:
+    """A snippet beside its client and file; one of several lines below them."""
+    if "\n" not in text:
+        return f"  {name:<14} {file + ':':<26} {text}"
+    return f"  {name:<14} {file}:\n" + "\n".join(f"{' ' * 17}{line}" for line in text.splitlines())
+
+
 def _explain(url: str, token: str, settings: "Settings") -> None:
     """How to ask the first question, with curl and with each client."""
     python = f"{shlex.quote(sys.executable)} -m mcpctl"
     config = str(settings.source)
     header = shlex.quote(f"@{Path(config).parent / 'authorization'}")
-    command = json.dumps(sys.executable)
+    clients = "\n".join(
+        _shown(name, file, make("shop", url)) for name, (file, make) in client_config.CLIENTS.items() if file
+    )
+    desktop = client_config.desktop("shop", config).replace(client_config.PLACEHOLDER, token)
+    clients += f"\n  claude-desktop claude_desktop_config.json: {desktop}"
     body = (
         '{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"query_database","arguments":'
         f'{{"query":"{_QUESTION}"}}}}}}'
@@ -162,16 +204,14 @@ Ask it a question. The token is in the file, and so not in the process list:
 
 Connect a client:
 
-  Claude Code     .mcp.json:               {{"mcpServers":{{"shop":{{"type":"http","url":"{url}","headers":{{"Authorization":"Bearer ${{MCP_TOKEN}}"}}}}}}}}
-  Codex           ~/.codex/config.toml:    [mcp_servers.shop] url = "{url}", bearer_token_env_var = "MCP_TOKEN"
-  Gemini CLI      ~/.gemini/settings.json: {{"mcpServers":{{"shop":{{"type":"http","url":"{url}","headers":{{"Authorization":"Bearer $MCP_TOKEN"}}}}}}}}
-  Cursor          ~/.cursor/mcp.json:      {{"mcpServers":{{"shop":{{"url":"{url}","headers":{{"Authorization":"Bearer ${{env:MCP_TOKEN}}"}}}}}}}}
-  VS Code         .vscode/mcp.json:        {{"servers":{{"shop":{{"type":"http","url":"{url}","headers":{{"Authorization":"Bearer ${{env:MCP_TOKEN}}"}}}}}}}}
-  Claude Desktop  claude_desktop_config.json: {{"mcpServers":{{"shop":{{"command":{command},"args":["-m","mcpctl","serve","--stdio","--config",{json.dumps(config)}],"env":{{"MCPCTL_TOKEN":"{token}"}}}}}}}}
+{clients}
 
 Look after it, in another terminal:
 
   {python} --config {shlex.quote(config)} token list
+  {python} --config {shlex.quote(config)} can demo select public.orders
   {python} --config {shlex.quote(config)} audit tail -f
+
+Everything here is one person's: admin.dsn beside that config holds the login that makes roles. On a server it is root's.
 
 The token ends in a day. Ctrl-C ends everything and leaves nothing behind.""")

@@ -59,7 +59,7 @@ def make(folder: Path, text: str) -> list[str]:
     """The files of a new installation, all or none; refused (exit 5) where one of them is there already."""
     import os
 
-    from mcpctl import audit, private_file
+    from mcpctl import audit, keyring, private_file
     from mcpctl.errors import ConfigError, ConflictError
     from mcpctl.identity import tokens, users
 
@@ -68,6 +68,7 @@ def make(folder: Path, text: str) -> list[str]:
         "tokens.yaml": tokens.token_file(folder / "tokens.yaml").render({}),
         "users.yaml": users.user_file(folder / "users.yaml").render({}),
         "audit.key": audit.new_key(),
+        "secret.key": keyring.new_key().encode() + b"\n",
     }
     try:
         there_already = folder.exists()

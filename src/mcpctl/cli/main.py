@@ -9,7 +9,23 @@ from typing import Annotated, Any
 import typer
 
 from mcpctl import __version__
-from mcpctl.cli import audit, config, demo, init, serve, token, user
+from mcpctl.cli import (
+    audit,
+    can,
+    client_config,
+    config,
+    database,
+    demo,
+    doctor,
+    grant,
+    init,
+    key,
+    onboard,
+    serve,
+    tenant,
+    token,
+    user,
+)
 from mcpctl.cli.common import invocation
 from mcpctl.cli.output import SeenEnough, error, put, say
 from mcpctl.errors import Error, UsageError
@@ -26,9 +42,18 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("init")(init.init)
 app.command("serve")(serve.serve)
+app.command("doctor")(doctor.doctor)
+app.command("client-config")(client_config.client_config)
+app.command("can")(can.can)
+app.command("who-can")(can.who_can)
+user.app.command("onboard")(onboard.onboard)
 app.add_typer(token.app, name="token")
 app.add_typer(user.app, name="user")
+app.add_typer(tenant.app, name="tenant")
+app.add_typer(database.app, name="database")
+app.add_typer(grant.app, name="grant")
 app.add_typer(audit.app, name="audit")
+app.add_typer(key.app, name="key")
 app.add_typer(config.app, name="config")
 
 

@@ -7,20 +7,53 @@ from typing import TYPE_CHECKING, Any
 from mcpctl.cli import output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from datetime import datetime
 
     from mcpctl.config_keys import Settings
     from mcpctl.identity.tokens import Token
+    from mcpctl.identity.users import User
 
 
-def record(token: "Token", now: "datetime") -> dict[str, Any]:
+MODULES = (
+    "mcpctl.keyring",
+    "mcpctl.postgres.arithmetic",
+    "mcpctl.postgres.logins",
+    "mcpctl.tools.table",
+    "mcpctl.policy.access",
+)
+"""What is imported to make a token, and to say what it could cost."""
+
+
+def people(found: "Settings") -> "Mapping[str, User] | None":
+    """The users; None while their file is broken, which hides no token."""
+    from mcpctl.errors import Error
+    from mcpctl.identity import users
+
+    try:
+        return users.user_file(found.auth.user_file).current()
+    except Error as problem:
+        output.warn(problem.message, problem.hint)
+        return None
+
+
+def status(token: "Token", people: "Mapping[str, User] | None", now: "datetime") -> str:
+    """active, expiring, expired or revoked; or disabled with its user, or blocked since whose it was is gone."""
+    own = token.status(now)
+    if token.user is None or people is None or own in ("expired", "revoked"):
+        return own
+    user = people.get(token.user)
+    gone = user is None or user.created_at > token.created_at
+    return "blocked" if user is None or gone else own if user.disabled_at is None else "disabled"
+
+
+def record(token: "Token", status: str) -> dict[str, Any]:
     """A token as `--json` shows it."""
     from mcpctl.identity.tokens import as_values
 
     found = as_values(token)
     names = ("user", "databases", "permissions", "created_at", "expires_at", "revoked_at", "note")
-    return {"id": token.id, **{name: found[name] for name in names}, "status": token.status(now)}
+    return {"id": token.id, **{name: found[name] for name in names}, "status": status}
 
 
 @contextlib.contextmanager
@@ -51,7 +84,13 @@ def handing_over(out: Path | None) -> "Iterator[Callable[[Token, str, bool, date
                     file.truncate()
                 given = True
             if json:
-                output.put_json({**record(token, now), "token": text if out is None else None, "out": out and str(out)})
+                output.put_json(
+                    {
+                        **record(token, token.status(now)),
+                        "token": text if out is None else None,
+                        "out": out and str(out),
+                    }
+                )
             elif out is None:
                 output.put(text)
         except (OSError, Error, output.SeenEnough) as problem:
@@ -108,16 +147,38 @@ def bounded(found: "Settings", text: str | None, now: "datetime") -> "datetime |
     return expiry_of(found, text, now) if text is not None else _latest(found, now)
 
 
+def check_user(user: "User") -> None:
+    """Refuses a token for somebody who may not come in."""
+    from mcpctl.errors import ConflictError
+
+    if user.disabled_at is not None:
+        raise ConflictError(f"user {user.name} is disabled", f"mcpctl user enable {user.name}")
+
+
+def check_services(found: "Settings", databases: "tuple[str, ...]") -> None:
+    """Refuses a service token for a database where there is no login for it."""
+    from mcpctl.errors import ConflictError
+
+    for name in databases:
+        if found.databases[name].roles == "per_user" and found.databases[name].service_dsn is None:
+            raise ConflictError(
+                f"in {name} each user logs in as themselves, and there is no login for a service token",
+                f"set databases.{name}.service_dsn, or make it a user's: --user U",
+            )
+
+
 def permission_of(found: "Settings", text: str) -> str:
     """A pattern that covers something that there is. ValueError for any other: it would be a typo."""
     import difflib
 
-    from mcpctl.identity.tokens import check_permission
+    from mcpctl.config_keys import permission
+    from mcpctl.identity.grants import ACCESSES
     from mcpctl.policy.access import covers
     from mcpctl.tools.table import TOOLS
 
-    known = [tool.permission for tool in TOOLS.values()] + [f"databases:{name}:read" for name in found.databases]
-    if not any(covers(check_permission(text), one) for one in known):
+    known = [tool.permission for tool in TOOLS.values()]
+    known += [f"databases:{name}:{right}" for name in found.databases for right in ACCESSES]
+    if not any(covers(permission(text), one) for one in known):
         close = difflib.get_close_matches(text, known, 1)
         raise ValueError(f"{text} covers nothing that there is{f'; did you mean {close[0]}?' if close else ''}")
     return text
@@ -138,6 +199,7 @@ def tell(found: "Settings", entry: "Token", entries: Any) -> None:
         if not any(covers(pattern, wanted) for pattern in entry.permissions for wanted in asked):
             hint = "add --permission 'databases:*:read'"
             output.warn("this token's permissions name no database, so it can ask none", hint)
+    _tell_of_grants(found, entry)
     now = utcnow()
     living = [token for token in entries.values() if token.status(now) in ("active", "expiring")]
     worst = sum(
@@ -146,8 +208,49 @@ def tell(found: "Settings", entry: "Token", entries: Any) -> None:
         for name, database in found.databases.items()
         if token.databases is None or name in token.databases
     )
+    _tell_of_limits(found, entry, living)
     if worst > found.limits.connections:
         output.say(
             f"note: the {len(living)} living tokens could want {worst} connections at once, and the server has "
             f"{found.limits.connections} (limits.connections): the longest-idle pool gives way, then calls wait"
         )
+
+
+def _tell_of_grants(found: "Settings", entry: "Token") -> None:
+    """Whether the user could ask nothing with it: in a database whose roles are per user a grant is needed."""
+    from mcpctl.identity import users
+
+    named = [name for name in found.databases if entry.databases is None or name in entry.databases]
+    per_user = [name for name in named if found.databases[name].roles == "per_user"]
+    user = users.user_file(found.auth.user_file).current().get(entry.user or "")
+    if user is not None and per_user and named == per_user and not any(name in user.grants for name in per_user):
+        hint = f"mcpctl user grant {user.name} --database {per_user[0]} --access read --apply"
+        output.warn(f"{user.name} has no grant in {', '.join(per_user)}, so the token opens nothing there", hint)
+
+
+def _tell_of_limits(found: "Settings", entry: "Token", living: "list[Token]") -> None:
+    """Whether the user's tokens could want more than their login role may have, or the server more than PostgreSQL."""
+    from mcpctl.errors import Error
+    from mcpctl.keyring import Keyring
+    from mcpctl.postgres import arithmetic
+    from mcpctl.postgres.logins import Logins
+
+    own = sum(token.user == entry.user for token in living) if entry.user is not None else 0
+    logins = Logins(found.databases, Keyring(found.keyring.file))
+    for name, database in found.databases.items():
+        if entry.databases is not None and name not in entry.databases:
+            continue
+        most = database.pool.max_per_user
+        if database.roles == "per_user" and own * database.pool.max_size > most:
+            output.say(
+                f"note: {entry.user}'s {own} tokens could want {own * database.pool.max_size} connections to {name}, "
+                f"and the login role has {most} (databases.{name}.pool.max_per_user): then calls wait"
+            )
+        try:
+            room = arithmetic.asked(logins.own(name))
+        except Error:  # a database that is down stops nobody from making a token
+            continue
+        if room is not None and found.limits.connections > room:
+            output.say(
+                f"note: limits.connections is {found.limits.connections}, and {name} has {room} connections to give"
+            )

@@ -50,6 +50,7 @@ def serve(
         raise UsageError("--stdio and --http exclude each other", "choose one")
     found = settings(context, config)
     _check_that_python_can_be_read()
+    _check_administrator(found)
     from mcpctl.server.logs import set_up
 
     set_up(found.log.level)
@@ -102,6 +103,25 @@ def _check_that_python_can_be_read() -> None:
                 f"uid {os.geteuid()}, who owns mcpctl's files and whom the server becomes, cannot read {file}",
                 f"install mcpctl where that user may read it, such as /opt/mcpctl; {sys.prefix} is closed to it",
             )
+
+
+def _check_administrator(found: "Settings") -> None:
+    """The administrator's login must be out of the server's reach, where the server is a service of its own."""
+    import os
+
+    from mcpctl.errors import ConfigError
+    from mcpctl.postgres.administrator import FILE
+
+    file = found.source.parent / FILE if found.source is not None else None
+    if file is None or not os.access(file, os.R_OK):
+        return
+    gave_up_root = found.by_root and hasattr(os, "geteuid") and os.geteuid() != 0
+    if gave_up_root or os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()):
+        raise ConfigError(
+            f"{file} holds a login that can make roles, and this server could read it",
+            f"chown root:root {file}; chmod 0600 {file}; only the command line, run as root, is to read it",
+        )
+    output.warn(f"{file} can be read by the user whom the server runs as", "fine for one person; not for a service")
 
 
 def _stdio(found: "Settings") -> None:

@@ -6,11 +6,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, note_all, ready_to_note, settings
-from mcpctl.cli.new_token import bounded, expiry_of, handing_over, permission_of, record, tell
+from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, confirm, note, note_all, proof, ready_to_note, settings
+from mcpctl.cli.new_token import (
+    MODULES,
+    bounded,
+    check_services,
+    check_user,
+    expiry_of,
+    handing_over,
+    people,
+    permission_of,
+    record,
+    status,
+    tell,
+)
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
+    from mcpctl.identity.tokens import Token
 
 app = typer.Typer(help="Make, list, rotate, revoke and remove tokens.", no_args_is_help=True)
 
@@ -54,10 +67,10 @@ def add(
     from mcpctl.errors import NotFoundError, UsageError
     from mcpctl.identity import tokens, users
 
-    found = settings(context, config)
+    found = settings(context, config, modules=MODULES)
     now = tokens.utcnow()
     if user is not None:
-        users.find(users.user_file(found.auth.user_file).current(), user)
+        check_user(users.find(users.user_file(found.auth.user_file).current(), user))
     for name in database or ():
         if name not in found.databases:
             raise NotFoundError(
@@ -71,6 +84,8 @@ def add(
                 "a service token is for databases, and there is no default one", "name them with --database"
             )
         databases = (default,)
+    if user is None:
+        check_services(found, databases or ())
     try:
         permissions = tuple(permission_of(found, text) for text in permission) if permission else None
     except ValueError as problem:
@@ -125,7 +140,8 @@ def list_(
         ]
     if expired:
         entries = [token for token in entries if token.status(now) == "expired"]
-    values = [record(token, now) for token in entries]
+    known = people(found)
+    values = [record(token, status(token, known, now)) for token in entries]
     if json:
         output.put_json({"tokens": values})
         return
@@ -150,7 +166,7 @@ def show(context: typer.Context, id: TokenId, json: JsonOption = False, config: 
     now = tokens.utcnow()
     entry = tokens.show(tokens.token_file(found.auth.token_file), id)
     shown = {
-        **record(entry, now),
+        **record(entry, status(entry, people(found), now)),
         "allow_ips": None if entry.allow_ips is None else [str(item) for item in entry.allow_ips],
     }
     if json:
@@ -201,36 +217,9 @@ def rotate(
     ends_at = f"expires {tokens.rfc3339(new.expires_at)}" if new.expires_at else "never expires"
     output.say(f"token {new.id} replaces {id}, {ends_at}; keep it now, it is not shown again")
     if old.revoked_at is not None:
-        output.say(f"token {id} has ended; {_proof(found, [id])[0]}")
+        output.say(f"token {id} has ended; {proof(found, [id])[0]}")
     elif old.expires_at is not None:
         output.say(f"token {id} ends by itself at {tokens.rfc3339(old.expires_at)}")
-
-
-_ASKED_AT_ONCE = 1000
-
-
-def _proof(found: "Settings", names: list[str]) -> tuple[str, dict[str, Any] | None]:
-    """What the running servers did about ended tokens, waiting 2 s at most: as words, and as values."""
-    from mcpctl import control
-
-    folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
-    answers = control.ask_all(folder, {"do": "settle", "tokens": names[:_ASKED_AT_ONCE]})
-    if not answers:
-        return "no server runs", None
-    for begin in range(_ASKED_AT_ONCE, len(names), _ASKED_AT_ONCE):
-        answers += control.ask_all(folder, {"do": "settle", "tokens": names[begin : begin + _ASKED_AT_ONCE]})
-    silent = sum("error" in answer for answer in answers)
-    queries = sum(answer.get("queries", 0) for answer in answers)
-    left = sum(answer.get("backends_left", 0) for answer in answers)
-    pids = [pid for answer in answers for pid in answer.get("lingering", ())]
-    words = (
-        f"cut: {queries} {'query' if queries == 1 else 'queries'}, {left} {'backend' if left == 1 else 'backends'} left"
-    )
-    if pids:
-        words += f" (pid {', '.join(map(str, pids))})"
-    if silent:
-        words += f"; {silent} of {len(answers)} server processes did not answer in time"
-    return words, {"queries": queries, "backends_left": left, "lingering": pids, "silent": silent}
 
 
 @app.command("revoke")
@@ -257,7 +246,7 @@ def revoke(
     why = by_whom(context, reason)
     # The servers see the file by themselves meanwhile; whoever interrupts the wait for their proof leaves a record.
     note_all(found, [("token.revoked", {"token": entry.id, "user": entry.user, "reason": why}) for entry in fresh])
-    words, values = _proof(found, [entry.id for entry, _ in done])
+    words, values = proof(found, [entry.id for entry, _ in done])
     if json:
         output.put_json(
             {
@@ -281,22 +270,16 @@ def remove(
     config: ConfigOption = None,
 ) -> None:
     """Take a token out of the file, record and all. `revoke` keeps the record."""
-    import sys
 
-    from mcpctl.errors import Error, UsageError
     from mcpctl.identity import tokens
 
     found = settings(context, config, needs_log=False)
     file = tokens.token_file(found.auth.token_file)
     entry = tokens.show(file, id)
-    if not yes:
-        if sys.stdin is None or not sys.stdin.isatty():
-            raise UsageError(f"removing token {id} wants a yes, and there is no terminal to ask at", "say --yes")
-        if not typer.confirm(f"Remove token {id} ({entry.user or 'service'}) and its record?", err=True):
-            raise Error("nothing was removed")
+    confirm(f"removing token {id}", f"Remove token {id} ({entry.user or 'service'}) and its record?", yes)
     tokens.remove(file, id)
     note(found, "token.removed", token=id, user=entry.user, reason=by_whom(context))
-    words, values = _proof(found, [id])
+    words, values = proof(found, [id])
     if json:
         output.put_json({"removed": [id], "cut": values})
         return
@@ -334,7 +317,7 @@ def verify(
     Exits 0 for a good one, 1 for any other.
     """
     from mcpctl import private_file
-    from mcpctl.identity import tokens, users
+    from mcpctl.identity import tokens
 
     text = private_file.read(file, limit=4096).data.decode("utf-8", "replace").strip() if file else _from_stdin()
     found = settings(context, config, needs_log=False)
@@ -347,8 +330,8 @@ def verify(
         good, why = False, f"there is no token {name} here (removed, or of another server)"
     elif not tokens.matches(entry, text):
         good, why = False, f"its id is {name}, but it is not that token"
-    elif entry.user is not None and entry.user not in users.user_file(found.auth.user_file).current():
-        good, why = False, f"token {name} opens nothing: its user {entry.user} is gone"
+    elif (bars := _user_bars(found, entry)) is not None:
+        good, why = False, f"token {name} opens nothing: its user {entry.user} {bars}"
     else:
         status = entry.status(now)
         good, why = status in ("active", "expiring"), f"token {name} is {status}"
@@ -358,6 +341,24 @@ def verify(
         output.put(why)
     if not good:
         raise typer.Exit(1)
+
+
+def _user_bars(found: "Settings", entry: "Token") -> str | None:
+    """Why a token opens nothing although it is alive: its user."""
+    from mcpctl.identity import tenants, users
+
+    if entry.user is None:
+        return None
+    user = users.user_file(found.auth.user_file).current().get(entry.user)
+    if user is None:
+        return "is gone"
+    if user.created_at > entry.created_at:
+        return "is another one of that name, made after the token was"
+    if user.disabled_at is not None:
+        return "is disabled"
+    if user.tenant is not None and user.tenant not in tenants.tenant_file(found.auth.tenant_file).current():
+        return f"belongs to the tenant {user.tenant}, which is gone"
+    return None
 
 
 def _from_stdin() -> str:

@@ -1,54 +1,326 @@
 """mcpctl user: who there is."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcpctl.cli import output
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, config_flag, note, ready_to_note, settings
+from mcpctl.cli import grant, output, own_database
+from mcpctl.cli.administration import files_of
+from mcpctl.cli.common import (
+    ConfigOption,
+    JsonOption,
+    by_whom,
+    config_flag,
+    confirm,
+    note,
+    note_all,
+    proof,
+    ready_to_note,
+    settings,
+)
 
-app = typer.Typer(help="Make and list users.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from mcpctl.config_keys import Settings
+    from mcpctl.identity.tokens import Token
+    from mcpctl.identity.users import User
+
+app = typer.Typer(
+    help="Make, list, disable and remove users, and grant them what they may read, write and set.", no_args_is_help=True
+)
+app.command("grant")(grant.grant)
+app.command("ungrant")(grant.ungrant)
+
+Name = Annotated[str, typer.Argument(metavar="U", help="The user's name.")]
 
 
 @app.command("add")
 def add(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="U", help="a-z first, then a-z 0-9 -, at most 31 characters.")],
+    role: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--role",
+            metavar="R",
+            help="mcp-user (the default), mcp-tools, mcp-developer, mcp-admin, or one of the config's. Repeatable.",
+        ),
+    ] = None,
+    tenant: Annotated[
+        str | None,
+        typer.Option("--tenant", metavar="T", help="The tenant that they belong to; then they see nothing else."),
+    ] = None,
     note_: Annotated[str | None, typer.Option("--note", metavar="T", help="Who that is.")] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Make a user, whom tokens can then be given to."""
-    from mcpctl.identity import tokens, users
+    """Make a user, whom tokens can then be given to.
 
-    found = settings(context, config)
+    Example: mcpctl user add alice --role mcp-tools --note "Alice Example, sales"
+    """
+    from mcpctl.identity import tenants, tokens, users
+
+    found = settings(context, config, modules=("mcpctl.policy.roles",))
+    place = None if tenant is None else tenants.find(tenants.tenant_file(found.auth.tenant_file).current(), tenant)
+    _check_roles(found, role or [])
     ready_to_note(found)
-    made = users.add(users.user_file(found.auth.user_file), name, note_, tokens.utcnow())
+    file = users.user_file(found.auth.user_file)
+    if name not in file.current():  # one of that name may have been taken out by hand
+        own_database.forget(found, name)
+    made = users.add(file, name, note_, tokens.utcnow(), role, tenant)
     note(found, "user.added", user=name, reason=by_whom(context, note_))
     if json:
-        output.put_json({"user": name, **users.as_values(made)})
-    else:
-        output.put(f"{name} added")
-        output.say(f"next: mcpctl token add --user {name} --expiry 90d{config_flag(found.source)}")
+        output.put_json(_record(made, []))
+        return
+    output.put(f"{name} added")
+    flag = config_flag(found.source)
+    taken = tenants.alone(tenants.tenant_file(found.auth.tenant_file).current())
+    per_user = [
+        one
+        for one, database in found.databases.items()
+        if database.roles == "per_user" and (place.database == one if place is not None else one not in taken)
+    ]
+    for database in per_user[:1]:
+        output.say(f"next: mcpctl user grant {name} --database {database} --access read --apply{flag}")
+    output.say(f"next: mcpctl token add --user {name} --expiry 90d{flag}")
+
+
+def _check_roles(found: "Settings", wanted: list[str]) -> None:
+    import difflib
+
+    from mcpctl.errors import NotFoundError
+    from mcpctl.policy.roles import BUILT_IN
+
+    known = [*BUILT_IN, *found.auth.roles]
+    for name in wanted:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            raise NotFoundError(f"there is no role {name}", f"{meant}there are {', '.join(known)}")
+
+
+def _record(user: "User", living: list["Token"]) -> dict[str, Any]:
+    """A user as `--json` shows it: without what is sealed."""
+    from mcpctl.identity.users import as_values
+
+    found = as_values(user)
+    granted = {
+        name: {"read": list(one.read), "write": list(one.write), "admin": one.admin, "state": one.state}
+        for name, one in user.grants.items()
+    }
+    return {
+        "user": user.name,
+        **found,
+        "grants": granted,
+        "tokens": len(living),
+        "token_ids": [token.id for token in living],
+    }
+
+
+def _living(found: "Settings") -> dict[str, list["Token"]]:
+    """The living tokens of each user."""
+    from mcpctl.identity import tokens
+
+    now = tokens.utcnow()
+    living: dict[str, list[Token]] = {}
+    for token in tokens.token_file(found.auth.token_file).current().values():
+        if token.user is not None and token.status(now) in ("active", "expiring"):
+            living.setdefault(token.user, []).append(token)
+    return living
 
 
 @app.command("list")
 def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> None:
     """List all users, with how many living tokens each has."""
+    from mcpctl.identity import users
+    from mcpctl.policy.roles import DEFAULT
+
+    found = settings(context, config, needs_log=False, modules=("mcpctl.policy.roles",))
+    living = _living(found)
+    entries = users.user_file(found.auth.user_file).current()
+    if json:
+        output.put_json({"users": [_record(user, living.get(user.name, [])) for user in entries.values()]})
+        return
+    rows = [
+        (
+            user.name,
+            user.created_at.isoformat().replace("+00:00", "Z"),
+            ",".join(DEFAULT if user.roles is None else user.roles) or "none",
+            user.tenant,
+            ",".join(user.grants),
+            len(living.get(user.name, ())),
+            "disabled" if user.disabled_at is not None else "active",
+            user.note,
+        )
+        for user in entries.values()
+    ]
+    output.put_table(["USER", "CREATED_AT", "ROLES", "TENANT", "GRANTS", "TOKENS", "STATUS", "NOTE"], rows)
+
+
+@app.command("show")
+def show(context: typer.Context, name: Name, json: JsonOption = False, config: ConfigOption = None) -> None:
+    """Show one user: roles, grants, tokens."""
+    from mcpctl.granting import told
+    from mcpctl.identity import users
+    from mcpctl.policy.roles import DEFAULT
+
+    found = settings(context, config, needs_log=False, modules=("mcpctl.policy.roles", "mcpctl.granting"))
+    user = users.find(users.user_file(found.auth.user_file).current(), name)
+    living = _living(found).get(name, [])
+    if json:
+        output.put_json(_record(user, living))
+        return
+    values = users.as_values(user)
+    rows: list[tuple[str, Any]] = [("user", name), ("created_at", values["created_at"])]
+    rows += [("disabled_at", values["disabled_at"]), ("roles", ",".join(user.roles or DEFAULT) or "none")]
+    rows.append(("tenant", user.tenant))
+    for database, one in user.grants.items():
+        rows.append((f"grant on {database}", told(one) + (f" ({one.state})" if one.state else "")))
+    rows += [(f"own database {one}", where) for one, where in own_database.brought(found, name)]
+    rows += [("tokens", ",".join(token.id for token in living)), ("note", user.note)]
+    output.put_table(["FIELD", "VALUE"], rows)
+
+
+@app.command("roles")
+def roles(
+    context: typer.Context,
+    name: Name,
+    role: Annotated[
+        list[str] | None, typer.Argument(metavar="[ROLE…]", help="All roles that they are to have.")
+    ] = None,
+    none: Annotated[bool, typer.Option("--none", help="No role at all: then they may do nothing.")] = False,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Give a user these roles instead of those they have; without a role, show them.
+
+    Where one is taken away, what the user has running is cut.
+
+    Example: mcpctl user roles alice mcp-tools analyst
+    """
+    from mcpctl.errors import UsageError
+    from mcpctl.identity import users
+    from mcpctl.policy.roles import DEFAULT
+
+    if role and none:
+        raise UsageError("--none goes with no role", "leave one of them out")
+    changes = bool(role) or none
+    found = settings(context, config, needs_log=changes, modules=("mcpctl.policy.roles",))
+    file = users.user_file(found.auth.user_file)
+    user = users.find(file.current(), name)
+    if changes:
+        _check_roles(found, role or [])
+        ready_to_note(found)
+        user = users.set_roles(file, name, role or [])
+        note(found, "user.roles", user=name, reason=by_whom(context, ", ".join(user.roles or ()) or "none"))
+    held = DEFAULT if user.roles is None else user.roles
+    if json:
+        output.put_json({"user": name, "roles": list(held)})
+    else:
+        output.put(f"{name}: {', '.join(held) or 'none'}")
+
+
+@app.command("disable")
+def disable(
+    context: typer.Context,
+    name: Name,
+    reason: Annotated[str | None, typer.Option("--reason", metavar="T", help="Why, for the audit log.")] = None,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Refuse all of a user's tokens from now on, and cut what runs; `enable` lets them in again. Never asks.
+
+    With an administrator in admin.dsn the user's login roles lose their LOGIN, too.
+    """
+    _switch(context, name, reason, json, config, off=True)
+
+
+@app.command("enable")
+def enable(context: typer.Context, name: Name, json: JsonOption = False, config: ConfigOption = None) -> None:
+    """Let a disabled user in again."""
+    _switch(context, name, None, json, config, off=False)
+
+
+def _switch(context: typer.Context, name: str, reason: str | None, json: bool, config: Any, *, off: bool) -> None:
+    from mcpctl.errors import Error
     from mcpctl.identity import tokens, users
 
-    found = settings(context, config, needs_log=False)
-    now = tokens.utcnow()
-    living: dict[str | None, int] = {}
-    for token in tokens.token_file(found.auth.token_file).current().values():
-        if token.status(now) in ("active", "expiring"):
-            living[token.user] = living.get(token.user, 0) + 1
-    entries = users.user_file(found.auth.user_file).current()
-    values = [
-        {"user": user.name, **users.as_values(user), "tokens": living.get(user.name, 0)} for user in entries.values()
-    ]
+    files = files_of(context, config, needs_log=not off)
+    found = files.settings
+    if not off:
+        ready_to_note(found)
+    file = users.user_file(found.auth.user_file)
+    user, changed = users.disable(file, name, tokens.utcnow() if off else None)
+    word = "disabled" if off else "enabled"
+    if changed:
+        note(found, f"user.{word}", user=name, reason=by_whom(context, reason))
+    words, values = proof(found, [token.id for token in _living(found).get(name, [])]) if off else ("", None)
+    locked: list[str] = []
+    if files.dsns and user.grants:
+        try:
+            locked = files.granting().set_login(name, files.dsns, on=not off)
+        except Error as problem:
+            output.warn(f"{name} is {word}, but not in PostgreSQL: {problem.message}", problem.hint)
     if json:
-        output.put_json({"users": values})
+        output.put_json({"user": name, "changed": changed, "roles": locked, "cut": values})
         return
-    names = ("user", "created_at", "tokens", "note")
-    output.put_table([name.upper() for name in names], [[value[name] for name in names] for value in values])
+    output.put(f"{name} {word}" if changed else f"{name} was {word} already")
+    if off:
+        output.put(words)
+    if locked:
+        output.say(f"{'NOLOGIN' if off else 'LOGIN'}: {', '.join(locked)}")
+
+
+@app.command("remove")
+def remove(
+    context: typer.Context,
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Take a user out, with all login roles; what those own goes to the administrator, and is named.
+
+    The user's tokens end with that. Where a DBA gives no administrator: take the grants back with --print-sql first.
+    """
+
+    from mcpctl.errors import Error
+    from mcpctl.identity import tokens, users
+
+    files = files_of(context, config, needs_log=False)
+    found = files.settings
+    file = users.user_file(found.auth.user_file)
+    user = users.find(file.current(), name)
+    confirm(f"removing user {name}", f"Remove user {name}, their tokens' access and their login roles?", yes)
+    living = _living(found).get(name, [])
+    granting = files.granting() if user.grants else None
+    if granting is not None:
+        granting.check_administrators(user, files.dsns)
+        users.disable(file, name, tokens.utcnow())  # the server refuses from here on, whatever comes
+    gone = granting.end(name, files.dsns) if granting is not None else None
+    users.remove(file, name)
+    ended = [token.id for token in living]
+    if ended:
+        tokens.revoke(tokens.token_file(found.auth.token_file), ended, tokens.utcnow())
+    try:
+        brought = own_database.forget(found, name)
+    except Error as problem:
+        brought = []
+        output.warn(f"what {name} has brought is still stored, and nobody's: {problem.message}", problem.hint)
+    dropped, owned = (gone.roles, gone.owned) if gone is not None else ([], [])
+    why = by_whom(context, f"user {name} removed")
+    note_all(found, [("token.revoked", {"token": one, "user": name, "reason": why}) for one in ended])
+    note_all(
+        found, [("user.removed", {"user": name, "reason": by_whom(context, f"roles: {', '.join(dropped) or 'none'}")})]
+    )
+    words, values = proof(found, [token.id for token in living])
+    if json:
+        output.put_json({"removed": name, "roles": dropped, "owned": owned, "own_databases": brought, "cut": values})
+        return
+    output.put(f"{name} removed")
+    for role in dropped:
+        output.put(f"role {role} dropped")
+    for one in brought:
+        output.put(f"own database {one} removed")
+    for one in owned:
+        output.say(f"{one}; it belongs to the administrator now")
+    output.put(words)

@@ -1,0 +1,113 @@
+"""What the commands that administer PostgreSQL have in common: the administrator's file, read before root is given up,
+and what is said with a grant."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from mcpctl.cli import common
+
+if TYPE_CHECKING:
+    from mcpctl.config_keys import Settings
+    from mcpctl.granting import Granting
+    from mcpctl.postgres.administrator import Administrator
+    from mcpctl.postgres.logins import Logins
+
+
+_LATER = (
+    "mcpctl.diagnosis",
+    "mcpctl.granting",
+    "mcpctl.postgres.arithmetic",
+    "mcpctl.postgres.harden",
+)
+
+
+@dataclass
+class Files:
+    """An installation as these commands see it. `dsns` are the administrator's, by database; `admin` is their file."""
+
+    settings: "Settings"
+    dsns: dict[str, str]
+    admin: Path | None
+
+    def logins(self) -> "Logins":
+        """The logins of the config."""
+        from mcpctl.keyring import Keyring
+        from mcpctl.postgres.logins import Logins
+
+        return Logins(self.settings.databases, Keyring(self.settings.keyring.file))
+
+    def granting(self) -> "Granting":
+        """The grants of this installation."""
+        from mcpctl import audit, granting
+        from mcpctl.keyring import Keyring
+
+        key = audit.read_key(self.settings.audit.key_file)
+        return granting.Granting(self.settings, Keyring(self.settings.keyring.file), audit.installation(key))
+
+    def administrator(self, database: str, granting: "Granting") -> "Administrator":
+        """Who may make roles in a database; NotFoundError where admin.dsn names nobody."""
+        from mcpctl.postgres.administrator import Administrator
+
+        return Administrator.of(self.dsns, granting.logins.host(database))
+
+    def hba_lines(self, database: str, granting: "Granting") -> list[str]:
+        """The lines of pg_hba.conf that keep the login roles to this machine."""
+        from mcpctl.postgres import roles
+        from mcpctl.postgres.login import is_here
+
+        host, _ = granting.logins.host(database).place
+        if host.startswith("/") or not host:
+            return roles.hba_lines("local")
+        return (
+            roles.hba_lines("ADDRESS-OF-THIS-MACHINE/32", tls=True)
+            if not is_here(host)
+            else roles.hba_lines("127.0.0.1/32")
+        )
+
+    def remarks(self, database: str, granting: "Granting") -> list[tuple[str, str]]:
+        """What is still open in a database, and whether its connections suffice: (what, what to do)."""
+        from mcpctl.postgres import arithmetic, harden
+
+        found: list[tuple[str, str]] = []
+        if not (database in self.dsns or "" in self.dsns):
+            return found
+        with self.administrator(database, granting).connected() as connection:
+            left = arithmetic.room(connection)
+            still = harden.held_by_public(connection)
+        if still:
+            some = ", ".join(still[:3])
+            found.append(
+                (
+                    f"in {database} PUBLIC may execute {len(still)} functions that reach past all grants ({some}, …)",
+                    f"mcpctl database harden {database} --apply",
+                )
+            )
+        worst = granting.worst(database)
+        if worst > left:
+            found.append(
+                (
+                    f"all grants on {database} together could hold {worst} connections, and it has {left} to give",
+                    f"lower databases.{database}.pool.max_per_user, or raise max_connections",
+                )
+            )
+        return found
+
+
+def files_of(context: typer.Context, config: Path | None, *, needs_log: bool) -> Files:
+    """The installation; root reads the administrator's file before it becomes the owner of the others."""
+    import os
+
+    from mcpctl import config as configuration
+    from mcpctl.postgres import administrator
+
+    common.import_as_root("mcpctl.diagnosis", "mcpctl.granting", "mcpctl.postgres.harden")
+    source = configuration.find(config or context.find_root().obj.config, os.environ)
+    admin = source.parent / administrator.FILE if source is not None else None
+    try:
+        dsns = administrator.read(admin) if admin is not None and admin.exists() else {}
+    except PermissionError:  # it is root's, and we are not: as if there were none
+        dsns = {}
+    return Files(common.settings(context, config, needs_log=needs_log, modules=_LATER), dsns, admin)
