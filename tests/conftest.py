@@ -59,6 +59,15 @@ def newest_shop(newest: Binaries) -> Iterator[site.Shop]:
         yield found
 
 
+@pytest.fixture(scope="session", params=_VERSIONS, ids=str)
+def login_shop(request: pytest.FixtureRequest) -> Iterator[site.Shop]:
+    """The shop on clusters of their own, for login roles, which belong to a cluster: on TCP too, where pg_hba.conf
+    keeps them out. Who uses it takes users of their own."""
+    with site.shop(request.param, tcp=True) as found:
+        site.keep_out(found.cluster)
+        yield found
+
+
 @pytest.fixture
 def make_site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., site.Site]]:
     made: list[site.Site] = []

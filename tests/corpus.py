@@ -46,6 +46,9 @@ from mcpctl import __version__
 
 MODERN, LEGACY = "2026-07-28", "2025-06-18"
 FOLDER = Path(__file__).parent / "corpus"
+_DENIED = "42501"
+_OF_OTHERS = {"other_users"}
+"""Files that hold no requests of the two lanes; see `statements`."""
 Headers = list[tuple[bytes, bytes]]
 _KEYS = {
     "name", "query", "tool", "params", "message", "body", "bytes", "repeat", "arguments", "id", "meta", "era",
@@ -280,6 +283,19 @@ class Entry:
         return answer
 
 
+@dataclass(frozen=True)
+class Statement:
+    """A statement, and how it ends by the tool that is asked for it: `rows`, `none` where it is not run, a SQLSTATE."""
+
+    name: str
+    statement: str
+    ends: Mapping[str, Any]
+
+    def end(self, tool: str, major: int) -> str:
+        """How it ends on that major version of PostgreSQL."""
+        return str(_of(self.ends[tool], major))
+
+
 def envelope() -> dict[str, Any]:
     """The `_meta` of a request of 2026-07-28."""
     return {
@@ -320,11 +336,28 @@ def mask(body: bytes) -> bytes:
     return body
 
 
+def _entries(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    return found
+
+
+def statements(name: str) -> list[Statement]:
+    """The statements of corpus/NAME.yaml."""
+    found = []
+    for entry in _entries(FOLDER / f"{name}.yaml"):
+        ends = {tool: entry.pop(tool, _DENIED) for tool in ("query", "execute")}
+        found.append(Statement(**entry, ends=ends))
+    names = [one.name for one in found]
+    if double := {one for one in names if names.count(one) > 1}:
+        raise ValueError(f"named twice: {double}")
+    return found
+
+
 def load() -> list[Entry]:
     """Every entry of every file, each era a case of its own."""
     found: list[Entry] = []
     for path in sorted(FOLDER.glob("*.yaml")):
-        for spec in yaml.load(path.read_text(encoding="utf-8"), _Loader):  # noqa: S506 - SafeLoader and two tags
+        for spec in _entries(path) if path.stem not in _OF_OTHERS else []:
             if wrong := spec.keys() - _KEYS or (len(spec.keys() & _ANSWERS) != 1 and {"one answer"}):
                 raise ValueError(f"{path.name}: {spec.get('name')}: {wrong}")
             eras = [str(spec["era"])] if "era" in spec else [MODERN, LEGACY]

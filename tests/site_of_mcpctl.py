@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -20,8 +21,10 @@ import httpx
 import psycopg
 from psycopg import sql
 
+from mcpctl import private_file
 from mcpctl.cli import init
 from mcpctl.identity import tokens, users
+from mcpctl.postgres import roles
 from mcpctl.postgres.embedded import Binaries, Cluster
 
 COMMAND = [sys.executable, "-m", "mcpctl"]
@@ -47,6 +50,10 @@ class Shop:
             self.cluster.dsn_for("postgres", self.cluster.superuser_password, "shop"), autocommit=True
         )
 
+    def login(self, role: str, password: str) -> psycopg.Connection[tuple[Any, ...]]:
+        """A connection of some role's to the shop, over the socket."""
+        return psycopg.connect(self.cluster.dsn_for(role, password, "shop"), autocommit=True)
+
     def backends(self, extra: str = "true") -> list[tuple[Any, ...]]:
         """(pid, application_name, state, query) of the reader's backends."""
         with self.admin() as connection:
@@ -55,6 +62,16 @@ class Shop:
                     "SELECT pid, application_name, state, query FROM pg_stat_activity WHERE usename = {} AND {}"
                 ).format(sql.Literal(READER), sql.SQL(extra))  # type: ignore[arg-type]
             ).fetchall()
+
+
+def keep_out(cluster: Cluster) -> None:
+    """The lines of pg_hba.conf that let the users' login roles in over the socket alone."""
+    file = cluster.folder / "data" / "pg_hba.conf"
+    before = file.read_text(encoding="utf-8")
+    with file.open("w", encoding="utf-8") as out:
+        out.write("\n".join([*roles.hba_lines("local"), before]))
+    with psycopg.connect(cluster.dsn, autocommit=True) as connection:
+        connection.execute("SELECT pg_reload_conf()")
 
 
 @contextlib.contextmanager
@@ -70,24 +87,49 @@ def shop(binaries: Binaries, **options: Any) -> Iterator[Shop]:
 class Site:
     """The folder of one installation. `start()` runs `mcpctl serve` on a free port."""
 
-    def __init__(self, folder: Path, shop: Shop, extra: str = "", database: str = "", tcp: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shop: Shop,
+        extra: str = "",
+        database: str = "",
+        tcp: bool = False,
+        per_user: bool = False,
+    ) -> None:
         self.folder = folder
         self.shop = shop
         self.process: subprocess.Popen[str] | None = None
         self.url = ""
         self.stderr: list[str] = []
         host = "127.0.0.1" if tcp else shop.cluster.host
-        text = (
-            f"databases:\n  shop:\n    host: {host}\n    port: {shop.cluster.port}\n    dbname: shop\n"
-            f"    user: {READER}\n    password_file: shop.password\n{database}{extra}"
-        )
-        init.make(folder, text)
+        text = f"databases:\n  shop:\n    host: {host}\n    port: {shop.cluster.port}\n    dbname: shop\n"
+        text += "    roles: per_user\n" if per_user else f"    user: {READER}\n    password_file: shop.password\n"
+        init.make(folder, text + database + extra)
+        if per_user:
+            private_file.create(folder / "admin.dsn", self.admin_dsn().encode() + b"\n")
         (folder / "shop.password").touch(0o600)
         (folder / "shop.password").write_text(PASSWORD + "\n")
         self.config = folder / "config.yaml"
         self.tokens = tokens.token_file(folder / "tokens.yaml")
         users.add(users.user_file(folder / "users.yaml"), "alice", None, datetime.now(UTC))
         users.add(users.user_file(folder / "users.yaml"), "bob", None, datetime.now(UTC))
+
+    def admin_dsn(self) -> str:
+        cluster = self.shop.cluster
+        return cluster.dsn_for("postgres", cluster.superuser_password, "shop")
+
+    def grant(self, user: str, *what: str, access: str = "read") -> None:
+        """Let a user read or write in the database shop, as `--apply` does."""
+        self.run("user", "grant", user, "--database", "shop", *what, "--access", access, "--apply")
+
+    def user(self, name: str, *roles: str) -> None:
+        """A further user with these roles, or the default one, whom nothing is granted."""
+        users.add(users.user_file(self.folder / "users.yaml"), name, None, datetime.now(UTC), roles or None)
+
+    def edit_user(self, name: str, **changed: Any) -> None:
+        """Change a user's entry of users.yaml, as an operator may by hand."""
+        with users.user_file(self.folder / "users.yaml").edit() as entries:
+            entries[name] = replace(entries[name], **changed)
 
     def token(self, user: str | None = "alice", seconds: float = 3600, **limits: Any) -> tuple[str, str]:
         """(id, token) of a new token, written as `token add` writes it."""

@@ -40,7 +40,7 @@ def mode(path: Path) -> int:
 def test_init_makes_private_files_and_says_what_comes_next(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "mcpctl"
     done = run("init", str(folder), env={"HOME": str(tmp_path)})
-    names = ["config.yaml", "tokens.yaml", "users.yaml", "audit.key"]
+    names = ["config.yaml", "tokens.yaml", "users.yaml", "audit.key", "secret.key"]
     assert done.good.splitlines() == [str(folder / name) for name in names]
     assert done.err.startswith("next:\n")
     assert f"mcpctl config check --config {folder / 'config.yaml'}" in done.err
@@ -112,13 +112,24 @@ def test_users_are_added_and_listed_with_their_living_tokens(home: Home) -> None
     made = home("user", "add", "alice", "--note", "from\u00a0Köln")
     assert made.good == "alice added\n"
     assert made.err == f"next: mcpctl token add --user alice --expiry 90d --config {home.config}\n"
-    assert set(json.loads(home("user", "add", "bob", "--json").good)) == {"user", "created_at", "note"}
+    shown = json.loads(home("user", "add", "bob", "--json").good)
+    assert set(shown) == {
+        "user",
+        "created_at",
+        "disabled_at",
+        "roles",
+        "tenant",
+        "note",
+        "grants",
+        "tokens",
+        "token_ids",
+    }
     home.token("--user", "alice")
     home("token", "revoke", home.token("--user", "alice")[0])
     rows = [line.split("\t") for line in home("user", "list").good.splitlines()]
-    assert [(row[0], row[2]) for row in rows] == [("alice", "1"), ("bob", "0")]
+    assert [(row[0], row[5]) for row in rows] == [("alice", "1"), ("bob", "0")]
     found = json.loads(home("user", "list", "--json").good)["users"]
-    assert [set(user) for user in found] == [{"user", "created_at", "note", "tokens"}] * 2
+    assert [user["tokens"] for user in found] == [1, 0]
     assert found[0]["note"] == "from\u00a0Köln"
     done = home("user", "add", "alice")
     assert (done.code, "there is a user alice already" in done.error) == (5, True)

@@ -16,6 +16,7 @@ import pytest
 import site_of_mcpctl as site
 from mcpctl.config_keys import Database
 from mcpctl.identity.principal import LOCAL
+from mcpctl.keyring import Keyring
 from mcpctl.postgres import statement
 from mcpctl.postgres.answer import Bounds
 from mcpctl.postgres.login import Login
@@ -26,6 +27,7 @@ from mcpctl.postgres.wire import ConnectionLostError
 from mcpctl.server import watch
 from site_of_mcpctl import Client, Shop, Site, eventually, in_background
 
+NO_KEYS = Keyring(Path("/nonexistent/secret.key"))
 MakeSite = Callable[..., Site]
 
 
@@ -193,7 +195,7 @@ def test_what_was_learnt_of_a_database_is_forgotten_when_all_its_connections_wer
 
     async def run() -> None:
         dsn = other.cluster.dsn_for("postgres", other.cluster.superuser_password, "shop")
-        terminator = Terminator(Login("shop", Database(dsn=dsn)), lambda: told.append(1))
+        terminator = Terminator(Login("shop", Database(dsn=dsn), NO_KEYS), lambda: told.append(1))
         assert await terminator.ready()
         assert await terminator.ready()
         assert len(told) == 1
@@ -217,7 +219,7 @@ async def _pool(shop: Shop) -> AsyncIterator[TokenPool]:
         pool.connecting += 1
 
     dsn = shop.cluster.dsn_for("postgres", shop.cluster.superuser_password, "shop")
-    login = Login("shop", Database(dsn=dsn, allow_privileged_login=True))
+    login = Login("shop", Database(dsn=dsn, allow_privileged_login=True), NO_KEYS)
     pool = TokenPool(Terminator(login), LOCAL, 5.0, Verdicts(), room)
     await pool.open()
     yield pool

@@ -20,7 +20,7 @@ from mcpctl import audit
 from mcpctl.identity import tokens, users
 from site_of_mcpctl import Shop, Site, environment
 
-FILES = ["audit.jsonl", "audit.jsonl.lock", "audit.key", "config.yaml", "tokens.yaml", "users.yaml"]
+FILES = ["audit.jsonl", "audit.jsonl.lock", "audit.key", "config.yaml", "secret.key", "tokens.yaml", "users.yaml"]
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="only root can work on the files of another user")
 PROCESSES, EACH = 20, 10
@@ -80,6 +80,7 @@ def test_twenty_processes_add_ten_tokens_each_while_the_server_runs_and_all_of_t
 _AS = """
 import contextlib, io, os, sys
 from mcpctl.cli import main
+from mcpctl.postgres import arithmetic  # as if the Python were one that this user can read
 with contextlib.redirect_stderr(io.StringIO()):
     assert main._run(["--config", "/nowhere/config.yaml", "token", "list"]) == 3
 os.setgroups([])
@@ -261,6 +262,22 @@ def test_root_that_works_on_the_services_files_is_root_no_more(service: Service)
     )  # fmt: skip
     in_roots_group = service.gid == 0  # kept as a further one, for the files to keep theirs
     assert done.stdout == f"{(service.uid,) * 3} False {in_roots_group}\nfor good\n", done.stderr
+
+
+@needs_root
+def test_who_was_root_looks_for_certificates_in_the_services_home_and_not_in_roots(service: Service) -> None:
+    import pwd
+
+    work = (
+        "import os, sys; from pathlib import Path; from mcpctl import private_file\n"
+        "private_file.become_owner(Path(sys.argv[1]))\nprint(os.environ['HOME'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", work, str(service.folder / "tokens.yaml")],
+        capture_output=True, text=True, env=environment(HOME="/root"), timeout=60,
+    )  # fmt: skip
+    home = next((entry.pw_dir for entry in pwd.getpwall() if entry.pw_uid == service.uid), "/")
+    assert done.stdout == f"{home}\n", done.stderr
 
 
 @needs_root

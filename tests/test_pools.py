@@ -18,12 +18,14 @@ import site_of_mcpctl as site
 from mcpctl.config_keys import Database, Pool
 from mcpctl.errors import UnavailableError
 from mcpctl.identity.principal import LOCAL
+from mcpctl.keyring import Keyring
 from mcpctl.postgres import ping, token_pool
 from mcpctl.postgres.login import Login
 from mcpctl.postgres.terminator import Terminator
 from mcpctl.postgres.verdicts import Verdicts
 from site_of_mcpctl import Client, Shop, Site, eventually
 
+NO_KEYS = Keyring(Path("/nonexistent/secret.key"))
 MakeSite = Callable[..., Site]
 
 
@@ -202,7 +204,7 @@ def test_a_pool_forgets_those_who_stopped_waiting(monkeypatch: pytest.MonkeyPatc
         pool.connecting += 1
 
     async def run() -> None:
-        terminator = Terminator(Login("down", Database(host=str(tmp_path), pool=Pool(wait=1.0))))
+        terminator = Terminator(Login("down", Database(host=str(tmp_path), pool=Pool(wait=1.0)), NO_KEYS))
         pool = token_pool.TokenPool(terminator, LOCAL, 1.0, Verdicts(), room)
         await pool.open()
         for _ in range(30):
@@ -221,7 +223,7 @@ def test_who_comes_while_another_is_being_told_why_is_told_too(tmp_path: Path, g
 
     async def run() -> None:
         pool = token_pool.TokenPool(
-            Terminator(Login("down", Database(host=str(tmp_path)))), LOCAL, 1.0, Verdicts(), full
+            Terminator(Login("down", Database(host=str(tmp_path)), NO_KEYS)), LOCAL, 1.0, Verdicts(), full
         )
         await pool.open()
         asking = [asyncio.create_task(pool.take())]

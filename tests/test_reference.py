@@ -22,7 +22,9 @@ from mcpctl import audit, config, errors
 from mcpctl.cli.main import app
 from mcpctl.config_keys import Database, Settings
 from mcpctl.errors import ConfigError
-from mcpctl.identity import tokens, users
+from mcpctl.identity import tenants, tokens, users
+from mcpctl.identity.principal import Principal
+from mcpctl.policy.access import Access
 from mcpctl.server.http import Http, Parts
 from mcpctl.tools.table import TOOLS
 
@@ -33,6 +35,8 @@ EXAMPLE = ROOT / "config.example.yaml"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLACEHOLDERS = {"host", "dbname", "user", "password_file"}
 """Keys of the example's database that name a place, and so have no default."""
+NAMED = {"databases.shop.": "databases.NAME.", "auth.roles.shop-reports.": "auth.roles.NAME."}
+"""The entries of the example that only stand for others."""
 
 
 def page(name: str) -> str:
@@ -50,7 +54,8 @@ def rows(text: str) -> list[list[str]]:
     found = []
     for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         for line in table.splitlines()[2:]:
-            found.append([cell.strip() for cell in line.strip("|").split("|")])
+            cells = re.split(r"(?<!\\)\|", line.strip("|"))
+            found.append([cell.strip().replace("\\|", "|") for cell in cells])
     return found
 
 
@@ -78,7 +83,7 @@ LEAVES = {path: command for path, command in COMMANDS.items() if not hasattr(com
 DESCRIBED = {
     tuple(title.strip("`").split()[1:]): text
     for title, text in chapters(page("commands.md")).items()
-    if re.fullmatch(r"`mcpctl[a-z ]*`", title)
+    if re.fullmatch(r"`mcpctl[a-z -]*`", title)
 }
 
 
@@ -211,7 +216,7 @@ def test_every_key_that_takes_one_of_several_words_has_all_of_them_in_the_refere
                 found += 1
                 for word in str(problem).removeprefix("one of ").split(", "):
                     assert f"`{word}`" in " ".join(CONFIG[key]).replace('"', ""), (key, word)
-    assert found == 4
+    assert found == 6
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -242,12 +247,19 @@ def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
+def general(name: str) -> str:
+    """A key of the example, with NAME where it has a name of its own."""
+    for own, stands_for in NAMED.items():
+        name = name.replace(own, stands_for)
+    return name
+
+
 def test_the_example_has_every_key_with_its_default_and_no_other() -> None:
     values = dict(flat(yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))))
-    found = {name.replace("databases.shop.", "databases.NAME."): value for name, value in values.items()}
+    found = {general(name): value for name, value in values.items()}
     assert found.keys() == KEYS.keys()
     for key, value in found.items():
-        if key.removeprefix("databases.NAME.") not in PLACEHOLDERS:
+        if key.removeprefix("databases.NAME.") not in PLACEHOLDERS and not key.startswith("auth.roles.NAME."):
             assert KEYS[key].metadata["read"](value) == KEYS[key].default, key
 
 
@@ -264,8 +276,11 @@ def test_the_example_can_be_used_as_it_is(tmp_path: Path) -> None:
     found = config.load(file, {})
     default = config._place(Settings(), file)
     place = {name: getattr(found.databases["shop"], name) for name in PLACEHOLDERS}
-    expected = dataclasses.replace(default, source=file, databases={"shop": Database(**place)})
+    auth = dataclasses.replace(default.auth, roles=found.auth.roles)
+    expected = dataclasses.replace(default, source=file, auth=auth, databases={"shop": Database(**place)})
     assert found == expected
+    assert [*found.auth.roles] == ["shop-reports"]
+    assert not Access(found.auth).may(Principal("1", "u", "", roles=("shop-reports",)), "tools:whoami").allowed
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -284,7 +299,11 @@ def test_every_config_that_a_page_shows_is_one(path: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("chapter", "entry", "read"),
-    [("tokens.yaml", tokens.Token, tokens.token_file), ("users.yaml", users.User, users.user_file)],
+    [
+        ("tokens.yaml", tokens.Token, tokens.token_file),
+        ("users.yaml", users.User, users.user_file),
+        ("tenants.yaml", tenants.Tenant, tenants.tenant_file),
+    ],
 )
 def test_the_reference_lists_the_keys_of_a_file_and_shows_one_that_is_read(
     chapter: str, entry: Any, read: Any, tmp_path: Path

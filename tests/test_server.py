@@ -16,7 +16,6 @@ import httpx
 import pytest
 
 import site_of_mcpctl as site
-from mcpctl.tools.table import TOOLS
 from site_of_mcpctl import Client, Shop, Site, eventually
 
 MakeSite = Callable[..., Site]
@@ -225,21 +224,6 @@ def test_other_methods_and_paths_say_what_is_there(served: Site, token: str) -> 
     assert httpx.get(_base(served) + "/health", trust_env=False).json() == {"status": "ok"}
 
 
-def test_the_tools_are_the_same_every_time_and_under_1500_tokens_in_all(served: Site, token: str) -> None:
-    listed = []
-    with served.client(token) as client:
-        for _ in range(3):
-            answer = client.http.post(served.url, json={"jsonrpc": "2.0", "id": 1, "method": "tools/list"})
-            listed.append(answer.json()["result"]["tools"])
-    assert listed[0] == listed[1] == listed[2]
-    assert [tool["name"] for tool in listed[0]] == list(TOOLS)
-    assert all(
-        tool["annotations"]["readOnlyHint"] and tool["outputSchema"] and tool["description"] for tool in listed[0]
-    )
-    # No tokenizer of a model makes more than a token of 2.5 characters of such JSON on average.
-    assert len(json.dumps(listed[0], separators=(",", ":"))) / 2.5 < 1500
-
-
 def test_permissions_and_databases_of_a_token_narrow_what_it_sees_and_may(served: Site) -> None:
     _, text = served.token(permissions=("tools:query_database", "tools:whoami", "databases:shop:read"))
     with served.client(text) as client:
@@ -259,10 +243,10 @@ def test_each_token_has_a_pool_of_its_own_and_the_log_says_so(make_site: MakeSit
     with at.client(at.token()[1]) as a, at.client(at.token()[1]) as b:
         assert a.rows("select pg_backend_pid()") != b.rows("select pg_backend_pid()")
         assert a.rows("select pg_backend_pid()") == a.rows("select pg_backend_pid()")
+    eventually(lambda: sum("pool opened for token " in line for line in at.stderr) == 2)
     text = "".join(at.stderr)
     assert "Connection isolation: ENABLED (per-token database connections)" in text
     opened = [line for line in at.stderr if "pool opened for token " in line]
-    assert len(opened) == 2
     assert opened[1].rstrip().endswith(": 2 left")
     assert [line["event"] for line in at.audit()].count("pool.opened") == 2
     at.stop()

@@ -1,0 +1,291 @@
+"""The administrator and the end of a user: CREATEROLE logins, disable, enable, remove, and pg_hba.conf."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+import pg
+from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError
+from mcpctl.postgres import administrator
+from place import Place, place
+
+
+@pytest.fixture(scope="module", params=pg.oldest_and_newest(), ids=str)
+def here(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with place(tmp_path_factory.mktemp("administrator") / "site", request.param) as found:
+        yield found
+
+
+_COUNT = iter(range(1000))
+
+
+@pytest.fixture
+def user(here: Place) -> Iterator[str]:
+    found = here.add(f"v{next(_COUNT)}")
+    yield found
+    if found in here.granting().people():
+        here.granting().end(found, here.dsns)
+
+
+def roles_of(here: Place, user: str) -> list[tuple[str, bool]]:
+    """(role, whether it may log in) of a user's login roles."""
+    return here.query("SELECT rolname, rolcanlogin FROM pg_roles WHERE rolname ~ %s ORDER BY 1", f"^mcp_{user}_")
+
+
+# -- a login that is no superuser ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dba(here: Place) -> Iterator[str]:
+    """A CREATEROLE login that owns the schema mine and the database's CONNECT, in the place of the superuser."""
+    here.do(
+        "CREATE ROLE dba LOGIN CREATEROLE PASSWORD 'dba''s own'",
+        "CREATE SCHEMA mine AUTHORIZATION dba",
+        "GRANT CONNECT ON DATABASE shop TO dba WITH GRANT OPTION",
+    )
+    with here.admin() as connection:
+        connection.execute("SET ROLE dba")
+        connection.execute("CREATE TABLE mine.t (id serial, n int)")
+    file = here.folder / "admin.dsn"
+    before = file.read_text()
+    file.write_text(here.cluster.dsn_for("dba", "dba's own", "shop") + "\n")
+    yield "dba"
+    file.write_text(before)
+    here.do(
+        "DROP OWNED BY dba CASCADE",
+        "DROP ROLE IF EXISTS mcp_logins",
+        "DROP ROLE dba",
+    )
+
+
+def test_a_createrole_login_that_owns_the_schema_grants_and_takes_back(here: Place, dba: str) -> None:
+    user = here.add(f"v{next(_COUNT)}")
+    here.grant(user, "read", "mine")
+    assert roles_of(here, user) == [(f"mcp_{user}_r", True)]
+    with here.connect(user) as connection:
+        assert connection.execute("SELECT n FROM mine.t").fetchall() == []
+    here.grant(user, "read", "mine")
+    assert here.granting().disagreements(here.granting().user(user), here.recorded(user), here.dsns) == []  # type: ignore[arg-type]
+    here.ungrant(user)
+    assert roles_of(here, user) == []
+    here.grant(user, "read", "mine.t")
+    here.site.run("user", "disable", user)
+    assert roles_of(here, user) == [(f"mcp_{user}_r", False)]
+    here.site.run("user", "remove", user, "--yes")
+    assert roles_of(here, user) == []
+
+
+def test_a_createrole_login_that_owns_nothing_of_it_changes_nothing(here: Place, dba: str) -> None:
+    user = here.add(f"v{next(_COUNT)}")
+    before = here.catalog()
+    for target in ("public.orders", "public", "*"):
+        with pytest.raises(Error) as caught:
+            here.grant(user, "read", target)
+        assert caught.value.exit_code == 1, caught.value.message
+        assert caught.value.hint
+        assert here.catalog() == before
+        assert here.recorded(user) is None
+
+
+def test_a_createrole_login_cannot_say_whether_pg_hba_is_open_and_so_write_is_refused(here: Place, dba: str) -> None:
+    user = here.add(f"v{next(_COUNT)}")
+    with pytest.raises(Error, match="pg_hba") as caught:
+        here.grant(user, "write", "mine")
+    assert "pg_hba_file_rules" in f"{caught.value.message} {caught.value.hint}"
+    here.do("GRANT SELECT ON pg_hba_file_rules TO dba", "GRANT EXECUTE ON FUNCTION pg_hba_file_rules() TO dba")
+    here.grant(user, "write", "mine")
+    with here.connect(user, "write") as connection:
+        connection.execute("INSERT INTO mine.t (n) VALUES (1)")
+    here.ungrant(user)
+    assert roles_of(here, user) == []
+
+
+# -- disable, enable, remove --------------------------------------------------------------------------------------
+
+
+def test_disable_takes_the_login_ends_its_connections_and_enable_gives_it_back(here: Place, user: str) -> None:
+    here.grant(user, "write", "public.orders")
+    both = [(f"mcp_{user}_r", True), (f"mcp_{user}_w", True)]
+    assert roles_of(here, user) == both
+    with here.connect(user) as open_one:
+        assert "NOLOGIN" in here.site.run("user", "disable", user).stderr
+        with pytest.raises(psycopg.OperationalError):
+            open_one.execute("SELECT 1")
+    assert roles_of(here, user) == [(role, False) for role, _ in both]
+    with pytest.raises(psycopg.OperationalError, match="not permitted to log in"):
+        here.connect(user)
+    assert here.site.run("grant", "diff", "--user", user).returncode == 0
+    here.grant(user, "read", "public.customers")  # a grant lets nobody in who is disabled
+    assert roles_of(here, user) == [(role, False) for role, _ in both]
+    assert "mcp_" in here.site.run("user", "enable", user).stderr
+    assert roles_of(here, user) == both
+    here.connect(user).close()
+
+
+def test_a_grant_to_a_disabled_user_by_another_name_of_the_host_keeps_the_password(here: Place, user: str) -> None:
+    here.grant(user, "read", "public.orders")
+    here.site.run("user", "disable", user)
+    here.grant(user, "read", "public.things", database="alias")
+    assert here.password(user) == here.password(user, database="alias")
+
+
+def test_remove_ends_every_role_in_every_database_and_says_what_it_owned(here: Place) -> None:
+    user = here.add(f"v{next(_COUNT)}")
+    here.grant(user, "write", "public.orders")
+    here.grant(user, "read", "public.things", database="other")
+    here.do("CREATE DATABASE unknown")
+    for dbname in ("shop", "unknown"):
+        here.do(f"CREATE TABLE kept (n int); ALTER TABLE kept OWNER TO mcp_{user}_w", dbname=dbname)
+    here.do(f"CREATE SCHEMA theirs AUTHORIZATION mcp_{user}_r", dbname="unknown")
+    done = here.site.run("user", "remove", user, "--yes", "--json")
+    told = json.loads(done.stdout)
+    assert sorted(told["roles"]) == [f"mcp_{user}_r", f"mcp_{user}_w"]
+    assert sorted(told["owned"]) == [
+        f"mcp_{user}_r owned schema theirs in unknown",
+        f"mcp_{user}_w owned table public.kept in shop",
+        f"mcp_{user}_w owned table public.kept in unknown",
+    ]
+    assert roles_of(here, user) == []
+    assert here.query("SELECT tableowner FROM pg_tables WHERE tablename = 'kept'", dbname="unknown") == [("postgres",)]
+    assert user not in here.granting().people()
+    here.do("DROP TABLE kept")
+    here.do("DROP DATABASE unknown")
+
+
+def test_remove_ends_a_role_that_may_connect_to_no_database_any_more(here: Place) -> None:
+    user = here.add(f"v{next(_COUNT)}")
+    here.grant(user, "read", "public.orders")
+    here.do(f"REVOKE CONNECT ON DATABASE shop FROM mcp_{user}_r", f"DROP OWNED BY mcp_{user}_r")
+    here.site.run("user", "remove", user, "--yes")
+    assert roles_of(here, user) == []
+
+
+def test_remove_without_an_administrator_is_refused_and_changes_nothing(here: Place, user: str) -> None:
+    here.grant(user, "read", "public.orders")
+    file = here.folder / "admin.dsn"
+    aside = file.rename(here.folder / "aside")
+    try:
+        done = here.site.run("user", "remove", user, "--yes", check=False)
+        assert done.returncode == 4
+        assert "--print-sql" in done.stderr
+    finally:
+        aside.rename(file)
+    assert here.granting().user(user).disabled_at is None
+    assert roles_of(here, user) == [(f"mcp_{user}_r", True)]
+
+
+def test_what_owns_something_elsewhere_loses_its_login_when_the_last_grant_ends(here: Place, user: str) -> None:
+    here.grant(user, "read", "public.orders")
+    here.do(f"CREATE TABLE kept (n int); ALTER TABLE kept OWNER TO mcp_{user}_r", dbname="other")
+    here.ungrant(user)
+    assert roles_of(here, user) == [(f"mcp_{user}_r", False)]
+    strays = here.site.run("grant", "diff", check=False)
+    assert f"mcp_{user}_r: is there, and no grant needs it" in strays.stdout
+    here.do(f"DROP OWNED BY mcp_{user}_r", dbname="other")
+    here.do(f"DROP ROLE mcp_{user}_r")
+
+
+# -- pg_hba.conf --------------------------------------------------------------------------------------------------
+
+
+def test_write_is_refused_while_pg_hba_lets_the_roles_in_and_names_the_line(here: Place, user: str) -> None:
+    file = here.cluster.folder / "data" / "pg_hba.conf"
+    kept = file.read_text()
+    without = "".join(line for line in kept.splitlines(keepends=True) if "mcp_logins" not in line)
+    grant = ("user", "grant", user, "--database", "shop", "--schema", "public", "--access")
+    try:
+        file.write_text(without)
+        here.do("SELECT pg_reload_conf()")
+        before = here.catalog()
+        done = here.site.run(*grant, "write", "--apply", check=False)
+        number = 1 + next(i for i, line in enumerate(without.splitlines()) if line.startswith("local"))
+        assert done.returncode == 5, done.stderr
+        assert f"line {number}: local all all" in done.stderr
+        assert "allow_open_hba: true" in done.stderr
+        assert (here.catalog(), here.recorded(user)) == (before, None)
+        read = here.site.run(*grant, "read", "--apply").stderr.splitlines()
+        lines = [line.strip() for line in read if line.startswith("  ")]
+        assert lines == ["local  all  +mcp_logins  scram-sha-256", "host  all  +mcp_logins  all  reject"]
+        file.write_text("\n".join([*lines, without]))
+        here.do("SELECT pg_reload_conf()")
+        here.site.run(*grant, "write", "--apply")
+        here.ungrant(user, "write")
+        file.write_text("\n".join([*lines[:1], without]))  # the half of it is not enough
+        here.do("SELECT pg_reload_conf()")
+        with pytest.raises(ConflictError, match="host"):
+            here.grant(user, "write", "public")
+    finally:
+        file.write_text(kept)
+        here.do("SELECT pg_reload_conf()")
+
+
+def test_write_works_with_an_open_pg_hba_where_the_config_says_so(here: Place, user: str) -> None:
+    file, config = here.cluster.folder / "data" / "pg_hba.conf", here.config.read_text()
+    kept = file.read_text()
+    try:
+        file.write_text("".join(line for line in kept.splitlines(keepends=True) if "mcp_logins" not in line))
+        here.config.write_text(config.replace("roles: per_user", "roles: per_user\n    allow_open_hba: true"))
+        here.do("SELECT pg_reload_conf()")
+        here.grant(user, "write", "public.orders")
+        with here.connect(user, "write") as connection:
+            connection.execute("DELETE FROM orders WHERE id = -1")
+    finally:
+        file.write_text(kept)
+        here.config.write_text(config)
+        here.do("SELECT pg_reload_conf()")
+
+
+# -- admin.dsn ----------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_for_one_database_or_for_all_others(tmp_path: Path) -> None:
+    file = tmp_path / "admin.dsn"
+    file.touch(0o600)
+    file.write_text("# the administrator\n\nsales: host=a user=b\npostgresql://c@d/e\n")
+    assert administrator.read(file) == {"sales": "host=a user=b", "": "postgresql://c@d/e"}
+    for text, why in (("a: host=x\na: host=y\n", ":2: a second line for a"), ("secret-word\n", ":1: is no libpq")):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=why) as caught:
+            administrator.read(file)
+        assert "secret-word" not in caught.value.message
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="0644"):
+        administrator.read(file)
+
+
+def test_without_an_administrator_only_printing_works(here: Place, user: str) -> None:
+    with pytest.raises(NotFoundError, match="no administrator"):
+        administrator.Administrator.of({"shop": "host=a"}, here.granting().logins.host("other"))
+    aside = (here.folder / "admin.dsn").rename(here.folder / "aside")
+    what = ("user", "grant", user, "--database", "other", "--access", "read")
+    try:
+        done = here.site.run(*what, "--apply", check=False)
+        printed = here.site.run(*what, "--print-sql").stdout
+    finally:
+        aside.rename(here.folder / "admin.dsn")
+    assert (done.returncode, "no administrator" in done.stderr) == (4, True)
+    here.psql(printed, "other")
+    with here.connect(user, database="other") as connection:
+        assert connection.execute("SELECT what FROM things").fetchall() == []
+
+
+def test_an_administrators_wrong_password_is_told_without_it(here: Place, user: str) -> None:
+    file = here.folder / "admin.dsn"
+    before = file.read_text()
+    file.write_text(here.cluster.dsn_for("postgres", "wrong-and-secret", "shop") + "\n")
+    try:
+        done = here.site.run(
+            "user", "grant", user, "--database", "shop", "--table", "public.orders", "--access", "read", "--apply",
+            check=False,
+        )  # fmt: skip
+    finally:
+        file.write_text(before)
+    assert done.returncode == 1
+    assert "password authentication failed" in done.stderr
+    assert "wrong-and-secret" not in done.stderr
+    assert here.recorded(user) is None

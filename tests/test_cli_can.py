@@ -1,0 +1,239 @@
+"""mcpctl can and who-can on the command line: exit codes, the chain's words, and what they say of what there is not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+import site_of_mcpctl as site
+from mcpctl.identity import tokens
+from site_of_mcpctl import Shop, Site
+
+
+@dataclass
+class House:
+    """A site with nora, who reads a schema and writes a table of it, otto, who only reads, and pia, who has nothing."""
+
+    at: Site
+    nora: str
+    narrow: str
+    service: str
+
+
+@pytest.fixture(scope="module")
+def house(login_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> House:
+    with login_shop.admin() as admin:
+        admin.execute(
+            "CREATE SCHEMA house; CREATE TABLE house.rooms (id int, name text); CREATE TABLE house.keys (id int);"
+            'CREATE TABLE house."Odd name" (id int); CREATE TABLE house.ruled (id int); CREATE SCHEMA cellar;'
+            "CREATE TABLE cellar.wine (id int); ALTER TABLE house.ruled ENABLE ROW LEVEL SECURITY;"
+            "CREATE TABLE house.some (id int); ALTER TABLE house.some ENABLE ROW LEVEL SECURITY;"
+            "CREATE POLICY small ON house.some USING (id < 10)"
+        )
+    cluster = login_shop.cluster
+    service = f"    service_dsn: postgresql://{site.READER}@/shop?host={cluster.host}&port={cluster.port}\n"
+    folder = tmp_path_factory.mktemp("house") / "site"
+    at = Site(folder, login_shop, per_user=True, database=service + "    service_password_file: shop.password\n")
+    at.user("nora", "mcp-tools")
+    at.user("otto", "mcp-tools")
+    at.user("pia")
+    at.grant("nora", "--schema", "house")
+    at.grant("nora", "--table", "house.rooms", access="write")
+    at.grant("otto", "--schema", "house")
+    return House(
+        at, at.token("nora")[0], at.token("nora", permissions=("tools:whoami",))[0], at.token(None)[0]
+    )  # fmt: skip
+
+
+def _can(house: House, *arguments: str) -> tuple[int, list[list[str]]]:
+    """(exit code, the lines of the chain); the first line is yes or no."""
+    done = house.at.run("can", *arguments, check=False)
+    assert "Traceback" not in done.stderr
+    return done.returncode, [line.split("\t") for line in done.stdout.splitlines()]
+
+
+def test_a_yes_exits_0_and_tells_each_link_from_the_token_to_the_limits(house: House) -> None:
+    code, [word, *chain] = _can(house, "nora", "select", "house.rooms")
+    assert (code, word) == (0, ["yes"])
+    assert all(link[1] == "yes" for link in chain)
+    links = {link[0]: link[2] for link in chain}
+    assert list(dict.fromkeys(link[0] for link in chain)) == [
+        "token", "user", "tools:query_database", "databases:shop:read", "grant", "login role", "postgresql",
+        "row security", "limits",
+    ]  # fmt: skip
+    assert links["token"].startswith("any of the user's tokens (2 living: ")
+    assert links["user"] == "nora is there, and not disabled"
+    assert links["tools:query_database"] == "the role mcp-tools has tools:query_database"
+    assert links["databases:shop:read"] == "the role mcp-tools has databases:*:read"
+    assert links["grant"] == "users.yaml: read house, house.rooms in shop"
+    assert links["login role"] == "mcp_nora_r"
+    assert ["postgresql", "yes", "has_schema_privilege(house, USAGE) = yes"] in chain
+    assert ["postgresql", "yes", "has_table_privilege(house.rooms, SELECT) = yes"] in chain
+    assert links["row security"] == "none: every row"
+    assert links["limits"] == "1000 rows, 1048576 bytes and 30 s a call, 4 connections a token"
+
+
+@pytest.mark.parametrize(
+    "arguments, link, why",
+    [
+        (("nora", "select", "cellar.wine"), "postgresql", "has_table_privilege(cellar.wine, SELECT) = no"),
+        (("nora", "update", "house.keys"), "postgresql", "has_table_privilege(house.keys, UPDATE) = no"),
+        (("otto", "insert", "house.rooms"), "grant", "you have no write access in 'shop'"),
+        (("pia", "select", "house.rooms"), "grant", "you have no read access in 'shop'"),
+        (("pia", "delete", "house.rooms"), "tools:execute_statement", "the role mcp-user has not the permission"),
+        (("pia", "call", "execute_statement"), "tools:execute_statement", "the role mcp-user has not"),
+        (("pia", "call", "query_database"), "grant", "you have no read access in 'shop'"),
+    ],
+)
+def test_a_no_exits_1_and_ends_with_the_link_that_says_it(
+    house: House, arguments: tuple[str, ...], link: str, why: str
+) -> None:
+    code, [word, *chain] = _can(house, *arguments)
+    assert (code, word) == (1, ["no"])
+    [refusing] = [one for one in chain if one[1] == "no"]
+    assert refusing[0] == link
+    assert why in refusing[2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nora", "insert", "house.rooms"),
+        ("nora", "UPDATE", "house.rooms"),
+        ("nora", "delete", "house.rooms"),
+        ("nora", "select", 'house."Odd name"'),
+        ("nora", "call", "execute_statement"),
+        ("nora", "call", "whoami"),
+        ("pia", "call", "list_databases"),
+        ("nora", "select", "house.rooms", "--database", "shop"),
+    ],
+)
+def test_what_a_user_may_do_exits_0(house: House, arguments: tuple[str, ...]) -> None:
+    assert _can(house, *arguments)[0] == 0
+
+
+def test_row_security_is_told_with_its_policies_or_that_no_row_is_left(house: House) -> None:
+    for table, words in (
+        ("house.ruled", "on, and no policy lets this role through: no row"),
+        ("house.some", "rows by small (permissive): (id < 10)"),
+    ):
+        code, chain = _can(house, "nora", "select", table)
+        assert code == 0
+        assert ["row security", "yes", words] in chain
+
+
+def test_what_any_login_may_still_execute_is_told(house: House) -> None:
+    with house.at.shop.admin() as admin:
+        admin.execute("GRANT EXECUTE ON FUNCTION pg_export_snapshot() TO PUBLIC")
+        try:
+            code, chain = _can(house, "nora", "select", "house.rooms")
+        finally:
+            admin.execute("REVOKE EXECUTE ON FUNCTION pg_export_snapshot() FROM PUBLIC")
+    assert code == 0
+    said = [reason for link, _, reason in chain[1:] if link == "hardening"]
+    assert said == ["still open to any login: pg_export_snapshot(), … (1); see database harden"]
+
+
+def test_with_a_token_its_own_limits_and_its_end_count(house: House) -> None:
+    assert _can(house, "nora", "select", "house.rooms", "--token", house.nora)[0] == 0
+    code, chain = _can(house, "nora", "select", "house.rooms", "--token", house.narrow)
+    assert code == 1
+    assert chain[-1][0] == "tools:query_database"
+    assert chain[-1][2] == "this token lacks the permission tools:query_database"
+    assert _can(house, "nora", "call", "whoami", "--token", house.narrow)[0] == 0
+    over = house.at.token("nora")[0]
+    tokens.revoke(house.at.tokens, [over], datetime.now(UTC))
+    code, chain = _can(house, "nora", "select", "house.rooms", "--token", over)
+    assert code == 1
+    assert chain[1][:2] == ["token", "no"]
+    assert f"{over} is revoked" in chain[1][2]
+    assert len(chain) == 2, "nothing is asked behind it"
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (("nobody", "select", "house.rooms"), 4, "there is no user nobody"),
+        (("nora", "select", "house.none"), 4, "there is no table house.none"),
+        (("nora", "call", "no_such_tool"), 4, "there is no tool no_such_tool"),
+        (("nora", "select", "house.rooms", "--database", "none"), 4, "there is no database none in the config"),
+        (("nora", "select", "house.rooms", "--token", "zzzzzzzz"), 4, "there is no token zzzzzzzz"),
+        (("otto", "select", "house.rooms", "--token", "NARROW"), 2, "is not one of otto's"),
+        (("nora", "drop", "house.rooms"), 2, "'drop' is no action"),
+        (("nora", "select", "house"), 2, "house names no table"),
+        (("nora", "select", "House.Rooms"), 2, "has upper case"),
+        (("nora", "select"), 2, "an action needs a target"),
+    ],
+)
+def test_what_there_is_not_is_an_error_and_no_answer(
+    house: House, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    done = house.at.run("can", *(house.narrow if one == "NARROW" else one for one in arguments), check=False)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert words in done.stderr
+    assert done.stderr.count("mcpctl: error: ") == 1
+
+
+def test_json_is_one_object_with_the_same_chain(house: House) -> None:
+    for table, allowed in (("house.rooms", True), ("cellar.wine", False)):
+        done = house.at.run("can", "nora", "select", table, "--json", check=False)
+        found = json.loads(done.stdout)
+        assert done.returncode == (0 if allowed else 1)
+        assert {key: found[key] for key in found if key != "chain"} == {
+            "user": "nora", "action": "select", "target": table, "allowed": allowed,
+        }  # fmt: skip
+        _, [_, *chain] = _can(house, "nora", "select", table)
+        assert [[one["link"], "yes" if one["allowed"] else "no", one["reason"]] for one in found["chain"]] == chain
+
+
+def test_the_user_alone_gets_a_table_of_all_that_they_may_do(house: House) -> None:
+    code, rows = _can(house, "nora")
+    assert code == 0
+    tables = {row[1]: row[2] for row in rows if row[0] == "shop"}
+    assert tables["house.rooms"] == "select,insert,update,delete"
+    assert tables["house.keys"] == "select"
+    assert tables["house.ruled (row security)"] == "select"
+    assert tables['house."Odd name"'] == "select"
+    assert not [name for name in tables if name.startswith("cellar")]
+    assert {row[1] for row in rows if row[0] == ""} >= {"query_database", "execute_statement", "whoami"}
+    found: dict[str, Any] = json.loads(house.at.run("can", "nora", "--json").stdout)
+    assert [[one["database"], one["what"], one["right"]] for one in found["rights"]] == rows
+    assert {row[1] for row in _can(house, "nora", "--token", house.narrow)[1]} == {"whoami"}
+    assert {row[1] for row in _can(house, "pia")[1] if row[0] == "shop"} == set()
+
+
+def test_who_can_lists_users_and_service_tokens_with_their_login_role(house: House) -> None:
+    def who(*arguments: str) -> tuple[int, list[str]]:
+        done = house.at.run("who-can", *arguments, check=False)
+        return done.returncode, done.stdout.splitlines()
+
+    assert who("select", "house.rooms") == (0, ["nora\tmcp_nora_r", "otto\tmcp_otto_r"])
+    assert who("update", "house.rooms") == (0, ["nora\tmcp_nora_w"])
+    assert who("select", "house.ruled") == (
+        0, ["nora\tmcp_nora_r, and sees no row", "otto\tmcp_otto_r, and sees no row"],
+    )  # fmt: skip
+    assert who("select", "cellar.wine") == (1, [])
+    code, found = who("select", "public.orders")
+    assert (code, found) == (0, [f"service token {house.service}\tshop: its service_dsn"])
+    done = json.loads(house.at.run("who-can", "update", "house.rooms", "--json").stdout)
+    assert done == {"action": "update", "target": "house.rooms", "who": [{"who": "nora", "as": "mcp_nora_w"}]}
+    assert who("select", "house.none")[0] == 4
+    assert who("call", "no_such_tool")[0] == 4
+    assert "nora\t" in who("call", "whoami")[1]
+
+
+def test_a_disabled_user_can_nothing_and_is_not_listed(house: House) -> None:
+    house.at.edit_user("otto", disabled_at=datetime.now(UTC))
+    try:
+        code, chain = _can(house, "otto", "select", "house.rooms")
+        assert code == 1
+        assert chain[-1][:2] == ["user", "no"]
+        assert "otto is disabled since" in chain[-1][2]
+        assert _can(house, "otto") == (0, [])
+        assert house.at.run("who-can", "select", "house.rooms").stdout.splitlines() == ["nora\tmcp_nora_r"]
+    finally:
+        house.at.edit_user("otto", disabled_at=None)

@@ -1,0 +1,228 @@
+"""Databases that users bring, as they are kept: the keys, the store, the address, and a server there that hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pg
+import site_of_mcpctl as site
+from brought import (
+    ON,
+    MakeSite,
+    do,
+    dsn,
+    refused,
+    register,
+    users_of,
+)
+from hostile import silent
+from mcpctl import config, keyring, private_file
+from mcpctl.errors import UnavailableError
+from mcpctl.identity.own_databases import OwnDatabase, OwnDatabases
+from mcpctl.keyring import Keyring
+from mcpctl.postgres import own_login
+from mcpctl.postgres.own import FAILURES, Own
+from mcpctl.postgres.own_login import Wanted
+from mcpctl.state import State
+from site_of_mcpctl import PASSWORD, READER, Client, Shop, Site, eventually
+
+
+@pytest.fixture(scope="module")
+def newest_shop() -> Iterator[Shop]:
+    with site.shop(pg.oldest_and_newest()[-1], tcp=True) as found:
+        yield found
+
+
+@pytest.fixture
+def shop(newest_shop: Shop) -> Shop:
+    return newest_shop
+
+
+@pytest.fixture
+def at(make_site: MakeSite, shop: Shop) -> Site:
+    return users_of(make_site(shop, extra=ON, tcp=True)).start()
+
+
+@pytest.fixture
+def carol(at: Site) -> Iterator[Client]:
+    with at.client(at.token("carol")[1]) as found:
+        yield found
+
+
+# -- the keys and the file --------------------------------------------------------------------------------------------
+
+
+def test_a_rotation_of_the_keys_seals_it_anew_while_it_is_asked(at: Site, shop: Shop, carol: Client) -> None:
+    do(carol, "register_database", name="lab", dsn=dsn(shop))
+    before = (at.folder / "secret.key").read_text()
+    assert "1 password sealed again" in at.run("key", "rotate").stdout
+    assert (at.folder / "secret.key").read_text() != before
+    with at.client(at.token("carol")[1]) as fresh:  # a pool of its own, which opens the password
+        assert fresh.rows("select 1", database="lab") == [[1]]
+    at.stop()
+    at.start()
+    with at.client(at.token("carol")[1]) as again:
+        assert again.rows("select 1", database="lab") == [[1]]
+
+
+@pytest.mark.parametrize(
+    "column", ["user = 'dave'", "host = 'evil.example.org'", "hostaddr = '127.0.0.2'", "login = 'x'"]
+)
+def test_a_row_that_was_changed_by_hand_does_not_open(make_site: MakeSite, newest_shop: Shop, column: str) -> None:
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    register(at, newest_shop)
+    with sqlite3.connect(at.folder / "state.db") as connection:
+        connection.execute(f"UPDATE own_databases SET {column}")
+    connection.close()
+    done = at.run("serve", "--port", "0", check=False)
+    assert done.returncode == 3
+    assert "sealed for another entry" in done.stderr
+
+
+def test_the_server_starts_with_no_other_key_than_it_was_sealed_with(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    register(at, newest_shop)
+    (at.folder / "secret.key").write_text(keyring.new_key() + "\n")
+    done = at.run("serve", "--port", "0", check=False)
+    assert done.returncode == 3
+    assert "carol's own database lab cannot be opened" in done.stderr
+
+
+def test_a_host_that_the_config_no_longer_names_is_not_connected_to(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    register(at, newest_shop)
+    at.config.write_text(at.config.read_text().replace("[127.0.0.1]", "[10.0.0.0/8]"))
+    at.start()
+    with at.client(at.token("carol")[1]) as carol:
+        assert "no longer one of the hosts" in carol.error("select 1", database="lab")
+        assert do(carol, "list_my_databases")["count"] == 1
+        do(carol, "remove_database", name="lab")
+
+
+def test_a_store_that_breaks_while_the_server_runs_refuses_what_was_brought_and_nothing_else(
+    at: Site, shop: Shop, carol: Client
+) -> None:
+    do(carol, "register_database", name="lab", dsn=dsn(shop))
+    (at.folder / "state.db").chmod(0o644)
+    (at.folder / "state.db").rename(at.folder / "kept")
+    (at.folder / "state.db").write_text("no store")
+    assert carol.rows("select 1", database="shop") == [[1]]
+    text = carol.error("select 1", database="lab")
+    assert "state.db" not in text
+    (at.folder / "state.db").unlink()
+    (at.folder / "kept").rename(at.folder / "state.db")
+    (at.folder / "state.db").chmod(0o600)
+    assert carol.rows("select 1", database="lab") == [[1]]
+
+
+def test_what_users_bring_takes_half_of_the_connections_at_most(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = users_of(make_site(newest_shop, extra=ON + "limits: {connections: 8}\n", tcp=True)).start()
+    with at.client(at.token("carol")[1]) as carol:
+        for name in ("a", "b", "c"):
+            do(carol, "register_database", name=name, dsn=dsn(newest_shop))
+    clients = [at.client(at.token("carol")[1]) for _ in range(6)]
+    for client, name in zip(clients, "abcabc", strict=True):
+        assert client.rows("select 1", database=name) == [[1]]
+    brought = newest_shop.backends("application_name LIKE 'mcpctl%'")
+    assert len(brought) <= 4
+    with at.client(at.token("alice")[1]) as alice:
+        assert alice.rows("select 1") == [[1]]
+    for client in clients:
+        client.http.close()
+
+
+def test_a_server_that_lets_in_and_then_says_nothing_holds_nobody_up(
+    make_site: MakeSite, newest_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_login, "LOOK", 0.3)
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    found = config.load(at.config, {})
+    with silent(newest_shop.cluster.port) as server:
+        own = Own(found, Keyring(found.keyring.file), None)
+        wanted = Wanted("127.0.0.1", server.port, "shop", READER)
+        begun = time.monotonic()
+        with pytest.raises(UnavailableError, match="no login was possible there in time"):
+            asyncio.run(own.register("carol", "lab", wanted, PASSWORD))
+        assert time.monotonic() - begun < 5
+        assert own.of("carol") == []
+        assert server.let_in == 1
+        # one that turns silent later: it was registered while it answered
+        hangs = OwnDatabase("carol", "lab", "127.0.0.1", "127.0.0.1", server.port, "shop", READER, "", "2026-01-01")
+        OwnDatabases(own._state, Keyring(found.keyring.file)).add(hangs, PASSWORD, 3)
+        own.close()
+        at.start()
+        with at.client(at.token("carol")[1]) as carol, at.client(at.token("dave")[1]) as dave:
+            hanging = site.in_background(lambda: carol.error("select 1", database="lab"))
+            eventually(lambda: server.let_in >= 2)
+            do(dave, "register_database", name="lab", dsn=dsn(newest_shop))
+            assert dave.rows("select 1", database="lab") == [[1]]
+            text = hanging.result(25)
+            assert "cannot be reached" in text
+            assert dave.rows("select 1", database="lab") == [[1]]
+
+
+def test_a_host_is_resolved_once_and_only_that_address_is_connected_to(make_site: MakeSite, newest_shop: Shop) -> None:
+    """A second answer of the DNS would lead elsewhere; the name itself means nothing here."""
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    answers = [["169.254.169.254", "127.0.0.1"], ["127.0.0.2"]]
+
+    async def resolver(host: str, port: int) -> list[str]:
+        return answers.pop(0)
+
+    found = config.load(at.config, {})
+    own = Own(found, Keyring(found.keyring.file), None, resolver)
+    wanted = Wanted("lab.invalid", newest_shop.cluster.port, "shop", READER)
+    row = asyncio.run(own.register("carol", "lab", wanted, PASSWORD))
+    own.close()
+    assert (row.host, row.hostaddr) == ("lab.invalid", "127.0.0.1")
+    assert len(answers) == 1
+    at.start()
+    with at.client(at.token("carol")[1]) as carol:
+        assert carol.rows("select host(inet_server_addr())", database="lab") == [["127.0.0.1"]]
+
+
+def test_nothing_is_sealed_while_a_rotation_looks_for_the_last_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a key could be dropped that something was sealed with a moment before."""
+    monkeypatch.setattr("mcpctl.state._PATIENCE", 0.05)
+    private_file.create(tmp_path / "secret.key", keyring.new_key().encode() + b"\n")
+    ring = Keyring(tmp_path / "secret.key")
+    rotating, registering = (OwnDatabases(State(tmp_path / "state.db"), ring) for _ in range(2))
+    row = OwnDatabase("carol", "lab", "h", "10.0.0.1", 5432, "d", "u", "", "2026-01-01T00:00:00Z")
+    with rotating.held(), pytest.raises(UnavailableError):
+        registering.add(row, PASSWORD, 3)
+    assert list(rotating.sealed()) == []
+    kept = registering.add(row, PASSWORD, 3)
+    assert [text for text, _ in rotating.sealed()] == [kept.sealed]
+    assert rotating.password(kept) == PASSWORD
+    assert PASSWORD not in repr(kept)
+    assert kept.sealed not in repr(kept)
+    for one in (rotating, registering):
+        one._state.close()
+
+
+def test_nobody_tries_passwords_from_here(at: Site, shop: Shop, carol: Client) -> None:
+    for _ in range(FAILURES):
+        assert "does not take that user" in refused(carol, "register_database", name="lab", dsn=dsn(shop, "guess"))
+    assert "have failed within 15 minutes" in refused(carol, "register_database", name="lab", dsn=dsn(shop))
+    register(at, shop)  # the administrator still can
+    assert carol.rows("select 1", database="lab") == [[1]]
+
+
+def test_a_user_s_end_does_not_wait_for_a_store_that_is_broken(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    (at.folder / "state.db").touch(0o600)
+    (at.folder / "state.db").write_text("no store")
+    done = at.run("user", "remove", "carol", "--yes")
+    assert "what carol has brought is still stored" in done.stderr
+    assert [line["user"] for line in at.audit() if line["event"] == "user.removed"] == ["carol"]
+    checked = at.run("config", "check", check=False)
+    assert checked.returncode == 3
+    assert "server.state_file" in checked.stderr
