@@ -70,8 +70,21 @@ def keep_out(cluster: Cluster) -> None:
     before = file.read_text(encoding="utf-8")
     with file.open("w", encoding="utf-8") as out:
         out.write("\n".join([*roles.hba_lines("local"), before]))
+    reload(cluster)
+
+
+def reload(cluster: Cluster) -> None:
+    """Have PostgreSQL read its files again, and wait until it has."""
     with psycopg.connect(cluster.dsn, autocommit=True) as connection:
         connection.execute("SELECT pg_reload_conf()")
+
+    def done() -> bool:
+        with psycopg.connect(cluster.dsn, autocommit=True) as connection:
+            query = "SELECT pg_conf_load_time() >= (pg_stat_file(current_setting('hba_file'))).modification"
+            row = connection.execute(query).fetchone()
+        return row == (True,)
+
+    eventually(done)
 
 
 @contextlib.contextmanager

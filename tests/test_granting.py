@@ -405,3 +405,35 @@ def test_a_grant_to_be_taken_back_is_not_confirmed_while_postgresql_cannot_be_as
         here.cluster.start_server()
     assert here.recorded(user).state == REVOKING  # type: ignore[union-attr]
     here.ungrant(user)
+
+
+def test_what_others_have_granted_is_taken_back_too(here: Place) -> None:
+    """Only who has granted a right can take it back: the owner's REVOKE leaves it."""
+    here.do("CREATE ROLE giver", "CREATE TABLE given (id int)", "INSERT INTO given VALUES (1)",
+            "GRANT SELECT ON given TO giver WITH GRANT OPTION", "GRANT USAGE ON SCHEMA public TO giver")  # fmt: skip
+    user = here.add("receiver")
+    here.grant(user, "read", "public.given", "public.orders")
+    with here.admin() as connection:
+        connection.execute("SET ROLE giver")
+        connection.execute("GRANT SELECT ON given TO mcp_receiver_r")
+    here.ungrant(user, None, "public.given")
+    with here.connect(user) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        connection.execute("TABLE public.given")
+    with here.admin() as connection:
+        connection.execute("SET ROLE giver")
+        connection.execute("GRANT SELECT ON given TO mcp_receiver_r")
+    here.ungrant(user)
+    assert here.query("SELECT 1 FROM pg_roles WHERE rolname ~ '^mcp_receiver'") == []
+    here.do("DROP OWNED BY giver", "DROP TABLE given", "DROP ROLE giver")
+
+
+def test_default_privileges_of_no_schema_go_with_the_next_grant(here: Place) -> None:
+    user = here.add("early")
+    here.grant(user, "read", "public.orders")
+    here.do("ALTER DEFAULT PRIVILEGES FOR ROLE postgres GRANT SELECT ON TABLES TO mcp_early_r")
+    here.grant(user, "read", "public.orders")
+    here.do("CREATE TABLE made_later (id int)")
+    with here.connect(user) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        connection.execute("TABLE public.made_later")
+    here.do("DROP TABLE made_later")
+    here.ungrant(user)
