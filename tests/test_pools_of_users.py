@@ -16,7 +16,7 @@ from mcpctl.postgres.embedded import Binaries
 from site_of_mcpctl import Shop, Site, eventually, in_background
 from two_tenants import Wire, all_at_once
 
-SECONDS = float(os.environ.get("LOAD_SECONDS", "30"))
+SECONDS = float(os.environ.get("LOAD_SECONDS", "12"))
 """How long the load on one user's limit lasts."""
 OPEN = "usename = 'mcp_{}_r'"
 
