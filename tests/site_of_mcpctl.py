@@ -24,6 +24,8 @@ from psycopg import sql
 from mcpctl import private_file
 from mcpctl.cli import init
 from mcpctl.identity import tokens, users
+from mcpctl.identity.entry_file import EntryFile
+from mcpctl.identity.grants import Grant
 from mcpctl.postgres import roles
 from mcpctl.postgres.embedded import Binaries, Cluster
 
@@ -62,6 +64,12 @@ class Shop:
                     "SELECT pid, application_name, state, query FROM pg_stat_activity WHERE usename = {} AND {}"
                 ).format(sql.Literal(READER), sql.SQL(extra))  # type: ignore[arg-type]
             ).fetchall()
+
+
+def record(file: EntryFile[users.User], name: str, grant: Grant) -> None:
+    """Write a grant into a user file, without PostgreSQL; a grant of nothing is taken out."""
+    with file.edit() as entries:
+        entries[name] = users.find(entries, name).with_grant(grant)
 
 
 def keep_out(cluster: Cluster) -> None:

@@ -18,7 +18,7 @@ from mcpctl.identity import tokens, users
 from mcpctl.identity.grants import Grant
 from mcpctl.postgres.embedded import Binaries
 from place import Place, place
-from site_of_mcpctl import PASSWORD, READER, eventually
+from site_of_mcpctl import PASSWORD, READER, eventually, record
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
 NOBODY = 65534
@@ -258,7 +258,7 @@ def test_a_grant_that_is_pending_or_for_no_database_fails(doctor: Doctor, here: 
         here.granting().printed(user, "shop", lambda old: old.more("read", ("public.orders",)))
 
     def forgotten() -> None:
-        users.record(here.users, user, Grant("shop"))
+        record(here.users, user, Grant("shop"))
 
     doctor.appears(FAIL, "the grant is pending", printed, forgotten)
 

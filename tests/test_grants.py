@@ -15,6 +15,7 @@ from mcpctl.errors import UsageError
 from mcpctl.identity import grants, users
 from mcpctl.identity.grants import EVERYTHING, PENDING, REVOKING, Grant, Target, identifier, parse, quoted, targets
 from mcpctl.postgres import roles, scram
+from site_of_mcpctl import record
 
 NAMES = st.text(st.characters(exclude_characters="\x00", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
     lambda name: len(name.encode()) <= 63
@@ -219,7 +220,7 @@ def test_a_grant_comes_back_from_the_file_as_it_was_whatever_the_names(
     private_file.create(file.path, file.render({}))
     users.add(file, "alice", None, NOW)
     grant = Grant("db", (*read, EVERYTHING), state=PENDING, passwords={"read": "sealed:v1:x"})
-    users.record(file, "alice", grant)
+    record(file, "alice", grant)
     assert users.user_file(file.path).current()["alice"].grants["db"] == grant
 
 
@@ -292,7 +293,7 @@ def test_what_a_user_loses_in_one_database_stays_in_another(tmp_path: Path) -> N
     file = users.user_file(tmp_path / "users.yaml")
     private_file.create(file.path, file.render({}))
     users.add(file, "alice", None, NOW)
-    users.record(file, "alice", Grant("a", read=("x",), passwords={"read": "sealed:v1:1"}))
-    users.record(file, "alice", Grant("b", read=("y",), passwords={"read": "sealed:v1:2"}))
-    users.record(file, "alice", Grant("a"))
+    record(file, "alice", Grant("a", read=("x",), passwords={"read": "sealed:v1:1"}))
+    record(file, "alice", Grant("b", read=("y",), passwords={"read": "sealed:v1:2"}))
+    record(file, "alice", Grant("a"))
     assert list(users.user_file(file.path).current()["alice"].grants) == ["b"]

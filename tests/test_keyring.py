@@ -16,6 +16,7 @@ from mcpctl.errors import ConfigError
 from mcpctl.identity import users
 from mcpctl.identity.grants import Grant
 from mcpctl.keyring import Keyring
+from site_of_mcpctl import record
 
 SECRET = "the database's own password"
 
@@ -162,7 +163,7 @@ def home(tmp_path: Path) -> Home:
     found("user", "add", "alice")
     sealed = Keyring(found.folder / "secret.key").seal(SECRET)
     file = users.user_file(found.folder / "users.yaml")
-    users.record(file, "alice", Grant("shop", read=("public",), passwords={"read": sealed}))
+    record(file, "alice", Grant("shop", read=("public",), passwords={"read": sealed}))
     return found
 
 

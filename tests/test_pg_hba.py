@@ -33,7 +33,7 @@ def told(cluster: Cluster, *lines: str) -> str | None:
         out.write(OWN + "\n".join(lines) + "\n")
     site.reload(cluster)
     with psycopg.connect(cluster.dsn, autocommit=True) as connection:
-        found = administrator.keeps_logins_here(connection)
+        found = administrator.keeps_logins_here(connection, "shop")
     return None if found is None else found.message
 
 
@@ -92,7 +92,7 @@ def test_a_file_that_was_not_read_yet_counts_for_nothing(cluster: Cluster) -> No
     seen = file.stat().st_mtime
     os.utime(file, (seen, seen + 60))  # PostgreSQL tells whole seconds
     with psycopg.connect(cluster.dsn, autocommit=True) as connection:
-        found = administrator.keeps_logins_here(connection)
+        found = administrator.keeps_logins_here(connection, "shop")
     os.utime(file, (seen, seen))
     assert found is not None
     assert "has been changed since PostgreSQL has read it" in found.message

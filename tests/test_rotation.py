@@ -19,7 +19,7 @@ from mcpctl.errors import Error
 from mcpctl.identity import users
 from mcpctl.identity.grants import Grant
 from mcpctl.keyring import Keyring
-from site_of_mcpctl import environment, eventually, in_background
+from site_of_mcpctl import environment, eventually, in_background, record
 
 PASSWORDS = {f"{user}:{access}": f"{user}-{access}-secret" for user in ("alice", "bob") for access in ("read", "write")}
 FILES = ("one", "two")
@@ -39,7 +39,7 @@ def home(tmp_path: Path) -> Home:
     for user in ("alice", "bob"):
         users.add(file, user, None, datetime.now(UTC))
         sealed = {access: ring.seal(PASSWORDS[f"{user}:{access}"]) for access in ("read", "write")}
-        users.record(file, user, Grant("mine", read=("a",), write=("a",), passwords=sealed))
+        record(file, user, Grant("mine", read=("a",), write=("a",), passwords=sealed))
     for name in FILES:
         private_file.create(found.folder / f"{name}.password", ring.seal(f"{name} secret").encode() + b"\n")
     private_file.create(found.folder / "plain.password", b"in the open\n")

@@ -271,7 +271,7 @@ def _administered(patient: Patient, granting: Granting, name: str, check: str) -
             check, OK if enough else WARN, f"all grants could hold {worst} connections, and it has {room} to give",
             None if enough else f"lower databases.{name}.pool.max_per_user, or raise max_connections",
         )  # fmt: skip
-        kept = administrator.keeps_logins_here(connection)
+        kept = administrator.keeps_logins_here(connection, name)
     if kept is None:
         yield Finding(check, OK, "pg_hba.conf keeps the users' login roles to mcpctl")
     else:

@@ -184,10 +184,3 @@ def remove(file: EntryFile[User], name: str) -> User:
         user = find(entries, name)
         del entries[name]
     return user
-
-
-def record(file: EntryFile[User], name: str, grant: Grant) -> User:
-    """Write what a user is granted in one database; a grant of nothing is taken out."""
-    with file.edit(though_full=True) as entries:
-        entries[name] = user = find(entries, name).with_grant(grant)
-    return user

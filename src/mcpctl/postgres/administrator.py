@@ -212,12 +212,13 @@ def set_login(connection: Connection, role: str, *, on: bool) -> None:
 _END = "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = %s"
 
 
-def keeps_logins_here(connection: Connection) -> Error | None:
-    """None where pg_hba.conf lets the login roles in from mcpctl's machine alone; else what is wrong with it."""
+def keeps_logins_here(connection: Connection, database: str) -> Error | None:
+    """None where pg_hba.conf lets the login roles in from mcpctl's machine alone; else what is wrong with it.
+    `database` is the database's name in the config."""
     try:
         connection.execute(roles.hba_check().encode())
     except psycopg.Error as problem:
-        return translated(problem, connection.info.dbname)
+        return translated(problem, database)
     return None
 
 
