@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
-from mcpctl.config import default_database
+from mcpctl.config import NAME, default_database
 from mcpctl.config_keys import Database, Settings
 from mcpctl.errors import Error, ForbiddenError, NotFoundError, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.grants import ACCESSES
+from mcpctl.identity.own_databases import check_name
 from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
 from mcpctl.postgres.answer import Bounds
@@ -19,11 +20,11 @@ from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
-from mcpctl.postgres.pools import Pools
+from mcpctl.postgres.pools import NarrowedError, Pools
 from mcpctl.postgres.statement import NotAQuestionError, StatementError, elapsed
 from mcpctl.postgres.token_pool import Session
 from mcpctl.recorder import Recorder
-from mcpctl.tools.definition import Databases, Result, Tool
+from mcpctl.tools.definition import Databases, Result, Tool, UnknownArgumentError
 from mcpctl.tools.query import said, together
 from mcpctl.tools.table import TOOLS
 
@@ -35,13 +36,14 @@ _LATER = 2.0
 @dataclass(frozen=True, slots=True)
 class Request:
     """Where a call came from. `rpc_id` is the client's own number for it, `task` what to cancel to end it (None: the
-    task that runs it)."""
+    task that runs it), `databases` what its answer holds something of."""
 
     id: str
     client_ip: str | None
     transport: str
     rpc_id: str | int | None = None
     task: "asyncio.Task[Any] | None" = None
+    databases: set[str] = field(default_factory=set, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class Calls:
         begun = monotonic()
         task = request.task or asyncio.current_task()
         entry = (principal, request, task) if task is not None else None
-        facts = _Facts(name[:60])
+        facts = _Facts(name if name in TOOLS else "(unknown)")
         base = {"request_id": request.id, "token": principal.token, "user": principal.user, "tenant": principal.tenant,
                 "client_ip": request.client_ip, "transport": request.transport, "tool": facts.tool}  # fmt: skip
         self._recorder.before_call()
@@ -136,14 +138,19 @@ class Calls:
         try:
             tool = self._find(principal, name)
             result = await self._run(tool, principal, arguments, facts)
+            request.databases.update(facts.sessions)
             facts.values.update(rows=result.rows, bytes=result.bytes)
             reason, outcome = result.command, facts.outcome
             return Answer(result.text, result.structured)
-        except (UsageError, ForbiddenError, NotAQuestionError) as problem:
-            event, outcome, reason = "tool.refused", "refused", problem.message
+        except NarrowedError as problem:
+            event, outcome, reason = "tool.refused", "cut", problem.message
             return _failed(problem)
-        except UnknownToolError as problem:
-            event, outcome, reason = "tool.refused", "refused", problem.message
+        except (UsageError, ForbiddenError, NotAQuestionError) as problem:
+            told = _noted(problem) if isinstance(problem, UnknownArgumentError) else problem.message
+            event, outcome, reason = "tool.refused", "refused", told
+            return _failed(problem)
+        except UnknownToolError:
+            event, outcome, reason = "tool.refused", "refused", "there is no such tool"
             raise
         except UnauthorizedError as problem:
             event, outcome, reason = "tool.refused", "cut", problem.message
@@ -170,10 +177,12 @@ class Calls:
     def _find(self, principal: Principal, name: str) -> Tool:
         tool = TOOLS.get(name)
         if tool is None:
-            raise UnknownToolError(f"Unknown tool: {name[:60]}")
+            raise UnknownToolError(f"Unknown tool: {name[:60]}")  # told the caller, and not logged: it may be anything
         decision = self._access.may(principal, tool.permission)
         if not decision.allowed:
             raise ForbiddenError(f"{tool.name}: {decision.reason}", "whoami shows what you have")
+        if tool.own is not None and principal.tenant is not None:
+            raise ForbiddenError(f"{tool.name}: you belong to a tenant, whose users have its place alone")
         if tool.own is not None and not self._brings(principal):
             raise ForbiddenError(
                 f"{tool.name}: only users can bring databases, where the config names hosts for them (own_databases)"
@@ -213,11 +222,17 @@ class Calls:
             raise TypeError(f"{tool.name} is not for {principal.name}")
         name = arguments.get("name")
         if name is not None:
-            facts.values["database"] = OWN + name[:63]
+            check_name(name, {})  # what is none may be a connection string, which is neither logged nor repeated
+            facts.values["database"] = OWN + name
             decision = self._access.may(principal, f"databases:{name}:read")
-            if not decision.allowed:
+            if not decision.allowed and name not in principal.closed:  # a tenant's is taken, as any of the config
                 raise ForbiddenError(f"{tool.name}: {decision.reason}", "whoami shows what you have")
-        return await tool.own(self._own, principal.user, arguments)
+        return await tool.own(
+            self._own,
+            principal.user,
+            arguments,
+            lambda name: self._access.may(principal, f"databases:{name}:read").allowed,
+        )
 
     async def _ask(
         self, tool: Tool, principal: Principal, database: str, arguments: dict[str, Any], facts: _Facts, share: int = 1
@@ -229,7 +244,9 @@ class Calls:
         login = self._login(principal, database, tool.access)
         bounds = self._bounds(login.settings)
         async with self._borrow(principal, login, facts) as session:
-            return await tool.ask(session, dict(arguments), replace(bounds, bytes=bounds.bytes // share))
+            result = await tool.ask(session, dict(arguments), replace(bounds, bytes=bounds.bytes // share))
+        self._pools.check(principal, login.name)
+        return result
 
     async def _ask_several(
         self, tool: Tool, principal: Principal, names: list[str], arguments: dict[str, Any], facts: _Facts
@@ -257,12 +274,21 @@ class Calls:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-        results = dict(zip(names, found, strict=True))
-        failed = [f"{name}: {_noted(one)}" for name, one in results.items() if isinstance(one, Error)]
-        facts.outcome = "error" if len(failed) == len(names) else "ok"
+            facts.sessions = {self._shown(name): session for name, session in facts.sessions.items()}
+        results = {name: self._still(principal, name, one) for name, one in zip(names, found, strict=True)}
+        failed = [f"{self._shown(name)}: {_noted(one)}" for name, one in results.items() if isinstance(one, Error)]
+        facts.outcome = "ok" if not failed else "partial" if len(failed) < len(names) else "error"
         done = together(results)
         done.command = "; ".join(failed) or None
         return done
+
+    def _still(self, principal: Principal, name: str, found: Result | Error) -> Result | Error:
+        """What was found, unless the right to it was taken while the others were waited for."""
+        try:
+            self._pools.check(principal, name)
+        except NarrowedError as problem:
+            return problem
+        return found
 
     @contextlib.asynccontextmanager
     async def _borrow(self, principal: Principal, login: Login, facts: _Facts) -> AsyncIterator[Session]:
@@ -282,16 +308,18 @@ class Calls:
                 raise self._ended(principal, login)
 
     def _removed(self, principal: Principal) -> bool:
-        """Whether what was cut is the database alone: neither the token nor the server ends."""
+        """Whether what was cut is this one database's alone: neither the token nor the server ends."""
         return self._pools.valid(principal) and not self._pools.closed
 
     def _ended(self, principal: Principal, login: Login) -> Error:
         """Why a session was cut under its call."""
         if self._pools.closed:
             return UnavailableError("the server is stopping", "ask again in a moment")
-        if self._removed(principal):
-            return NotFoundError(f"the database {login.name!r} was removed while the call ran")
-        return UnauthorizedError("the token ended while the call ran", token_id=principal.token)
+        try:
+            self._pools.check(principal, login.name)
+        except Error as problem:
+            return problem
+        return NotFoundError(f"the database {login.name!r} was removed while the call ran")
 
     def databases(self, principal: Principal, access: str) -> list[str]:
         """The databases in which a principal has that access: by its roles and its token, and by a login there."""
@@ -348,14 +376,23 @@ class Calls:
         wanted = name or self._default_for(principal)
         if wanted is None:
             raise UsageError("there is no default database", "name one; list_databases shows those you may ask")
-        decision = self._access.may(principal, f"databases:{wanted}:{access}")
-        none = ForbiddenError(f"there is no database {wanted[:63]!r} for you", "list_databases shows those you may ask")
-        if not decision.allowed:
+        named = NAME.fullmatch(wanted) is not None  # what is no name may be a connection string: it is not repeated
+        meant = f"database {wanted!r}" if named else "database of such a name"
+        none = ForbiddenError(
+            f"there is no {meant if name else 'default database'} for you", "list_databases shows those you may ask"
+        )
+        if not named or not self._access.may(principal, f"databases:{wanted}:{access}").allowed:
             raise none
         try:
             self._login(principal, wanted, access)
         except NotFoundError:
             raise none from None
+        except ForbiddenError:  # why not is for those who may do something else there
+            own = principal.user is not None and self._own.has(principal.user, wanted)
+            config = wanted in self._settings.databases and not own
+            if config and not any(self._has(principal, wanted, one) for one in ACCESSES):
+                raise none from None
+            raise
         return wanted
 
     def _bounds(self, database: Database) -> Bounds:
@@ -367,8 +404,8 @@ class Calls:
         )
 
     async def cut(self, token: str | None, reason: str) -> Cut:
-        """End all that a token has open, running calls included; not what it was let in for since, with the fewer
-        rights that it now has."""
+        """End all that a token has open where it has no longer the rights that it had, running calls included. What it
+        was let in for since, with the rights that it has now, goes on."""
         done = await self._pools.cut(token, reason)
         for principal, _, task in list(self._running):
             if principal.token == token and not self._pools.valid(principal):
@@ -400,6 +437,8 @@ def _uncancelled() -> bool:
 
 def _noted(problem: Error) -> str:
     """What the audit line says of an error. PostgreSQL's own words may quote what only the caller may know."""
+    if isinstance(problem, UnknownArgumentError):  # its name is whatever the caller has sent
+        return "an argument that the tool does not take"
     if isinstance(problem, StatementError):
         return f"SQLSTATE {problem.fields.get('sqlstate', 'none')}"
     return problem.message

@@ -77,3 +77,25 @@ class UnavailableError(Error):
     """Not now: a file is broken, the log cannot be written, the server is full or stopping."""
 
     status = 503
+
+
+class Failures:
+    """What went wrong on the way, in a block or in several; `check` raises all of it as one Error."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Error] = {}
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, problem: object, where: object) -> bool:
+        if not isinstance(problem, Error):
+            return False
+        self._found.setdefault(problem.message, problem)
+        return True
+
+    def check(self) -> None:
+        """Raises what was found, if anything was."""
+        if self._found:
+            first = next(iter(self._found.values()))
+            raise Error("; ".join(self._found), first.hint, exit_code=first.exit_code)

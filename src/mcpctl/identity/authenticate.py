@@ -6,19 +6,23 @@ the remembered digest (one keyed BLAKE2), and only then Argon2id, on a thread, a
 
 import asyncio
 import hashlib
+import operator
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from time import monotonic
+from typing import NamedTuple
 
-from mcpctl.errors import Error, UnauthorizedError, UnavailableError
+from mcpctl.errors import ConfigError, Error, UnauthorizedError, UnavailableError
 from mcpctl.identity import tenants, tokens, users
-from mcpctl.identity.principal import Principal
+from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import Token
+from mcpctl.identity.users import EVERYWHERE
+from mcpctl.private_file import ABSENT, fingerprint
 
 WRONG_SECRETS = 10
 """Wrong secrets that one address may try on one id in WINDOW before it is answered 429 without a hash."""
@@ -47,11 +51,21 @@ class _Attempts:
             self._failed.popitem(last=False)
 
 
+class Files(NamedTuple):
+    """The entries of the three files."""
+
+    tokens: Mapping[str, Token]
+    people: Mapping[str, users.User]
+    places: Mapping[str, Tenant]
+
+
 class Authenticator:
     """Knows the token and user files, and which texts have been verified against which entry.
 
     `ended` is called with {id: why} for the tokens in use that a reload found gone, revoked or changed, before the
-    request that noticed is answered. In use is what has been let in and not ended since.
+    request that noticed is answered. In use is what has been let in and not ended since. It also hears of those whose
+    user's rights have become fewer: they live on, and `in_force` tells where what they have open does not. `fewer`
+    compares two users' roles by what they give.
     """
 
     def __init__(
@@ -60,12 +74,17 @@ class Authenticator:
         user_path: Path,
         tenant_path: Path | None = None,
         *,
+        fewer: users.Fewer = operator.ne,
+        twins: Mapping[str, str] | None = None,
+        databases: Container[str] | None = None,
         now: Callable[[], datetime] = tokens.utcnow,
         clock: Callable[[], float] = monotonic,
     ) -> None:
+        self._fewer = fewer
         self.tokens = tokens.token_file(token_path)
         self.users = users.user_file(user_path)
-        self.tenants = tenants.tenant_file(tenant_path or user_path.with_name("tenants.yaml"))
+        self.tenants = tenants.tenant_file(tenant_path or user_path.with_name("tenants.yaml"), twins, self._there)
+        self._databases = databases
         self.ended: Callable[[dict[str, str]], None] = lambda ids: None
         self._now = now
         self._clock = clock
@@ -74,11 +93,11 @@ class Authenticator:
         self._seen: dict[str, Token] = {}
         self._editions: dict[str, int] = {}
         self._edition = 0
+        self._narrowed: dict[str, dict[str, int]] = {}
         self._verifying: dict[str, asyncio.Lock] = {}
         self._people: Mapping[str, users.User] = {}
         self._active: set[str] = set()
         self._places: Mapping[str, Tenant] = {}
-        self._alone: frozenset[str] = frozenset()
         self._versions = (-1, -1, -1)
         self._attempts = _Attempts()
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="argon2")
@@ -87,12 +106,27 @@ class Authenticator:
         """Stop the hashing thread."""
         self._hashing.shutdown(wait=False, cancel_futures=True)
 
+    def _there(self, one: Tenant) -> bool:
+        """Whether a tenant's database is in the config. While we run, `database add` and `tenant add` may make both of
+        one that we do not know before our next start; a tenant whose database we knew may not lose it."""
+        if self._databases is None or one.database in self._databases:
+            return True
+        old = self._places.get(one.name)
+        return self._versions[2] > 0 and (old is None or old.database == one.database)
+
+    def read(self) -> "Files":
+        """What the files say now. ConfigError while one is broken, or does not go with the others: a tenant that is
+        named and not there has a database which would be everybody's."""
+        found = Files(self.tokens.current(), self.users.current(), self.tenants.current())
+        versions = (self.tokens.version, self.users.version, self.tenants.version)
+        if versions != self._versions:
+            tenants.check_members(self.tenants.path, found.places, found.people)
+        return found
+
     def refresh(self) -> None:
         """Take note of what the files say now. Raises UnavailableError while one is broken (law 3: fail closed)."""
         try:
-            entries = self.tokens.current()
-            people = self.users.current()
-            places = self.tenants.current()
+            entries, people, places = self.read()
         except Error as problem:
             raise UnavailableError(problem.message, problem.hint) from None
         versions = (self.tokens.version, self.users.version, self.tenants.version)
@@ -102,52 +136,56 @@ class Authenticator:
         narrowed = self._note_people(people, places)
         for name, old in before.items():
             new = entries.get(name)
-            why = narrowed.get(new.user or "") if new is not None else None
-            if new is old and why is None:
-                continue
-            if new is None or new.rights != old.rights or why is not None:
+            if new is None or new.rights != old.rights:
                 self._known.pop(name, None)
                 self._edition += 1
                 self._editions[name] = self._edition  # kept when it is gone: an id that comes back is another edition
-            elif name in self._known:  # its times or its note: the same secret still opens it
+            elif new is not old and name in self._known:  # its times or its note: the same secret still opens it
                 self._known[name] = (self._known[name][0], self._principal(new))
         over = {
             name: why
             for name in self._active
             if (why := self._why_over(before.get(name), entries.get(name), narrowed)) is not None
         }
-        self._active.difference_update(over)
+        self._active.difference_update(name for name in over if not self._opens(name))
         if over:
             self.ended(over)
 
     def _note_people(self, people: Mapping[str, users.User], places: Mapping[str, Tenant]) -> dict[str, str]:
-        """Take note of the users and tenants; whose rights have become fewer, and why. Who has more is remembered with
-        it."""
+        """Take note of the users and tenants; whose rights have become fewer, and why. What each has now is remembered
+        with who is known."""
         before, self._people = self._people, people
-        moved = {name for name, old in self._places.items() if places.get(name) is not old}
-        new = places.keys() - self._places.keys()
-        self._places = places
-        alone, self._alone = self._alone, tenants.alone(places)
+        was, self._places = self._places, places
+        moved = {name for name, old in was.items() if places.get(name) is not old}
+        elsewhere = bool(moved) or places.keys() != was.keys()
         outside = {name for name, old in before.items() if old.tenant in moved and name in people}
-        inside = {name for name, old in before.items() if old.tenant in new and name in people}
         differ = {name for name in before.keys() | people.keys() if people.get(name) is not before.get(name)}
-        changed = {*people} if alone != self._alone else outside | inside | differ
-        if not changed and alone == self._alone:
+        changed = {*people} if elsewhere else differ
+        if not changed and not elsewhere:
             return {}
+        found = {
+            name: people[name].narrowed(before[name], self._fewer) for name in changed & before.keys() & people.keys()
+        }
+        for name in outside:
+            found[name] = {EVERYWHERE: "its user's tenant changed"}
+        for name, user in {**people, "": None}.items() if elsewhere else ():
+            for database in tenants.closed(places, user).keys() - tenants.closed(was, user).keys():
+                found.setdefault(name, {})[database] = f"{database} is a tenant's alone now"
+        self._edition += 1
+        for name, databases in found.items():
+            self._narrowed.setdefault(name, {}).update(dict.fromkeys(databases, self._edition))
+        self._know_again(changed, services=elsewhere)
+        return {name: "; ".join(databases.values()) for name, databases in found.items() if databases}
+
+    def _know_again(self, changed: set[str], *, services: bool) -> None:
+        """Remember these users' tokens, and service tokens, with what they have now."""
         for name, (digest, principal) in list(self._known.items()):
-            if principal.user not in changed and (principal.user is not None or alone == self._alone):
+            if principal.user not in changed and (principal.user is not None or not services):
                 continue
-            if (principal.user is None or principal.user in people) and (token := self._seen.get(name)) is not None:
+            if (principal.user is None or principal.user in self._people) and (token := self._seen.get(name)):
                 self._known[name] = (digest, self._principal(token))
             else:  # who comes back under that name is somebody else
                 del self._known[name]
-        found = {name: people[name].narrowed(before[name]) for name in changed & before.keys() & people.keys()}
-        found |= dict.fromkeys(outside, "its user's tenant changed")
-        if more := self._alone - alone:
-            there = {name for name, one in places.items() if one.database in more}
-            strangers = {name for name, one in people.items() if one.tenant not in there}
-            found |= dict.fromkeys({"", *strangers}, f"{', '.join(sorted(more))} is a tenant's alone now")
-        return {name: why for name, why in found.items() if why is not None}
 
     def _why_over(self, old: Token | None, new: Token | None, narrowed: Mapping[str, str]) -> str | None:
         """Why what a token has open must end, now that its entry is `new`; None where it need not. `narrowed`: whose
@@ -170,8 +208,8 @@ class Authenticator:
         return over
 
     def still_valid(self, principal: Principal) -> bool:
-        """Whether what was opened as this principal may go on: its token is there, with the same rights, is neither
-        expired nor revoked, and its user is there."""
+        """Whether its token still opens something: it is there, with the same rights, neither expired nor revoked, and
+        its user is there."""
         if principal.token is None:
             return True
         token = self._seen.get(principal.token)
@@ -179,10 +217,34 @@ class Authenticator:
             token is not None and principal.edition == self._editions.get(token.id, 0) and self._why_not(token) is None
         )
 
+    def in_force(self, principal: Principal, database: str) -> bool:
+        """Whether what was opened as this principal in that database may go on: its token is valid, and its user has
+        no fewer rights there than when it was let in."""
+        if not self.still_valid(principal):
+            return False
+        now = self._narrowed.get(principal.user or "", {})
+        return all(now.get(name, 0) == principal.narrowed.get(name, 0) for name in (EVERYWHERE, database))
+
+    def _opens(self, name: str) -> bool:
+        """Whether the token of that id opens something now."""
+        token = self._seen.get(name)
+        return token is not None and self._why_not(token) is None
+
     def next_expiry(self) -> float | None:
         """Seconds until the next token in use expires; None when none does."""
         ends = [end for name in self._active if (end := self._seen[name].expires_at) is not None]
         return max(0.0, (min(ends) - self._now()).total_seconds()) if ends else None
+
+    def local(self) -> Principal:
+        """Whoever calls without a token where none is asked for. ConfigError where there are tenants, or their file is
+        lost: their data is theirs alone, and one login may reach the data of all."""
+        paths = (self.tokens.path, self.users.path, self.tenants.path)
+        if any(fingerprint(path) != ABSENT for path in paths) and self.tenants.current():
+            raise ConfigError(
+                "there are tenants here, so nobody is served without a token",
+                "for stdio put one into MCPCTL_TOKEN; `mcpctl token add` makes it",
+            )
+        return LOCAL
 
     async def authenticate(self, text: str, address: str | None) -> Principal:
         """The principal of a bearer token, or UnauthorizedError with the reason, for the log alone."""
@@ -245,9 +307,6 @@ class Authenticator:
             return f"it was given to another {token.user}, who is gone"
         if token.user is not None and self._people[token.user].disabled_at is not None:
             return f"its user {token.user} is disabled"
-        tenant = self._people[token.user].tenant if token.user is not None else None
-        if tenant is not None and tenant not in self._places:
-            return f"its tenant {tenant} is gone"
         return None
 
     def _principal(self, token: Token) -> Principal:
@@ -260,9 +319,10 @@ class Authenticator:
             permissions=token.permissions,
             expires_at=token.expires_at,
             edition=self._editions.get(token.id, 0),
+            narrowed=dict(self._narrowed.get(token.user or "", {})),
             roles=user.roles if user is not None else None,
             grants=user.grants if user is not None else {},
             tenant=user.tenant if user is not None else None,
             within=self._places.get(user.tenant or "") if user is not None else None,
-            closed=tenants.alone(self._places, but=user.tenant if user is not None else None),
+            closed=tenants.closed(self._places, user),
         )

@@ -12,7 +12,7 @@ next change.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -31,13 +31,15 @@ E = TypeVar("E")
 class Shape(Generic[E]):
     """What stands in such a file: its top key, how a name looks, and an entry to and from plain values.
 
-    `read` gets (name, values) and returns the entry or raises ValueError saying what is wrong.
+    `read` gets (name, values) and returns the entry or raises ValueError saying what is wrong. `together` finds what no
+    entry shows alone: (name, what is wrong).
     """
 
     top: str
     name: re.Pattern[str]
     read: Callable[[str, dict[str, Any]], E]
     write: Callable[[E], dict[str, Any]]
+    together: Callable[[Mapping[str, E]], Iterable[tuple[str, str]]] = lambda entries: ()
 
 
 class _OneLine(yaml.SafeDumper):
@@ -53,8 +55,8 @@ _OneLine.add_representer(str, _text)
 
 @dataclass
 class EntryFile(Generic[E]):
-    """One such file. `current()` is for the server, `edit()` for the command line. One that is `optional` has no
-    entries while it is not there, and is made by the first edit."""
+    """One such file. `current()` is for the server, `edit()` for the command line. `missing` is the hint where it is
+    not there."""
 
     path: Path
     shape: Shape[E]
@@ -63,7 +65,7 @@ class EntryFile(Generic[E]):
     _lines: dict[str, E] = field(default_factory=dict)
     _broken: ConfigError | None = None
     version: int = 0
-    optional: bool = False
+    missing: str = "mcpctl init makes the files"
 
     def current(self) -> Mapping[str, E]:
         """The entries of the file as it is now: one stat, and a parse where it has changed.
@@ -71,17 +73,12 @@ class EntryFile(Generic[E]):
         `version` counts the contents seen. Raises ConfigError while the file is missing or broken.
         """
         now = private_file.fingerprint(self.path)
-        if self.optional and now == private_file.ABSENT:
-            if self._entries or self._fingerprint != now:
-                self._entries, self._broken, self._fingerprint = {}, None, now
-                self.version += 1
-            return self._entries
         if now != self._fingerprint or now == private_file.ABSENT:
             self._fingerprint = None  # what cannot even be read is tried again each time: its folder may be at fault
             try:
                 content = private_file.read(self.path)
             except Error as problem:
-                hint = "mcpctl init makes the files" if isinstance(problem, NotFoundError) else problem.hint
+                hint = self.missing if isinstance(problem, NotFoundError) else problem.hint
                 raise ConfigError(problem.message, hint) from None
             self._fingerprint = content.fingerprint
             try:
@@ -103,8 +100,6 @@ class EntryFile(Generic[E]):
     def edit(self, *, though_full: bool = False) -> Iterator[dict[str, E]]:
         """The entries, held under the file's lock; what the block leaves in them is written when it ends well.
         `though_full` as in `private_file.Edit.replace`."""
-        if self.optional and not self.path.exists():
-            private_file.create(self.path, self.render({}))
         with private_file.edit(self.path) as held:
             before = self._parse(held.data)
             entries = dict(before)
@@ -135,7 +130,7 @@ class EntryFile(Generic[E]):
     def _parse(self, data: bytes) -> dict[str, E]:
         faults: list[str] = []
         entries = self._by_line(data)
-        if entries is None:
+        if entries is None or any(self.shape.together(entries)):
             entries = self._whole(data, faults)
         if faults:
             raise ConfigError(
@@ -198,4 +193,7 @@ class EntryFile(Generic[E]):
                     entries[name] = self.shape.read(name, fields)
                 except ValueError as problem:
                     faults.append(f"{where}: {name}: {problem}")
+        faults += [
+            f"{entries_tree.children[name].where}: {name}: {text}" for name, text in self.shape.together(entries)
+        ]
         return entries

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mcpctl.config import ACCESSES as ACCESSES
 from mcpctl.errors import UsageError
 
 EVERYTHING = "*"
 """Every schema that is there when the grant is applied."""
-ACCESSES = ("read", "write", "admin")
 SUFFIXES = {"read": "r", "write": "w", "admin": "a"}
 """The end of the login role's name for each access."""
 PENDING, REVOKING = "pending", "revoking"
@@ -23,13 +23,24 @@ _FIELDS = ("read", "write", "admin", "state", *SUFFIXES.values())
 
 def quoted(name: str) -> str:
     """A name as people write it: in double quotes where it is not plain. `parse` reads it back."""
-    return name if _PLAIN.fullmatch(name) else identifier(name)
+    return name if _PLAIN.fullmatch(name) else _in_quotes(name)
+
+
+def _in_quotes(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def escaped(text: str, short: str, long: str) -> str:
+    """The text with each character that is not printable as its number: in `short`, and beyond FFFF in `long`."""
+    return "".join(one if one.isprintable() else (short if ord(one) < 0x10000 else long) % ord(one) for one in text)
 
 
 def identifier(name: str) -> str:
-    """A name as SQL: always in double quotes, since a plain one may be a reserved word (PostgreSQL, "Lexical
-    Structure")."""
-    return '"' + name.replace('"', '""') + '"'
+    """A name as SQL: always in double quotes, since a plain one may be a reserved word; and without a control
+    character, which no terminal shows as it is (PostgreSQL, "Lexical Structure")."""
+    if name.isprintable():
+        return _in_quotes(name)
+    return "U&" + escaped(_in_quotes(name.replace("\\", "\\\\")), r"\%04X", r"\+%06X")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ hand does not open.
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
@@ -41,7 +41,7 @@ class OwnDatabase:
 
     @property
     def shown(self) -> str:
-        """How messages and the audit log call it. No database of the config has a colon in its name."""
+        """How the logs call it. No database of the config has a colon in its name."""
         return f"own:{self.name}"
 
     @property
@@ -56,11 +56,10 @@ _INSERT = f"INSERT INTO own_databases ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, 
 
 
 def check_name(name: str, taken: Mapping[str, Any]) -> None:
-    """Raises UsageError for what cannot be a name, ConflictError for that of a database of the config."""
+    """Raises UsageError for what cannot be a name, which is not repeated, since it may be a connection string;
+    ConflictError for that of a database of the config."""
     if not NAME.fullmatch(name):
-        raise UsageError(
-            f"{name[:63]!r} cannot be a database's name", "a-z first, then a-z 0-9 - _, at most 63 characters"
-        )
+        raise UsageError("that cannot be a database's name", "a-z first, then a-z 0-9 - _, at most 63 characters")
     if name in taken:
         raise ConflictError(f"there is a database {name!r} already", "choose another name")
 
@@ -104,11 +103,14 @@ class OwnDatabases:
         if len(have) >= most:
             raise ConflictError(f"a user may have {most} databases here", "remove one first")
 
-    def add(self, row: OwnDatabase, password: str, most: int) -> OwnDatabase:
-        """Store it. It is sealed within the transaction, which a rotation of the keys waits for, and the other way
-        round: no key is dropped that something was sealed with meanwhile."""
+    def add(self, row: OwnDatabase, password: str, most: int, beside: Iterable[tuple[str, str]] = ()) -> OwnDatabase:
+        """Store it, unless another key than the keyring's has sealed what is there, or `beside` it (ConfigError). It is
+        sealed within the transaction, which a rotation of the keys waits for, and the other way round: no key is
+        dropped that something was sealed with meanwhile."""
         with self._state.change() as connection:
             self.check_room(row.user, row.name, most)
+            for sealed, what in (*self.sealed(), *beside):
+                self._keyring.check_opens(sealed, what)
             text = json.dumps({"for": row.bound, "password": password})
             row = replace(row, sealed=self._keyring.seal(text))
             connection.execute(_INSERT, astuple(row))
@@ -131,11 +133,15 @@ class OwnDatabases:
     def password(self, row: OwnDatabase) -> str:
         """The password of exactly this row. ConfigError (exit 3) where it does not open, or is another row's."""
         what = f"the password of {row.user}'s own database {row.name}"
-        values = json.loads(self._keyring.open(row.sealed, what))
+        again = f"mcpctl database unregister {row.user} {row.name}"
+        try:
+            values = json.loads(self._keyring.open(row.sealed, what))
+        except ConfigError as problem:
+            raise ConfigError(problem.message, f"restore the key file that it was sealed with, or: {again}") from None
         if values["for"] != row.bound:
             raise ConfigError(
                 f"{what} was sealed for another entry than that in {self._state.path}",
-                "somebody has changed the file by hand; remove the database, and register it anew",
+                f"somebody has changed the file by hand: {again}, and register it anew",
             )
         return str(values["password"])
 

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from mcpctl.identity.grants import Grant
 from mcpctl.identity.tenants import Tenant
+from mcpctl.identity.users import EVERYWHERE
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,8 +17,8 @@ class Principal:
     pools: SHA-256 of the stored hash in hex, of which logs show the first 12. `databases` and `permissions` are
     what the token is limited to; None means all that its user has. `roles` are its user's own (None: the default ones),
     `grants` its user's by database; `within` is its tenant's place, beyond which it sees nothing, and
-    `closed` are the databases that are other tenants' alone. `edition` counts how
-    often the rights of its token or of its user have become fewer: what was opened under an earlier edition is over,
+    `closed` are the databases that other tenants keep it out of, with why. `edition` grows when its token's rights have
+    become fewer, and `narrowed` by database when its user's have: what was opened under an earlier edition is over,
     whatever else is equal.
     """
 
@@ -29,10 +30,15 @@ class Principal:
     expires_at: datetime | None = None
     tenant: str | None = None
     edition: int = 0
+    narrowed: Mapping[str, int] = field(default_factory=dict, compare=False)
     roles: tuple[str, ...] | None = None
     grants: Mapping[str, Grant] = field(default_factory=dict, compare=False)
     within: Tenant | None = None
-    closed: frozenset[str] = field(default=frozenset(), compare=False)
+    closed: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def edition_in(self, database: str) -> int:
+        """The edition of its rights in that database."""
+        return max(self.edition, self.narrowed.get(EVERYWHERE, 0), self.narrowed.get(database, 0))
 
     @property
     def name(self) -> str:

@@ -3,16 +3,17 @@ and with them their tokens, see nothing else. The tenant comes from the credenti
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mcpctl.errors import ConflictError, NotFoundError, UsageError
+from mcpctl.config_keys import Settings
+from mcpctl.errors import ConfigError, ConflictError, NotFoundError, UsageError
 from mcpctl.identity import grants
 from mcpctl.identity.entry_file import EntryFile, Shape
-from mcpctl.identity.users import User, check_note, read_time, rfc3339
+from mcpctl.identity.users import User, check_note, read_time, rfc3339, user_file
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 _FIELDS = ("created_at", "database", "schema", "note")
@@ -45,12 +46,16 @@ class Tenant:
             raise UsageError(f"the tenant {self.name} has {self.where}, and {text} is outside", "leave it out")
         return targets
 
+    @property
+    def own(self) -> str | None:
+        """Its schema's name, however it is quoted; None where the whole database is its own."""
+        return grants.parse(self.schema).schema if self.schema is not None else None
+
     def outside(self, targets: Iterable[str]) -> str | None:
         """The first target of a grant in its database that is not the tenant's own; None where all are."""
         if self.schema is None:
             return None
-        own = grants.parse(self.schema).schema
-        return next((one for one in targets if one == grants.EVERYTHING or grants.parse(one).schema != own), None)
+        return next((one for one in targets if one == grants.EVERYTHING or grants.parse(one).schema != self.own), None)
 
 
 def _read(name: str, fields: dict[str, Any]) -> Tenant:
@@ -81,9 +86,58 @@ def as_values(tenant: Tenant) -> dict[str, Any]:
 _SHAPE: Shape[Tenant] = Shape("tenants", NAME, _read, as_values)
 
 
-def tenant_file(path: Path) -> EntryFile[Tenant]:
-    """The tenant file at `path`; where there is none, there are no tenants, and whoever belongs to one is refused."""
-    return EntryFile(path, _SHAPE, optional=True)
+def tenant_file(
+    path: Path, twins: Mapping[str, str] | None = None, there: Callable[[Tenant], bool] = lambda one: True
+) -> EntryFile[Tenant]:
+    """The tenant file at `path`. It is there even where there are no tenants: with one that is lost the databases of
+    its tenants would be everybody's.
+
+    `twins` names, for a database of the config, another that is the same one in PostgreSQL: no tenant's may have one.
+    `there` says whether the config has a tenant's database: one by another name is open to everybody.
+    """
+    return EntryFile(
+        path,
+        replace(_SHAPE, together=lambda entries: (*_shared(entries, twins or {}), *_nowhere(entries, there))),
+        missing="restore it; only where there never were tenants, make it as the owner of the other files: "
+        f"(umask 077; echo '{{version: 1, tenants: {{}}}}' >{path})",
+    )
+
+
+def _clashes(entries: Mapping[str, Tenant]) -> Iterator[tuple[Tenant, Tenant]]:
+    """Each tenant whose place, or some of it, an earlier one has; and that one."""
+    taken: dict[str, dict[str | None, Tenant]] = {}
+    for one in entries.values():
+        there = taken.setdefault(one.database, {})
+        other = there.get(None) or (there.get(one.own) if one.own else next(iter(there.values()), None))
+        if other is not None:
+            yield one, other
+        there[one.own] = one
+
+
+def _shared(entries: Mapping[str, Tenant], twins: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for one, other in _clashes(entries):
+        yield one.name, f"{other.where} is the tenant {other.name}'s; give each a place of its own"
+    for one in entries.values():
+        if twin := twins.get(one.database):
+            yield one.name, f"{one.database} and {twin} of the config are one database; leave one of them in the config"
+
+
+def _nowhere(entries: Mapping[str, Tenant], there: Callable[[Tenant], bool]) -> Iterator[tuple[str, str]]:
+    for one in entries.values():
+        if not there(one):
+            yield (
+                one.name,
+                f"there is no database {one.database} in the config, so the one that is meant is open to all",
+            )
+
+
+def checked(settings: Settings) -> Mapping[str, Tenant]:
+    """The tenants, for what decides by them. ConfigError (exit 3) where one has a database that is not in the config,
+    or a user's is not there."""
+    path = settings.auth.tenant_file
+    entries = tenant_file(path, there=lambda one: one.database in settings.databases).current()
+    check_members(path, entries, user_file(settings.auth.user_file).current())
+    return entries
 
 
 def add(file: EntryFile[Tenant], tenant: Tenant) -> None:
@@ -96,17 +150,38 @@ def add(file: EntryFile[Tenant], tenant: Tenant) -> None:
     with file.edit() as entries:
         if tenant.name in entries:
             raise ConflictError(f"there is a tenant {tenant.name} already", "`mcpctl tenant list` shows all")
-        for other in entries.values():
-            if other.database == tenant.database and (
-                other.schema == tenant.schema or not (other.schema and tenant.schema)
-            ):
-                raise ConflictError(f"{other.where} is the tenant {other.name}'s", "tenants share nothing")
+        for _, other in _clashes({**entries, tenant.name: tenant}):
+            raise ConflictError(f"{other.where} is the tenant {other.name}'s", "tenants share nothing")
         entries[tenant.name] = tenant
 
 
-def alone(entries: Mapping[str, Tenant], but: str | None = None) -> frozenset[str]:
-    """The databases that are one tenant's alone, and so closed to everybody else; `but` that tenant's."""
-    return frozenset(one.database for one in entries.values() if one.schema is None and one.name != but)
+def check_members(path: Path, entries: Mapping[str, Tenant], people: Mapping[str, User]) -> None:
+    """See that every tenant which a user belongs to is there. ConfigError (exit 3) where one is not: its database would
+    be open to whoever has no tenant."""
+    for user in people.values():
+        if user.tenant is not None and user.tenant not in entries:
+            raise ConfigError(
+                f"{path}: there is no tenant {user.tenant}, and the user {user.name} belongs to it",
+                f"put it back: mcpctl tenant add {user.tenant}; or: mcpctl user remove {user.name}",
+            )
+
+
+def closed(entries: Mapping[str, Tenant], user: User | None) -> dict[str, str]:
+    """The databases that are closed to a user, or to service tokens, with why: one is another tenant's alone, or the
+    user's grant reaches a schema in it that is."""
+    others = [one for one in entries.values() if user is None or one.name != user.tenant]
+    reached = [one for one in others if user is not None and _enters(user, one)]
+    return {
+        **{one.database: f"the user's grant reaches {one.where}, which is the tenant {one.name}'s" for one in reached},
+        **{one.database: f"the database {one.database} is a tenant's alone" for one in others if one.schema is None},
+    }
+
+
+def grantable(entries: Mapping[str, Tenant], tenant: str | None, database: str) -> bool:
+    """Whether a user of that tenant, or of none, may be granted all of a database, or of what the tenant has of it."""
+    if tenant is not None:
+        return tenant in entries and entries[tenant].database == database
+    return all(one.database != database for one in entries.values())
 
 
 def strangers(tenant: Tenant, people: Mapping[str, User]) -> list[str]:
@@ -120,8 +195,9 @@ def _enters(user: User, tenant: Tenant) -> bool:
         return False
     if tenant.schema is None:
         return True
-    own = grants.parse(tenant.schema).schema
-    return any(one == grants.EVERYTHING or grants.parse(one).schema == own for one in (*grant.read, *grant.write))
+    return any(
+        one == grants.EVERYTHING or grants.parse(one).schema == tenant.own for one in (*grant.read, *grant.write)
+    )
 
 
 def find(entries: Mapping[str, Tenant], name: str) -> Tenant:
@@ -132,12 +208,19 @@ def find(entries: Mapping[str, Tenant], name: str) -> Tenant:
         raise NotFoundError(f"there is no tenant {name}", f"make one with `mcpctl tenant add {name}`") from None
 
 
-def remove(file: EntryFile[Tenant], name: str, people: Mapping[str, User]) -> Tenant:
-    """Take a tenant out of the file; ConflictError (exit 5) while users belong to it."""
-    find(file.current(), name)  # before the edit, which would make the file
+def removable(file: EntryFile[Tenant], name: str, people: Mapping[str, User]) -> Tenant:
+    """The tenant of that name; ConflictError (exit 5) while users belong to it."""
+    found = find(file.current(), name)
     members = [user.name for user in people.values() if user.tenant == name]
     if members:
-        raise ConflictError(f"{', '.join(members[:5])} belong to the tenant {name}", f"mcpctl user remove {members[0]}")
+        word = "belongs" if len(members) == 1 else "belong"
+        raise ConflictError(f"{', '.join(members[:5])} {word} to the tenant {name}", f"mcpctl user remove {members[0]}")
+    return found
+
+
+def remove(file: EntryFile[Tenant], name: str, people: Mapping[str, User]) -> Tenant:
+    """Take a tenant out of the file; ConflictError (exit 5) while users belong to it."""
+    removable(file, name, people)  # before the edit, which would make the file
     with file.edit(though_full=True) as entries:
         tenant = find(entries, name)
         del entries[name]

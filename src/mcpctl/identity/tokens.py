@@ -23,7 +23,7 @@ from mcpctl.config_keys import Network, duration, network, permission
 from mcpctl.errors import ConflictError, NotFoundError, UsageError
 from mcpctl.identity.entry_file import EntryFile, Shape
 from mcpctl.identity.users import NAME as USER_NAME
-from mcpctl.identity.users import check_note, read_time
+from mcpctl.identity.users import User, check_note, read_time
 from mcpctl.identity.users import rfc3339 as rfc3339
 
 # The secret has 256 random bits: nobody guesses it, so a hash that costs .02 ms is as good as one that costs 500.
@@ -67,6 +67,16 @@ class Token:
         if self.expires_at <= now:
             return "expired"
         return "expiring" if self.expires_at - now <= EXPIRING else "active"
+
+
+def standing(token: Token, people: Mapping[str, User] | None, now: datetime) -> str:
+    """active, expiring, expired or revoked; or disabled with its user, or blocked since whose it was is gone."""
+    own = token.status(now)
+    if token.user is None or people is None or own in ("expired", "revoked"):
+        return own
+    user = people.get(token.user)
+    gone = user is None or user.created_at > token.created_at
+    return "blocked" if user is None or gone else own if user.disabled_at is None else "disabled"
 
 
 def utcnow() -> datetime:

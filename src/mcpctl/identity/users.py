@@ -1,13 +1,13 @@
 """The user file: who there is, their roles, and what each was granted in which database."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mcpctl.config_keys import text
+from mcpctl.config_keys import Auth, text
 from mcpctl.errors import ConflictError, NotFoundError, UsageError
 from mcpctl.identity import grants
 from mcpctl.identity.entry_file import EntryFile, Shape
@@ -17,6 +17,11 @@ NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 ROLE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _FIELDS = ("created_at", "disabled_at", "roles", "tenant", "note", "grants")
 _TENANT = re.compile(r"[a-z][a-z0-9-]{0,30}")
+EVERYWHERE = "*"
+"""In the place of a database's name: in all of them."""
+Roles = tuple[str, ...] | None
+Fewer = Callable[[Roles, Roles], bool]
+"""Whether the second roles give less than the first. What a role gives, the policy knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +36,22 @@ class User:
     grants: Mapping[str, Grant] = field(default_factory=dict)
     tenant: str | None = None
 
-    def narrowed(self, before: "User") -> str | None:
-        """Why what was opened when the entry was `before` must end, now that it is this one; None where it need not."""
+    def narrowed(self, before: "User", fewer: Fewer) -> dict[str, str]:
+        """In which databases what was opened when the entry was `before` must end, now that it is this one, and why;
+        EVERYWHERE for all of them. `fewer` compares the roles."""
         if self.created_at != before.created_at:
-            return "its user is another one of that name"
+            return {EVERYWHERE: "its user is another one of that name"}
         if self.disabled_at is not None and before.disabled_at is None:
-            return "its user is disabled"
-        if before.roles != self.roles and not (before.roles and set(before.roles) <= set(self.roles or ())):
-            return "its user's roles changed"
+            return {EVERYWHERE: "its user is disabled"}
+        if fewer(before.roles, self.roles):
+            return {EVERYWHERE: "its user's roles give less"}
         if self.tenant != before.tenant:
-            return "its user's tenant changed"
-        for database, grant in before.grants.items():
-            left = self.grants[database].rights if database in self.grants else frozenset()
-            if not grant.rights <= left:
-                return f"its user's grant on {database} was narrowed"
-        return None
+            return {EVERYWHERE: "its user's tenant changed"}
+        return {
+            database: f"its user's grant on {database} was narrowed"
+            for database, grant in before.grants.items()
+            if not grant.rights <= (self.grants[database].rights if database in self.grants else frozenset())
+        }
 
     def with_grant(self, grant: Grant) -> "User":
         """The entry with that grant in the place of the one in its database; a grant of nothing is left out."""
@@ -81,6 +87,12 @@ def _read(name: str, fields: dict[str, Any]) -> User:
         {database: grants.read(database, found) for database, found in granted.items()},
         tenant,
     )
+
+
+def listed_strangers(auth: Auth, people: Mapping[str, User]) -> list[tuple[str, str]]:
+    """(key, name) of whom the config lists as an admin or a reader, and who is no user: a typo, or gone."""
+    listed = {"auth.admin_users": auth.admin_users, "auth.read_only_users": auth.read_only_users}
+    return [(key, name) for key, names in listed.items() for name in names if name not in people]
 
 
 def read_time(value: Any, name: str) -> datetime:
@@ -184,3 +196,11 @@ def remove(file: EntryFile[User], name: str) -> User:
         user = find(entries, name)
         del entries[name]
     return user
+
+
+def sealed_in(people: Mapping[str, User]) -> Iterator[tuple[str, str]]:
+    """(sealed, what it is) of each password in the user file."""
+    for user in people.values():
+        for grant in user.grants.values():
+            for access, sealed in grant.passwords.items():
+                yield sealed, f"users.yaml: the {access} password of {user.name} in {grant.database}"

@@ -8,8 +8,10 @@ list narrows them, and a token without one has all of them.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from mcpctl.config import covers as covers
 from mcpctl.config_keys import Auth
 from mcpctl.identity.principal import Principal
+from mcpctl.identity.users import Roles
 from mcpctl.policy import roles
 
 
@@ -21,16 +23,25 @@ class Decision:
     reason: str
 
 
-def covers(pattern: str, permission: str) -> bool:
-    """Whether a pattern such as `databases:*:read` covers a permission such as `databases:sales:read`."""
-    wanted = permission.split(":")
-    parts = pattern.split(":")
-    for index, part in enumerate(parts):
-        if part == "*" and index == len(parts) - 1:
-            return True
-        if index >= len(wanted) or part not in ("*", wanted[index]):
-            return False
-    return len(parts) == len(wanted)
+def within(patterns: Iterable[str], bounds: Iterable[str]) -> tuple[str, ...]:
+    """What is left of `patterns` where only what `bounds` cover is allowed: the patterns of what both cover."""
+    bounds = tuple(bounds)
+    found = (_both(one.split(":"), other.split(":")) for one in patterns for other in bounds)
+    return tuple(dict.fromkeys(":".join(parts) for parts in found if parts is not None))
+
+
+def _both(one: list[str], other: list[str]) -> list[str] | None:
+    """What two patterns both cover, as one; None where that is nothing."""
+    if one == ["*"]:
+        return other
+    if other == ["*"]:
+        return one
+    if not one and not other:
+        return []
+    if not one or not other or (one[0] != other[0] and "*" not in (one[0], other[0])):
+        return None
+    rest = _both(one[1:], other[1:])
+    return None if rest is None else [other[0] if one[0] == "*" else one[0], *rest]
 
 
 def _covering(patterns: Iterable[str], permission: str) -> str | None:
@@ -54,9 +65,22 @@ class Access:
         return (*own, roles.ADMIN) if principal.user in self._admins and roles.ADMIN not in own else own
 
     def patterns(self, principal: Principal) -> tuple[str, ...]:
-        """All permissions of its roles. A role that the config no longer has gives nothing."""
-        found = (pattern for name in self.roles_of(principal) for pattern in self._roles.get(name, ()))
-        return tuple(dict.fromkeys(found))
+        """The permissions of its roles, within the read-only list and the token's own. A role that the config no longer
+        has gives nothing."""
+        every = (pattern for name in self.roles_of(principal) for pattern in self._roles.get(name, ()))
+        found = tuple(dict.fromkeys(every))
+        if principal.user in self._readers:
+            found = within(found, roles.READ_ONLY)
+        return found if principal.permissions is None else within(found, principal.permissions)
+
+    def fewer(self, before: Roles, after: Roles) -> bool:
+        """Whether a user who had those roles has less with these; their place in the config's lists stays."""
+        left = self._given(after)
+        return any(_covering(left, pattern) is None for pattern in self._given(before))
+
+    def _given(self, roles_held: Roles) -> list[str]:
+        held = roles.DEFAULT if roles_held is None else roles_held
+        return [pattern for name in held for pattern in self._roles.get(name, ())]
 
     def chain(self, principal: Principal, permission: str) -> list[Decision]:
         """Each link's own answer: roles, read-only list, tenant, the token's databases, the token's permissions."""
@@ -90,11 +114,11 @@ class Access:
 
     @staticmethod
     def _by_closed(principal: Principal, permission: str) -> list[Decision]:
-        """A database that is one tenant's alone is not there for anybody else."""
+        """A database that is one tenant's alone is not there for anybody else, nor one for whoever was granted another
+        tenant's schema of it."""
         family, _, rest = permission.partition(":")
         name = rest.partition(":")[0]
-        closed = family == "databases" and name in principal.closed
-        return [Decision(False, f"the database {name} is a tenant's alone")] if closed else []
+        return [Decision(False, principal.closed[name])] if family == "databases" and name in principal.closed else []
 
     @staticmethod
     def _by_tenant(principal: Principal, permission: str) -> Decision:

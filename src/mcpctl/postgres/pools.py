@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf
 from time import monotonic
 
-from mcpctl.errors import Error, UnauthorizedError, UnavailableError
+from mcpctl.errors import Error, ForbiddenError, UnauthorizedError, UnavailableError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.cutting import Cut, cut, try_again
 from mcpctl.postgres.login import OWN, Login
@@ -30,6 +30,10 @@ _PING_SECONDS = 2.0
 Told = Callable[..., None]
 
 
+class NarrowedError(ForbiddenError):
+    """A call's rights became fewer while it ran. Its token lives."""
+
+
 @dataclass
 class _Shared:
     """What all pools of one database share, whoever they belong to."""
@@ -46,7 +50,8 @@ class _Shared:
 
 class Pools:
     """All pools of this process. `told(event, **fields)` hears of each opening and closing; `valid(principal)` says
-    whether a principal still is what it was when its request came in."""
+    whether a principal's token still opens something, `in_force(principal, database)` whether it has all the rights in
+    that database that it had when its request came in."""
 
     def __init__(
         self,
@@ -54,6 +59,7 @@ class Pools:
         statement_timeout: float,
         told: Told,
         valid: Callable[[Principal], bool],
+        in_force: Callable[[Principal, str], bool],
         workers: int = 1,
     ) -> None:
         self._shared: dict[tuple[str, str | None], _Shared] = {}
@@ -63,6 +69,7 @@ class Pools:
         self._statement_timeout = statement_timeout
         self._told = told
         self._valid = valid
+        self._in_force = in_force
         self._pools: dict[tuple[str, int, tuple[str, str | None]], TokenPool] = {}
         self._queue: list[TokenPool] = []
         self._freed = asyncio.Event()
@@ -93,10 +100,10 @@ class Pools:
         try:
             session = await pool.take()
         except Error:
-            self._check(principal)  # its pool was closed since it was cut: that is the reason
+            self.check(principal, login.name)  # its pool was closed since it was cut: that is the reason
             raise
         try:
-            self._check(principal)  # it may have been cut while this call waited
+            self.check(principal, login.name)  # it may have been cut while this call waited
             yield session
         finally:
             try:
@@ -111,10 +118,10 @@ class Pools:
     async def _pool(self, principal: Principal, login: Login) -> TokenPool:
         if self._closed:
             raise UnavailableError("the server is stopping", "ask again in a moment")
-        self._check(principal)
+        self.check(principal, login.name)
         shared = self._shared.get(login.key) or self._shared.setdefault(login.key, _Shared.of(login))
         shared.terminator.login = login  # its password may be another one by now
-        key = (principal.pool, principal.edition, login.key)
+        key = (principal.pool, principal.edition_in(login.name), login.key)
         pool = self._pools.get(key)
         if pool is None:
             pool = TokenPool(
@@ -135,18 +142,24 @@ class Pools:
         return self._closed
 
     def valid(self, principal: Principal) -> bool:
-        """Whether a principal still is what it was when its request came in."""
+        """Whether a principal's token still opens something."""
         return self._valid(principal)
 
-    def _check(self, principal: Principal) -> None:
+    def check(self, principal: Principal, database: str) -> None:
+        """See that a call may go on there: UnauthorizedError where its token has ended, NarrowedError where its rights
+        have become fewer since it came in."""
         if not self._valid(principal):
-            raise UnauthorizedError("the token ended while the call was on its way", token_id=principal.token)
+            raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
+        if not self._in_force(principal, database):
+            raise NarrowedError(
+                f"your access to {database!r} was taken or narrowed while the call ran", "whoami shows what you have"
+            )
 
     def _tell(self, event: str, pool: TokenPool, reason: str | None) -> None:
         word = event.removeprefix("pool.")
-        log.info("pool %s for token %s, database %s: %d left", word, pool.short, pool.login.name, len(self._pools))
+        log.info("pool %s for token %s, database %s: %d left", word, pool.short, pool.login.shown, len(self._pools))
         owner = pool.principal
-        self._told(event, token=owner.token, user=owner.user, database=pool.login.name, reason=reason)
+        self._told(event, token=owner.token, user=owner.user, database=pool.login.shown, reason=reason)
 
     async def _make_room(self, asking: TokenPool, turn: asyncio.Lock) -> None:
         """Let `asking` connect once more, within the budget. Raises UnavailableError when nothing came free in the time
@@ -342,10 +355,10 @@ class Pools:
             terminator.begin()  # it may have been ended under a query that runs; nobody waits for it here
 
     async def cut(self, token: str | None, reason: str) -> Cut:
-        """End all that a token has open and no longer may: cancel, terminate, close. Returns what was done; see
-        `cutting`."""
+        """End all that a token has open where it no longer has the rights for it: cancel, terminate, close. Returns
+        what was done; see `cutting`."""
         ending = [pool for pool in self._pools.values() if pool.principal.token == token]
-        victims = [pool for pool in ending if self._closed or not self._valid(pool.principal)]
+        victims = [pool for pool in ending if self._closed or not self._in_force(pool.principal, pool.login.name)]
         return await self._cut(victims, token, reason)
 
     async def cut_login(self, key: tuple[str, str | None], reason: str) -> Cut:
@@ -378,7 +391,7 @@ class Pools:
         def tell(what: str) -> None:
             log.info("token %s: %s: backend %s %s", token, reason, pids, what)
             said = f"{reason}: backend {pids} {what}"
-            self._told("query.cancelled", token=token, database=terminator.login.name, reason=said)
+            self._told("query.cancelled", token=token, database=terminator.login.shown, reason=said)
 
         begun, late = monotonic(), False
         while left := await try_again(terminator, left):

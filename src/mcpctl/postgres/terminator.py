@@ -26,9 +26,12 @@ _SOON = 1.0
 """Seconds in which a host that is well has answered."""
 _GOODBYE = 0.5
 _TERMINATE = """
-SELECT a.pid, pg_catalog.pg_terminate_backend(a.pid) FROM pg_catalog.pg_stat_activity a
-WHERE (a.pid, a.backend_start::text) IN (SELECT * FROM unnest(%s::int[], %s::text[]))
+SELECT a.pid, CASE WHEN a.backend_start IS NOT NULL THEN pg_catalog.pg_terminate_backend(a.pid) END
+FROM pg_catalog.pg_stat_activity a,
+  ROWS FROM (pg_catalog.unnest(%s::int[]), pg_catalog.unnest(%s::text[])) wanted (pid, began)
+WHERE a.pid = wanted.pid AND coalesce(EXTRACT(epoch FROM a.backend_start)::text = wanted.began, true)
 """
+"""What may be one of them counts as one: a backend of which PostgreSQL does not tell us when it began, too."""
 
 
 class _LetGo(Exception):
@@ -195,7 +198,7 @@ async def _ended(theirs: socket.socket) -> None:
 
 def unreachable(login: Login, problem: BaseException) -> UnavailableError:
     """What a caller is told. The problem's words name hosts, logins and files, which are the administrator's."""
-    log.warning("database %s: %s", login.name, str(problem).strip() or type(problem).__name__)
+    log.warning("database %s: %s", login.shown, str(problem).strip() or type(problem).__name__)
     return UnavailableError(
         f"database {login.name!r} cannot be reached right now, or takes no further connection",
         "your token is fine; ask again in a moment, or tell the administrator",

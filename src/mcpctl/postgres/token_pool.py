@@ -132,7 +132,7 @@ class TokenPool:
             num_workers=1,
             open=False,
             configure=self._configure,
-            name=f"token {self.short}, database {self.login.name}",
+            name=f"token {self.short}, database {self.login.shown}",
         )
 
     @property
@@ -229,6 +229,12 @@ class TokenPool:
                     f"database {self.login.name!r} is not served: its login is a superuser, bypasses row security, "
                     "or may replicate",
                     "the administrator makes a role that can only read, or sets allow_privileged_login",
+                )
+            if row[1] is None:
+                raise UnavailableError(
+                    f"database {self.login.name!r} is not served: its login does not see its own backends, and could "
+                    "not end them",
+                    "tell the administrator",
                 )
         except Exception as problem:
             self._failed(problem)

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
@@ -20,7 +20,7 @@ from mcpctl.calls import Calls, Request, UnknownToolError
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.authenticate import Authenticator
-from mcpctl.identity.principal import LOCAL, Principal
+from mcpctl.identity.principal import Principal
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.pools import reachable
 from mcpctl.recorder import Recorder
@@ -111,8 +111,9 @@ class Http:
         task = asyncio.current_task()
         gone = asyncio.Event()
         watcher = asyncio.create_task(_watch(receive, task, gone))
+        request = Request(request_id, address, "http", None, task)
         try:
-            status, answer, headers = await self._answer(scope, principal, address, body, request_id)
+            status, answer, headers = await self._answer(scope, principal, request, body)
         except asyncio.CancelledError:
             if gone.is_set():
                 return
@@ -125,8 +126,12 @@ class Http:
             watcher.cancel()
         if not self._parts.authenticator.still_valid(principal):
             raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
-        valid = self._parts.authenticator.still_valid
-        await _json(send, status, answer, request_id, headers, wanted=lambda: valid(principal))
+        await _json(send, status, answer, request_id, headers, wanted=lambda: self._may_leave(principal, request))
+
+    def _may_leave(self, principal: Principal, request: Request) -> bool:
+        """Whether an answer may still leave: its caller has the rights that it was made with."""
+        door = self._parts.authenticator
+        return door.still_valid(principal) and all(door.in_force(principal, one) for one in request.databases)
 
     async def _admit(self, scope: Scope, request_id: str) -> tuple[str | None, Principal]:
         """Host, origin, address and credential: the caller's address and principal, or a refusal."""
@@ -135,7 +140,7 @@ class Http:
         peer = scope["client"][0] if scope.get("client") else None
         if parts.no_auth:
             credentials.refuse_in_url(scope["query_string"])
-            return peer, LOCAL
+            return peer, parts.authenticator.local()
         address = parts.gatekeeper.address(headers, peer)
         try:
             credentials.refuse_in_url(scope["query_string"])
@@ -177,15 +182,14 @@ class Http:
             raise Error("the body did not come in time", status=408) from None
 
     async def _answer(
-        self, scope: Scope, principal: Principal, address: str | None, body: bytes, request_id: str
+        self, scope: Scope, principal: Principal, request: Request, body: bytes
     ) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
         parts = self._parts
         call = parts.express.read(scope["headers"], body) if parts.express is not None else None
         if call is not None and parts.express is not None:
             self.answered_express += 1
-            request = Request(request_id, address, "http", call.id, asyncio.current_task())
             try:
-                answer = await parts.calls.call(principal, call.name, call.arguments, request)
+                answer = await parts.calls.call(principal, call.name, call.arguments, replace(request, rpc_id=call.id))
                 return *parts.express.answer(call, answer), []
             except UnknownToolError as problem:
                 return *parts.express.unknown_tool(call, problem.message), []
@@ -196,7 +200,7 @@ class Http:
         except messages.NotAMessageError as problem:
             return 400, encoding.rpc_error(problem.code, problem.said, request=problem.request), []
         await self._cancelled(principal, message, scope["headers"])
-        scope["mcpctl"] = Caller(principal, Request(request_id, address, "http", None, asyncio.current_task()))
+        scope["mcpctl"] = Caller(principal, request)
         return await _through(self._parts.sdk, scope, body)
 
     async def _cancelled(self, principal: Principal, message: Any, headers: credentials.Headers) -> None:

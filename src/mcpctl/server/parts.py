@@ -14,6 +14,7 @@ from mcpctl.errors import ConfigError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.tokens import utcnow
 from mcpctl.keyring import Keyring, place
+from mcpctl.policy.access import Access
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
@@ -42,26 +43,35 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
     """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all."""
     if not settings.databases:
         raise ConfigError("the config names no database", "add one below `databases:`; config.example.yaml shows how")
-    authenticator = Authenticator(settings.auth.token_file, settings.auth.user_file, settings.auth.tenant_file)
+    keyring = Keyring(place(settings.keyring.file))
+    logins = Logins(settings.databases, keyring)
+    auth = settings.auth
+    authenticator = Authenticator(
+        auth.token_file,
+        auth.user_file,
+        auth.tenant_file,
+        fewer=Access(auth).fewer,
+        twins=logins.twins,
+        databases=settings.databases,
+    )
     if files:
-        authenticator.tokens.current()
-        authenticator.users.current()
+        logins.check_sealed(authenticator.read().people)
+    else:
+        authenticator.local()
     key = audit.read_key(settings.audit.key_file)
     book = audit.AuditLog(settings.audit.file, key, utcnow)
     recorder = Recorder(book, settings.audit.statements, refuse=settings.audit.on_failure == "refuse")
-    keyring = Keyring(place(settings.keyring.file))
-    logins = Logins(settings.databases, keyring)
-    if files:
-        logins.check_sealed(authenticator.users.current())
     large_blocks_apart()
     pools = Pools(
         max(2, settings.limits.connections // workers),
         settings.limits.statement_timeout,
         recorder.note,
         authenticator.still_valid,
+        authenticator.in_force,
         workers,
     )
     own = Own(settings, keyring, pools)
+    logins.brought = own.has
     if files:
         own.start()
     calls = Calls(settings, logins, own, pools, recorder)

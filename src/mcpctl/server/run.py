@@ -51,6 +51,13 @@ class Listening:
         """Whether it speaks HTTPS."""
         return self.settings.server.tls.cert is not None
 
+    @property
+    def public(self) -> bool:
+        """Whether it is there for others than who has started it."""
+        server = self.settings.server
+        proxied = self.behind_proxy or server.public_url is not None or bool(server.trusted_proxies)
+        return proxied or not credentials.is_loopback(server.host)
+
     def check(self) -> None:
         """Refuse what would send tokens or rows in clear, or let strangers in."""
         server = self.settings.server

@@ -1,7 +1,7 @@
 """MCP on stdin and stdout, for one person's desktop. Imports nothing that only POSIX has.
 
 The caller is the token in MCPCTL_TOKEN, checked again at every call; without one it is the local user, who has what
-the config's login has.
+the config's login has, and is served only where there are no tenants.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from mcp_types import (
 
 from mcpctl.calls import Request
 from mcpctl.errors import UnauthorizedError
-from mcpctl.identity.principal import LOCAL, Principal
+from mcpctl.identity.principal import Principal
 from mcpctl.server import messages
 from mcpctl.server.parts import Core
 from mcpctl.server.protocol import build
@@ -46,7 +46,7 @@ async def serve(core: Core, token: str | None) -> None:
     async def who(context: ServerRequestContext[Any, Any]) -> tuple[Principal, Request]:
         request = Request(secrets.token_hex(8), None, "stdio", context.request_id)
         if token is None:
-            return LOCAL, request
+            return core.authenticator.local(), request
         try:
             principal = await core.authenticator.authenticate(token, None)
         except UnauthorizedError as problem:

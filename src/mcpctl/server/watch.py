@@ -25,6 +25,8 @@ log = logging.getLogger("mcpctl.watch")
 TICK = 0.2
 """Seconds between two looks at the files; a request looks as well, so this bounds only what runs unattended."""
 _SWEEP = 5.0
+_ASKED_FOR = 10.0
+"""Seconds in which a command may ask what was cut."""
 _REMEMBERED = 100_000
 _REQUEST = 4 << 20
 
@@ -73,9 +75,14 @@ class Watch:
             self._recorder.note("query.cancelled", token=token, reason=f"{reason}: {done}")
         if reason == "expired":
             self._recorder.note("token.expired", token=token, reason=str(done))
-            if not done.backends_left and self._cuts.get(token) is asyncio.current_task():
-                del self._cuts[token]  # no command asks for it: whoever revokes the token later has cut nothing
+        if not done.backends_left:  # a command that has caused it asks soon; whoever comes later has cut nothing
+            seconds = 0.0 if reason == "expired" else _ASKED_FOR
+            asyncio.get_running_loop().call_later(seconds, self._forget, token, asyncio.current_task())
         return done
+
+    def _forget(self, token: str, task: asyncio.Task[Cut] | None) -> None:
+        if self._cuts.get(token) is task:
+            del self._cuts[token]
 
     async def run(self) -> None:
         """Look after the files, the expiries and the idle pools, for ever."""

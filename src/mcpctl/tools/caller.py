@@ -3,6 +3,7 @@
 from typing import Any
 
 from mcpctl.identity.principal import Principal
+from mcpctl.policy.access import within
 from mcpctl.tools.definition import Databases, Result, Tool, result
 
 
@@ -31,14 +32,17 @@ LIST_DATABASES = Tool(
 
 
 def _whoami(principal: Principal, databases: Databases) -> Result:
-    expires = principal.expires_at
+    expires, permissions = principal.expires_at, databases.permissions
+    if principal.tenant is not None or principal.databases is not None or principal.closed:
+        # by the names that list_databases shows: to say which are closed would name another tenant's
+        permissions = within(permissions, ("tools:*", *(f"databases:{name}:*" for name in databases.described)))
     return result(
         {
             "user": principal.user,
             "token": principal.token,
             "tenant": principal.tenant,
             "databases": list(databases.described),
-            "permissions": list(databases.permissions if principal.permissions is None else principal.permissions),
+            "permissions": list(permissions),
             "expires_at": expires and expires.isoformat().replace("+00:00", "Z"),
         }
     )

@@ -38,7 +38,7 @@ def result(structured: dict[str, Any]) -> Result:
 @dataclass(frozen=True)
 class Databases:
     """The databases of the config that a principal may name: {name: description} and {name: what for}; which one is the
-    default; the permissions that its roles give it; and which of the databases its user has brought."""
+    default; the permissions that its roles and its token give it; and which of the databases its user has brought."""
 
     described: Mapping[str, str | None]
     access: Mapping[str, list[str]]
@@ -47,9 +47,13 @@ class Databases:
     own: frozenset[str] = frozenset()
 
 
+class UnknownArgumentError(UsageError):
+    """The tool takes no argument of that name, which the message holds."""
+
+
 Ask = Callable[[Session, dict[str, Any], Bounds], Awaitable[Result]]
 Tell = Callable[[Principal, Databases], Result]
-OfOwn = Callable[[Own, str, dict[str, Any]], Awaitable[Result]]
+OfOwn = Callable[[Own, str, dict[str, Any], Callable[[str], bool]], Awaitable[Result]]
 """What is done with the databases that the user of that name has brought."""
 
 
@@ -92,7 +96,7 @@ class Tool:
             if name not in self.properties:
                 close = difflib.get_close_matches(name, list(self.properties), 1, 0.6)
                 meant = f"did you mean {close[0]}?" if close else f"there are: {', '.join(self.properties) or 'none'}"
-                raise UsageError(f"{self.name} takes no argument {name[:60]!r}", meant)
+                raise UnknownArgumentError(f"{self.name} takes no argument {name[:60]!r}", meant)
         for name in self.required:
             if name not in given:
                 raise UsageError(
@@ -113,11 +117,15 @@ class Tool:
         right = {
             "string": isinstance(value, str),
             "boolean": isinstance(value, bool),
-            "array": isinstance(value, list) and all(isinstance(item, str) for item in value),
+            "array": isinstance(value, list),
         }.get(expected, isinstance(value, int) and not isinstance(value, bool))
         if not right:
             wanted = "array of strings" if expected == "array" else expected
             raise UsageError(f"{self.name}: the argument {name} takes {wanted}, not {_json_type(value)}")
+        for index, item in enumerate(value if expected == "array" else ()):
+            if not isinstance(item, str):
+                wrong = f"{name}[{index}] is {_json_type(item)}"
+                raise UsageError(f"{self.name}: the argument {name} takes array of strings, and {wrong}")
         if expected == "array" and not 0 < len(value) <= schema["maxItems"]:
             raise UsageError(f"{self.name}: the argument {name} takes 1 to {schema['maxItems']} items")
         if expected == "integer" and not schema["minimum"] <= value:
@@ -133,4 +141,4 @@ def _types(schema: Mapping[str, Any]) -> list[str]:
 
 def _json_type(value: Any) -> str:
     names = {bool: "boolean", str: "string", int: "integer", float: "number", list: "array", dict: "object"}
-    return names.get(type(value), type(value).__name__)
+    return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -1,13 +1,16 @@
 """register_database, list_my_databases and remove_database: databases that users bring themselves."""
 
+from collections.abc import Callable
 from typing import Any
 
 from mcpctl.errors import UsageError
-from mcpctl.identity.own_databases import OwnDatabase, check_name
+from mcpctl.identity.own_databases import OwnDatabase
 from mcpctl.postgres import own_login
 from mcpctl.postgres.own import Own
 from mcpctl.tools.definition import Result, Tool, result
 
+May = Callable[[str], bool]
+"""Whether the caller may ask a database of that name."""
 _NAME = {"type": "string"}
 
 
@@ -27,9 +30,9 @@ def told(row: OwnDatabase) -> str:
     return f"{row.login} at {row.host} ({row.hostaddr}) port {row.port}, database {row.dbname}"
 
 
-async def _register(own: Own, user: str, arguments: dict[str, Any]) -> Result:
+async def _register(own: Own, user: str, arguments: dict[str, Any], _: May) -> Result:
     name = arguments["name"]
-    check_name(name, own.taken)
+    own.check_name(user, name)
     wanted = own_login.parse(arguments["dsn"])
     if not own.takes_passwords:
         seen = ", and take another one: this one stands in the conversation" if wanted.password is not None else ""
@@ -59,8 +62,16 @@ REGISTER = Tool(
 )
 
 
-async def _list(own: Own, user: str, _: dict[str, Any]) -> Result:
-    found = [_values(row) for row in own.of(user)]
+def _note(own: Own, row: OwnDatabase) -> dict[str, str]:
+    if row.name in own.taken:
+        return {"note": "hidden: the administrator has one of this name; remove it, and register it under another"}
+    if not own.reaches(row):
+        return {"note": "closed: its host is no longer one of those that databases may be on here; remove it"}
+    return {}
+
+
+async def _list(own: Own, user: str, _: dict[str, Any], may: May) -> Result:
+    found = [_values(row) | _note(own, row) for row in own.of(user) if may(row.name)]
     return result({"databases": found, "count": len(found)})
 
 
@@ -72,7 +83,7 @@ LIST_MINE = Tool(
 )
 
 
-async def _remove(own: Own, user: str, arguments: dict[str, Any]) -> Result:
+async def _remove(own: Own, user: str, arguments: dict[str, Any], _: May) -> Result:
     row, cut = await own.remove(user, arguments["name"])
     done = result({"removed": row.name, "queries_cancelled": cut.queries, "backends_left": cut.backends_left})
     done.command = f"removed: {told(row)}; {cut}"
