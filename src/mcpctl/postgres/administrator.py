@@ -5,29 +5,43 @@ the config; the line without a name is for all others. Host, port and TLS are th
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psycopg
-from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from mcpctl import private_file
 from mcpctl.config import NAME
-from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError
-from mcpctl.postgres import roles
-from mcpctl.postgres.login import Login
+from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError, UnavailableError
+from mcpctl.postgres import hba, roles
+from mcpctl.postgres.login import FIRM, KEYWORDS, SCRAM_ONLY, Login, firmly, secure
 from mcpctl.postgres.trial import reason
 
 FILE = "admin.dsn"
+_FIRM = FIRM | {"search_path": "pg_catalog,pg_temp", "statement_timeout": "0"}
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 
 def read(path: Path) -> dict[str, str]:
     """The file's connection strings by database; that without a name under "". ConfigError for a broken file."""
-    found: dict[str, str] = {}
+    return {name: dsn for name, (_, dsn) in lines(path).items()}
+
+
+def check_names(path: Path, found: Mapping[str, tuple[int, str]], known: Collection[str]) -> None:
+    """Raises ConfigError for a line, as `lines` has read it, whose database is none of the config's."""
+    for name, (number, _) in found.items():
+        if name and name not in known:
+            raise ConfigError(
+                f"{path}:{number}: there is no database {name} in the config", f"there are: {', '.join(known)}"
+            )
+
+
+def lines(path: Path) -> dict[str, tuple[int, str]]:
+    """The same, each with the number of its line."""
+    found: dict[str, tuple[int, str]] = {}
     for number, line in enumerate(
         private_file.read(path, limit=1 << 16).data.decode("utf-8", "replace").splitlines(), 1
     ):
@@ -37,14 +51,16 @@ def read(path: Path) -> dict[str, str]:
         name, colon, rest = text.partition(": ")
         name, text = (name, rest.strip()) if colon and NAME.fullmatch(name) else ("", text)
         try:
-            conninfo_to_dict(text)
+            unknown = sorted(conninfo_to_dict(text).keys() - KEYWORDS)
         except psycopg.Error:
             raise ConfigError(
                 f"{path}:{number}: is no libpq connection string", "such as postgresql://admin@db.example.org/postgres"
             ) from None
+        if unknown:
+            raise ConfigError(f"{path}:{number}: not taken: {', '.join(unknown)}", "leave out each of these keywords")
         if name in found:
             raise ConfigError(f"{path}:{number}: a second line for {name or 'all databases'}", "leave one of them")
-        found[name] = text
+        found[name] = number, text
     return found
 
 
@@ -74,15 +90,19 @@ class Administrator:
             theirs.pop(name, None)
         if own.get("host") or own.get("hostaddr"):
             theirs = {name: theirs[name] for name in ("dbname", "connect_timeout") if name in theirs}
-            checked = replace(self.login, settings=replace(self.login.settings, dsn=self.dsn), role="mcpctl")
-            theirs |= {name: value for name, value in conninfo_to_dict(checked.dsn()).items() if name.startswith("ssl")}
         if own.get("password"):  # it is not told in clear to whoever answers at that address
-            own.setdefault("require_auth", "scram-sha-256")
+            own = {**SCRAM_ONLY, **own}
         values = {**theirs, **own, "dbname": dbname or theirs.get("dbname") or own.get("dbname")}
+        secure(values, f"{FILE}, for {self.login.name}")
+        values |= firmly(_FIRM)
         return make_conninfo("", **values)
 
     def connect(self, dbname: str | None = None) -> Connection:
-        """A connection to that database, or to another of the cluster. Raises an Error that names no password."""
+        """A connection to that database, or to another of the cluster. Raises an Error that names no password.
+
+        What others have left in the database is not found by it, whatever search_path somebody has set: an unqualified
+        name would run their function with the administrator's rights (PostgreSQL, "Writing SECURITY DEFINER Functions
+        Safely")."""
         with _said(self.login.name):
             made = psycopg.connect(self._conninfo(dbname), autocommit=True, application_name="mcpctl admin")
         made.add_notice_handler(self._heard)
@@ -124,7 +144,8 @@ def _said(database: str) -> Iterator[None]:
         yield
     except psycopg.OperationalError as problem:
         if problem.sqlstate is None:
-            raise Error(f"the administrator cannot reach {database}: {reason(problem)}", f"see {FILE}") from None
+            said = f"the administrator cannot reach {database}: {reason(problem)}"
+            raise UnavailableError(said, f"see {FILE}") from None
         raise translated(problem, database) from None
     except psycopg.Error as problem:
         raise translated(problem, database) from None
@@ -134,17 +155,35 @@ def translated(problem: psycopg.Error, database: str) -> Error:
     """What PostgreSQL refused, with our exit code and what to do."""
     said, hint = problem.diag.message_primary or reason(problem), problem.diag.message_hint
     match problem.sqlstate:
-        case roles.FOREIGN_MARK | roles.OVERPOWERED:
+        case roles.FOREIGN_MARK | roles.OVERPOWERED | roles.LEFT_OVER:
             return ConflictError(f"{database}: {said}", hint)
-        case roles.OPEN_HBA:
+        case hba.OPEN:
             return ConflictError(
                 f"{database}: {said}", f"{hint}; or set databases.{database}.allow_open_hba: true, if that is wanted"
             )
+        case roles.NO_TABLE:
+            return NotFoundError(f"{database}: {said}", hint)
         case "3F000" | "42P01":
-            return NotFoundError(f"{database}: {said}", "names are as PostgreSQL has them; nothing was changed")
+            return NotFoundError(f"{database}: {said}", "names are as PostgreSQL has them")
+        case "55P03":
+            return Error(f"{database}: another grant is being made there, or somebody holds its lock", _HOLDER)
+        case "42501" if "pg_hba_file_rules" in said:
+            return Error(
+                f"{database}: {said}, so nobody sees whom pg_hba.conf lets in",
+                "a superuser runs, for the administrator's role R: GRANT SELECT ON pg_hba_file_rules TO R; "
+                "GRANT EXECUTE ON FUNCTION pg_hba_file_rules() TO R; "
+                f"or set databases.{database}.allow_open_hba: true, if that is wanted",
+            )
         case "42501":
             return Error(f"{database}: {said}", f"{FILE} must name a superuser, or the owner of what is granted")
     return Error(f"{database}: {said} (SQLSTATE {problem.sqlstate or 'none'})", hint)
+
+
+_HOLDER = (
+    "run it again; if that lasts, see who holds it: SET search_path = pg_catalog, pg_temp; SELECT a.pid, a.usename,"
+    " a.query FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE l.granted"
+    " AND (l.locktype = 'advisory' OR l.relation = 'pg_authid'::regclass)"
+)
 
 
 @dataclass(frozen=True)
@@ -162,12 +201,12 @@ _ROLES = """
 SELECT r.rolname, pg_catalog.shobj_description(r.oid, 'pg_authid'), r.rolcanlogin, r.rolconnlimit,
        (SELECT pg_catalog.count(*) FROM pg_catalog.pg_shdepend s
         WHERE s.refclassid = 'pg_catalog.pg_authid'::regclass AND s.refobjid = r.oid AND s.deptype = 'o')
-FROM pg_catalog.pg_roles r WHERE r.rolname ~ '^mcp_' AND r.rolname <> %s ORDER BY 1"""
+FROM pg_catalog.pg_roles r WHERE r.rolname ~ '^mcp_' AND r.rolname <> ALL (%s) ORDER BY 1"""
 
 
 def login_roles(connection: Connection) -> dict[str, Role]:
     """Every role whose name is like that of a login role of ours, whoever made it."""
-    found = [Role(*row) for row in connection.execute(_ROLES, (roles.GROUP,)).fetchall()]
+    found = [Role(*row) for row in connection.execute(_ROLES, ([hba.GROUP, roles.HEIR],)).fetchall()]
     return {role.name: role for role in found}
 
 
@@ -196,27 +235,30 @@ def is_unknown(login: Login) -> bool:
 def connect_as(login: Login) -> Connection | None:
     """A connection as that login; None where PostgreSQL gives none."""
     try:
-        return psycopg.connect(login.dsn(), autocommit=True, application_name="mcpctl look")
+        made = psycopg.connect(login.dsn(), autocommit=True, application_name="mcpctl look")
+        made.execute("SET search_path = pg_catalog, pg_temp")
+        return made
     except psycopg.Error:
         return None
 
 
+def may_use(connection: Connection, schema: str) -> bool:
+    """Whether the login of a connection may use the schema of that name, as it stands in the catalog."""
+    query = "SELECT pg_catalog.has_schema_privilege(oid, 'USAGE') FROM pg_catalog.pg_namespace WHERE nspname = %s"
+    return connection.execute(query, (schema,)).fetchone() == (True,)
+
+
 def set_login(connection: Connection, role: str, *, on: bool) -> None:
     """Let a role log in, or not any more; then its connections end, too."""
-    word = sql.SQL("LOGIN" if on else "NOLOGIN")
-    connection.execute(sql.SQL("ALTER ROLE {} {}").format(sql.Identifier(role), word))
-    if not on:
-        connection.execute(_END, (role,))
-
-
-_END = "SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_catalog.pg_stat_activity WHERE usename = %s"
+    for statement in roles.switch_login(role, on=on):
+        connection.execute(statement.encode())
 
 
 def keeps_logins_here(connection: Connection, database: str) -> Error | None:
-    """None where pg_hba.conf lets the login roles in from mcpctl's machine alone; else what is wrong with it.
-    `database` is the database's name in the config."""
+    """None where pg_hba.conf keeps the login roles to single hosts (`hba.CHECK`); else what is wrong with it. What it
+    could not see, PostgreSQL says as a warning. `database` is the database's name in the config."""
     try:
-        connection.execute(roles.hba_check().encode())
+        connection.execute(roles.do(hba.CHECK).encode())
     except psycopg.Error as problem:
         return translated(problem, database)
     return None

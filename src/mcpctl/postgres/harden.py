@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg.rows import args_row
 
+from mcpctl.identity.grants import SUFFIXES
+
 
 class Entry(NamedTuple):
     """Functions of one kind: a regular expression for the whole name, and why they are on the list, in one line."""
@@ -226,9 +228,12 @@ ORDER BY 1, 2
 
 
 def still_open(connection: psycopg.Connection[Any], role: str | None, *, strict: bool = False) -> list[tuple[str, str]]:
-    """What the role (None: the connection's own) may still execute of the list: (signature, reason). See STILL_OPEN."""
+    """What the role (None: the connection's own) may still execute of the list: (signature, reason). See STILL_OPEN.
+    Without what a login role that changes settings was granted by us."""
     with connection.cursor(row_factory=args_row(lambda signature, reason: (str(signature), str(reason)))) as cursor:
-        return cursor.execute(STILL_OPEN.encode(), {"role": role, "strict": strict}).fetchall()
+        found = cursor.execute(STILL_OPEN.encode(), {"role": role, "strict": strict}).fetchall()
+    granted = ("pg_reload_conf()",) if (role or "").endswith(f"_{SUFFIXES['admin']}") else ()
+    return [one for one in found if one[0] not in granted]
 
 
 def held_by_public(connection: psycopg.Connection[Any], *, strict: bool = False) -> list[str]:

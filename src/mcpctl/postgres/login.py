@@ -5,30 +5,52 @@ PostgreSQL, "Database Connection Control Functions", lists the keywords; the ope
 
 import ipaddress
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
+from psycopg import pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from mcpctl import keyring, private_file
 from mcpctl.config_keys import Database
 from mcpctl.errors import ConfigError, NotFoundError
+from mcpctl.identity.grants import SUFFIXES
 from mcpctl.keyring import Keyring
 
-_KEYWORDS = frozenset({
+KEYWORDS = frozenset({
     "host", "hostaddr", "port", "dbname", "user", "password", "sslmode", "sslrootcert", "sslcert", "sslkey",
     "sslcrl", "channel_binding", "require_auth", "gssencmode", "connect_timeout", "target_session_attrs",
     "keepalives", "keepalives_idle", "tcp_user_timeout",
 })  # fmt: skip
+KNOWS_REQUIRE_AUTH = pq.version() >= 160000
+"""Whether this libpq can be told how the server may ask for the password. Without it nothing keeps a server that shows
+no certificate from asking for it in clear."""
+SCRAM_ONLY = {"require_auth": "scram-sha-256"} if KNOWS_REQUIRE_AUTH else {}
 CONNECT_TIMEOUT = 5
 """Seconds that opening a connection may take, unless the DSN says otherwise."""
 
 OWN = "own:"
-"""What the names of databases that users bring begin with, in messages and in the audit log."""
+"""What the names of databases that users bring begin with in the logs; the callers know them without it."""
 
+FIRM = {
+    "role": "none",
+    "statement_timeout": "60s",
+    "lock_timeout": "0",
+    "idle_session_timeout": "0",
+    "client_connection_check_interval": "250ms",
+    "default_transaction_read_only": "off",
+    "row_security": "on",
+    "standard_conforming_strings": "on",
+    "quote_all_identifiers": "off",
+    "client_min_messages": "notice",
+}
+"""What a connection is from its first moment, whatever the role's owner or the database's has made its default by ALTER
+ROLE or ALTER DATABASE: what a client asks for when it connects goes before those (PostgreSQL, "Setting Parameters").
+As `role`, a login could otherwise be made another one, which can neither see nor end the backends of its own."""
 PRIVILEGED: LiteralString = """
 EXISTS (SELECT FROM pg_catalog.pg_roles r
         WHERE (r.rolsuper OR r.rolbypassrls OR r.rolreplication
@@ -37,7 +59,8 @@ EXISTS (SELECT FROM pg_catalog.pg_roles r
 """Whether a login is, or can become, one that reads files, runs programs, replicates or passes over row security."""
 SETTINGS: LiteralString = f"""
 SELECT pg_catalog.pg_backend_pid(),
-       (SELECT backend_start::text FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid()),
+       (SELECT EXTRACT(epoch FROM backend_start)::text FROM pg_catalog.pg_stat_activity
+        WHERE pid = pg_catalog.pg_backend_pid()),
        session_user::text,
        {PRIVILEGED},
        pg_catalog.set_config('default_transaction_read_only', 'on', false),
@@ -74,6 +97,11 @@ class Login:
         return self.name, self.role
 
     @property
+    def shown(self) -> str:
+        """How the audit log and the server's own call it; `name` is how its callers do."""
+        return self.name
+
+    @property
     def crowd(self) -> str:
         """Whose connections count together: the database's, whoever logs in."""
         return self.name
@@ -81,15 +109,23 @@ class Login:
     @property
     def place(self) -> tuple[str, str]:
         """Host and port: databases of one place are of one cluster, and so have their roles in common."""
-        values = conninfo_to_dict(self.dsn())
-        host = values.get("host") or values.get("hostaddr") or os.environ.get("PGHOST") or ""
-        return str(host), str(values.get("port") or os.environ.get("PGPORT") or "5432")
+        values = _with_defaults(conninfo_to_dict(self.dsn()))
+        return str(values.get("hostaddr") or values.get("host") or ""), str(values.get("port") or "5432")
+
+    def spots(self) -> tuple[set[tuple[str, str]], str]:
+        """(host, port) of each server it may lead to, and the database there; names of one host are made one."""
+        known = _with_defaults(conninfo_to_dict(self.dsn()))
+        hosts = [_plain(one) for one in str(known.get("hostaddr") or known.get("host") or "/").split(",")]
+        ports = [one or "5432" for one in str(known.get("port") or "5432").split(",")]
+        found = set(zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=False))
+        return found, str(known.get("dbname") or known.get("user") or "")
 
     def about(self) -> dict[str, str]:
         """Where and as whom it logs in, for people: host, port, dbname, user, sslmode; no password."""
         values = conninfo_to_dict(self.dsn())
-        host, port = self.place
-        usual = {"host": host or "(socket)", "port": port, "dbname": "", "user": "", "sslmode": "prefer"}
+        known = _with_defaults(values)
+        host, port = known.get("host") or known.get("hostaddr") or "(socket)", known.get("port") or "5432"
+        usual = {"host": host, "port": port, "dbname": "", "user": "", "sslmode": "prefer"}
         return {name: str(values.get(name) or other) for name, other in usual.items()}
 
     def dsn(self) -> str:
@@ -100,26 +136,20 @@ class Login:
                 values.pop(name, None)
             values["user"] = self.role
         if self.password is not None:
-            values |= {"password": self.password(), "require_auth": "scram-sha-256"}
+            values |= {"password": self.password(), **SCRAM_ONLY}
         elif self.settings.password_file is not None:
             values["password"] = self._read_password(self.settings.password_file)
         values.setdefault("connect_timeout", CONNECT_TIMEOUT)
-        self._secure(values)
+        if self.role is not None:  # that for settings runs no text of a caller's, and must see the server's own values
+            values |= firmly({"role": "none"} if self.role.endswith(f"_{SUFFIXES['admin']}") else FIRM)
+        secure(values, self._key("sslmode"))
         return make_conninfo("", **values)
 
-    def _secure(self, values: dict[str, Any]) -> None:
-        """What leaves this machine is encrypted, and the other side shows who it is, unless the config says less."""
-        named = values.get("host") or values.get("hostaddr") or os.environ.get("PGHOST") or os.environ.get("PGHOSTADDR")
-        if is_here(str(named or "")):
-            return
-        if "sslmode" not in values:
-            values["sslmode"] = "verify-full"
-            values.setdefault("sslrootcert", "system")
-        elif values["sslmode"] in ("disable", "allow", "prefer"):
-            raise ConfigError(
-                f"databases.{self.name}: sslmode {values['sslmode']} may send rows and passwords in clear to {named}",
-                "leave it out (verify-full), or say require or verify-ca; disable is for loopback and sockets",
-            )
+    def _key(self, instead: str) -> str:
+        """The key that says where this login leads: one of the connection strings, or `instead` where there is none."""
+        config = self.settings
+        dsn = "service_dsn" if config.dsn == config.service_dsn else "dsn"
+        return f"databases.{self.name}.{instead if config.dsn is None else dsn}"
 
     def _read_password(self, path: Path) -> str:
         try:
@@ -149,19 +179,83 @@ class Login:
             values = conninfo_to_dict(config.dsn)
         except psycopg.Error:
             raise ConfigError(
-                f"databases.{self.name}.dsn is no libpq connection string",
+                f"{self._key('dsn')} is no libpq connection string",
                 "such as postgresql://reader@db.example.org/sales, or: host=db.example.org dbname=sales user=reader",
             ) from None
-        if unknown := sorted(values.keys() - _KEYWORDS):
+        if unknown := sorted(values.keys() - KEYWORDS):
             raise ConfigError(
-                f"databases.{self.name}.dsn: not taken: {', '.join(unknown)}", "leave out each of these keywords"
+                f"{self._key('dsn')}: not taken: {', '.join(unknown)}", "leave out each of these keywords"
             )
         for port in str(values.get("port", "")).split(","):
             if port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
                 raise ConfigError(  # it may be a password with a / or @ in it, which is not shown
-                    f"databases.{self.name}.dsn: its port is none", "1 to 65535; a / or @ in a password is %2F or %40"
+                    f"{self._key('dsn')}: its port is none", "1 to 65535; a / or @ in a password is %2F or %40"
                 )
         return dict(values)
+
+
+def firmly(settings: Mapping[str, str]) -> dict[str, str]:
+    """The keywords of libpq for a connection with these settings, and UTF-8."""
+    return {"options": " ".join(f"-c {name}={value}" for name, value in settings.items()), "client_encoding": "UTF8"}
+
+
+def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A connection string's values, and what libpq takes from the environment or a service file where it says none."""
+    defaults = {option.keyword.decode(): option.val.decode() for option in pq.Conninfo.get_defaults() if option.val}
+    return {**defaults, **values}
+
+
+def secure(values: dict[str, Any], where: str) -> None:
+    """What leaves this machine is encrypted, and the other side shows who it is, unless the config says less. Who shows
+    it not is not told the password in clear. ConfigError names `where` the values are from."""
+    known = _with_defaults(values)
+    named = [str(known[name]) for name in ("host", "hostaddr") if known.get(name)]  # libpq goes to the second
+    if elsewhere := [one for one in named if not is_here(one)]:
+        if "sslmode" not in values:
+            values["sslmode"] = "verify-full"
+            values.setdefault("sslrootcert", "system")
+        elif values["sslmode"] in ("disable", "allow", "prefer"):
+            raise ConfigError(
+                f"{where}: sslmode {values['sslmode']} may send rows and passwords in clear to {elsewhere[0]}",
+                "leave it out (verify-full), or say require or verify-ca; disable is for loopback and sockets",
+            )
+    over_tcp = bool(named) and not any(one[:1] in ("", "/", "@") for text in named for one in text.split(","))
+    verified = over_tcp and str(values.get("sslmode") or known.get("sslmode")).startswith("verify-")
+    if KNOWS_REQUIRE_AUTH and not verified and not known.get("require_auth"):
+        values["require_auth"] = "!password"
+
+
+_LOOPBACK = "localhost"
+
+
+def _plain(host: str) -> str:
+    """One name of a host or address for all that mean the same."""
+    if host.startswith("/"):
+        return os.path.normpath(host)
+    text = host.lower().rstrip("./") or "/"
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(text))  # as the resolver does: 127.1
+        except OSError:
+            return text
+    address = getattr(address, "ipv4_mapped", None) or address
+    return _LOOPBACK if address.is_loopback or address.is_unspecified else str(address)
+
+
+def _kind(host: str) -> str:
+    return "/" if host[0] in "/@" else host
+
+
+def same_database(one: Login, other: Login) -> bool:
+    """Whether two logins may lead to one database: a socket's folder and loopback with the same port are one place."""
+    (these, name), (those, other_name) = one.spots(), other.spots()
+    return name == other_name and any(
+        port == other_port and (host == there or {_LOOPBACK, "/"} == {_kind(host), _kind(there)})
+        for host, port in these
+        for there, other_port in those
+    )
 
 
 def is_here(host: str) -> bool:

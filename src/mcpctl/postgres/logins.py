@@ -3,7 +3,8 @@
 There is no way from one to the other: who has no grant in a database whose roles are per user is refused there.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from mcpctl.config_keys import Database
@@ -12,16 +13,20 @@ from mcpctl.identity.grants import Grant, login_role
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.users import User
 from mcpctl.keyring import Keyring
-from mcpctl.postgres.login import Login
+from mcpctl.postgres.login import Login, same_database
 
 PER_USER = "per_user"
 
 
 class Logins:
-    """The logins of one configuration. Building it checks each as far as it can be without connecting."""
+    """The logins of one configuration. Building it checks each as far as it can be without connecting.
+
+    `brought(user, name)`, set by whoever knows, says whether a user has a database of their own of that name.
+    """
 
     def __init__(self, databases: Mapping[str, Database], keyring: Keyring) -> None:
         self._keyring = keyring
+        self.brought: Callable[[str, str], bool] = lambda user, name: False
         self._databases = databases
         self._own = {name: Login(name, database, keyring) for name, database in databases.items()}
         self._services = {
@@ -29,18 +34,31 @@ class Logins:
             for name, database in databases.items()
             if database.roles == PER_USER and database.service_dsn is not None
         }
-        places: dict[tuple[str, ...], str] = {}
+        self.twins: dict[str, str] = {}
+        """For each name that leads where another one does: that other one."""
         for name in databases:
-            about = self.host(name).about()
-            place = (about["host"], about["port"], about["dbname"])
-            if self.per_user(name) and (other := places.setdefault(place, name)) != name:
+            self.host(name).dsn()  # raises what is wrong with it
+        for name, other in itertools.combinations(databases, 2):
+            if not self.same(name, other):
+                continue
+            if self.per_user(name) and self.per_user(other):
                 raise ConfigError(
-                    f"databases.{name} and databases.{other} are the same database of PostgreSQL, and each would take "
-                    "away what the other grants",
+                    f"databases.{other} and databases.{name} are the same database of PostgreSQL, and each would "
+                    "take away what the other grants",
                     "leave one of them, or give one a login of its own with roles: shared",
                 )
-        for login in self._services.values():
+            self.twins |= {name: other, other: name}
+        for name, login in self._services.items():
             login.dsn()
+            if not same_database(login, self.host(name)):
+                raise ConfigError(
+                    f"databases.{name}.service_dsn leads to another database than {name} itself",
+                    "give it the same host, port and dbname, and another user",
+                )
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two names of the config may mean one database of PostgreSQL."""
+        return same_database(self.host(one), self.host(other))
 
     def per_user(self, database: str) -> bool:
         """Whether each user logs in there with a role of their own."""
@@ -69,7 +87,18 @@ class Logins:
         ]
 
     def of(self, principal: Principal, database: str, access: str) -> Login:
-        """The login of a principal for read, write or admin there. ForbiddenError where it has none."""
+        """The login of a principal for read, write or admin there. ForbiddenError where it has none, or where the name
+        may mean a database that its user has brought: nobody is answered from another one than they meant."""
+        if principal.user is not None and self.brought(principal.user, database):
+            raise ForbiddenError(
+                f"{database!r} is a database of your own, and by now also one of the administrator's",
+                "remove yours, and register it under another name; or the administrator renames the other",
+            )
+        if access == "admin" and principal.tenant is not None:
+            raise ForbiddenError(
+                "settings are the whole cluster's, and you belong to a tenant",
+                "the administrator looks and changes them",
+            )
         if not self.per_user(database):
             if principal.within is not None and principal.within.schema is not None:
                 raise ForbiddenError(

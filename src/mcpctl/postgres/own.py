@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from time import monotonic
 
 from mcpctl.config_keys import Database, Pool, Settings
-from mcpctl.errors import ConfigError, Error, ForbiddenError, UnavailableError, UsageError
+from mcpctl.errors import ConfigError, ConflictError, Error, ForbiddenError, UnavailableError, UsageError
+from mcpctl.identity import users
 from mcpctl.identity.own_databases import Key, OwnDatabase, OwnDatabases, check_name
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import own_login
@@ -95,11 +96,24 @@ class Own:
             return []
         return [row.name for row in self.of(user) if row.name not in self._settings.databases]
 
+    def has(self, user: str, name: str) -> bool:
+        """Whether a user had one of that name at the last look: no file is read, and a broken store stops nobody."""
+        return (user, name) in self._seen
+
+    def everybody(self) -> Mapping[Key, OwnDatabase]:
+        """All users'; none where no store has been made yet."""
+        with self._told():
+            return self._rows.current() if self._state.path.exists() else {}
+
     def login(self, user: str, name: str) -> OwnLogin:
         """The login of a user's database. NotFoundError where the user has none of that name, ForbiddenError where the
         config no longer lets anybody go there."""
         with self._told():
             row = self._rows.find(user, name)
+        return self.login_of(row)
+
+    def login_of(self, row: OwnDatabase) -> OwnLogin:
+        """Its login; ForbiddenError where the config no longer lets anybody go there."""
         self._check_host(row)
         return self._login(row)
 
@@ -116,8 +130,12 @@ class Own:
                 "users' own databases cannot be used right now", "ask again in a moment, or tell the administrator"
             ) from None
 
+    def reaches(self, row: OwnDatabase) -> bool:
+        """Whether the config still lets anybody go where it is."""
+        return self._hosts.allow(row.host, ipaddress.ip_address(row.hostaddr))
+
     def _check_host(self, row: OwnDatabase) -> None:
-        if not self._hosts.allow(row.host, ipaddress.ip_address(row.hostaddr)):
+        if not self.reaches(row):
             raise ForbiddenError(
                 f"{row.host} is no longer one of the hosts that databases may be on here",
                 "remove the database, or ask the administrator",
@@ -125,7 +143,7 @@ class Own:
 
     def _login(self, row: OwnDatabase, password: str | None = None) -> OwnLogin:
         return OwnLogin(
-            row.shown,
+            row.name,
             _POOL,
             self._keyring,
             row.login,
@@ -141,11 +159,10 @@ class Own:
         if not self.on:
             raise ForbiddenError("users' own databases are off here", "the administrator sets own_databases.hosts")
         own_login.check_environment()
-        check_name(name, self._settings.databases)
+        self.check_name(user, name)
         with self._told():
             self._rows.check_room(user, name, self._rules.most)
         _check_password(password)
-        self._check_attempts(user)
         if user in self._checking or len(self._checking) >= _AT_ONCE:
             raise UnavailableError("another registration is being checked", "register it again in a moment")
         self._checking.add(user)
@@ -164,7 +181,18 @@ class Own:
         finally:
             self._checking.discard(user)
         with self._told():
-            return self._rows.add(row, password, self._rules.most)
+            people = users.user_file(self._settings.auth.user_file).current()
+            return self._rows.add(row, password, self._rules.most, users.sealed_in(people))
+
+    def check_name(self, user: str, name: str) -> None:
+        """Raises UsageError or ConflictError for a name that cannot be, which counts as a try that failed: nobody asks
+        here for names of databases that they may not see. UnavailableError after too many such."""
+        self._check_attempts(user)
+        try:
+            check_name(name, self._settings.databases)
+        except ConflictError:
+            self._failed.setdefault(user, []).append(monotonic())
+            raise
 
     def _check_attempts(self, user: str) -> None:
         recent = [when for when in self._failed.pop(user, ()) if monotonic() - when < WINDOW]

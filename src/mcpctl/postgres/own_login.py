@@ -217,6 +217,11 @@ class OwnLogin(Login):
         return OWN, "\0".join(map(str, (*row.bound, row.created_at)))
 
     @property
+    def shown(self) -> str:
+        """With own: before the name; a database of the config has no colon in its."""
+        return self.row.shown
+
+    @property
     def crowd(self) -> str:
         """All of them together, however many one user has."""
         return OWN

@@ -5,25 +5,56 @@ same text. They say what is to be, not what to change: run twice, the second cha
 its COMMENT with the installation that made it; one of that name without the mark is left alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mcpctl.identity import grants
-from mcpctl.identity.grants import ACCESSES, EVERYTHING, Grant, identifier, login_role
+from mcpctl.identity.grants import ACCESSES, EVERYTHING, Grant, escaped, identifier, login_role
+from mcpctl.postgres import hba
+from mcpctl.postgres.hba import GROUP
+from mcpctl.postgres.leaving import LEAVE
 
-GROUP = "mcp_logins"
-"""The role without login whose members all login roles are: what pg_hba.conf can name (`+mcp_logins`)."""
+HEIR = "mcp_left"
+"""The role without login and rights that gets what a login role owned: a function of its, a view or an index of a
+table of its runs with the owner's rights, and so with none."""
 PRIVILEGES = {"read": ("SELECT",), "write": ("SELECT", "INSERT", "UPDATE", "DELETE")}
 """What a login role has on a table that it reads or writes. One that changes settings has nothing on any table."""
+SETTINGS = (
+    "default_transaction_read_only",
+    "statement_timeout",
+    "idle_in_transaction_session_timeout",
+    "client_connection_check_interval",
+)
+"""What a login role is told for its sessions, beside temp_file_limit and, in a tenant's schema, search_path."""
 FOREIGN_MARK = "MC001"
 """SQLSTATE of a role that has our name, and not our mark."""
-OPEN_HBA = "MC002"
-"""SQLSTATE of a pg_hba.conf that lets the login roles in from anywhere."""
+NO_TABLE = "MC004"
+"""SQLSTATE of a name that is not a table's or a view's, but something else's."""
+LEFT_OVER = "MC005"
+"""SQLSTATE of a login role of ours that an earlier user of that name has left."""
 OVERPOWERED = "MC003"
 """SQLSTATE of a login role that somebody has made more than one."""
-TURN = "SELECT pg_catalog.pg_advisory_xact_lock(6210384617);\n"
-"""Waits for its turn: two grants at once in one database are made one after the other."""
+GONE = "is recorded and not there"
+"""What is said of a schema or table that was granted and has been dropped since."""
+Rights = Collection[tuple[str, ...]]
+"""Rights as `Grant.rights` has them."""
+_GROUP = {"group": GROUP, "group_mark": "'mcpctl: its users'' login roles; for pg_hba.conf'"}
+_HEIR_MARK = "'mcpctl: owns what its users'' login roles owned'"
 _SYSTEM = "n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
+MAKERS = """
+    SELECT DISTINCT n.nspname, r.rolname AS owner
+    FROM pg_catalog.pg_namespace n
+      LEFT JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+      JOIN pg_catalog.pg_database d ON d.datname = pg_catalog.current_database()
+      JOIN pg_catalog.pg_roles r ON r.oid IN (n.nspowner, c.relowner)
+        OR (r.oid = d.datdba AND n.nspowner = 'pg_database_owner'::pg_catalog.regrole)
+    WHERE r.rolname !~ '^pg_'"""
+"""Who makes the tables to come, by schema: each role that owns something there."""
+TO_COME = (
+    "CASE d.defaclobjtype WHEN 'r' THEN 'TABLES' WHEN 'S' THEN 'SEQUENCES' WHEN 'f' THEN 'FUNCTIONS'"
+    " WHEN 'T' THEN 'TYPES' WHEN 'n' THEN 'SCHEMAS' ELSE 'LARGE OBJECTS' END"
+)
+"""What a default privilege is on (PostgreSQL, "pg_default_acl")."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +72,11 @@ class Terms:
 
 
 def literal(text: str) -> str:
-    """A text as SQL."""
-    escaped = text.replace("'", "''")
-    return f" E'{escaped}'".replace("\\", "\\\\") if "\\" in text else f"'{escaped}'"
+    """A text as SQL, without a control character in it."""
+    inner = text.replace("'", "''")
+    if text.isprintable() and "\\" not in text:
+        return f"'{inner}'"
+    return " E'" + escaped(inner.replace("\\", "\\\\"), r"\u%04X", r"\U%08X") + "'"
 
 
 def do(body: str) -> str:
@@ -61,29 +94,43 @@ def mark(installation: str, user: str) -> str:
 
 def script(body: str, title: str) -> str:
     """A body as a script for psql: all of it or nothing. A name in the title ends no comment."""
-    return f"-- {' '.join(title.splitlines())}\nBEGIN;\n{body}COMMIT;\n"
+    return "-- " + escaped(title, r"\%04X", r"\+%06X") + f"\nBEGIN;\n{body}COMMIT;\n"
 
 
-def grant_body(user: str, grant: Grant, verifiers: Mapping[str, str], terms: Terms) -> str:
+def grant_body(
+    user: str,
+    grant: Grant,
+    verifiers: Mapping[str, str],
+    terms: Terms,
+    added: Rights | None = None,
+    new: Collection[str] = (),
+) -> str:
     """What makes PostgreSQL as the grant says: for each access the role, its mark, limits and privileges, or, where
     nothing is granted any more, the end of it here. `verifiers` are those of the passwords, by access. What a role for
-    admin access may set is another script, `parameters.body`, to run after this one."""
-    parts = [f"{TURN}SET LOCAL search_path = pg_catalog;\nSET LOCAL client_min_messages = warning;\n{do(_CLUSTER)}"]
+    admin access may set is another script, `parameters.body`, to run after this one. `added`: the rights that have to
+    be there, None for all; of the others, which were recorded before, a dropped one is only warned of. `new`: the
+    accesses whose login role must not be there yet."""
+    parts = [f"SET LOCAL search_path = pg_catalog;\nSET LOCAL client_min_messages = warning;\n{TURN}"]
     for access in ACCESSES:
         role = login_role(user, access)
         if not getattr(grant, access):
             parts.append(leave_here(role, terms.mark))
             continue
         if access == "write" and not terms.open_hba:
-            parts.append(hba_check())
+            parts.append(do(hba.CHECK))
         wanted = tables_of(grant, access)
         parts += [
             f"\n-- {role}: a login role for {access} access\n",
+            _left_over(role, user, verifiers[access], terms.mark) if access in new else "",
             _role(role, verifiers[access], terms),
             _settings(role, access, terms) if access != "admin" else "",  # it must see the server's own values
-            do(_CONNECT % {"role": literal(role)}),
             _revoke_beyond(role, wanted),
-            *(_grant(role, kind, target) for kind in wanted for target in _only(wanted, kind)),
+            do(_CONNECT % {"role": literal(role)}),
+            *(
+                _grant(role, kind, target, must_be_there=added is None or (grant.database, kind, target) in added)
+                for kind in wanted
+                for target in _only(wanted, kind)
+            ),
         ]
     return "".join(parts)
 
@@ -103,23 +150,29 @@ def _only(wanted: Mapping[str, Sequence[str]], kind: str) -> list[str]:
     return [one for one in wanted[kind] if kind == "write" or one not in wanted.get("write", ())]
 
 
+def _left_over(role: str, user: str, verifier: str, mark: str) -> str:
+    name = identifier(role)
+    hint = f"see what it owns, which goes too; in each database: DROP OWNED BY {name}; and at last: DROP ROLE {name}"
+    named = {"role": role, "user": user, "verifier": verifier, "mark": mark, "hint": hint}
+    return do(_LEFT_OVER % {key: literal(text) for key, text in named.items()})
+
+
 def _role(role: str, verifier: str, terms: Terms) -> str:
     name, login = identifier(role), "LOGIN" if terms.login else "NOLOGIN"
-    named = {"role": literal(role), "name": name, "mark": literal(terms.mark), "group": GROUP}
+    named = {"role": literal(role), "name": name, "mark": literal(terms.mark)} | _GROUP
     return (
         do(_MAKE % named)
+        + do(_FORGET % {"role": literal(role)})
         + f"ALTER ROLE {name} {login} CONNECTION LIMIT {terms.connections} PASSWORD {literal(verifier)};\n"
         + f"GRANT {GROUP} TO {name};\n"
     )
 
 
 def _settings(role: str, access: str, terms: Terms) -> str:
-    values = {
-        "default_transaction_read_only": "on" if access == "read" else "off",
-        "statement_timeout": f"'{int(terms.statement_timeout * 1000)}ms'",
-        "idle_in_transaction_session_timeout": "'60s'",
-        "client_connection_check_interval": "'1s'",
-    }
+    milliseconds = int(terms.statement_timeout * 1000)
+    values = dict(
+        zip(SETTINGS, ("on" if access == "read" else "off", f"'{milliseconds}ms'", "'60s'", "'1s'"), strict=True)
+    )
     lines = [f"ALTER ROLE {identifier(role)} SET {name} = {value};\n" for name, value in values.items()]
     limit = f"EXECUTE format('ALTER ROLE %I SET temp_file_limit = %L', {literal(role)}, '{terms.temp_file_limit}')"
     lines.append(
@@ -127,11 +180,13 @@ def _settings(role: str, access: str, terms: Terms) -> str:
     )
     if terms.schema is not None:
         path = f"'ALTER ROLE %I IN DATABASE %I SET search_path = %s', {literal(role)}, current_database()"
-        lines.append(do(f"BEGIN\n  EXECUTE format({path}, {literal(literal(terms.schema))});\nEND"))
+        lines.append(
+            do(f"BEGIN\n  EXECUTE format({path}, {literal(literal(grants.parse(terms.schema).schema))});\nEND")
+        )
     return "".join(lines)
 
 
-def _grant(role: str, access: str, target: str) -> str:
+def _grant(role: str, access: str, target: str, *, must_be_there: bool) -> str:
     name, held = identifier(role), ", ".join(PRIVILEGES[access])
     if target == EVERYTHING:
         loop = _grant_schema("%1$I", "%2$I", held, access)
@@ -143,12 +198,29 @@ def _grant(role: str, access: str, target: str) -> str:
         return do(everywhere) + _default_privileges(role, access, None)
     found = grants.parse(target)
     if found.table is not None:
-        lines = [f"GRANT USAGE ON SCHEMA {identifier(found.schema)} TO {name}"]
-        lines.append(f"GRANT {held} ON TABLE {found.sql} TO {name}")
-        own = _own_sequences(role, found.sql) if access == "write" else ""
-        return "".join(f"{line};\n" for line in lines) + own
-    lines = _grant_schema(found.sql, name, held, access)
-    return "".join(f"{line};\n" for line in lines) + _default_privileges(role, access, found.schema)
+        lines = [
+            f"GRANT USAGE ON SCHEMA {identifier(found.schema)} TO {name}",
+            f"GRANT {held} ON TABLE {found.sql} TO {name}",
+        ]
+        check = do(_NO_TABLE % {"schema": literal(found.schema), "table": literal(found.table)})
+        more = _own_sequences(role, str(found)) if access == "write" else ""
+    else:
+        lines = _grant_schema(found.sql, name, held, access)
+        check, more = "", _default_privileges(role, access, found.schema)
+    script = "".join(f"{line};\n" for line in lines) + more
+    return check + script if must_be_there else _if_there(found, script)
+
+
+def _if_there(found: grants.Target, script: str) -> str:
+    """What is granted on a target that was recorded before: it may have been dropped meanwhile."""
+    there = f"SELECT FROM pg_namespace n WHERE n.nspname = {literal(found.schema)}"
+    if found.table is not None:
+        there = (
+            "SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind IN"
+            f" ('r', 'p', 'v', 'm', 'f') AND n.nspname = {literal(found.schema)} AND c.relname = {literal(found.table)}"
+        )
+    warning = f"RAISE WARNING '% {GONE}', {literal(str(found))}"
+    return do(f"BEGIN\n  IF NOT EXISTS ({there}) THEN\n    {warning};\n    RETURN;\n  END IF;\n{script}END")
 
 
 def _grant_schema(schema: str, role: str, held: str, access: str) -> list[str]:
@@ -180,7 +252,8 @@ def _default_privileges(role: str, access: str, schema: str | None) -> str:
 
 
 def _revoke_beyond(role: str, wanted: Mapping[str, Sequence[str]]) -> str:
-    """Take away what the role holds on tables, sequences and schemas here, and is not granted."""
+    """Take away what the role holds on tables, sequences and schemas here or to come, and is not granted; and the
+    right to hand on what it is, with what it has handed on."""
     rows = []
     for access, targets in wanted.items():
         for text in targets:
@@ -188,27 +261,52 @@ def _revoke_beyond(role: str, wanted: Mapping[str, Sequence[str]]) -> str:
             parts = (None, None) if target is None else (target.schema, target.table)
             rows.append(f"({literal(access)}, {', '.join('NULL' if one is None else literal(one) for one in parts)})")
     rows = rows or ["('', '', '')"]  # nothing is wanted, and VALUES needs a row: there is no schema without a name
-    return do(_BEYOND % {"role": literal(role), "wanted": ", ".join(rows)})
+    return do(_BEYOND % {"role": literal(role), "wanted": ", ".join(rows), "kinds": TO_COME})
+
+
+def switch_login(role: str, *, on: bool) -> list[str]:
+    """What lets a role log in, or not any more; then its connections end, too. One statement after the other: who
+    comes in before the first counts is ended by the second. A DBA may run it in a database whose search_path somebody
+    else has set."""
+    if on:
+        return [f"ALTER ROLE {identifier(role)} LOGIN;"]
+    ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename ="
+    return [
+        "SET search_path = pg_catalog, pg_temp;",
+        f"ALTER ROLE {identifier(role)} NOLOGIN;",
+        f"{ends} {literal(role)};",
+    ]
 
 
 def leave_here(role: str, mark: str) -> str:
-    """The end of a role in this database: what it owns goes to whoever runs this, its rights end, and where it has
-    nothing in another database either, the role and, with its last member, the group go too."""
-    return do(_LEAVE % {"role": literal(role), "mark": literal(mark), "group": GROUP})
+    """The end of a role in this database: what it owns goes to HEIR, its rights end, and where it has nothing in
+    another database either, the role and, with its last member, the group go too."""
+    named = {"role": literal(role), "mark": literal(mark), "heir": HEIR, "heir_mark": _HEIR_MARK}
+    return do(LEAVE % (named | _GROUP))
 
 
-_CLUSTER = """BEGIN
+TURN = do("""DECLARE before text := current_setting('lock_timeout');
+BEGIN
+  SET LOCAL lock_timeout = '10s';
   IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
     LOCK TABLE pg_authid IN SHARE ROW EXCLUSIVE MODE;
+  ELSE
+    PERFORM pg_advisory_xact_lock(6210384617);
   END IF;
-END"""
-"""Roles are the cluster's: a grant in another database waits, too; one of a mere CREATEROLE login may fail there."""
+  PERFORM set_config('lock_timeout', before, true);
+END""")
+"""Waits for its turn, at most 10 s: grants at once are made one after the other. Roles are the cluster's, and so is the
+lock of a superuser, which no reader can hold. A mere CREATEROLE login may take only one that anybody can: a grant in
+another database does not wait for it, and may fail."""
 
 _MAKE = """DECLARE it record;
 BEGIN
-  IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '%(group)s') THEN
+  SELECT r.*, shobj_description(r.oid, 'pg_authid') AS mark INTO it FROM pg_roles r WHERE r.rolname = '%(group)s';
+  IF NOT FOUND THEN
     CREATE ROLE %(group)s NOLOGIN;
-    COMMENT ON ROLE %(group)s IS 'mcpctl: its users'' login roles; for pg_hba.conf';
+    COMMENT ON ROLE %(group)s IS %(group_mark)s;
+  ELSIF it.mark IS DISTINCT FROM %(group_mark)s THEN
+    RAISE EXCEPTION 'role %(group)s is not mcpctl''s' USING ERRCODE = 'MC001', HINT = 'rename or drop it';
   END IF;
   SELECT r.*, shobj_description(r.oid, 'pg_authid') AS mark INTO it FROM pg_roles r WHERE r.rolname = %(role)s;
   IF NOT FOUND THEN
@@ -223,19 +321,50 @@ BEGIN
   END IF;
 END"""
 
+_LEFT_OVER = """DECLARE older boolean;
+BEGIN
+  IF has_table_privilege('pg_authid', 'SELECT') THEN
+    SELECT rolpassword IS DISTINCT FROM %(verifier)s INTO older FROM pg_authid
+    WHERE rolname = %(role)s AND shobj_description(oid, 'pg_authid') = %(mark)s;
+  ELSE  -- what is left over has no LOGIN
+    SELECT NOT rolcanlogin INTO older FROM pg_roles
+    WHERE rolname = %(role)s AND shobj_description(oid, 'pg_authid') = %(mark)s;
+  END IF;
+  IF older THEN
+    RAISE EXCEPTION 'role %% is left over from an earlier %%', %(role)s, %(user)s
+      USING ERRCODE = 'MC005', HINT = %(hint)s;
+  END IF;
+END"""
+
+_NO_TABLE = """DECLARE kind text;
+BEGIN
+  SELECT k.kind INTO kind FROM (
+    SELECT CASE c.relkind WHEN 'S' THEN 'a sequence' WHEN 'i' THEN 'an index' WHEN 'I' THEN 'an index'
+                          WHEN 'c' THEN 'a type' END
+    FROM pg_class c WHERE c.relnamespace = to_regnamespace(quote_ident(%(schema)s)) AND c.relname = %(table)s
+    UNION ALL
+    SELECT 'a type' FROM pg_type t WHERE t.typnamespace = to_regnamespace(quote_ident(%(schema)s))
+      AND t.typname = %(table)s AND t.typrelid = 0) k (kind)
+  LIMIT 1;
+  IF kind IS NOT NULL THEN
+    RAISE EXCEPTION '%%.%% is %%, and no table or view', %(schema)s, %(table)s, kind
+      USING ERRCODE = 'MC004', HINT = 'name a table or view; its sequences go along with write access to it';
+  END IF;
+END"""
+
+_FORGET = """BEGIN
+  EXECUTE format('ALTER ROLE %%I RESET ALL', %(role)s);
+  EXECUTE format('ALTER ROLE %%I IN DATABASE %%I RESET ALL', %(role)s, current_database());
+END"""
+"""A role may change its own defaults, where a function lets it: they are made anew with each grant."""
+
 _CONNECT = """BEGIN
   EXECUTE format('GRANT CONNECT ON DATABASE %%I TO %%I', current_database(), %(role)s);
 END"""
 
-_OWNERS = """DECLARE one record;
+_OWNERS = f"""DECLARE one record;
 BEGIN
-  FOR one IN
-    SELECT DISTINCT n.nspname, r.rolname AS owner
-    FROM pg_namespace n LEFT JOIN pg_class c ON c.relnamespace = n.oid AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
-      JOIN pg_database d ON d.datname = current_database()
-      JOIN pg_roles r ON r.oid IN (n.nspowner, c.relowner)
-        OR (r.oid = d.datdba AND n.nspowner = 'pg_database_owner'::regrole)
-    WHERE %(where)s AND r.rolname !~ '^pg_'
+  FOR one IN{MAKERS} AND %(where)s
   LOOP
 %(commands)s  END LOOP;
 END"""
@@ -246,8 +375,8 @@ BEGIN
     WITH wanted (access, schema, name) AS (VALUES %(wanted)s),
     held AS (
       SELECT coalesce(ot.schema, n.nspname) AS schema, coalesce(ot.name, c.relname) AS name,
-             a.privilege_type AS privilege,
-             a.grantor, format('%%s ON %%s %%I.%%I', a.privilege_type,
+             c.relkind AS kind, a.privilege_type AS privilege, a.is_grantable, a.grantor,
+             format('%%s ON %%s %%I.%%I', a.privilege_type,
                CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, n.nspname, c.relname) AS what
       FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         LEFT JOIN LATERAL (
@@ -258,35 +387,45 @@ BEGIN
         aclexplode(c.relacl) a
       WHERE a.grantee = %(role)s::regrole
       UNION ALL
-      SELECT n.nspname, c.relname, a.privilege_type, a.grantor,
+      SELECT n.nspname, c.relname, c.relkind, a.privilege_type, a.is_grantable, a.grantor,
              format('%%s (%%I) ON TABLE %%I.%%I', a.privilege_type, t.attname, n.nspname, c.relname)
       FROM pg_attribute t JOIN pg_class c ON c.oid = t.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace,
            aclexplode(t.attacl) a
       WHERE a.grantee = %(role)s::regrole
       UNION ALL
-      SELECT n.nspname, NULL, a.privilege_type, a.grantor, format('%%s ON SCHEMA %%I', a.privilege_type, n.nspname)
+      SELECT n.nspname, NULL, 'n', a.privilege_type, a.is_grantable, a.grantor,
+             format('%%s ON SCHEMA %%I', a.privilege_type, n.nspname)
       FROM pg_namespace n, aclexplode(n.nspacl) a WHERE a.grantee = %(role)s::regrole
+      UNION ALL
+      SELECT NULL, NULL, 'd', a.privilege_type, a.is_grantable, a.grantor,
+             format('%%s ON DATABASE %%I', a.privilege_type, d.datname)
+      FROM pg_database d, aclexplode(d.datacl) a
+      WHERE a.grantee = %(role)s::regrole AND d.datname = current_database()
+        AND (a.is_grantable OR a.privilege_type <> 'CONNECT')
     )
-    SELECT format('REVOKE %%s FROM %%I', h.what, %(role)s) AS command, h.grantor FROM held h
-    WHERE NOT EXISTS (
+    SELECT format('REVOKE %%s%%s FROM %%I CASCADE', CASE WHEN w.wanted THEN 'GRANT OPTION FOR ' END, h.what, %(role)s)
+             AS command, h.grantor
+    FROM held h, LATERAL (SELECT EXISTS (
       SELECT FROM wanted w
-      WHERE (w.schema IS NULL OR w.schema = h.schema) AND (w.name IS NULL OR h.name IS NULL OR w.name = h.name)
-        AND CASE WHEN h.privilege IN ('INSERT', 'UPDATE', 'DELETE') THEN w.access = 'write'
-                 WHEN h.privilege = 'USAGE' THEN h.name IS NULL OR w.access = 'write'
-                 ELSE h.privilege = 'SELECT' END)
+      WHERE (w.schema = h.schema OR (w.schema IS NULL AND h.schema !~ '^pg_' AND h.schema <> 'information_schema'))
+        AND (w.name IS NULL OR h.name IS NULL OR w.name = h.name)
+        AND CASE h.kind WHEN 'n' THEN h.privilege = 'USAGE'
+                        WHEN 'S' THEN h.privilege = 'USAGE' AND w.access = 'write'
+                        ELSE h.privilege = 'SELECT'
+                          OR (h.privilege IN ('INSERT', 'UPDATE', 'DELETE') AND w.access = 'write') END) AS wanted) w
+    WHERE h.is_grantable OR NOT w.wanted
     UNION ALL
-    SELECT format('ALTER DEFAULT PRIVILEGES FOR ROLE %%s IN SCHEMA %%I REVOKE %%s ON %%s FROM %%I',
-                  d.defaclrole::regrole, n.nspname, a.privilege_type,
-                  CASE d.defaclobjtype WHEN 'S' THEN 'SEQUENCES' ELSE 'TABLES' END, %(role)s), NULL
-    FROM pg_default_acl d JOIN pg_namespace n ON n.oid = d.defaclnamespace, aclexplode(d.defaclacl) a
-    WHERE a.grantee = %(role)s::regrole AND d.defaclobjtype IN ('r', 'S') AND NOT EXISTS (
-      SELECT FROM wanted w WHERE (w.schema IS NULL OR w.schema = n.nspname) AND w.name IS NULL
-        AND (w.access = 'write' OR a.privilege_type = 'SELECT'))
-    UNION ALL
-    SELECT format('ALTER DEFAULT PRIVILEGES FOR ROLE %%s REVOKE %%s ON %%s FROM %%I', d.defaclrole::regrole,
-                  a.privilege_type, CASE d.defaclobjtype WHEN 'S' THEN 'SEQUENCES' ELSE 'TABLES' END, %(role)s), NULL
-    FROM pg_default_acl d, aclexplode(d.defaclacl) a
-    WHERE a.grantee = %(role)s::regrole AND d.defaclobjtype IN ('r', 'S') AND d.defaclnamespace = 0
+    SELECT format('ALTER DEFAULT PRIVILEGES FOR ROLE %%s%%s REVOKE %%s%%s ON %%s FROM %%I CASCADE',
+                  d.defaclrole::regrole, CASE WHEN n.oid IS NOT NULL THEN format(' IN SCHEMA %%I', n.nspname) END,
+                  CASE WHEN w.wanted THEN 'GRANT OPTION FOR ' END, a.privilege_type, %(kinds)s, %(role)s), NULL
+    FROM pg_default_acl d LEFT JOIN pg_namespace n ON n.oid = d.defaclnamespace, aclexplode(d.defaclacl) a,
+      LATERAL (SELECT n.oid IS NOT NULL AND EXISTS (
+        SELECT FROM wanted w WHERE (w.schema IS NULL OR w.schema = n.nspname) AND w.name IS NULL
+          AND CASE d.defaclobjtype WHEN 'S' THEN a.privilege_type = 'USAGE' AND w.access = 'write'
+                                   WHEN 'r' THEN a.privilege_type = 'SELECT'
+                                     OR (a.privilege_type IN ('INSERT', 'UPDATE', 'DELETE') AND w.access = 'write')
+                                   ELSE false END) AS wanted) w
+    WHERE a.grantee = %(role)s::regrole AND (a.is_grantable OR NOT w.wanted)
   LOOP
     IF one.grantor IS NOT NULL AND pg_has_role(current_user, one.grantor, 'MEMBER') THEN
       EXECUTE format('SET LOCAL ROLE %%s', one.grantor::regrole);  -- only who has granted it can take it back
@@ -295,133 +434,3 @@ BEGIN
     RESET ROLE;
   END LOOP;
 END"""
-
-_HBA = """DECLARE open text;
-BEGIN
-  WITH rules AS (
-    SELECT row_number() OVER () AS place, h.line_number AS line, h.type, h.auth_method AS method, h.user_name AS names,
-           array_to_string(h.database, ',') AS databases, array_to_string(h.user_name, ',') AS users,
-           h.type = 'local' AS here,
-           h.address IN ('all', '0.0.0.0', '::') AND coalesce(h.netmask, '0.0.0.0') IN ('0.0.0.0', '::') AS anywhere,
-           '+%(group)s' = ANY (h.user_name) AS ours,
-           'all' = ANY (h.database) AS everywhere,
-           'all' = ANY (h.database) OR current_database() = ANY (h.database)
-             OR EXISTS (SELECT FROM unnest(h.database) d WHERE d ~ '^[/@+]' OR d LIKE 'same%%') AS concerns
-    FROM pg_hba_file_rules h WHERE h.error IS NULL
-  ), walls AS (
-    SELECT place, here FROM rules WHERE ours AND everywhere
-      AND CASE WHEN here THEN method IN ('scram-sha-256', 'cert', 'reject') ELSE type = 'host' AND anywhere
-               AND method = 'reject' END
-  )
-  SELECT string_agg(format('line %%s: %%s %%s %%s %%s', line, type, databases, users, method), '; ' ORDER BY place)
-    INTO open
-  FROM rules r
-  WHERE concerns AND method <> 'reject'
-    AND NOT EXISTS (SELECT FROM walls w WHERE w.here = r.here AND w.place < r.place)
-    AND CASE WHEN ours THEN method NOT IN ('scram-sha-256', 'cert') OR (NOT here AND anywhere)
-             ELSE EXISTS (SELECT FROM unnest(names) u WHERE u = 'all' OR u ~ '^/' OR u ~ '^mcp_' OR (u ~ '^[+]'
-               AND EXISTS (SELECT FROM pg_roles g, pg_roles m WHERE g.rolname = substr(u, 2) AND m.rolname ~ '^mcp_'
-                 AND m.rolname <> '%(group)s' AND pg_has_role(m.oid, g.oid, 'MEMBER')))) END;
-  IF open IS NOT NULL THEN
-    RAISE EXCEPTION 'pg_hba.conf lets the login roles of mcpctl in from anywhere: %%', open
-      USING ERRCODE = 'MC002',
-            HINT = 'a role that writes can change its own password, and come in past mcpctl: '
-                   'put the lines for +%(group)s before these';
-  END IF;
-  IF NOT has_function_privilege('pg_stat_file(text)', 'EXECUTE') THEN
-    RETURN;
-  ELSIF (pg_stat_file(current_setting('hba_file'))).modification > pg_conf_load_time() THEN
-    RAISE EXCEPTION 'pg_hba.conf has been changed since PostgreSQL has read it'
-      USING ERRCODE = 'MC002', HINT = 'SELECT pg_reload_conf();';
-  END IF;
-END"""
-
-_LEAVE = """DECLARE
-  it record;
-  elsewhere name[];
-  left_over record;
-  given record;
-  policy record;
-  one name;
-  held text[];
-  command text;
-BEGIN
-  SELECT r.oid, r.rolname, shobj_description(r.oid, 'pg_authid') AS mark INTO it
-  FROM pg_roles r WHERE r.rolname = %(role)s;
-  IF NOT FOUND THEN
-    RETURN;
-  ELSIF it.mark IS DISTINCT FROM %(mark)s THEN
-    RAISE EXCEPTION 'role %% is not of this mcpctl', it.rolname USING ERRCODE = 'MC001';
-  END IF;
-  SELECT array_agg(d.datname) INTO elsewhere FROM pg_database d, aclexplode(d.datacl) a
-  WHERE a.grantee = it.oid AND a.privilege_type = 'CONNECT' AND d.datname <> current_database();
-  IF elsewhere IS NOT NULL
-     AND NOT EXISTS (SELECT FROM pg_shdepend WHERE refclassid = 'pg_authid'::regclass AND refobjid = it.oid
-                     AND dbid = (SELECT oid FROM pg_database WHERE datname = current_database()))
-     AND NOT EXISTS (SELECT FROM pg_database d, aclexplode(d.datacl) a
-                     WHERE a.grantee = it.oid AND d.datname = current_database()) THEN
-    RETURN;  -- it has nothing here, and what it has elsewhere is not to be touched
-  END IF;
-  SELECT array_agg(format('GRANT %%s ON PARAMETER %%I TO %%I', a.privilege_type, p.parname, it.rolname)) INTO held
-  FROM pg_parameter_acl p, aclexplode(p.paracl) a WHERE a.grantee = it.oid;
-  IF NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
-    EXECUTE format('GRANT %%I TO %%I', it.rolname, current_user);
-  END IF;
-  IF EXISTS (SELECT FROM pg_shdepend WHERE refclassid = 'pg_authid'::regclass AND refobjid = it.oid AND deptype = 'o'
-             AND dbid IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))) THEN
-    EXECUTE format('REASSIGN OWNED BY %%I TO %%I', it.rolname, current_user);
-  END IF;
-  FOR given IN SELECT DISTINCT a.grantor, c.oid::regclass AS what FROM pg_class c, aclexplode(c.relacl) a
-    WHERE a.grantee = it.oid AND a.grantor <> c.relowner AND c.relkind <> 'S'
-  LOOP
-    IF pg_has_role(current_user, given.grantor, 'MEMBER') THEN
-      EXECUTE format('SET LOCAL ROLE %%s', given.grantor::regrole);  -- only who has granted it can take it back
-      EXECUTE format('REVOKE ALL ON TABLE %%s FROM %%I', given.what, it.rolname);
-      RESET ROLE;
-    END IF;
-  END LOOP;
-  FOR policy IN SELECT p.polname, p.polrelid::regclass AS what FROM pg_policy p WHERE p.polroles = ARRAY[it.oid] LOOP
-    RAISE WARNING 'the policy %% on %% is for %% alone, and goes with it', policy.polname, policy.what, it.rolname;
-  END LOOP;
-  EXECUTE format('DROP OWNED BY %%I', it.rolname);
-  SELECT count(*) > 0 AS found INTO left_over FROM pg_shdepend
-  WHERE refclassid = 'pg_authid'::regclass AND refobjid = it.oid AND classid <> 'pg_auth_members'::regclass;
-  IF elsewhere IS NULL AND left_over.found THEN
-    EXECUTE format('ALTER ROLE %%I NOLOGIN', it.rolname);  -- it has something where it has no grant, or from others
-    RAISE WARNING 'role %% stays, without LOGIN: it owns or was granted something that is not mcpctl''s', it.rolname;
-  ELSIF elsewhere IS NULL AND NOT left_over.found THEN
-    EXECUTE format('DROP ROLE %%I', it.rolname);
-    IF NOT EXISTS (SELECT FROM pg_auth_members m JOIN pg_roles g ON g.oid = m.roleid JOIN pg_roles r ON r.oid = m.member
-                   WHERE g.rolname = '%(group)s' AND r.rolname ~ '^mcp_') THEN
-      DROP ROLE IF EXISTS %(group)s;
-    END IF;
-  ELSE
-    FOREACH one IN ARRAY coalesce(elsewhere, '{}') LOOP
-      EXECUTE format('GRANT CONNECT ON DATABASE %%I TO %%I', one, it.rolname);
-    END LOOP;
-    FOREACH command IN ARRAY coalesce(held, '{}') LOOP  -- parameters are the cluster's, and DROP OWNED took them, too
-      EXECUTE command;
-    END LOOP;
-    IF NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
-      EXECUTE format('REVOKE %%I FROM %%I', it.rolname, current_user);
-    END IF;
-  END IF;
-END"""
-
-
-def hba_check() -> str:
-    """SQL that fails where pg_hba.conf lets the login roles in from anywhere (PostgreSQL, "pg_hba_file_rules")."""
-    return do(_HBA % {"group": GROUP})
-
-
-def hba_lines(address: str, *, tls: bool = False) -> list[str]:
-    """The lines that keep the login roles to mcpctl's own machine; `address` is where it connects from, or `local`;
-    `tls`: over TLS alone."""
-    if address == "local":
-        first = [f"local  all  +{GROUP}  scram-sha-256"]
-    else:
-        first = [
-            f"{'hostssl' if tls else 'host'}  all  +{GROUP}  {address}  scram-sha-256",
-            f"local  all  +{GROUP}  reject",
-        ]
-    return [*first, f"host  all  +{GROUP}  all  reject"]

@@ -1,9 +1,12 @@
 """A login that is tried: whether PostgreSQL takes it, and what it is like."""
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from time import monotonic
 
 import psycopg
+from psycopg.conninfo import make_conninfo
 
 from mcpctl.errors import Error
 from mcpctl.identity.grants import identifier
@@ -12,12 +15,15 @@ from mcpctl.postgres.login import PRIVILEGED, Login
 _ABOUT = f"""
 SELECT session_user, pg_catalog.current_setting('server_version'), pg_catalog.current_database(),
        {PRIVILEGED},
+       extract(epoch FROM pg_catalog.pg_postmaster_start_time())::text,
+       (SELECT oid::int8 FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()),
        (SELECT s.version FROM pg_catalog.pg_stat_ssl s WHERE s.pid = pg_catalog.pg_backend_pid() AND s.ssl)"""
 
 
 @dataclass(frozen=True)
 class About:
-    """What a login found. `tls` is the protocol's version, None for a socket or plain TCP; `elapsed` is in ms."""
+    """What a login found. `tls` is the protocol's version, None for a socket or plain TCP; `elapsed` is in ms;
+    `answering` tells one database of one running server from all others."""
 
     user: str
     version: str
@@ -25,6 +31,7 @@ class About:
     privileged: bool
     tls: str | None
     elapsed: float
+    answering: tuple[str, int]
 
     def words(self) -> str:
         """In one line."""
@@ -51,7 +58,8 @@ def log_in(login: Login) -> About:
     """Log in once. Raises an Error with PostgreSQL's reason, which never holds a password."""
     begun = monotonic()
     try:
-        with psycopg.connect(login.dsn(), autocommit=True, application_name="mcpctl test") as connection:
+        conninfo = make_conninfo(login.dsn(), client_encoding="UTF8")
+        with psycopg.connect(conninfo, autocommit=True, application_name="mcpctl test") as connection:
             row = connection.execute(_ABOUT).fetchone()
     except psycopg.Error as problem:
         raise Error(
@@ -59,7 +67,15 @@ def log_in(login: Login) -> About:
         ) from None
     if row is None:
         raise Error(f"{login.name}: PostgreSQL gave no answer", "try again")
-    return About(row[0], row[1], row[2], bool(row[3]), row[4], (monotonic() - begun) * 1000)
+    return About(row[0], row[1], row[2], bool(row[3]), row[6], (monotonic() - begun) * 1000, (row[4], row[5]))
+
+
+def one_of(logins: Iterable[Login]) -> About | None:
+    """What the first of these logins that is let in finds; None where none is."""
+    for login in logins:
+        with contextlib.suppress(Error):
+            return log_in(login)
+    return None
 
 
 def reader_sql(dbname: str) -> str:
