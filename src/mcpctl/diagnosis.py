@@ -3,6 +3,7 @@
 Each check is a function that yields findings. Nothing is changed by looking.
 """
 
+import ipaddress
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -17,11 +18,15 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.granting import Granting
 from mcpctl.identity import tenants, tokens, users
-from mcpctl.identity.grants import ACCESSES, SUFFIXES, login_role
+from mcpctl.identity.grants import ACCESSES, login_role
+from mcpctl.identity.own_databases import OwnDatabases
 from mcpctl.keyring import Keyring
-from mcpctl.postgres import administrator, arithmetic, harden, trial
+from mcpctl.postgres import administrator, arithmetic, harden, hba, roles, trial
 from mcpctl.postgres.administrator import Administrator, Connection
+from mcpctl.postgres.differences import BY_HAND
 from mcpctl.postgres.login import is_here
+from mcpctl.postgres.own_login import Hosts
+from mcpctl.postgres.roles import GONE
 from mcpctl.state import State
 
 OK, WARN, FAIL = "ok", "warn", "fail"
@@ -57,7 +62,14 @@ class Patient:
 def examine(patient: Patient) -> list[Finding]:
     """Every finding of every check. A check that cannot be made is a finding, too."""
     found: list[Finding] = []
-    own = {"files": _files, "keys": _keys, "secrets": _secrets, "program": _program, "tokens": _tokens}
+    own = {
+        "files": _files,
+        "keys": _keys,
+        "own databases": _own,
+        "secrets": _secrets,
+        "program": _program,
+        "tokens": _tokens,
+    }
     for name, check in own.items():
         found += _tried(name, partial(check, patient))
     for name in patient.settings.databases:
@@ -85,6 +97,9 @@ def _files(patient: Patient) -> Iterator[Finding]:
         if user.tenant is not None and user.tenant not in places:
             hint = "restore tenants.yaml, or: mcpctl tenant add"
             yield Finding("files", FAIL, f"{user.name} belongs to the tenant {user.tenant}, which is gone", hint)
+    for key, stranger in users.listed_strangers(auth, people):
+        hint = "mend the name in the config, or take it out: whoever is made a user by that name is on the list, too"
+        yield Finding("files", FAIL, f"{key} names {stranger}, and there is no such user", hint)
     for place in places.values():
         if place.database not in patient.settings.databases:
             hint = f"mcpctl database add {place.database}, or: mcpctl tenant remove {place.name}"
@@ -120,7 +135,31 @@ def _keys(patient: Patient) -> Iterator[Finding]:
     old = len(ring.keys()) - 1
     yield Finding("keys", OK, f"{count} sealed passwords open with {ring.path}")
     if old:
-        yield Finding("keys", WARN, "an old key is still there: a rotation was interrupted", "mcpctl key rotate")
+        what = "an old key is still there: a rotation was interrupted, or you have put it there"
+        yield Finding("keys", WARN, what, "mcpctl key rotate")
+
+
+def _own(patient: Patient) -> Iterator[Finding]:
+    """Databases that users have brought, and that one of the config has the name of, or that are out of reach."""
+    settings = patient.settings
+    if not settings.server.state_file.exists():
+        return
+    with closing(State(settings.server.state_file)) as state:
+        brought = OwnDatabases(state, Keyring(settings.keyring.file)).current()
+    hosts = Hosts(settings.own_databases.hosts)
+    for row in brought.values():
+        if not hosts.allow(row.host, ipaddress.ip_address(row.hostaddr)):
+            yield Finding(
+                "own databases", WARN, f"{row.user}'s own database {row.name} at {row.host} ({row.hostaddr}) cannot be "
+                "asked: own_databases.hosts does not let anybody go there",
+                f"mcpctl database unregister {row.user} {row.name}, or name its host again",
+            )  # fmt: skip
+        if row.name not in settings.databases:
+            continue
+        yield Finding(
+            "own databases", FAIL, f"{row.user} has a database {row.name} of their own, and can ask neither it nor the "
+            "config's", f"mcpctl database unregister {row.user} {row.name}, or give the config's another name",
+        )  # fmt: skip
 
 
 def _secrets(patient: Patient) -> Iterator[Finding]:
@@ -139,9 +178,11 @@ def _secrets(patient: Patient) -> Iterator[Finding]:
                 continue
             text = private_file.read(path, limit=4096).data.decode("utf-8", "replace")
             if not keyring.is_sealed(text):
+                only = " (only while nobody has a grant there)" if path == database.service_password_file else ""
                 yield Finding(
                     "secrets", WARN, f"{path} holds the password of {name} as plain text",
-                    f"put it aside, and: mcpctl database add {name} … --password-file FILE, which seals it",
+                    f"to seal it: move it to another FILE; mcpctl database remove {name}{only}; "
+                    f"mcpctl database add {name} … --password-file FILE",
                 )  # fmt: skip
 
 
@@ -163,13 +204,13 @@ def _program(patient: Patient) -> Iterator[Finding]:
 
 def _tokens(patient: Patient) -> Iterator[Finding]:
     people = users.user_file(patient.settings.auth.user_file).current()
-    living = [
-        one
+    found = [
+        (one, tokens.standing(one, people, patient.now))
         for one in tokens.token_file(patient.settings.auth.token_file).current().values()
-        if one.status(patient.now) in ("active", "expiring")
     ]
+    living = [one for one, standing in found if standing in ("active", "expiring", "disabled")]
     never = [one.id for one in living if one.expires_at is None]
-    orphans = [one.id for one in living if one.user is not None and one.user not in people]
+    orphans = [one.id for one, standing in found if standing == "blocked"]
     lost = [one.id for one in living if one.databases and not set(one.databases) & patient.settings.databases.keys()]
     yield Finding("tokens", OK, f"{len(living)} are alive")
     if never:
@@ -182,6 +223,7 @@ def _tokens(patient: Patient) -> Iterator[Finding]:
 
 def _database(patient: Patient, name: str) -> Iterator[Finding]:
     check, logins = f"database {name}", patient.granting().logins
+    places = tenants.tenant_file(patient.settings.auth.tenant_file).current().values()
     for login in logins.own(name):
         about = trial.log_in(login)
         about.check(login)
@@ -194,6 +236,12 @@ def _database(patient: Patient, name: str) -> Iterator[Finding]:
             continue
         with closing(connection):
             yield from _open_still(check, name, connection, None)
+            for place in places:
+                if place.database == name and place.own and administrator.may_use(connection, place.own):
+                    yield Finding(
+                        check, FAIL, f"{about.user} may use {place.where}, which is the tenant {place.name}'s",
+                        f'REVOKE ALL ON SCHEMA {place.schema} FROM "{about.user}", PUBLIC; and from its groups',
+                    )  # fmt: skip
             room = arithmetic.room(connection)
             if (most := patient.settings.limits.connections) > room:
                 yield Finding(
@@ -207,8 +255,6 @@ def _open_still(
 ) -> Iterator[Finding]:
     """What a login could do behind its privileges' back; `functions`: with what every login may execute."""
     found = harden.still_open(connection, role) if functions else []
-    if (role or "").endswith(f"_{SUFFIXES['admin']}"):  # who changes settings was granted that by us
-        found = [one for one in found if one[0] != "pg_reload_conf()"]
     if found:
         shown = _some([one for one, _ in found])
         hint = f"mcpctl database harden {name} shows the SQL that takes them from PUBLIC"
@@ -236,9 +282,10 @@ def _grants(patient: Patient, name: str) -> Iterator[Finding]:
             continue
         wrong = granting.disagreements(user, grant, patient.dsns)
         for one in wrong:
-            yield Finding(
-                check, FAIL, one, f"mcpctl user grant {user.name} … again mends it; `mcpctl grant diff` shows all"
-            )
+            again = f"mcpctl user grant {user.name} … again mends it; `mcpctl grant diff` shows all"
+            if GONE in one:
+                again = "take it back so, or make it and grant it again"
+            yield Finding(check, FAIL, one, "run that SQL as a superuser" if BY_HAND in one else again)
         if not wrong:
             yield Finding(check, OK, f"{user.name}: PostgreSQL has what is recorded")
         connection = granting.connection(user, grant, patient.dsns)
@@ -254,7 +301,9 @@ def _grants(patient: Patient, name: str) -> Iterator[Finding]:
                             yield finding
                     asked.add(access)
     for database, sentence in granting.strays(patient.dsns, name):
-        yield Finding(f"database {database}", WARN, sentence, "DROP OWNED BY and DROP ROLE it, or add the user again")
+        everybodys = sentence.startswith((f"{hba.GROUP}:", f"{roles.HEIR}:"))
+        hint = "REVOKE it" if everybodys else "DROP OWNED BY and DROP ROLE it, or add the user again"
+        yield Finding(f"database {database}", FAIL if everybodys else WARN, sentence, hint)
     yield from _administered(patient, granting, name, check)
 
 
@@ -264,7 +313,8 @@ def _administered(patient: Patient, granting: Granting, name: str, check: str) -
         hint = f"put a connection string into {administrator.FILE}, or look yourself: docs/users-and-grants.md"
         yield Finding(check, WARN, "without an administrator nobody looked at pg_hba.conf and the connections", hint)
         return
-    with Administrator.of(patient.dsns, granting.logins.host(name)).connected() as connection:
+    who = Administrator.of(patient.dsns, granting.logins.host(name))
+    with who.connected() as connection:
         room, worst = arithmetic.room(connection), granting.worst(name)
         enough = worst <= room
         yield Finding(
@@ -272,10 +322,12 @@ def _administered(patient: Patient, granting: Granting, name: str, check: str) -
             None if enough else f"lower databases.{name}.pool.max_per_user, or raise max_connections",
         )  # fmt: skip
         kept = administrator.keeps_logins_here(connection, name)
-    if kept is None:
-        yield Finding(check, OK, "pg_hba.conf keeps the users' login roles to mcpctl")
-    else:
+    if kept is not None:
         yield Finding(check, WARN, kept.message, kept.hint)
+    elif not who.warnings:
+        yield Finding(check, OK, "pg_hba.conf keeps the users' login roles to mcpctl")
+    for unseen in who.warnings:
+        yield Finding(check, WARN, unseen)
 
 
 def _some(names: list[str]) -> str:

@@ -4,34 +4,36 @@ What takes a right away is recorded first, so that the server refuses before Pos
 as pending, which the server honours as far as PostgreSQL lets the role in.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from mcpctl.config_keys import Settings
-from mcpctl.errors import ConflictError, Error, NotFoundError, UsageError
+from mcpctl.errors import ConflictError, Error, Failures, NotFoundError, UnavailableError, UsageError
 from mcpctl.identity import tenants, users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.identity.grants import ACCESSES, PENDING, REVOKING, Grant, login_role
+from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import utcnow
 from mcpctl.identity.users import User
 from mcpctl.keyring import Keyring
-from mcpctl.postgres import administrator, parameters, roles, scram
+from mcpctl.postgres import administrator, hba, parameters, roles, scram
 from mcpctl.postgres.administrator import Administrator, Connection
-from mcpctl.postgres.differences import differences
+from mcpctl.postgres.differences import BY_HAND, differences, of_group
 from mcpctl.postgres.login import Login
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.parameters import Parameters
-from mcpctl.postgres.roles import Terms
+from mcpctl.postgres.roles import GONE, Rights, Terms
 
 Change = Callable[[Grant], Grant]
 
 
 @dataclass
 class Removed:
-    """What the end of a user took along: login roles, and what they owned by database."""
+    """What the end of a user took along: login roles, and what they owned by database; what PostgreSQL warned of."""
 
     roles: list[str] = field(default_factory=list)
     owned: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class Granting:
@@ -89,7 +91,7 @@ class Granting:
     def _enabled(self, user: str) -> bool:
         """Whether the login roles of that user may log in: a grant to one who is disabled lets nobody in."""
         entry = self._file.current().get(user)
-        return entry is None or entry.disabled_at is None
+        return entry is not None and entry.disabled_at is None
 
     def _schema(self, user: str, database: str) -> str | None:
         """The schema that the user's tenant has there, if it has one."""
@@ -107,15 +109,19 @@ class Granting:
                     "give them to a user without a tenant",
                 )
             return targets
+        places = tenants.checked(self._settings)
         if tenant is not None:
-            targets = tenants.find(self._tenants.current(), tenant).confine(database, targets)
-        self._check_strangers(tenant, database, targets)
+            targets = tenants.find(places, tenant).confine(database, targets)
+        self._check_strangers(places, tenant, database, targets)
         return targets
 
-    def _check_strangers(self, tenant: str | None, database: str, targets: tuple[str, ...]) -> None:
+    @staticmethod
+    def _check_strangers(
+        places: Mapping[str, Tenant], tenant: str | None, database: str, targets: tuple[str, ...]
+    ) -> None:
         """Refuses a grant that reaches into the place of a tenant whom the user does not belong to."""
         asked = User("", utcnow(), grants={database: Grant(database, targets)}, tenant=tenant)
-        for place in self._tenants.current().values():
+        for place in places.values():
             if place.name != tenant and tenants.strangers(place, {"": asked}):
                 raise ConflictError(
                     f"{place.where} is the tenant {place.name}'s alone",
@@ -169,7 +175,7 @@ class Granting:
         """Record a change as pending; the grant, and the script for a DBA to run."""
         before, after = self._recorded(name, database, change)
         title = f"mcpctl: {name} in {database}: {told(after)}. Connect to that database, as its owner or a superuser."
-        return after, roles.script(self._body(name, before, after), title)
+        return after, roles.script(self._body(name, before, after, after.rights - before.rights), title)
 
     def applied(self, name: str, database: str, change: Change, who: Administrator) -> Grant:
         """Make a change in PostgreSQL, in one transaction, and record it. Where it fails nothing is changed, unless a
@@ -183,12 +189,17 @@ class Granting:
             with who.connected() as connection:
                 connection.execute(f"BEGIN; {roles.TURN}".encode())
                 made = self.user(name).grants.get(database, Grant(database))
-                self._run(connection, name, before, made)
+                self._run(connection, name, before, made, after.rights - before.rights)
                 undo = False  # from here on only PostgreSQL knows
                 connection.execute("COMMIT")
-        except BaseException:
+                if not self._enabled(name):  # disabled or removed while we waited: who did it saw no role yet
+                    for role in self._there(connection, name):
+                        administrator.set_login(connection, role, on=False)
+        except BaseException as problem:
             if undo:
                 self._undo(name, before, after)
+                if isinstance(problem, NotFoundError):
+                    problem.hint = f"{problem.hint}; nothing was changed"
             raise
         self._confirm(name, made)
         return replace(made, state=None)
@@ -200,7 +211,8 @@ class Granting:
             found = user.grants.get(made.database)
             if found is None or not found.same(made):
                 return False
-            entries[name] = user.with_grant(replace(found, state=None))
+            used = {access: sealed for access, sealed in found.passwords.items() if getattr(found, access)}
+            entries[name] = user.with_grant(replace(found, state=None, passwords=used))
         return True
 
     def _undo(self, name: str, before: Grant, after: Grant) -> None:
@@ -226,30 +238,38 @@ class Granting:
             entries[name] = user.with_grant(after)
         return before, after
 
-    def _run(self, connection: Connection, name: str, before: Grant, after: Grant) -> None:
+    def _run(self, connection: Connection, name: str, before: Grant, after: Grant, added: Rights) -> None:
         """Run the SQL in the open transaction, and see that it did what it says; Error, and ROLLBACK, where not."""
-        connection.execute(self._body(name, before, after).encode())
+        connection.execute(self._body(name, before, after, added).encode())
         may_set = self.may_set(self.user(name), after, before)
         found = differences(connection, name, after, self.mark(name), may_set)
-        gives = before.rights <= after.rights
-        missing = [one for one in found if ": lacks " in one or (not gives and "recorded" in one)]
+        gives = before.rights < after.rights or (before.rights == after.rights and before.state is None)
+        ours = [one for one in found if GONE not in one and BY_HAND not in one]
+        missing = [one for one in ours if ": lacks " in one or (not gives and "recorded" in one)]
         if missing:
             raise Error(
                 f"PostgreSQL has not {'granted' if gives else 'taken'} all of it: {'; '.join(missing[:5])}",
                 "the administrator's login must be a superuser, or own what is granted; nothing was changed",
             )
 
-    def _body(self, name: str, before: Grant, grant: Grant) -> str:
+    def _body(self, name: str, before: Grant, grant: Grant, added: Rights) -> str:
         verifiers = {
             access: scram.verifier(login_role(name, access), self._open(name, grant, access))
             for access in ACCESSES
             if getattr(grant, access)
         }
-        script = roles.grant_body(name, grant, verifiers, self.terms(name, grant.database))
+        new = [access for access in verifiers if access not in before.passwords and self._is_new(name, grant, access)]
+        script = roles.grant_body(name, grant, verifiers, self.terms(name, grant.database), added, new)
         may_set = self.may_set(self.user(name), grant, before)
         if grant.admin or (before.admin and may_set.names):
             script += parameters.body(login_role(name, "admin"), may_set, here=grant.admin)
         return script
+
+    def _is_new(self, name: str, grant: Grant, access: str) -> bool:
+        """Whether no other database's grant has the login role's password too: then it is of the same cluster."""
+        others = [one for one in self.user(name).grants.values() if one.database != grant.database]
+        known = [self._open(name, one, access) for one in others if access in one.passwords]
+        return self._open(name, grant, access) not in known
 
     def _open(self, name: str, grant: Grant, access: str) -> str:
         return self._keyring.open(grant.passwords[access], f"users.yaml: the password of {login_role(name, access)}")
@@ -263,8 +283,6 @@ class Granting:
                 passwords[access] = self._known(user, grant.database, access) or self._keyring.seal(
                     scram.new_password()
                 )
-            elif not getattr(grant, access) and not grant.empty:
-                passwords.pop(access, None)
         return replace(grant, passwords=passwords)
 
     def _known(self, user: User, database: str, access: str) -> str | None:
@@ -328,7 +346,8 @@ class Granting:
         return self._confirm(user.name, grant)
 
     def strays(self, dsns: Mapping[str, str], only: str | None) -> list[tuple[str, str]]:
-        """(database, sentence) of each login role that bears our mark, and that no grant in users.yaml needs."""
+        """(database, sentence) of each login role that bears our mark, and that no grant in users.yaml needs; and of
+        what the roles have that stand for all of them."""
         found: dict[str, tuple[str, str]] = {}
         people = self.people()
         wanted = {
@@ -343,6 +362,8 @@ class Granting:
             if not per_user or not (database in dsns or "" in dsns):
                 continue
             with Administrator.of(dsns, self.logins.host(database)).connected() as connection:
+                for sentence in (*of_group(connection, hba.GROUP), *of_group(connection, roles.HEIR)):
+                    found.setdefault(sentence, (database, sentence))
                 for role in administrator.login_roles(connection).values():
                     ours = (role.mark or "").startswith(f"mcpctl {self._installation}: ")
                     if ours and role.name not in wanted:
@@ -352,12 +373,27 @@ class Granting:
     # -- the end of a user -----------------------------------------------------------------------------------------
 
     def check_administrators(self, user: User, dsns: Mapping[str, str]) -> None:
-        """Raises NotFoundError where a database that the user has a grant in has no administrator."""
-        self._administrators(user, dsns)
+        """Raises NotFoundError where no administrator reaches some of the user's login roles."""
+        if lacking := self.unreached(user, dsns):
+            raise NotFoundError(
+                f"there is no administrator for the database {next(iter(lacking))}, where {user.name} has a grant",
+                f"put a connection string into {administrator.FILE}; or have a DBA run what `mcpctl user ungrant "
+                f"{user.name} --database {next(iter(lacking))} --print-sql` prints, and then: mcpctl grant diff, and "
+                f"mcpctl user remove {user.name}",
+            )
 
-    def _administrators(self, user: User, dsns: Mapping[str, str]) -> list[Administrator]:
-        """One for each cluster in which the user has a login role."""
-        known = [one for one in user.grants if one in self._settings.databases]
+    def unreached(self, user: User, dsns: Mapping[str, str]) -> dict[str, list[str]]:
+        """The user's login roles that no administrator reaches, by a database of their cluster."""
+        reached = {one.login.place for one in self._administrators(user.grants, dsns)}
+        return {
+            name: [login_role(user.name, access) for access in ACCESSES if access in grant.passwords]
+            for name, grant in user.grants.items()
+            if name in self._settings.databases and self.logins.host(name).place not in reached
+        }
+
+    def _administrators(self, databases: Iterable[str], dsns: Mapping[str, str]) -> list[Administrator]:
+        """One for each cluster of these databases, as far as there are any."""
+        known = [one for one in databases if one in self._settings.databases and (one in dsns or "" in dsns)]
         places = {self.logins.host(one).place: one for one in known}
         return [Administrator.of(dsns, self.logins.host(one)) for one in places.values()]
 
@@ -367,25 +403,60 @@ class Granting:
         wanted = [login_role(name, access) for access in ACCESSES]
         return [role for role in wanted if role in found and found[role].mark == self.mark(name)]
 
-    def set_login(self, name: str, dsns: Mapping[str, str], *, on: bool) -> list[str]:
-        """Give the user's login roles LOGIN or NOLOGIN, which also ends their connections; the roles."""
-        done = []
-        for who in self._administrators(self.user(name), dsns):
-            with who.connected() as connection:
+    def _everywhere(self, user: User, dsns: Mapping[str, str], warnings: list[str]) -> list[Administrator]:
+        """One for each cluster in which the user has a login role, recorded or left over from an earlier grant."""
+        found = self._administrators(user.grants, dsns)
+        known = {who.login.place for who in found}
+        for who in self._administrators(filter(self.logins.per_user, self._settings.databases), dsns):
+            if who.login.place in known:
+                continue
+            try:
+                with who.connected() as connection:
+                    found += [who] if self._there(connection, user.name) else []
+            except UnavailableError as problem:
+                warnings.append(f"{problem.message}; whether {user.name} has left a role there was not seen")
+        return found
+
+    def set_login(self, name: str, dsns: Mapping[str, str], *, on: bool) -> Iterator[str]:
+        """Give the user's login roles LOGIN or NOLOGIN, which also ends their connections; each role, when done. A
+        cluster that cannot be reached keeps no other from it; the Error comes at the end."""
+        return self._set_login(name, self._administrators(self.user(name).grants, dsns), on=on)
+
+    def _set_login(self, name: str, administrators: list[Administrator], *, on: bool) -> Iterator[str]:
+        failed = Failures()
+        for who in administrators:
+            with failed, who.connected() as connection:
                 for role in self._there(connection, name):
                     administrator.set_login(connection, role, on=on)
-                    done.append(role)
-        return done
+                    yield role
+        failed.check()
 
     def end(self, name: str, dsns: Mapping[str, str]) -> Removed:
-        """Take every login role of a user away, in all databases of each cluster. The user's entry is not touched."""
-        done = Removed()
-        self.set_login(name, dsns, on=False)
-        for who in self._administrators(self.user(name), dsns):
-            with who.connected() as connection:
-                there = self._there(connection, name)
-            for role in there:
-                self._end_role(who, role, name, done)
+        """Take every login role of a user away, in all databases of each cluster, whether a grant is recorded there or
+        not. The user's entry is not touched.
+        Where it fails half-way, the Error says what was done; what is left is done by the next run."""
+        done, locked, failed = Removed(), list[str](), Failures()
+        administrators = self._everywhere(self.user(name), dsns, done.warnings)
+        with failed:
+            for role in self._set_login(name, administrators, on=False):
+                locked.append(role)
+        for who in administrators:
+            with failed:
+                with who.connected() as connection:
+                    there = self._there(connection, name)
+                for role in there:
+                    self._end_role(who, role, name, done)
+                done.warnings += who.warnings
+        try:
+            failed.check()
+        except Error as problem:
+            left = [one for one in locked if one not in done.roles]
+            raise Error(
+                f"{problem.message}; dropped so far: {', '.join(done.roles) or 'no role'}; without LOGIN, and still "
+                f"there: {', '.join(left) or 'none'}",
+                f"{problem.hint or 'see doctor'}; then mcpctl user remove {name} --yes again, which goes on from there",
+                exit_code=problem.exit_code,
+            ) from None
         return done
 
     def _end_role(self, who: Administrator, role: str, name: str, done: Removed) -> None:
@@ -397,7 +468,7 @@ class Granting:
             if role in administrator.login_roles(connection):
                 raise Error(
                     f"role {role} has no LOGIN any more, and stays: {'; '.join(who.warnings) or 'see doctor'}",
-                    f"take from it what others have granted, and: mcpctl user remove {name} --yes",
+                    "take from it what others have granted",
                 )
         done.roles.append(role)
 
