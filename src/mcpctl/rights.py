@@ -3,14 +3,16 @@ logins that a call goes through.
 """
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from mcpctl.config import default_database
 from mcpctl.config_keys import Settings
-from mcpctl.errors import Error, ForbiddenError, NotFoundError, UsageError
+from mcpctl.errors import Error, ForbiddenError, NotFoundError, UnavailableError, UsageError
 from mcpctl.identity import grants, tenants, tokens, users
 from mcpctl.identity.grants import Target, login_role
+from mcpctl.identity.own_databases import Key, OwnDatabase
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import Token
@@ -18,9 +20,11 @@ from mcpctl.identity.users import User
 from mcpctl.keyring import Keyring
 from mcpctl.policy.access import Access
 from mcpctl.postgres import harden, privileges
-from mcpctl.postgres.login import Login
+from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.logins import Logins
+from mcpctl.postgres.own import Own
 from mcpctl.tools.definition import Tool
+from mcpctl.tools.own import told
 from mcpctl.tools.settings import SET
 from mcpctl.tools.table import TOOLS
 
@@ -65,15 +69,24 @@ class Question:
 
 
 class Rights:
-    """The rights of one installation, all read when it is made; `now` is the time that expiries are held to."""
+    """The rights of one installation, all read when it is made; `now` is the time that expiries are held to.
+
+    `unasked` has, by database, why what is said without it is not the whole: it cannot be reached, or, in
+    `everything`, takes the login no more.
+    """
 
     def __init__(self, settings: Settings, now: datetime) -> None:
         self._settings = settings
         self._now = now
+        self.unasked: dict[str, Error] = {}
         self._access = Access(settings.auth)
-        self._logins = Logins(settings.databases, Keyring(settings.keyring.file))
+        keyring = Keyring(settings.keyring.file)
+        with closing(Own(settings, keyring, None)) as self._own:
+            self._brought: Mapping[Key, OwnDatabase] = self._own.everybody() if self._own.on else {}
+        self._logins = Logins(settings.databases, keyring)
+        self._logins.brought = lambda user, name: (user, name) in self._brought
         self._people: Mapping[str, User] = users.user_file(settings.auth.user_file).current()
-        self._tenants: Mapping[str, Tenant] = tenants.tenant_file(settings.auth.tenant_file).current()
+        self._tenants: Mapping[str, Tenant] = tenants.checked(settings)
         self._tokens: Mapping[str, Token] = tokens.token_file(settings.auth.token_file).current()
 
     def users(self) -> list[str]:
@@ -110,7 +123,7 @@ class Rights:
             grants=person.grants if person is not None else {},
             tenant=person.tenant if person is not None else None,
             within=self._tenants.get(person.tenant or "") if person is not None else None,
-            closed=tenants.alone(self._tenants, but=person.tenant if person is not None else None),
+            closed=tenants.closed(self._tenants, person),
         )
 
     def _token(self, name: str) -> Token:
@@ -146,7 +159,8 @@ class Rights:
     # -- may they --------------------------------------------------------------------------------------------------
 
     def ask(self, principal: Principal, question: Question) -> Answer:
-        """The chain for one question. NotFoundError where the tool, database or table does not exist at all."""
+        """The chain for one question. NotFoundError where the tool, database or table does not exist at all;
+        UnavailableError where its database cannot be reached."""
         answer = Answer()
         tool, target = self._meaning(question)
         if not self._who(principal, answer) or not self._permitted(principal, tool.permission, answer):
@@ -177,14 +191,20 @@ class Rights:
 
     def _database(self, principal: Principal, question: Question) -> str:
         if question.database is not None:
-            if question.database not in self._settings.databases:
-                known = ", ".join(self._settings.databases) or "none"
-                raise NotFoundError(f"there is no database {question.database} in the config", f"there are: {known}")
-            return question.database
+            if question.database in self._settings.databases:
+                return question.database
+            shown = OWN + question.database.removeprefix(OWN)
+            if shown in {row.shown for row in self._brought.values()}:
+                return shown
+            known = ", ".join(self._settings.databases) or "none"
+            raise NotFoundError(f"there is no database {question.database} in the config", f"there are: {known}")
         if principal.within is not None:
             return principal.within.database
         only = principal.databases
         found = only[0] if only is not None and len(only) == 1 else default_database(self._settings)
+        if found is None:
+            readable = [one for one in self._settings.databases if self._login(principal, one, "read", Answer())]
+            found = readable[0] if len(readable) == 1 else None
         if found is None:
             raise UsageError("there is no default database", "name it with --database")
         return found
@@ -199,8 +219,11 @@ class Rights:
 
     def _login(self, principal: Principal, database: str, access: str, answer: Answer) -> Login | None:
         """Add the links of the database; the login role that a call would use there."""
-        if not self._permitted(principal, f"databases:{database}:{access}", answer):
+        name = database.removeprefix(OWN)
+        if not self._permitted(principal, f"databases:{name}:{access}", answer):
             return None
+        if name != database:
+            return self._own_login(principal, name, access, answer)
         try:
             login = self._logins.of(principal, database, access)
         except ForbiddenError as problem:
@@ -219,9 +242,29 @@ class Rights:
             answer.add("login role", True, f"{database}: {whose}")
         return login
 
+    def _own_login(self, principal: Principal, name: str, access: str, answer: Answer) -> Login | None:
+        """Add the link of a database that the principal's user has brought; the login there."""
+        row = self._brought.get((principal.user or "", name))
+        try:
+            if row is None:
+                raise ForbiddenError(f"{principal.name} has none of that name")
+            if access != "read":
+                raise ForbiddenError(f"{row.shown} is only read here")
+            if name in self._settings.databases:
+                raise ForbiddenError(f"{row.shown} is hidden by the config's database of that name")
+            login = self._own.login_of(row)
+        except ForbiddenError as problem:
+            answer.add("own database", False, problem.message)
+            return None
+        answer.add("own database", True, f"{row.shown} is {principal.name}'s alone, and only read")
+        answer.add("login role", True, told(row))
+        return login
+
     def _ask_postgresql(self, login: Login, action: str, target: Target | None, answer: Answer) -> None:
         try:
-            connection = privileges.connect(login)
+            connection = self._connect(login)
+        except UnavailableError:
+            raise
         except ForbiddenError as problem:
             answer.add("postgresql", False, f"{login.role or login.name}: {problem.message}")
             return
@@ -234,8 +277,8 @@ class Rights:
                     "postgresql", True, f"takes the login in {login.name}; what it may touch there is another question"
                 )
             else:
-                self._add_verdict(privileges.may(connection, action, target), answer)
-            if still := harden.still_open(connection, None):
+                self._add_verdict(privileges.may(connection, action, target), action, answer)
+            if login.crowd != OWN and (still := harden.still_open(connection, login.role)):
                 some = ", ".join(signature for signature, _ in still[:3])
                 answer.add("hardening", True, f"still open to any login: {some}, … ({len(still)}); see database harden")
         limits, own = self._settings.limits, login.settings.limits
@@ -247,17 +290,22 @@ class Rights:
         )
 
     @staticmethod
-    def _add_verdict(verdict: privileges.Verdict, answer: Answer) -> None:
+    def _add_verdict(verdict: privileges.Verdict, action: str, answer: Answer) -> None:
         answer.hides_all = verdict.hides_all
         for reason in verdict.reasons[:-1]:
             answer.add("postgresql", True, reason)
-        answer.add("postgresql", verdict.allowed, verdict.reasons[-1])
+        if not answer.add("postgresql", verdict.allowed, verdict.reasons[-1]):
+            return
+        if verdict.triggers:
+            answer.add("triggers", True, f"{', '.join(verdict.triggers)} may still refuse it, or do something else")
         if not verdict.row_security:
             answer.add("row security", True, "none: every row")
         elif verdict.hides_all:
-            answer.add("row security", True, "on, and no policy lets this role through: no row")
+            no_row = "no row" if action == "select" else "no row can be changed"
+            answer.add("row security", True, f"on, and no policy lets this role through: {no_row}")
         else:
-            answer.add("row security", True, f"rows by {'; '.join(verdict.policies)}")
+            which = "every row" if verdict.every_row else "some rows only"
+            answer.add("row security", True, f"{which}, by {'; '.join(verdict.policies)}")
 
     # -- everything ------------------------------------------------------------------------------------------------
 
@@ -273,14 +321,25 @@ class Rights:
                 login = self._login(principal, database, access, Answer())
                 if login is None or not self._access.may(principal, TOOLS[_TOOL_OF[access]].permission).allowed:
                     continue
-                wanted = [action for action, needs in privileges.ACTIONS.items() if needs == access]
-                with privileges.connect(login) as connection:
-                    for target, actions, filtered in privileges.tables(connection):
+                if (connection := self._connection(login)) is None:
+                    continue
+                with connection:
+                    for target, actions, filtered in privileges.tables(connection, access):
                         shown = f"{target}{' (row security)' if filtered else ''}"
-                        merged.setdefault(shown, []).extend(one for one in actions if one in wanted)
+                        merged.setdefault(shown, []).extend(actions)
             rows += [(database, what, ",".join(rights)) for what, rights in sorted(merged.items()) if rights]
             rows += [(database, name, "set") for name in self._settable(principal, database)]
-        return rows
+        return rows + self._own_rows(principal)
+
+    def _own_rows(self, principal: Principal) -> list[tuple[str, str, str]]:
+        """The databases that the principal's user has brought. Nobody connects there: what is in them is not said."""
+        if not self._access.may(principal, TOOLS[_TOOL_OF["read"]].permission).allowed:
+            return []
+        return [
+            (row.shown, f"{row.user}'s alone, only read, as {told(row)}", "select")
+            for row in self._brought.values()
+            if row.user == principal.user and self._login(principal, row.shown, "read", Answer()) is not None
+        ]
 
     def _offered(self, principal: Principal, tool: Tool) -> bool:
         """Whether tools/list shows it the principal: one that needs more than to read only with that access somewhere,
@@ -299,5 +358,26 @@ class Rights:
         login = self._login(principal, database, "admin", Answer())
         if login is None or not self._access.may(principal, SET.permission).allowed:
             return []
-        with privileges.connect(login) as connection:
+        if (connection := self._connection(login)) is None:
+            return []
+        with connection:
             return privileges.settable(connection, login.settings.settings)
+
+    def _connection(self, login: Login) -> privileges.Connection | None:
+        """A connection as that login; None, and why in `unasked`, where there is none."""
+        try:
+            return self._connect(login)
+        except Error as problem:
+            why = Error(f"{login.name}: {login.role or 'its login'}: {problem.message}", problem.hint)
+            self.unasked.setdefault(login.name, why)
+            return None
+
+    def _connect(self, login: Login) -> privileges.Connection:
+        """As privileges.connect; what cannot be reached is tried once."""
+        if isinstance(known := self.unasked.get(login.name), UnavailableError):
+            raise known
+        try:
+            return privileges.connect(login)
+        except UnavailableError as problem:
+            self.unasked[login.name] = problem
+            raise

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
     from mcpctl.rights import Question, Rights
 
 DatabaseOption = Annotated[
-    str | None, typer.Option("--database", metavar="D", help="The database's name in the config; else the default one.")
+    str | None,
+    typer.Option(
+        "--database", metavar="D", help="Its name in the config, or one of the user's own; else the default one."
+    ),
 ]
 
 
@@ -42,7 +45,7 @@ def can(
 
     if (action is None) != (target is None):
         raise UsageError("an action needs a target", "such as: mcpctl can alice select sales.orders")
-    found = settings(context, config, needs_log=False, modules=("mcpctl.rights", "mcpctl.tools.table"))
+    found = settings(context, config, needs_log=False)
     rights = Rights(found, tokens.utcnow())
     rights.check_user(user)
     principal = rights.principal(user, token)
@@ -54,6 +57,7 @@ def can(
             )
         else:
             output.put_table(["DATABASE", "WHAT", "RIGHT"], rows)
+        _say_who_was_not_asked(rights)
         return
     answer = rights.ask(principal, Question(action.lower(), target, database))
     if json:
@@ -79,32 +83,47 @@ def who_can(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """List every user and service token that may do something. Exits 1 where nobody may.
+    """List every user and service token that may do something. Exits 1 where nobody may, or a database is not reached.
 
     Example: mcpctl who-can select sales.orders
     """
     from mcpctl.identity import tokens
     from mcpctl.rights import Question, Rights
 
-    found = settings(context, config, needs_log=False, modules=("mcpctl.rights", "mcpctl.tools.table"))
+    found = settings(context, config, needs_log=False)
     rights = Rights(found, tokens.utcnow())
     rows = _everybody(rights, Question(action.lower(), target, database))
     if json:
         output.put_json({"action": action, "target": target, "who": [{"who": who, "as": role} for who, role in rows]})
     else:
         output.put_table(["WHO", "AS"], rows)
+    _say_who_was_not_asked(rights)
     if not rows:
         output.say("nobody")
         raise typer.Exit(1)
 
 
+def _say_who_was_not_asked(rights: "Rights") -> None:
+    """An error for each database without which the answer is not whole."""
+    for problem in rights.unasked.values():
+        output.error(problem.message, problem.hint)
+    if rights.unasked:
+        raise typer.Exit(1)
+
+
 def _everybody(rights: "Rights", question: "Question") -> list[tuple[str, str]]:
+    from mcpctl.errors import UnavailableError
+
     who = [(name, rights.principal(name, None)) for name in rights.users()]
     who += [(f"service token {name}", rights.principal(None, name)) for name in rights.services()]
     rows = []
     for name, principal in who:
-        answer = rights.ask(principal, question)
+        try:
+            answer = rights.ask(principal, question)
+        except UnavailableError:  # told of at the end
+            continue
         if answer.allowed:
             role = next((link.reason for link in answer.links if link.name == "login role"), "")
-            rows.append((name, role + (", and sees no row" if answer.hides_all else "")))
+            does = "sees" if question.action == "select" else "changes"
+            rows.append((name, role + (f", and {does} no row" if answer.hides_all else "")))
     return rows
