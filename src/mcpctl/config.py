@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -22,6 +22,16 @@ from mcpctl.plain_yaml import Branch, Value
 T = TypeVar("T")
 
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+ACCESSES = ("read", "write", "admin")
+"""What one may have in a database."""
+TOOLS = (
+    "query_database", "get_schema_info", "explain_query", "execute_statement", "database_health",
+    "get_pg_configuration", "set_pg_configuration", "list_databases", "whoami", "register_database",
+    "list_my_databases", "remove_database",
+)  # fmt: skip
+"""The name of every tool, so that a permission for none is a fault of the config. A test holds it to tools/table.py."""
+_BUILT_IN = "mcp-"
+"""The beginning of the built-in roles' names."""
 _OTHER_VARIABLES = {"MCPCTL_CONFIG", "MCPCTL_DATABASE_URL", "MCPCTL_TOKEN"}
 _OF_KUBERNETES = re.compile(r"MCPCTL_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
 """What Kubernetes puts into every container for a Service that is called mcpctl."""
@@ -272,6 +282,14 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
     lifetime, most = settings.auth.token_lifetime, settings.auth.max_token_lifetime
     if lifetime and most and lifetime > most:
         fault("auth.token_lifetime", "is above auth.max_token_lifetime")
+    for name, role in settings.auth.roles.items():
+        if name.startswith(_BUILT_IN):
+            fault(f"auth.roles.{name}", f"names that begin with {_BUILT_IN} are the built-in roles'")
+        for pattern in role.permissions:
+            try:
+                check_permission(pattern, settings.databases)
+            except ValueError as problem:
+                fault(f"auth.roles.{name}.permissions", str(problem))
     if sum(database.default for database in settings.databases.values()) > 1:
         fault("databases", "only one can be the default")
     for name, database in settings.databases.items():
@@ -303,6 +321,27 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
             text, place = getattr(database, key), f"{dotted}.{key}"
             if text and not _where(tree, place).startswith("environment ") and _has_password(text):
                 fault(place, f"holds a password; put it into a 0600 file and name that in {instead}")
+
+
+def covers(pattern: str, permission: str) -> bool:
+    """Whether a pattern such as `databases:*:read` covers a permission such as `databases:sales:read`."""
+    wanted = permission.split(":")
+    parts = pattern.split(":")
+    for index, part in enumerate(parts):
+        if part == "*" and index == len(parts) - 1:
+            return True
+        if index >= len(wanted) or part not in ("*", wanted[index]):
+            return False
+    return len(parts) == len(wanted)
+
+
+def check_permission(pattern: str, databases: Iterable[str]) -> None:
+    """ValueError for a pattern that covers nothing that there is: it would be a typo."""
+    known = [f"tools:{name}" for name in TOOLS]
+    known += [f"databases:{name}:{access}" for name in databases for access in ACCESSES]
+    if not any(covers(pattern, one) for one in known):
+        close = difflib.get_close_matches(pattern, known, 1)
+        raise ValueError(f"{pattern} covers nothing that there is{f'; did you mean {close[0]}?' if close else ''}")
 
 
 def _walk(tree: Branch, names: tuple[str, ...]) -> "Value | Branch":

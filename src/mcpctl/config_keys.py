@@ -271,7 +271,7 @@ class Auth:
 
     token_file: Path = setting(Path("tokens.yaml"), _path, "the tokens, 0600")
     user_file: Path = setting(Path("users.yaml"), _path, "the users, 0600")
-    tenant_file: Path = setting(Path("tenants.yaml"), _path, "the tenants, 0600; there need be none")
+    tenant_file: Path = setting(Path("tenants.yaml"), _path, "the tenants, 0600")
     token_lifetime: float | None = setting(
         None, _optional_duration, "lifetime of `token add` without --expiry; none: required"
     )
@@ -346,7 +346,7 @@ class Database:
     )
     service_password_file: Path | None = setting(None, _optional_path, "file with the password of service_dsn, 0600")
     allow_open_hba: bool = setting(
-        False, _bool, "grant write access although pg_hba.conf lets the users' roles in from anywhere"
+        False, _bool, "grant write access although pg_hba.conf lets the users' roles in from elsewhere"
     )
     settings: tuple[str, ...] = setting(
         (), _parameters, "settings of PostgreSQL that who was granted admin access may change; none: nobody may"

@@ -113,6 +113,15 @@ class Keyring:
         """The text, sealed with the newest key."""
         return PREFIX + Fernet(self.keys()[0]).encrypt(text.encode("utf-8")).decode("ascii")
 
+    def check_opens(self, sealed: str, what: str) -> None:
+        """ConfigError (exit 3) where none of the keys that the file holds now opens it: what was sealed beside it could
+        be opened with neither file."""
+        if not any(opens_alone(key, sealed) for key in self.keys()):
+            raise ConfigError(
+                f"{self.path} holds another key than {what} was sealed with, and nothing is sealed with it",
+                "restore the key file that it was sealed with",
+            )
+
     def open(self, sealed: str, what: str) -> str:
         """The text behind it. ConfigError (exit 3) naming the key file and `what` where no key fits."""
         if not is_sealed(sealed):

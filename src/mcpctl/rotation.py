@@ -1,11 +1,12 @@
 """A new key for all that is sealed: store by store, so that it can be interrupted at any point and run again.
 
-The new key is put before the old ones; each store is sealed again with it; and when nothing is left that an old key
-alone opens, the old ones go. Whoever seals meanwhile does so under the lock of users.yaml, or in a transaction of
+The new key is put before the old ones, below a comment that names it: only a rotation that finds this comment goes on
+with that key. Each store is sealed again with it; and when nothing is left that an old key alone opens, the old ones
+go, and the comment with them. Whoever seals meanwhile does so under the lock of users.yaml, or in a transaction of
 state.db; both are held for the last look and the dropping.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +50,7 @@ class UserStore:
 
     def sealed(self) -> Iterator[tuple[str, str]]:
         """See Store."""
-        return sealed_in(self._file.current())
+        return users.sealed_in(self._file.current())
 
     def reseal(self, again: Again) -> None:
         """See Store."""
@@ -66,14 +67,6 @@ class UserStore:
     def held(self) -> AbstractContextManager[None]:
         """See Store."""
         return nullcontext()
-
-
-def sealed_in(people: Mapping[str, User]) -> Iterator[tuple[str, str]]:
-    """(sealed, what it is) of each password in the user file."""
-    for user in people.values():
-        for grant in user.grants.values():
-            for access, text in grant.passwords.items():
-                yield text, f"users.yaml: the {access} password of {user.name} in {grant.database}"
 
 
 class PasswordFile:
@@ -117,9 +110,9 @@ def stores(settings: Settings, state: State) -> list[Store]:
     return [*found, *(PasswordFile(path) for path in dict.fromkeys(named))]
 
 
-def rotate(settings: Settings, known_by_servers: Callable[[str], list[int]]) -> tuple[str, int]:
-    """Rotate the keys; (the new key's id, how many texts were sealed again). `known_by_servers(id)` returns the pids of
-    serving processes that do not know that key yet.
+def rotate(settings: Settings, known_by_servers: Callable[[str], list[int]]) -> tuple[str, int, bool]:
+    """Rotate the keys; (the new key's id, how many texts were sealed again, whether the key was made by an earlier run
+    that was interrupted). `known_by_servers(id)` returns the pids of serving processes that do not know that key yet.
 
     Raises ConfigError (exit 3) where something cannot be opened, before anything is changed, and Error where a server
     has to be restarted first; then it goes on where it was.
@@ -131,18 +124,17 @@ def rotate(settings: Settings, known_by_servers: Callable[[str], list[int]]) -> 
         state.close()
 
 
-def _rotate(settings: Settings, state: State, known_by_servers: Callable[[str], list[int]]) -> tuple[str, int]:
+def _rotate(settings: Settings, state: State, known_by_servers: Callable[[str], list[int]]) -> tuple[str, int, bool]:
     path, kept = settings.keyring.file, stores(settings, state)
     ring = Keyring(path)
     everything = [item for store in kept for item in store.sealed()]
     if not path.exists() and not everything:
         key = keyring.new_key()
         private_file.create(path, key.encode() + b"\n")
-        return keyring.key_id(key), 0
+        return keyring.key_id(key), 0, False
     for text, what in everything:
         ring.open(text, what)
-    _add_key(path)
-    newest = ring.keys()[0]
+    newest, made_before = _add_key(path)
     if ignorant := known_by_servers(keyring.key_id(newest)):
         raise Error(
             f"key {keyring.key_id(newest)} is in {path}, and the server (pid {', '.join(map(str, ignorant))}) has not "
@@ -168,16 +160,25 @@ def _rotate(settings: Settings, state: State, known_by_servers: Callable[[str], 
         if left:
             raise Error(f"{left[0]} was sealed with an old key meanwhile; no key was dropped", "run it again")
         _drop_others(path, newest)
-    return keyring.key_id(newest), count
+    return keyring.key_id(newest), count, made_before
 
 
-def _add_key(path: Path) -> None:
-    """Put a new key first, under the file's lock: of two rotations at once the second goes on with the first's. Where
-    there are two keys an earlier run was interrupted, and its new key is there already."""
+def _add_key(path: Path) -> tuple[str, bool]:
+    """Put a new key first, under the file's lock; (the key, whether it was there already). Of two rotations at once the
+    second goes on with the first's, and so does one after an interruption. Any other second key is the operator's, such
+    as one for a backup, and no reason to keep the first."""
     with private_file.edit(path) as held:
         keys = keyring.parse(held.data, path)
-        if len(keys) == 1:
-            _write(held, [keyring.new_key(), *keys])
+        if _begun(keys[0]) in held.data.decode("utf-8", "replace").splitlines():
+            return keys[0], True
+        newest = keyring.new_key()
+        _write(held, [newest, *keys], _begun(newest))
+    return newest, False
+
+
+def _begun(newest: str) -> str:
+    """The comment that stands in the key file from a new key's making until the old ones are dropped."""
+    return f"# the rotation to the key {keyring.key_id(newest)} has not ended"
 
 
 def _drop_others(path: Path, newest: str) -> None:
@@ -187,8 +188,8 @@ def _drop_others(path: Path, newest: str) -> None:
         _write(held, [newest])
 
 
-def _write(held: private_file.Edit, keys: list[str]) -> None:
-    data = ("\n".join(keys) + "\n").encode("ascii")
+def _write(held: private_file.Edit, keys: list[str], *above: str) -> None:
+    data = ("\n".join([*above, *keys]) + "\n").encode("ascii")
     if keyring.parse(data, held.path) != keys:
         raise ConfigError(f"{held.path} could not be read again if it were written; nothing was changed")
     held.replace(data)
