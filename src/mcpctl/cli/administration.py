@@ -16,14 +16,6 @@ if TYPE_CHECKING:
     from mcpctl.postgres.logins import Logins
 
 
-_LATER = (
-    "mcpctl.diagnosis",
-    "mcpctl.granting",
-    "mcpctl.postgres.arithmetic",
-    "mcpctl.postgres.harden",
-)
-
-
 @dataclass
 class Files:
     """An installation as these commands see it. `dsns` are the administrator's, by database; `admin` is their file."""
@@ -55,17 +47,13 @@ class Files:
 
     def hba_lines(self, database: str, granting: "Granting") -> list[str]:
         """The lines of pg_hba.conf that keep the login roles to this machine."""
-        from mcpctl.postgres import roles
+        from mcpctl.postgres import hba
         from mcpctl.postgres.login import is_here
 
         host, _ = granting.logins.host(database).place
         if host.startswith("/") or not host:
-            return roles.hba_lines("local")
-        return (
-            roles.hba_lines("ADDRESS-OF-THIS-MACHINE/32", tls=True)
-            if not is_here(host)
-            else roles.hba_lines("127.0.0.1/32")
-        )
+            return hba.lines("local")
+        return hba.lines("ADDRESS-OF-THIS-MACHINE/32", tls=True) if not is_here(host) else hba.lines("127.0.0.1/32")
 
     def remarks(self, database: str, granting: "Granting") -> list[tuple[str, str]]:
         """What is still open in a database, and whether its connections suffice: (what, what to do)."""
@@ -103,11 +91,13 @@ def files_of(context: typer.Context, config: Path | None, *, needs_log: bool) ->
     from mcpctl import config as configuration
     from mcpctl.postgres import administrator
 
-    common.import_as_root("mcpctl.diagnosis", "mcpctl.granting", "mcpctl.postgres.harden")
     source = configuration.find(config or context.find_root().obj.config, os.environ)
     admin = source.parent / administrator.FILE if source is not None else None
     try:
-        dsns = administrator.read(admin) if admin is not None and admin.exists() else {}
+        lines = administrator.lines(admin) if admin is not None and admin.exists() else {}
     except PermissionError:  # it is root's, and we are not: as if there were none
-        dsns = {}
-    return Files(common.settings(context, config, needs_log=needs_log, modules=_LATER), dsns, admin)
+        lines = {}
+    found = common.settings(context, config, needs_log=needs_log)
+    if admin is not None:
+        administrator.check_names(admin, lines, found.databases)
+    return Files(found, {name: dsn for name, (_, dsn) in lines.items()}, admin)

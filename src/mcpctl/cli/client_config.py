@@ -14,9 +14,15 @@ from mcpctl.cli.common import ConfigOption, JsonOption, settings
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
 
-VARIABLE = "MCP_TOKEN"
-"""Where the snippets let a client find the token."""
+NAME = "mcpctl"
+"""What the snippets call the server; with -TENANT behind it, so that one person may have several."""
 PLACEHOLDER = "PUT-THE-TOKEN-HERE"
+
+
+def variable(name: str) -> str:
+    """Where the snippets let a client find the token of the server of that name: a tenant's has one of its own."""
+    tenant = name.removeprefix(f"{NAME}-") if name.startswith(f"{NAME}-") else ""
+    return f"MCP_TOKEN{'_' if tenant else ''}{tenant.replace('-', '_').upper()}"
 
 
 def _http(name: str, url: str, bearer: str, *, key: str = "mcpServers", typed: bool = False) -> str:
@@ -25,33 +31,33 @@ def _http(name: str, url: str, bearer: str, *, key: str = "mcpServers", typed: b
 
 
 def _vscode(name: str, url: str) -> str:
-    asked = {"type": "promptString", "id": "mcp-token", "description": f"Token of {name}", "password": True}
-    headers = {"Authorization": "Bearer ${input:mcp-token}"}
+    asked = {"type": "promptString", "id": f"{name}-token", "description": f"Token of {name}", "password": True}
+    headers = {"Authorization": f"Bearer ${{input:{name}-token}}"}
     return json.dumps({"inputs": [asked], "servers": {name: {"type": "http", "url": url, "headers": headers}}})
 
 
 def _codex(name: str, url: str) -> str:
-    return f'[mcp_servers.{name}]\nurl = {json.dumps(url)}\nbearer_token_env_var = "{VARIABLE}"'
+    return f'[mcp_servers.{name}]\nurl = {json.dumps(url)}\nbearer_token_env_var = "{variable(name)}"'
 
 
 def _curl(name: str, url: str) -> str:
     return (
-        f'printf \'header = "Authorization: Bearer %s"\\n\' "${VARIABLE}" | curl -s -K - {shlex.quote(url)} '
+        f'printf \'header = "Authorization: Bearer %s"\\n\' "${variable(name)}" | curl -s -K - {shlex.quote(url)} '
         "-H 'Content-Type: application/json' -H 'Accept: application/json' "
         '-d \'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\''
     )
 
 
 def _generic(name: str, url: str) -> str:
-    return json.dumps({"name": name, "url": url, "auth": {"type": "bearer", "token": f"${{{VARIABLE}}}"}})
+    return json.dumps({"name": name, "url": url, "auth": {"type": "bearer", "token": f"${{{variable(name)}}}"}})
 
 
 CLIENTS: dict[str, tuple[str, Callable[[str, str], str]]] = {
-    "claude-code": (".mcp.json", lambda name, url: _http(name, url, f"${{{VARIABLE}}}", typed=True)),
-    "cursor": ("~/.cursor/mcp.json", lambda name, url: _http(name, url, f"${{env:{VARIABLE}}}")),
+    "claude-code": (".mcp.json", lambda name, url: _http(name, url, f"${{{variable(name)}}}", typed=True)),
+    "cursor": ("~/.cursor/mcp.json", lambda name, url: _http(name, url, f"${{env:{variable(name)}}}")),
     "vscode": (".vscode/mcp.json", _vscode),
     "codex": ("~/.codex/config.toml", _codex),
-    "gemini": ("~/.gemini/settings.json", lambda name, url: _http(name, url, f"${VARIABLE}", typed=True)),
+    "gemini": ("~/.gemini/settings.json", lambda name, url: _http(name, url, f"${variable(name)}", typed=True)),
     "curl": ("", _curl),
     "json": ("", _generic),
 }
@@ -86,6 +92,9 @@ def client_config(
         str | None,
         typer.Option("--token-id", metavar="ID", help="For this token: its user, tenant, databases, expiry."),
     ] = None,
+    tenant: Annotated[
+        str | None, typer.Option("--tenant", metavar="T", help="For a token of this tenant's users.")
+    ] = None,
     url: Annotated[
         str | None,
         typer.Option("--url", metavar="URL", help="The server's URL. Default: server.public_url, or host and port."),
@@ -97,34 +106,43 @@ def client_config(
 
     Example: mcpctl client-config cursor --token-id 1hrspjl1
     """
-    from mcpctl.identity import tokens, users
+    from mcpctl.errors import UsageError
+    from mcpctl.identity import tenants, tokens, users
 
+    if tenant is not None and token_id is not None:
+        raise UsageError("--tenant and --token-id exclude each other", "the token knows its tenant")
     found = settings(context, config, needs_log=False)
     check(client)
     entry = tokens.show(tokens.token_file(found.auth.token_file), token_id) if token_id is not None else None
     user = users.user_file(found.auth.user_file).current().get(entry.user or "") if entry is not None else None
-    name = (user.tenant if user is not None else None) or "mcpctl"
-    where = url or _url(found)
+    if tenant is not None:
+        tenants.find(tenants.tenant_file(found.auth.tenant_file).current(), tenant)
+    elif user is not None:
+        tenant = user.tenant
+    name = f"{NAME}-{tenant}" if tenant is not None else NAME
+    where = url or url_of(found)
     if client == "claude-desktop":
         file, text = "claude_desktop_config.json", desktop(name, str(found.source or ""))
     else:
         file, make = CLIENTS[client]
         text = make(name, where)
+    held = variable(name)
     if json:
-        output.put_json({"client": client, "file": file or None, "url": where, "snippet": text, "variable": VARIABLE})
+        output.put_json({"client": client, "file": file or None, "url": where, "snippet": text, "variable": held})
         return
     output.put(text)
     if file:
         output.say(f"into: {file}")
     if client not in ("claude-desktop", "vscode"):
-        output.say(f'the token: export {VARIABLE}="$(cat FILE)", with the file that `token add --out FILE` wrote')
+        output.say(f'the token: export {held}="$(cat FILE)", with the file that `token add --out FILE` wrote')
     if entry is not None:
         ends = f"until {tokens.rfc3339(entry.expires_at)}" if entry.expires_at else "without an end"
-        tenant = f", tenant {user.tenant}" if user is not None and user.tenant else ""
-        output.say(f"token {entry.id} of {entry.user or 'a service'}{tenant}: {entry.status(tokens.utcnow())}, {ends}")
+        whose = f"{entry.user or 'a service'}{f', tenant {tenant}' if tenant is not None else ''}"
+        output.say(f"token {entry.id} of {whose}: {entry.status(tokens.utcnow())}, {ends}")
 
 
-def _url(found: "Settings") -> str:
+def url_of(found: "Settings") -> str:
+    """The URL that the config gives the server. UsageError where it gives it none."""
     from mcpctl.errors import UsageError
 
     server = found.server

@@ -2,7 +2,7 @@
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from mcpctl.audit import AuditLog
     from mcpctl.config_keys import Settings
+    from mcpctl.identity.tokens import Token
 
 ConfigOption = Annotated[
     Path | None,
@@ -55,22 +58,17 @@ def config_flag(source: Path | None) -> str:
     return "" if usual else f" --config {shlex.quote(str(source))}"
 
 
-def settings(
-    context: typer.Context, config: Path | None, *, needs_log: bool = True, modules: Sequence[str] = ()
-) -> "Settings":
+def settings(context: typer.Context, config: Path | None, *, needs_log: bool = True) -> "Settings":
     """The configuration, with root's rights given up in favour of the owner of the files.
 
     `needs_log`: what only takes a right away, or only looks, goes on where the audit log is not as it must be.
-    `modules`: what the command imports later, and the owner of the files may not be able to read.
     """
     from dataclasses import replace
 
-    from mcpctl import config as configuration
     from mcpctl import private_file
 
     begun_as_root = _is_root()
-    import_as_root(*modules)
-    found = configuration.load(config or context.find_root().obj.config)
+    found = loaded(context, config)
     if begun_as_root:
         found = replace(found, by_root=True)
         for path in (found.auth.token_file, found.auth.user_file):
@@ -81,18 +79,68 @@ def settings(
     return found
 
 
-def import_as_root(*more: str) -> None:
-    """Root may run an mcpctl that the owner of the files cannot read: what is needed later is imported before."""
+def read_password(file: str) -> str:
+    """The password in the file that an option names, or in stdin's first line for -.
+
+    The file is the caller's and not the service's: it is read before root is given up, and root may read anybody's.
+    """
+    import os
+    import sys
+
+    from mcpctl import private_file
+
+    if file == "-":
+        data = sys.stdin.buffer.readline(4096) if sys.stdin is not None else b""
+    else:
+        owner = os.lstat(file).st_uid if _is_root() and os.path.lexists(file) else None
+        data = private_file.read(Path(file), trusted_owner=owner, limit=4096).data
+    return data.decode("utf-8", "replace").rstrip("\r\n")
+
+
+def loaded(context: typer.Context, config: Path | None) -> "Settings":
+    """The configuration, as root still where the config file is root's."""
+    import os
+
+    from mcpctl import config as configuration
+
+    source = configuration.find(config or context.find_root().obj.config, os.environ)
+    if source is not None:
+        import_before(source)
+    found = configuration.load(source)
+    import_before(found.auth.token_file)
+    return found
+
+
+def import_before(path: Path) -> None:
+    """Root may run an mcpctl that the owner of `path` cannot read. Then all that a command may need is imported before
+    it becomes that owner; else nothing is, since it can be imported when it is needed."""
+    import os
+    import pkgutil
     import sys
     from importlib import import_module
 
-    if not _is_root():
+    import mcpctl
+
+    found = next((place for place in (path, *path.parents) if os.path.lexists(place)), path)
+    if not _is_root() or os.lstat(found).st_uid == 0 or all(map(_open_to_all, (mcpctl, typer, os))):
         return
-    names = [*more, "mcpctl.audit", "mcpctl.control", "mcpctl.identity.tenants", "encodings.idna"]
-    if sys.stdout.isatty():
-        names += ["rich.console", "rich.table", "rich.text"]
+    names = [*_LAZY, "mcpctl.server.tls", "mcpctl.server.credentials"]
+    names += [module.name for module in pkgutil.walk_packages(mcpctl.__path__, "mcpctl.")]
+    apart = ("mcpctl.__main__", "mcpctl.cli.", "mcpctl.postgres.embedded", "mcpctl.server.")
     for name in names:
-        import_module(name)
+        if name in names[: len(_LAZY) + 2] or not name.startswith(apart):
+            import_module(name)
+    if sys.stdout.isatty():
+        import_module("rich.table")
+
+
+_LAZY = ("_strptime", "concurrent.futures.thread", "difflib", "encodings.idna", "getpass", "psycopg", "ruamel.yaml")
+"""What libraries, and we, import when it is needed."""
+
+
+def _open_to_all(module: "ModuleType") -> bool:
+    """Whether everybody can get at a module's file."""
+    return all(place.stat().st_mode & 0o001 for place in Path(module.__file__ or "/").parents)
 
 
 def _is_root() -> bool:
@@ -197,6 +245,23 @@ def proof(found: "Settings", names: list[str]) -> tuple[str, dict[str, Any] | No
     for begin in range(_ASKED_AT_ONCE, len(names), _ASKED_AT_ONCE):
         answers += control.ask_all(folder, {"do": "settle", "tokens": names[begin : begin + _ASKED_AT_ONCE]})
     return told(answers)
+
+
+def living_tokens(found: "Settings") -> dict[str, list["Token"]]:
+    """The living tokens of each user, a disabled one's too, and none of an earlier user of that name."""
+    from mcpctl.identity import tokens, users
+
+    now, people = tokens.utcnow(), users.user_file(found.auth.user_file).current()
+    living: dict[str, list[Token]] = {}
+    for token in tokens.token_file(found.auth.token_file).current().values():
+        if token.user is not None and tokens.standing(token, people, now) in ("active", "expiring", "disabled"):
+            living.setdefault(token.user, []).append(token)
+    return living
+
+
+def proof_of_user(found: "Settings", user: str) -> tuple[str, dict[str, Any] | None]:
+    """What the running servers did about what a user has lost, as `proof` tells it."""
+    return proof(found, [token.id for token in living_tokens(found).get(user, [])])
 
 
 def told(answers: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:

@@ -8,9 +8,10 @@ from mcpctl.cli import common, output
 from mcpctl.cli.common import ConfigOption, JsonOption, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from mcpctl.config_keys import Settings
+    from mcpctl.identity.users import User
     from mcpctl.keyring import Keyring
 
 app = typer.Typer(help="Check the configuration.", no_args_is_help=True)
@@ -31,7 +32,7 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     from mcpctl import control
     from mcpctl.config import where
     from mcpctl.errors import ConfigError, Error
-    from mcpctl.identity import tenants, tokens, users
+    from mcpctl.identity import tokens, users
     from mcpctl.keyring import Keyring
     from mcpctl.postgres.logins import Logins
     from mcpctl.server import tls
@@ -44,20 +45,25 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         try:
             work()
         except Error as problem:
-            place = f"{where(found, key)}: {'' if problem.message.startswith(key) else f'{key}: '}" if key else ""
-            faults.append(f"{place}{problem.message}{f' ({problem.hint})' if problem.hint else ''}")
+            named = problem.message.split(" ")[0].rstrip(":")
+            at = named if key and named.startswith("databases.") else key
+            place = f"{where(found, at)}: {'' if problem.message.startswith(at) else f'{at}: '}" if at else ""
+            fault = f"{place}{problem.message}{f' ({problem.hint})' if problem.hint else ''}"
+            if fault not in faults:  # a broken user file is one, whoever reads it
+                faults.append(fault)
 
     tried(lambda: tokens.token_file(found.auth.token_file).current())
     tried(lambda: users.user_file(found.auth.user_file).current())
-    tried(lambda: tenants.tenant_file(found.auth.tenant_file).current())
     tried(lambda: common.check_log(found), "audit")
     keyring = Keyring(found.keyring.file)
     tried(lambda: _check_sealed(found, keyring), "keyring.file")
     tried(lambda: _check_own(found, keyring), "server.state_file")
+    before = len(faults)
     for name, database in found.databases.items():
         key = f"databases.{name}"
         password = ".password_file" if database.password_file is not None and database.dsn is None else ".dsn"
         tried(partial(Logins, {name: database}, keyring), key + password)
+    tried(partial(_check_tenants, found, keyring, logins=len(faults) == before))
     if found.server.tls.cert is not None:
         tried(lambda: tls.context(found), "server.tls")
 
@@ -80,6 +86,9 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         faults.append("the config names no database (add one below `databases:`)")
     if not faults and found.server.tls.cert is not None and (old := tls.out_of_date(found, tokens.utcnow())):
         output.warn(old)
+    if not faults:
+        for listed, name in users.listed_strangers(found.auth, users.user_file(found.auth.user_file).current()):
+            output.warn(f"{where(found, listed)}: {listed} names {name}, and there is no such user", "is it a typo?")
     if faults:
         raise ConfigError(
             "\n  ".join(["the installation is not in order:", *faults]),
@@ -93,17 +102,33 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         )
 
 
-def _check_sealed(found: "Settings", keyring: "Keyring") -> None:
-    """Whether each user's sealed password opens; a broken user file is another check's affair."""
+def _people(found: "Settings") -> "Mapping[str, User]":
+    """The users; nobody where their file is broken, which is another check's affair."""
     from mcpctl.errors import Error
     from mcpctl.identity import users
-    from mcpctl.postgres.logins import Logins
 
     try:
-        people = users.user_file(found.auth.user_file).current()
+        return users.user_file(found.auth.user_file).current()
     except Error:
-        return
-    Logins({}, keyring).check_sealed(people)
+        return {}
+
+
+def _check_sealed(found: "Settings", keyring: "Keyring") -> None:
+    """Whether each user's sealed password opens."""
+    from mcpctl.postgres.logins import Logins
+
+    Logins({}, keyring).check_sealed(_people(found))
+
+
+def _check_tenants(found: "Settings", keyring: "Keyring", *, logins: bool) -> None:
+    """Whether each user's tenant is there, and its database, and the tenants share nothing; with `logins`, where each
+    is in order, also by two names of one database."""
+    from mcpctl.identity import tenants
+    from mcpctl.postgres.logins import Logins
+
+    twins = Logins(found.databases, keyring).twins if logins else None
+    places = tenants.tenant_file(found.auth.tenant_file, twins, lambda one: one.database in found.databases).current()
+    tenants.check_members(found.auth.tenant_file, places, _people(found))
 
 
 def _check_own(found: "Settings", keyring: "Keyring") -> None:

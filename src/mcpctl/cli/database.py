@@ -1,5 +1,6 @@
 """mcpctl database: what can be asked, and the passwords for it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,14 +14,18 @@ from mcpctl.cli.common import (
     by_whom,
     config_flag,
     confirm,
-    import_as_root,
+    loaded,
     note,
+    read_password,
     settings,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from mcpctl.config_keys import Settings
     from mcpctl.keyring import Keyring
+    from mcpctl.postgres.logins import Logins
 
 app = typer.Typer(help="Add, list, test, harden and remove databases.", no_args_is_help=True)
 app.command("register")(own_database.register)
@@ -117,13 +122,10 @@ def _password(file: str | None, *, ask: bool, name: str) -> str | None:
     import getpass
     import sys
 
-    from mcpctl import private_file
     from mcpctl.errors import UsageError
 
-    if file is not None and file != "-":
-        found = private_file.read(Path(file), limit=4096).data.decode("utf-8", "replace").rstrip("\r\n")
-    elif file == "-":
-        found = sys.stdin.readline(4096).rstrip("\r\n") if sys.stdin is not None else ""
+    if file is not None:
+        found = read_password(file)
     elif ask:
         if sys.stdin is None or not sys.stdin.isatty():
             raise UsageError("--ask-password needs a terminal", "use --password-file FILE, or - for stdin")
@@ -143,8 +145,7 @@ def _add(
     from mcpctl import config_file, private_file
     from mcpctl.errors import ConflictError, NotFoundError, UsageError
 
-    import_as_root("mcpctl.postgres.trial", "mcpctl.postgres.logins")
-    found = configuration.load(config or context.find_root().obj.config)
+    found = loaded(context, config)
     if found.source is None:
         raise NotFoundError("there is no config file to put it into", "make one with `mcpctl init`", exit_code=3)
     if not configuration.NAME.fullmatch(name):
@@ -164,20 +165,67 @@ def _add(
             from mcpctl.keyring import Keyring
 
             keyring = Keyring(new.keyring.file)
+            own_database.check_free(new, name)
             if password is not None:
                 with users.user_file(new.auth.user_file).edit():  # no key is dropped while we seal with it
                     private_file.create(own, keyring.seal(password).encode() + b"\n")
             try:
                 _try(new, name, keyring, test=test)
+                _check_twin(new, name, keyring, test=test)
             except BaseException:
                 if password is not None:
                     own.unlink(missing_ok=True)
                 raise
             note(new, "config.database_added", database=name, reason=by_whom(context))
+            warn_of_tokens(new, name, "may ask it at the server's next start")
 
         private_file.as_owner(new.auth.token_file, tried)
 
     config_file.add(source, "databases", name, values, check)
+
+
+def _check_twin(new: "Settings", name: str, keyring: "Keyring", *, test: bool) -> None:
+    """Refuses a second name for a database that is a tenant's: whoever may use that one would be in it."""
+    from mcpctl.errors import ConflictError
+    from mcpctl.identity import tenants, users
+    from mcpctl.postgres.logins import Logins
+
+    every = tenants.tenant_file(new.auth.tenant_file).current()  # one may have lost its database, which this brings
+    tenants.check_members(new.auth.tenant_file, every, users.user_file(new.auth.user_file).current())
+    logins = Logins(new.databases, keyring)
+    places = [one for one in every.values() if one.database != name]
+    there = {one.database for one in places if one.database in new.databases}
+    same = {one for one in there if logins.same(name, one)} or (
+        one_answers(new, logins, name, there) if test else set()
+    )
+    for place in places:
+        if place.database in same:
+            raise ConflictError(
+                f"{name} is in PostgreSQL the same as {place.database}, where the tenant {place.name} has "
+                f"{place.where}",
+                "a tenant's database has one name",
+            )
+
+
+def one_answers(found: "Settings", logins: "Logins", name: str, others: Iterable[str]) -> set[str]:
+    """Those of the others where the same database of the same PostgreSQL answers, whatever the way to it is called.
+    Warns of those that nobody could look at."""
+    from mcpctl.identity import users
+    from mcpctl.postgres import trial
+
+    people = users.user_file(found.auth.user_file).current()
+    seen = {}
+    for one in [name, *sorted(others)]:
+        about = trial.one_of((*logins.own(one), *logins.of_people(one, people)))
+        if about is None and one == name:
+            return set()
+        seen[one] = about and about.answering
+    if unseen := [one for one, answering in seen.items() if answering is None]:
+        output.warn(
+            f"nobody could see whether {name} is in PostgreSQL the same as {', '.join(unseen)}",
+            f"mcpctl database test {unseen[0]} says why",
+        )
+    return {one for one, answering in seen.items() if one != name and answering == seen[name]}
 
 
 def _try(new: "Settings", name: str, keyring: "Keyring", *, test: bool) -> None:
@@ -196,7 +244,7 @@ def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption
     from mcpctl.keyring import Keyring
     from mcpctl.postgres.logins import Logins
 
-    found = settings(context, config, needs_log=False, modules=("mcpctl.postgres.trial", "mcpctl.postgres.logins"))
+    found = settings(context, config, needs_log=False)
     logins = Logins(found.databases, Keyring(found.keyring.file))
     rows = []
     for name, database in found.databases.items():
@@ -236,7 +284,7 @@ def try_(
     from mcpctl.postgres import trial
     from mcpctl.postgres.logins import Logins
 
-    found = settings(context, config, needs_log=False, modules=("mcpctl.postgres.trial", "mcpctl.postgres.logins"))
+    found = settings(context, config, needs_log=False)
     for name in names or ():
         if name not in found.databases:
             raise NotFoundError(
@@ -284,15 +332,13 @@ def remove(
 ) -> None:
     """Take a database out of the config, with its sealed password. Nothing in PostgreSQL is changed.
 
-    Refused while users have grants there: take them back first, or their login roles would stay.
+    Refused while users have grants there, whose login roles would stay, and while it is a tenant's.
     """
 
-    from mcpctl import config as configuration
     from mcpctl import config_file, private_file
     from mcpctl.errors import NotFoundError
 
-    import_as_root()
-    found = configuration.load(config or context.find_root().obj.config)
+    found = loaded(context, config)
     if name not in found.databases or found.source is None:
         raise NotFoundError(
             f"there is no database {name} in the config", f"there are: {', '.join(found.databases) or 'none'}"
@@ -316,7 +362,7 @@ def _must_load(path: Path) -> None:
 
 def _check_unused(found: "Settings", name: str) -> None:
     from mcpctl.errors import ConflictError
-    from mcpctl.identity import users
+    from mcpctl.identity import tenants, users
 
     granted = [user.name for user in users.user_file(found.auth.user_file).current().values() if name in user.grants]
     if granted:
@@ -324,10 +370,13 @@ def _check_unused(found: "Settings", name: str) -> None:
             f"{', '.join(granted[:5])} {'has' if len(granted) == 1 else 'have'} a grant in {name}",
             f"mcpctl user ungrant {granted[0]} --database {name} --apply",
         )
+    for place in tenants.checked(found).values():
+        if place.database == name:
+            raise ConflictError(f"the tenant {place.name} has {place.where}", f"mcpctl tenant remove {place.name}")
 
 
 def _forget(context: typer.Context, found: "Settings", name: str) -> None:
-    """Remove the sealed password, if it is ours, and write the audit line."""
+    """Remove the sealed password, if it is ours, write the audit line, and say which tokens still name it."""
     from mcpctl import private_file
     from mcpctl.keyring import is_sealed
 
@@ -336,6 +385,21 @@ def _forget(context: typer.Context, found: "Settings", name: str) -> None:
     if own in used and own.exists() and is_sealed(private_file.read(own, limit=4096).data.decode("utf-8", "replace")):
         own.unlink()
     note(found, "config.database_removed", database=name, reason=by_whom(context))
+    warn_of_tokens(found, name, "would open a new database of that name")
+
+
+def warn_of_tokens(found: "Settings", name: str, how: str, but: "Container[str | None]" = ()) -> None:
+    """Name the living tokens that are for a database of that name, `but` those users': it may come to mean another."""
+    from mcpctl.identity import tokens
+
+    now, file = tokens.utcnow(), tokens.token_file(found.auth.token_file)
+    named = [one for one in file.current().values() if name in (one.databases or ()) and one.user not in but]
+    if living := [one.id for one in named if one.status(now) in ("active", "expiring")]:
+        output.warn(
+            f"{len(living)} living {'token names' if len(living) == 1 else 'tokens name'} {name}, and {how}: "
+            f"{', '.join(living[:5])}{', …' if len(living) > 5 else ''}",
+            f"mcpctl token revoke {' '.join(living[:5])}",
+        )
 
 
 @app.command("harden")

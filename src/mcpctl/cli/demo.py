@@ -138,12 +138,12 @@ def _grant(folder: Path) -> None:
 
 def _keep_out(cluster: "Cluster") -> None:
     """The lines of pg_hba.conf that a grant asks for: the users' logins come over the socket alone."""
-    from mcpctl.postgres import roles
+    from mcpctl.postgres import hba
 
     file = cluster.folder / "data" / "pg_hba.conf"
     before = file.read_text(encoding="utf-8")
     with file.open("w", encoding="utf-8") as out:  # written over, so that it stays the server's own
-        out.write("\n".join([*roles.hba_lines("local"), before]))
+        out.write("\n".join([*hba.lines("local"), before]))
 
 
 def _shop(cluster: "Cluster") -> str:
@@ -158,6 +158,8 @@ def _load_shop(cluster: "Cluster") -> str:
     import psycopg
     from psycopg import sql
 
+    from mcpctl.postgres import harden
+
     scripts = files("mcpctl.cli")
     with psycopg.connect(cluster.dsn, autocommit=True) as connection:
         connection.execute("CREATE DATABASE shop")
@@ -167,6 +169,7 @@ def _load_shop(cluster: "Cluster") -> str:
         connection.execute("SELECT pg_reload_conf()")
         for name in ("shop.sql", "shop_reader.sql"):
             connection.execute((scripts / name).read_bytes())
+        connection.execute(harden.script().encode())
         verifier = connection.pgconn.encrypt_password(password.encode(), b"shop_reader", b"scram-sha-256")
         connection.execute(sql.SQL("ALTER ROLE shop_reader PASSWORD {}").format(sql.Literal(verifier.decode("ascii"))))
     return password

@@ -1,16 +1,19 @@
 """mcpctl user grant and ungrant, mcpctl grant diff: what a user may read and write, in users.yaml and in PostgreSQL."""
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mcpctl.cli import output
 from mcpctl.cli.administration import Files, files_of
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, config_flag, note, ready_to_note
+from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, config_flag, note, proof_of_user, ready_to_note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from mcpctl.config_keys import Settings
+    from mcpctl.errors import Error
     from mcpctl.identity.grants import Grant
 
 app = typer.Typer(help="Compare what is recorded with what PostgreSQL has.", no_args_is_help=True)
@@ -78,6 +81,27 @@ def carry_out(
     granting.check(database, access)
     within = granting.confined(user, database, access, targets(*named))
     _change(context, files, user, database, lambda old: old.more(access, within), way, "grant.added")
+    if access == "write":
+        _warn_of_roles(files, user, database)
+
+
+def _warn_of_roles(files: Files, user: str, database: str) -> None:
+    """A grant lets somebody write in PostgreSQL, and their roles have to let them call the tool that does."""
+    from mcpctl.identity.principal import Principal
+    from mcpctl.policy.access import Access
+    from mcpctl.policy.roles import DEFAULT
+
+    found, held = files.settings, files.granting().user(user).roles
+    access, who = Access(found.auth), Principal(None, user, "", roles=held)
+    links = [access.may(who, one) for one in ("tools:execute_statement", f"databases:{database}:write")]
+    refusal = next((link.reason for link in links if not link.allowed), None)
+    if refusal is None:
+        return
+    wanted = " ".join([*(one for one in held or () if one not in DEFAULT), "mcp-tools"])
+    hint = f"mcpctl user roles {user} {wanted}{config_flag(found.source)}"
+    if user in found.auth.read_only_users:
+        hint = f"take {user} out of auth.read_only_users, and: {hint}"
+    output.warn(f"{user} may not write yet: {refusal}", hint)
 
 
 def ungrant(
@@ -110,7 +134,8 @@ def ungrant(
 
     def change(old: "Grant") -> "Grant":
         have = {*old.read, *old.write}
-        if lacking := [one for one in named if one not in have]:
+        lacking = [one for one in named if one not in have]
+        if lacking and old.state is None:  # else an earlier run may have recorded it, and PostgreSQL still has it
             recorded = ", ".join(sorted(have)) or "none"
             hint = f"recorded: {recorded}; what is inside of a wider grant cannot be taken out of it"
             raise UsageError(f"{user} has no grant on {lacking[0]} in {database}", hint)
@@ -150,6 +175,7 @@ def _change(
     way: Way,
     event: str,
 ) -> None:
+    from mcpctl.errors import Error
     from mcpctl.granting import told
     from mcpctl.identity.grants import login_role
 
@@ -159,12 +185,17 @@ def _change(
         ready_to_note(found)
     who = files.administrator(database, granting) if way.apply else None
     old = granting.user(user).grants.get(database)
-    if old is not None:
-        granting.settled(granting.user(user), old, files.dsns)
-    if who is not None:
-        done, script = granting.applied(user, database, change, who), None
-    else:
-        done, script = granting.printed(user, database, change)
+    try:
+        if old is not None:
+            granting.settled(granting.user(user), old, files.dsns)
+        if who is not None:
+            done, script = granting.applied(user, database, change, who), None
+        else:
+            done, script = granting.printed(user, database, change)
+    except Error as problem:
+        if event == "grant.removed":
+            _add_what_is_so(context, found, granting.user(user).grants.get(database), user, problem)
+        raise
     what = f"{database}: {told(done)}"
     note(
         found,
@@ -173,9 +204,16 @@ def _change(
         database=database,
         reason=by_whom(context, what),
     )
+    if who is not None:
+        differences = granting.disagreements(granting.user(user), done, files.dsns)
+        told_there = [one for one in who.warnings if not any(more.startswith(one) for more in differences)]
+        for text in (*told_there, *differences):
+            output.warn(text)
     lines = files.hba_lines(database, granting)
+    words, values = proof_of_user(found, user) if event == "grant.removed" else ("", None)
     if way.json:
-        output.put_json({"user": user, "database": database, **_shown(done), "sql": script, "pg_hba": lines})
+        cut = {"cut": values} if event == "grant.removed" else {}
+        output.put_json({"user": user, "database": database, **_shown(done), "sql": script, "pg_hba": lines, **cut})
         return
     if script is not None:
         output.put(script.rstrip("\n"))
@@ -184,10 +222,32 @@ def _change(
         )
     else:
         output.put(f"{user} in {what}")
+    if words:
+        output.say(words)
     if not done.empty:
         if done.admin and event == "grant.added":
             output.say(f"{login_role(user, 'admin')} may also execute pg_reload_conf(), which has a change applied")
         _say_what_follows(files, database, granting, lines)
+
+
+def _add_what_is_so(
+    context: typer.Context, found: "Settings", grant: "Grant | None", user: str, problem: "Error"
+) -> None:
+    """Where a right could not be taken back in PostgreSQL: what is recorded, cut, and refused by now. Of a grant of
+    which a part stays, PostgreSQL is the judge, and has not heard yet."""
+    from mcpctl.granting import told
+
+    if grant is None or grant.state is None:
+        return  # nothing was recorded
+    what = f"{grant.database}: {told(grant)}, {grant.state}, not yet so in PostgreSQL"
+    note(found, "grant.removed", user=user, database=grant.database, reason=by_whom(context, what))
+    words, _ = proof_of_user(found, user)
+    still = f"{user} can use what was taken back until PostgreSQL has it"
+    now = "the server refuses already what was taken back" if grant.empty else still
+    problem.message += f"; recorded as {grant.state}: {now} ({words})"
+    problem.hint = f"{problem.hint or 'see doctor'}; then run the same command again, which goes on from there"
+    if not grant.empty:
+        problem.hint += f"; `mcpctl user disable {user}` refuses everything at once"
 
 
 def _shown(grant: "Grant") -> dict[str, Any]:
@@ -208,6 +268,17 @@ def group() -> None:
     """Compare what is recorded with what PostgreSQL has."""
 
 
+@contextmanager
+def _reaching(database: str, unasked: "dict[str, Error]") -> "Iterator[None]":
+    """What cannot be reached is kept for the end, and the other databases are looked at."""
+    from mcpctl.errors import UnavailableError
+
+    try:
+        yield
+    except UnavailableError as problem:
+        unasked[database] = problem
+
+
 @app.command("diff")
 def diff(
     context: typer.Context,
@@ -216,30 +287,46 @@ def diff(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Show where PostgreSQL and users.yaml disagree. Exits 1 where they do.
+    """Show where PostgreSQL and users.yaml disagree. Exits 1 where they do, or a database is not reached.
 
-    What a DBA has run from --print-sql meanwhile is confirmed in users.yaml. `mcpctl user grant` again mends the rest.
+    What a DBA has run from --print-sql meanwhile is confirmed in users.yaml. `mcpctl user grant` again mends the rest,
+    but for what is shown with the SQL or the command that mends it.
     """
     files = files_of(context, config, needs_log=False)
     granting = files.granting()
+    people = {user: granting.user(user)} if user else granting.people()
+    recorded = {one for entry in people.values() for one in entry.grants}
+    if database and database not in {*recorded, *files.settings.databases}:
+        granting.check(database)
     rows: list[tuple[str, str, str]] = []
-    for name, entry in granting.people().items():
+    unasked: dict[str, Error] = {}
+    for name, entry in people.items():
         for grant in entry.grants.values():
-            if (user and name != user) or (database and grant.database != database):
+            if (database and grant.database != database) or grant.database in unasked:
                 continue
-            if granting.settled(entry, grant, files.dsns):
-                output.say(f"{name} in {grant.database}: confirmed")
-                continue
-            rows += [(name, grant.database, one) for one in granting.disagreements(entry, grant, files.dsns)]
+            with _reaching(grant.database, unasked):
+                if granting.settled(entry, grant, files.dsns):
+                    output.say(f"{name} in {grant.database}: confirmed")
+                    continue
+                rows += [(name, grant.database, one) for one in granting.disagreements(entry, grant, files.dsns)]
     if user is None:
-        rows += [("", *one) for one in granting.strays(files.dsns, database)]
+        strays: dict[str, str] = {}  # a role is the cluster's, and is told of once
+        for one in [database] if database else files.settings.databases:
+            if one in unasked:
+                continue
+            with _reaching(one, unasked):
+                for where, said in granting.strays(files.dsns, one):
+                    strays.setdefault(said, where)
+        rows += [("", where, said) for said, where in strays.items()]
     if json:
         output.put_json(
             {"differences": [dict(zip(("user", "database", "difference"), row, strict=True)) for row in rows]}
         )
     elif rows:
         output.put_table(["USER", "DATABASE", "DIFFERENCE"], rows)
-    else:
+    elif not unasked:
         output.say("users.yaml and PostgreSQL agree")
-    if rows:
+    for problem in unasked.values():
+        output.error(problem.message, problem.hint)
+    if rows or unasked:
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.common import JsonOption, by_whom, config_flag, note
+from mcpctl.cli.common import JsonOption, by_whom, config_flag, import_before, note
 
 _CONFIG = """\
 # mcpctl. Every key, its default and its meaning: docs/reference/config.md. After a change: mcpctl config check
@@ -27,12 +27,13 @@ def init(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Make the config, the audit key, and the empty token and user files, and say what comes next."""
+    """Make the config, the audit key, and the empty token, user and tenant files, and say what comes next."""
     import os
 
     from mcpctl import config, private_file
 
     where = (folder or (Path("/etc/mcpctl") if _is_root() else config.default_folder())).absolute()
+    import_before(where)
     private_file.become_owner(where)
     private_file.check_folder(where)
     before = os.umask(0o077)
@@ -61,12 +62,13 @@ def make(folder: Path, text: str) -> list[str]:
 
     from mcpctl import audit, keyring, private_file
     from mcpctl.errors import ConfigError, ConflictError
-    from mcpctl.identity import tokens, users
+    from mcpctl.identity import tenants, tokens, users
 
     contents = {
         "config.yaml": text.encode(),
         "tokens.yaml": tokens.token_file(folder / "tokens.yaml").render({}),
         "users.yaml": users.user_file(folder / "users.yaml").render({}),
+        "tenants.yaml": tenants.tenant_file(folder / "tenants.yaml").render({}),
         "audit.key": audit.new_key(),
         "secret.key": keyring.new_key().encode() + b"\n",
     }

@@ -17,12 +17,12 @@ def group() -> None:
 def rotate(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> None:
     """Make a new key, seal everything again with it, and drop the old one when nothing needs it any more.
 
-    It may be interrupted, and run again; no call is lost meanwhile. A backup from before needs the old key: keep the
-    two together. audit.key is another key, and stays.
+    It may be interrupted, and run again: then it goes on with the key that it had made. No call is lost meanwhile.
+    A backup from before needs the old key: keep the two together. audit.key is another key, and stays.
     """
     from mcpctl import control, rotation
 
-    found = settings(context, config, modules=("mcpctl.rotation",))
+    found = settings(context, config)
     ready_to_note(found)
     folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
 
@@ -30,8 +30,10 @@ def rotate(context: typer.Context, json: JsonOption = False, config: ConfigOptio
         answers = control.ask_all(folder, {"do": "keys"})
         return [answer.get("pid", 0) for answer in answers if key not in answer.get("keys", ())]
 
-    key, count = rotation.rotate(found, without)
+    key, count, made_before = rotation.rotate(found, without)
     note(found, "config.key_rotated", reason=by_whom(context, f"key {key}, {count} sealed again"))
+    if made_before:
+        output.say("this key is of a rotation that had begun earlier; if it may have leaked since, run it again")
     if json:
         output.put_json({"key": key, "sealed_again": count})
     else:

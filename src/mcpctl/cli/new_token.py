@@ -15,16 +15,6 @@ if TYPE_CHECKING:
     from mcpctl.identity.users import User
 
 
-MODULES = (
-    "mcpctl.keyring",
-    "mcpctl.postgres.arithmetic",
-    "mcpctl.postgres.logins",
-    "mcpctl.tools.table",
-    "mcpctl.policy.access",
-)
-"""What is imported to make a token, and to say what it could cost."""
-
-
 def people(found: "Settings") -> "Mapping[str, User] | None":
     """The users; None while their file is broken, which hides no token."""
     from mcpctl.errors import Error
@@ -35,16 +25,6 @@ def people(found: "Settings") -> "Mapping[str, User] | None":
     except Error as problem:
         output.warn(problem.message, problem.hint)
         return None
-
-
-def status(token: "Token", people: "Mapping[str, User] | None", now: "datetime") -> str:
-    """active, expiring, expired or revoked; or disabled with its user, or blocked since whose it was is gone."""
-    own = token.status(now)
-    if token.user is None or people is None or own in ("expired", "revoked"):
-        return own
-    user = people.get(token.user)
-    gone = user is None or user.created_at > token.created_at
-    return "blocked" if user is None or gone else own if user.disabled_at is None else "disabled"
 
 
 def record(token: "Token", status: str) -> dict[str, Any]:
@@ -167,27 +147,37 @@ def check_services(found: "Settings", databases: "tuple[str, ...]") -> None:
             )
 
 
+def check_places(found: "Settings", user: "User | None", databases: "tuple[str, ...]") -> None:
+    """Refuses a token for a database that its tenant has not, or that is another's alone: it would open nothing."""
+    from mcpctl.errors import ConflictError
+    from mcpctl.identity import tenants
+
+    places = tenants.checked(found)
+    own = tenants.find(places, user.tenant) if user is not None and user.tenant is not None else None
+    taken = {one.database: one for one in places.values() if one.schema is None}
+    for name in databases:
+        if own is not None:
+            own.confine(name, ())
+        elif (place := taken.get(name)) is not None:
+            raise ConflictError(
+                f"{place.where} is the tenant {place.name}'s alone, so the token would open nothing there",
+                f"name another, or make it one of that tenant's users': mcpctl user add U --tenant {place.name}",
+            )
+
+
 def permission_of(found: "Settings", text: str) -> str:
-    """A pattern that covers something that there is. ValueError for any other: it would be a typo."""
-    import difflib
-
+    """A pattern that covers something that there is. ValueError for any other."""
+    from mcpctl.config import check_permission
     from mcpctl.config_keys import permission
-    from mcpctl.identity.grants import ACCESSES
-    from mcpctl.policy.access import covers
-    from mcpctl.tools.table import TOOLS
 
-    known = [tool.permission for tool in TOOLS.values()]
-    known += [f"databases:{name}:{right}" for name in found.databases for right in ACCESSES]
-    if not any(covers(permission(text), one) for one in known):
-        close = difflib.get_close_matches(text, known, 1)
-        raise ValueError(f"{text} covers nothing that there is{f'; did you mean {close[0]}?' if close else ''}")
+    check_permission(permission(text), found.databases)
     return text
 
 
 def tell(found: "Settings", entry: "Token", entries: Any) -> None:
     """The facts of a new token, on stderr."""
+    from mcpctl.config import covers
     from mcpctl.identity.tokens import rfc3339, utcnow
-    from mcpctl.policy.access import covers
 
     whose = f"user {entry.user}" if entry.user else "a service"
     ends = f"expires {rfc3339(entry.expires_at)}" if entry.expires_at else "never expires"
@@ -218,13 +208,17 @@ def tell(found: "Settings", entry: "Token", entries: Any) -> None:
 
 def _tell_of_grants(found: "Settings", entry: "Token") -> None:
     """Whether the user could ask nothing with it: in a database whose roles are per user a grant is needed."""
-    from mcpctl.identity import users
+    from mcpctl.identity import tenants, users
 
+    user, places = users.user_file(found.auth.user_file).current().get(entry.user or ""), tenants.checked(found)
+    own, closed = places.get((user and user.tenant) or ""), tenants.closed(places, user)
     named = [name for name in found.databases if entry.databases is None or name in entry.databases]
+    named = [name for name in named if name not in closed and (own is None or name == own.database)]
     per_user = [name for name in named if found.databases[name].roles == "per_user"]
-    user = users.user_file(found.auth.user_file).current().get(entry.user or "")
     if user is not None and per_user and named == per_user and not any(name in user.grants for name in per_user):
-        hint = f"mcpctl user grant {user.name} --database {per_user[0]} --access read --apply"
+        which = next((name for name in per_user if tenants.grantable(places, user.tenant, name)), None)
+        only = "" if which else " --schema S"  # of the others some schemas are tenants'
+        hint = f"mcpctl user grant {user.name} --database {which or per_user[0]}{only} --access read --apply"
         output.warn(f"{user.name} has no grant in {', '.join(per_user)}, so the token opens nothing there", hint)
 
 

@@ -3,13 +3,16 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mcpctl.cli import client_config, grant, output, token, user
-from mcpctl.cli.administration import files_of
-from mcpctl.cli.common import ConfigOption
+from mcpctl.cli.administration import Files, files_of
+from mcpctl.cli.common import ConfigOption, by_whom, note
+
+if TYPE_CHECKING:
+    from mcpctl.identity.users import User
 
 
 def onboard(
@@ -38,34 +41,79 @@ def onboard(
 ) -> None:
     """Make a user, let them read or write, give them a token, and say what their client needs: four commands in one.
 
-    It stops at the first that fails, and may be run again. The token is alone on stdout; with --print-sql the SQL is.
+    What can be wrong is looked for before anything is made. Where the grant fails, a new user is taken out again; what
+    fails later leaves user and grant, says so, and may be run again. The token is alone on stdout; with --print-sql the
+    SQL is.
 
     Example: mcpctl user onboard alice --database sales --schema public --expiry 90d --client cursor --out alice.token
     """
-    from mcpctl.cli.new_token import expiry_of
     from mcpctl.errors import UsageError
-    from mcpctl.identity.tokens import utcnow
 
     if print_sql and out is None:
         raise UsageError("--print-sql takes stdout for the SQL, so the token needs a file", "say --out FILE")
     client_config.check(client)
     if access not in ("read", "write"):
         raise UsageError(f"--access takes read or write, not {access!r}", "say --access read")
-    if out is not None and out.exists():
-        raise UsageError(f"{out} exists already", "name another file")
-    way = grant.Way(print_sql, not print_sql, False)
+    way, named = grant.Way(print_sql, not print_sql, False), (schema or [], table or [])
     files = files_of(context, config, needs_log=True)
-    expiry_of(files.settings, expiry, utcnow())  # all that could be wrong is said before anything is made
-    if name not in files.granting().people():
-        with contextlib.redirect_stdout(sys.stderr):
-            user.add(context, name, role, tenant, None, False, config)
-    elif (role and tuple(role) != files.granting().user(name).roles) or (
-        tenant and tenant != files.granting().user(name).tenant
-    ):
+    known = _checked(files, name, database, access, named, way, expiry, out)
+    if known is not None and ((role and tuple(role) != known.roles) or (tenant and tenant != known.tenant)):
         raise UsageError(f"user {name} is there already, with another role or tenant", "leave out --role and --tenant")
-    with contextlib.nullcontext() if print_sql else contextlib.redirect_stdout(sys.stderr):
-        grant.carry_out(context, files, name, database, access, (schema or [], table or []), way)
-    token.add(context, name, [database], expiry, f"{client}, by onboard", None, None, out, False, config)
+    made = known
+    try:
+        if made is None:
+            made = user.make(context, files.settings, name, role, tenant)
+            output.say(f"{name} added")
+        with contextlib.nullcontext() if print_sql else contextlib.redirect_stdout(sys.stderr):
+            grant.carry_out(context, files, name, database, access, named, way)
+        token.add(context, name, [database], expiry, f"{client}, by onboard", None, None, out, False, config)
+    except BaseException:
+        if made is not None:
+            _left(context, files, made, new=known is None)
+        raise
     with contextlib.redirect_stdout(sys.stderr):
-        client_config.client_config(context, client, None, None, False, config)
+        client_config.client_config(context, client, None, files.granting().user(name).tenant, None, False, config)
     output.say(f"{name} is on board; see what they may do: mcpctl can {name}")
+
+
+def _checked(
+    files: Files,
+    name: str,
+    database: str,
+    access: str,
+    named: tuple[list[str], list[str]],
+    way: grant.Way,
+    expiry: str,
+    out: Path | None,
+) -> "User | None":
+    """The user, if there is one. Raises for what can be known to fail before anything is made."""
+    from mcpctl.cli.new_token import check_user, expiry_of, handing_over
+    from mcpctl.identity.grants import targets
+    from mcpctl.identity.tokens import utcnow
+
+    granting = files.granting()
+    expiry_of(files.settings, expiry, utcnow())
+    client_config.url_of(files.settings)
+    granting.check(database, access)
+    targets(*named)
+    if way.apply:
+        files.administrator(database, granting)
+    known = granting.people().get(name)
+    if known is not None:
+        check_user(known)
+    with handing_over(out):
+        pass  # its file could be made, and is away again
+    return known
+
+
+def _left(context: typer.Context, files: Files, made: "User", *, new: bool) -> None:
+    """After a failure: take a new user out again who has got nothing, or say what stays."""
+    from mcpctl.identity import users
+
+    file = users.user_file(files.settings.auth.user_file)
+    if file.current().get(made.name) != made:
+        output.say(f"{made.name} and what is granted stay; when that is mended, the same command goes on from there")
+    elif new:
+        users.remove(file, made.name)
+        note(files.settings, "user.removed", user=made.name, reason=by_whom(context, "onboard failed"))
+        output.say(f"{made.name} is taken out again; nothing was made")

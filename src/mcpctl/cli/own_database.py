@@ -1,12 +1,11 @@
 """mcpctl database register and unregister: databases that users bring themselves, with the password asked for here."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, ready_to_note, settings, told
+from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, read_password, ready_to_note, settings, told
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
@@ -40,6 +39,7 @@ def register(
     from mcpctl.postgres import own_login
     from mcpctl.tools.own import told as where
 
+    given = None if password_file is None else read_password(password_file)
     found = settings(context, config)
     ready_to_note(found)
     if (tenant := users.find(users.user_file(found.auth.user_file).current(), user).tenant) is not None:
@@ -50,7 +50,7 @@ def register(
             "--dsn holds a password, which everybody on this machine can see, and the shell keeps",
             "take another password, leave it out here, and give it when you are asked",
         )
-    password = _password(password_file)
+    password = _asked_for() if given is None else given
     own = _own(found)
     try:
         row = asyncio.run(own.register(user, name, wanted, password))
@@ -122,6 +122,22 @@ def brought(found: "Settings", user: str) -> list[tuple[str, str]]:
         own.close()
 
 
+def check_free(found: "Settings", name: str) -> None:
+    """Raises ConflictError (exit 5) where users have brought databases of that name, which one of the config hides."""
+    from mcpctl.errors import ConflictError
+
+    own = _own(found)
+    try:
+        users = [row.user for row in own.everybody().values() if row.name == name]
+    finally:
+        own.close()
+    if users:
+        raise ConflictError(
+            f"{', '.join(users[:5])} {'has' if len(users) == 1 else 'have'} a database {name} of their own",
+            f"choose another name, or: mcpctl database unregister {users[0]} {name}",
+        )
+
+
 def _own(found: "Settings") -> "Own":
     from mcpctl.keyring import Keyring
     from mcpctl.postgres.own import Own
@@ -129,18 +145,13 @@ def _own(found: "Settings") -> "Own":
     return Own(found, Keyring(found.keyring.file), None)
 
 
-def _password(file: str | None) -> str:
-    """The password: of a file, of stdin's first line, or asked for without echo."""
+def _asked_for() -> str:
+    """The password, asked for without echo."""
     import getpass
     import sys
 
-    from mcpctl import private_file
     from mcpctl.errors import UsageError
 
-    if file is not None and file != "-":
-        return private_file.read(Path(file), limit=4096).data.decode("utf-8", "replace").rstrip("\r\n")
-    if file == "-" and sys.stdin is not None:
-        return sys.stdin.buffer.readline(4096).decode("utf-8", "replace").rstrip("\r\n")
     if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError(
             "the password is asked for, and there is no terminal to ask at", "name a 0600 file with --password-file"

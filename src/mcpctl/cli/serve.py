@@ -50,7 +50,6 @@ def serve(
         raise UsageError("--stdio and --http exclude each other", "choose one")
     found = settings(context, config)
     _check_that_python_can_be_read()
-    _check_administrator(found)
     from mcpctl.server.logs import set_up
 
     set_up(found.log.level)
@@ -60,6 +59,7 @@ def serve(
     if stdio or (found.server.stdio and not http):
         if behind_proxy or no_auth or any(value is not None for value in over_http):
             raise UsageError("the flags for HTTP do not go with --stdio", "leave them out")
+        _check_administrator(found, public=False, http=False)
         _stdio(found)
         return
     if (tls_cert is None) != (tls_key is None):
@@ -83,10 +83,23 @@ def serve(
             f"{found.limits.connections}",
             f"say --workers {max(1, found.limits.connections // 2)}, or raise limits.connections",
         )
+    _check_connection_limits(found, server.workers)
     from mcpctl.server import run
 
     listening = run.Listening(replace(found, server=server), behind_proxy=behind_proxy, no_auth=no_auth)
+    _check_administrator(found, public=listening.public)
     run.serve(listening, lambda url: output.say(f"serving at {url}"))
+
+
+def _check_connection_limits(found: "Settings", workers: int) -> None:
+    """The CONNECTION LIMIT of a user's login role has room for a connection of each worker that the config has."""
+    names = [name for name, database in found.databases.items() if database.roles == "per_user"]
+    if names and workers > found.server.workers:
+        output.warn(
+            f"the users' login roles in {', '.join(names)} have room for {found.server.workers} workers, not for "
+            f"{workers}: calls may fail with too many connections",
+            f"set server.workers: {workers}, and grant again, which raises their CONNECTION LIMIT",
+        )
 
 
 def _check_that_python_can_be_read() -> None:
@@ -105,8 +118,9 @@ def _check_that_python_can_be_read() -> None:
             )
 
 
-def _check_administrator(found: "Settings") -> None:
-    """The administrator's login must be out of the server's reach, where the server is a service of its own."""
+def _check_administrator(found: "Settings", *, public: bool, http: bool = True) -> None:
+    """The administrator's login must be out of the server's reach, where the server is a service of its own: `public`,
+    or started as one."""
     import os
 
     from mcpctl.errors import ConfigError
@@ -116,12 +130,28 @@ def _check_administrator(found: "Settings") -> None:
     if file is None or not os.access(file, os.R_OK):
         return
     gave_up_root = found.by_root and hasattr(os, "geteuid") and os.geteuid() != 0
-    if gave_up_root or os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()):
+    by_systemd = os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()) or (http and _in_a_unit())
+    if public or gave_up_root or by_systemd:
         raise ConfigError(
             f"{file} holds a login that can make roles, and this server could read it",
-            f"chown root:root {file}; chmod 0600 {file}; only the command line, run as root, is to read it",
+            f"run the server as a user of its own; chown root:root {file}; chmod 0600 {file}: only the command line, "
+            "run as root, is to read it",
         )
     output.warn(f"{file} can be read by the user whom the server runs as", "fine for one person; not for a service")
+
+
+def _in_a_unit() -> bool:
+    """Whether systemd has started this process, or a wrapper of it. What a desktop starts inherits the variable from a
+    unit of its user's, too: a terminal tells those."""
+    import os
+
+    if not os.environ.get("INVOCATION_ID"):
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return True
+    return False
 
 
 def _stdio(found: "Settings") -> None:

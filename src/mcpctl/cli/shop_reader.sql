@@ -1,5 +1,5 @@
 -- A login role that can read the database `shop` and do nothing else. Run as a superuser, connected to `shop`, after
--- its tables are there; the caller then sets the role's password (as a SCRAM verifier).
+-- its tables are there; the caller then sets the role's password (as a SCRAM verifier), and hardens the database.
 
 CREATE ROLE shop_reader LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION NOBYPASSRLS CONNECTION LIMIT 60;
 COMMENT ON ROLE shop_reader IS 'mcpctl demo: reads the shop';
@@ -19,22 +19,3 @@ GRANT CONNECT ON DATABASE shop TO shop_reader;
 GRANT USAGE ON SCHEMA public TO shop_reader;
 GRANT SELECT ON ALL TABLES IN SCHEMA public TO shop_reader;
 ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT SELECT ON TABLES TO shop_reader;
-
--- Functions that write, or reach outside, from within a plain SELECT, and also in a read-only transaction.
-DO $$
-DECLARE
-    found regprocedure;
-BEGIN
-    FOR found IN
-        SELECT p.oid
-        FROM pg_proc AS p
-        WHERE p.pronamespace = 'pg_catalog'::regnamespace
-              AND (p.proname LIKE 'lo\_%'
-                   OR p.proname IN ('loread', 'lowrite', 'pg_logical_emit_message', 'pg_export_snapshot'))
-           OR p.proname LIKE 'dblink%'
-              AND p.prolang = (SELECT oid FROM pg_language WHERE lanname = 'c')
-    LOOP
-        EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', found);
-    END LOOP;
-END
-$$;

@@ -5,11 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, config_flag, note, ready_to_note, settings
+from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, config_flag, confirm, note, ready_to_note, settings
+from mcpctl.cli.database import one_answers, warn_of_tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from mcpctl.config_keys import Settings
     from mcpctl.identity.tenants import Tenant
+    from mcpctl.identity.users import User
+    from mcpctl.postgres.logins import Logins
 
 app = typer.Typer(help="Make, list and remove tenants.", no_args_is_help=True)
 
@@ -51,14 +56,25 @@ def add(
             )
     ready_to_note(found)
     made = tenants.Tenant(name, tokens.utcnow(), database, schema, note_)
-    if inside := tenants.strangers(made, users.user_file(found.auth.user_file).current()):
+    people = users.user_file(found.auth.user_file).current()
+    if not any(user.tenant == name for user in people.values()):  # else it may be what mends the file
+        tenants.checked(found)
+    if inside := tenants.strangers(made, people):
         raise ConflictError(
             f"{', '.join(inside[:5])} {'has' if len(inside) == 1 else 'have'} a grant in {made.where} already",
             f"mcpctl user ungrant {inside[0]} --database {database} --apply",
         )
-    _check_place(found, made)
-    tenants.add(tenants.tenant_file(found.auth.tenant_file), made)
+    logins = _logins(found)
+    others = found.databases.keys() - {database}
+    if twin := logins.twins.get(database) or next(iter(one_answers(found, logins, database, others)), None):
+        raise ConflictError(f"{database} is in PostgreSQL the same as {twin}", "leave one of them in the config")
+    if made.own is not None:
+        _check_service(found, made)
+    file = tenants.tenant_file(found.auth.tenant_file, there=lambda one: one.database in found.databases)
+    tenants.add(file, made)
     note(found, "tenant.added", tenant=name, database=database, reason=by_whom(context, made.where))
+    if schema is None:
+        _warn_of_others(found, made, people)
     if json:
         output.put_json({"tenant": name, **tenants.as_values(made)})
         return
@@ -74,26 +90,47 @@ def add(
     output.say(f"next: mcpctl user add U --tenant {name}{config_flag(found.source)}")
 
 
-def _check_place(found: "Settings", made: "Tenant") -> None:
-    """Refuses a tenant whose database is another one's by another name of the config."""
-    from mcpctl.errors import ConflictError
-    from mcpctl.identity import tenants
+def _warn_of_others(found: "Settings", tenant: "Tenant", people: "Mapping[str, User]") -> None:
+    """Name who could ask the database until now: with a login that all share everybody, else nobody who is left."""
+    shared = found.databases[tenant.database].roles == "shared"
+    out = [user.name for user in people.values() if shared and user.tenant is None and user.disabled_at is None]
+    if out:
+        output.warn(
+            f"{tenant.database} is closed from now on to whoever belongs to no tenant: "
+            f"{', '.join(out[:5])}{', …' if len(out) > 5 else ''}",
+            f"who belongs to {tenant.name}: mcpctl user remove U, and user add U --tenant {tenant.name}",
+        )
+    members = [user.name for user in people.values() if user.tenant == tenant.name]
+    warn_of_tokens(found, tenant.database, "may ask it no more", members)
+
+
+def _check_service(found: "Settings", tenant: "Tenant") -> None:
+    """Refuses a schema that the login of service tokens may use (exit 5), or where nobody could look."""
+    from contextlib import closing
+
+    from mcpctl.errors import ConflictError, Error
+    from mcpctl.postgres import administrator
+
+    for login in _logins(found).own(tenant.database):
+        user, connection = login.about()["user"], administrator.connect_as(login)
+        if connection is None:
+            raise Error(
+                f"{user}, the login of service tokens in {tenant.database}, gets in nowhere to see what it may use",
+                f"mcpctl database test {tenant.database}",
+            )
+        with closing(connection):
+            if administrator.may_use(connection, tenant.own or ""):
+                raise ConflictError(
+                    f"service tokens log in to {tenant.database} as {user}, who may use {tenant.where}",
+                    f'REVOKE ALL ON SCHEMA {tenant.schema} FROM "{user}", PUBLIC; and from what it is a member of',
+                )
+
+
+def _logins(found: "Settings") -> "Logins":
     from mcpctl.keyring import Keyring
     from mcpctl.postgres.logins import Logins
 
-    logins = Logins(found.databases, Keyring(found.keyring.file))
-
-    def place(name: str) -> tuple[str, ...]:
-        about = logins.host(name).about()
-        return about["host"], about["port"], about["dbname"]
-
-    for other in tenants.tenant_file(found.auth.tenant_file).current().values():
-        known = other.database in found.databases and other.database != made.database
-        if known and place(other.database) == place(made.database):
-            raise ConflictError(
-                f"{made.database} is in PostgreSQL the same as {other.database}, which the tenant {other.name} has",
-                "tenants share nothing",
-            )
+    return Logins(found.databases, Keyring(found.keyring.file))
 
 
 @app.command("list")
@@ -120,15 +157,28 @@ def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption
 def remove(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="T", help="The tenant's name.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Take a tenant out; its users must be removed before. Nothing in PostgreSQL is changed."""
+    """Take a tenant out; its users must be removed before. Nothing in PostgreSQL is changed.
+
+    A database that was its alone is then open to whoever may ask databases; so it asks first.
+    """
     from mcpctl.identity import tenants, users
 
     found = settings(context, config, needs_log=False)
     people = users.user_file(found.auth.user_file).current()
-    gone = tenants.remove(tenants.tenant_file(found.auth.tenant_file), name, people)
+    file = tenants.tenant_file(found.auth.tenant_file)
+    place = tenants.removable(file, name, people)
+    tenants.check_members(file.path, file.current(), people)
+    if place.schema is None and place.database in found.databases:
+        confirm(
+            f"removing tenant {name}",
+            f"{place.database} is then open to whoever may ask databases. Remove tenant {name}?",
+            yes,
+        )
+    gone = tenants.remove(file, name, people)
     note(found, "tenant.removed", tenant=name, database=gone.database, reason=by_whom(context))
     if json:
         output.put_json({"removed": name})

@@ -8,8 +8,8 @@ import typer
 from mcpctl.cli import output
 from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, confirm, note, note_all, proof, ready_to_note, settings
 from mcpctl.cli.new_token import (
-    MODULES,
     bounded,
+    check_places,
     check_services,
     check_user,
     expiry_of,
@@ -17,7 +17,6 @@ from mcpctl.cli.new_token import (
     people,
     permission_of,
     record,
-    status,
     tell,
 )
 
@@ -67,10 +66,11 @@ def add(
     from mcpctl.errors import NotFoundError, UsageError
     from mcpctl.identity import tokens, users
 
-    found = settings(context, config, modules=MODULES)
+    found = settings(context, config)
     now = tokens.utcnow()
-    if user is not None:
-        check_user(users.find(users.user_file(found.auth.user_file).current(), user))
+    whose = users.find(users.user_file(found.auth.user_file).current(), user) if user is not None else None
+    if whose is not None:
+        check_user(whose)
     for name in database or ():
         if name not in found.databases:
             raise NotFoundError(
@@ -84,6 +84,7 @@ def add(
                 "a service token is for databases, and there is no default one", "name them with --database"
             )
         databases = (default,)
+    check_places(found, whose, databases or ())
     if user is None:
         check_services(found, databases or ())
     try:
@@ -141,7 +142,7 @@ def list_(
     if expired:
         entries = [token for token in entries if token.status(now) == "expired"]
     known = people(found)
-    values = [record(token, status(token, known, now)) for token in entries]
+    values = [record(token, tokens.standing(token, known, now)) for token in entries]
     if json:
         output.put_json({"tokens": values})
         return
@@ -166,7 +167,7 @@ def show(context: typer.Context, id: TokenId, json: JsonOption = False, config: 
     now = tokens.utcnow()
     entry = tokens.show(tokens.token_file(found.auth.token_file), id)
     shown = {
-        **record(entry, status(entry, people(found), now)),
+        **record(entry, tokens.standing(entry, people(found), now)),
         "allow_ips": None if entry.allow_ips is None else [str(item) for item in entry.allow_ips],
     }
     if json:
@@ -194,14 +195,20 @@ def rotate(
     from datetime import timedelta
 
     from mcpctl.config_keys import duration
-    from mcpctl.errors import UsageError
+    from mcpctl.errors import ConflictError, UsageError
     from mcpctl.identity import tokens, users
 
     found = settings(context, config)
     now = tokens.utcnow()
     file = tokens.token_file(found.auth.token_file)
-    if (user := tokens.show(file, id).user) is not None:
-        users.find(users.user_file(found.auth.user_file).current(), user)
+    if (entry := tokens.show(file, id)).user is not None:
+        user = users.find(users.user_file(found.auth.user_file).current(), entry.user)
+        check_user(user)
+        if user.created_at > entry.created_at:
+            raise ConflictError(
+                f"token {id} was given to an earlier {user.name}, and this one is another user of that name",
+                f"mcpctl token add --user {user.name} makes this one a token of their own",
+            )
     over: timedelta | None = None
     if overlap is not None:
         try:

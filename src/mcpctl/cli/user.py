@@ -12,9 +12,11 @@ from mcpctl.cli.common import (
     by_whom,
     config_flag,
     confirm,
+    living_tokens,
     note,
     note_all,
     proof,
+    proof_of_user,
     ready_to_note,
     settings,
 )
@@ -57,10 +59,40 @@ def add(
 
     Example: mcpctl user add alice --role mcp-tools --note "Alice Example, sales"
     """
+    from mcpctl.identity import tenants
+
+    found = settings(context, config)
+    made = make(context, found, name, role, tenant, note_)
+    if json:
+        output.put_json(_record(made, []))
+        return
+    output.put(f"{name} added")
+    flag = config_flag(found.source)
+    places = tenants.checked(found)
+    per_user = [
+        one
+        for one, database in found.databases.items()
+        if database.roles == "per_user" and tenants.grantable(places, tenant, one)
+    ]
+    for database in per_user[:1]:
+        output.say(f"next: mcpctl user grant {name} --database {database} --access read --apply{flag}")
+    output.say(f"next: mcpctl token add --user {name} --expiry 90d{flag}")
+
+
+def make(
+    context: typer.Context,
+    found: "Settings",
+    name: str,
+    role: list[str] | None,
+    tenant: str | None,
+    note_: str | None = None,
+) -> "User":
+    """A new user, in the file and in the audit log."""
     from mcpctl.identity import tenants, tokens, users
 
-    found = settings(context, config, modules=("mcpctl.policy.roles",))
-    place = None if tenant is None else tenants.find(tenants.tenant_file(found.auth.tenant_file).current(), tenant)
+    places = tenants.checked(found)
+    if tenant is not None:
+        tenants.find(places, tenant)
     _check_roles(found, role or [])
     ready_to_note(found)
     file = users.user_file(found.auth.user_file)
@@ -68,20 +100,7 @@ def add(
         own_database.forget(found, name)
     made = users.add(file, name, note_, tokens.utcnow(), role, tenant)
     note(found, "user.added", user=name, reason=by_whom(context, note_))
-    if json:
-        output.put_json(_record(made, []))
-        return
-    output.put(f"{name} added")
-    flag = config_flag(found.source)
-    taken = tenants.alone(tenants.tenant_file(found.auth.tenant_file).current())
-    per_user = [
-        one
-        for one, database in found.databases.items()
-        if database.roles == "per_user" and (place.database == one if place is not None else one not in taken)
-    ]
-    for database in per_user[:1]:
-        output.say(f"next: mcpctl user grant {name} --database {database} --access read --apply{flag}")
-    output.say(f"next: mcpctl token add --user {name} --expiry 90d{flag}")
+    return made
 
 
 def _check_roles(found: "Settings", wanted: list[str]) -> None:
@@ -116,26 +135,14 @@ def _record(user: "User", living: list["Token"]) -> dict[str, Any]:
     }
 
 
-def _living(found: "Settings") -> dict[str, list["Token"]]:
-    """The living tokens of each user."""
-    from mcpctl.identity import tokens
-
-    now = tokens.utcnow()
-    living: dict[str, list[Token]] = {}
-    for token in tokens.token_file(found.auth.token_file).current().values():
-        if token.user is not None and token.status(now) in ("active", "expiring"):
-            living.setdefault(token.user, []).append(token)
-    return living
-
-
 @app.command("list")
 def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> None:
     """List all users, with how many living tokens each has."""
     from mcpctl.identity import users
     from mcpctl.policy.roles import DEFAULT
 
-    found = settings(context, config, needs_log=False, modules=("mcpctl.policy.roles",))
-    living = _living(found)
+    found = settings(context, config, needs_log=False)
+    living = living_tokens(found)
     entries = users.user_file(found.auth.user_file).current()
     if json:
         output.put_json({"users": [_record(user, living.get(user.name, [])) for user in entries.values()]})
@@ -163,15 +170,18 @@ def show(context: typer.Context, name: Name, json: JsonOption = False, config: C
     from mcpctl.identity import users
     from mcpctl.policy.roles import DEFAULT
 
-    found = settings(context, config, needs_log=False, modules=("mcpctl.policy.roles", "mcpctl.granting"))
+    found = settings(context, config, needs_log=False)
     user = users.find(users.user_file(found.auth.user_file).current(), name)
-    living = _living(found).get(name, [])
+    living = living_tokens(found).get(name, [])
     if json:
         output.put_json(_record(user, living))
         return
     values = users.as_values(user)
     rows: list[tuple[str, Any]] = [("user", name), ("created_at", values["created_at"])]
-    rows += [("disabled_at", values["disabled_at"]), ("roles", ",".join(user.roles or DEFAULT) or "none")]
+    rows += [
+        ("disabled_at", values["disabled_at"]),
+        ("roles", ",".join(DEFAULT if user.roles is None else user.roles) or "none"),
+    ]
     rows.append(("tenant", user.tenant))
     for database, one in user.grants.items():
         rows.append((f"grant on {database}", told(one) + (f" ({one.state})" if one.state else "")))
@@ -204,7 +214,7 @@ def roles(
     if role and none:
         raise UsageError("--none goes with no role", "leave one of them out")
     changes = bool(role) or none
-    found = settings(context, config, needs_log=changes, modules=("mcpctl.policy.roles",))
+    found = settings(context, config, needs_log=changes)
     file = users.user_file(found.auth.user_file)
     user = users.find(file.current(), name)
     if changes:
@@ -212,11 +222,14 @@ def roles(
         ready_to_note(found)
         user = users.set_roles(file, name, role or [])
         note(found, "user.roles", user=name, reason=by_whom(context, ", ".join(user.roles or ()) or "none"))
+    words, values = proof_of_user(found, name) if changes else ("", None)
     held = DEFAULT if user.roles is None else user.roles
     if json:
-        output.put_json({"user": name, "roles": list(held)})
-    else:
-        output.put(f"{name}: {', '.join(held) or 'none'}")
+        output.put_json({"user": name, "roles": list(held)} | ({"cut": values} if changes else {}))
+        return
+    output.put(f"{name}: {', '.join(held) or 'none'}")
+    if changes:
+        output.put(words)
 
 
 @app.command("disable")
@@ -243,6 +256,7 @@ def enable(context: typer.Context, name: Name, json: JsonOption = False, config:
 def _switch(context: typer.Context, name: str, reason: str | None, json: bool, config: Any, *, off: bool) -> None:
     from mcpctl.errors import Error
     from mcpctl.identity import tokens, users
+    from mcpctl.postgres.roles import switch_login
 
     files = files_of(context, config, needs_log=not off)
     found = files.settings
@@ -253,13 +267,18 @@ def _switch(context: typer.Context, name: str, reason: str | None, json: bool, c
     word = "disabled" if off else "enabled"
     if changed:
         note(found, f"user.{word}", user=name, reason=by_whom(context, reason))
-    words, values = proof(found, [token.id for token in _living(found).get(name, [])]) if off else ("", None)
+    words, values = proof_of_user(found, name) if off else ("", None)
     locked: list[str] = []
-    if files.dsns and user.grants:
+    if user.grants:
+        granting = files.granting()
         try:
-            locked = files.granting().set_login(name, files.dsns, on=not off)
+            for role in granting.set_login(name, files.dsns, on=not off):
+                locked.append(role)
         except Error as problem:
             output.warn(f"{name} is {word}, but not in PostgreSQL: {problem.message}", problem.hint)
+        for database, roles in granting.unreached(user, files.dsns).items():
+            script = " ".join(line for role in roles for line in switch_login(role, on=not off))
+            output.warn(f"{database}: no administrator to {word[:-1]} the login roles; a DBA runs: {script}")
     if json:
         output.put_json({"user": name, "changed": changed, "roles": locked, "cut": values})
         return
@@ -278,7 +297,7 @@ def remove(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Take a user out, with all login roles; what those own goes to the administrator, and is named.
+    """Take a user out, with all login roles; what those own goes to mcp_left, and is named.
 
     The user's tokens end with that. Where a DBA gives no administrator: take the grants back with --print-sql first.
     """
@@ -291,12 +310,20 @@ def remove(
     file = users.user_file(found.auth.user_file)
     user = users.find(file.current(), name)
     confirm(f"removing user {name}", f"Remove user {name}, their tokens' access and their login roles?", yes)
-    living = _living(found).get(name, [])
-    granting = files.granting() if user.grants else None
+    living = living_tokens(found).get(name, [])
+    per_user = any(database.roles == "per_user" for database in found.databases.values())
+    granting, disabled, cut = (files.granting() if user.grants or (per_user and files.dsns) else None), False, None
     if granting is not None:
         granting.check_administrators(user, files.dsns)
-        users.disable(file, name, tokens.utcnow())  # the server refuses from here on, whatever comes
-    gone = granting.end(name, files.dsns) if granting is not None else None
+        _, disabled = users.disable(file, name, tokens.utcnow())  # the server refuses from here on, whatever comes
+        cut = proof(found, [token.id for token in living])  # before PostgreSQL ends a call with words of its own
+    try:
+        gone = granting.end(name, files.dsns) if granting is not None else None
+    except Error as problem:
+        if disabled:
+            note(found, "user.disabled", user=name, reason=by_whom(context, "removing them failed"))
+        problem.message = f"{name} is disabled, and not yet removed: {problem.message}"
+        raise
     users.remove(file, name)
     ended = [token.id for token in living]
     if ended:
@@ -312,7 +339,9 @@ def remove(
     note_all(
         found, [("user.removed", {"user": name, "reason": by_whom(context, f"roles: {', '.join(dropped) or 'none'}")})]
     )
-    words, values = proof(found, [token.id for token in living])
+    words, values = cut or proof(found, [token.id for token in living])
+    for warning in gone.warnings if gone is not None else ():
+        output.warn(warning)
     if json:
         output.put_json({"removed": name, "roles": dropped, "owned": owned, "own_databases": brought, "cut": values})
         return
@@ -322,5 +351,5 @@ def remove(
     for one in brought:
         output.put(f"own database {one} removed")
     for one in owned:
-        output.say(f"{one}; it belongs to the administrator now")
+        output.say(f"{one}; it belongs to mcp_left now, as whom nobody logs in")
     output.put(words)
