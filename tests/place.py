@@ -102,6 +102,11 @@ class Place:
     def recorded(self, user: str, database: str = "shop") -> Grant | None:
         return users.user_file(self.users.path).current()[user].grants.get(database)
 
+    def disagreements(self, user: str, database: str = "shop") -> list[str]:
+        """What `grant diff` says of that user there."""
+        found, grant = self.granting(), self.recorded(user, database)
+        return found.disagreements(found.user(user), grant or Grant(database), self.dsns)
+
     def password(self, user: str, access: str = "read", database: str = "shop") -> str:
         grant = self.recorded(user, database)
         assert grant is not None

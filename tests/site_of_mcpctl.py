@@ -26,7 +26,7 @@ from mcpctl.cli import init
 from mcpctl.identity import tokens, users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.identity.grants import Grant
-from mcpctl.postgres import roles
+from mcpctl.postgres import harden, hba
 from mcpctl.postgres.embedded import Binaries, Cluster
 
 COMMAND = [sys.executable, "-m", "mcpctl"]
@@ -44,6 +44,7 @@ class Shop:
         with self.admin() as connection:
             for name in ("shop.sql", "shop_reader.sql"):
                 connection.execute((files("mcpctl.cli") / name).read_bytes())
+            connection.execute(harden.script().encode())
             connection.execute(sql.SQL("ALTER ROLE shop_reader PASSWORD {}").format(sql.Literal(PASSWORD)))
 
     def admin(self) -> psycopg.Connection[tuple[Any, ...]]:
@@ -77,7 +78,7 @@ def keep_out(cluster: Cluster) -> None:
     file = cluster.folder / "data" / "pg_hba.conf"
     before = file.read_text(encoding="utf-8")
     with file.open("w", encoding="utf-8") as out:
-        out.write("\n".join([*roles.hba_lines("local"), before]))
+        out.write("\n".join([*hba.lines("local"), before]))
     reload(cluster)
 
 
@@ -266,7 +267,7 @@ class Client:
 
 def environment(**more: str) -> dict[str, str]:
     """This process's environment without what would steer mcpctl or libpq."""
-    found = {key: value for key, value in os.environ.items() if not key.startswith(("MCPCTL_", "PG"))}
+    found = {key: value for key, value in os.environ.items() if not key.startswith(("MCPCTL_", "PG", "INVOCATION_ID"))}
     return {**found, **more}
 
 

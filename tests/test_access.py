@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from mcpctl.config_keys import Auth, Role
 from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.identity.tenants import Tenant
-from mcpctl.policy.access import Access, covers
+from mcpctl.policy import roles
+from mcpctl.policy.access import Access, covers, within
+from mcpctl.tools.caller import WHOAMI
+from mcpctl.tools.definition import Databases
 
 PART = st.text(alphabet="abc_-.", min_size=1, max_size=3)
 
@@ -61,6 +65,15 @@ def test_a_star_in_any_place_covers_at_least_what_stood_there(parts: list[str], 
     assert covers(":".join(pattern), ":".join(parts))
 
 
+PATTERN = st.lists(st.sampled_from(["a", "b", "*"]), min_size=1, max_size=3).map(":".join)
+
+
+@given(PATTERN, PATTERN, st.lists(st.sampled_from("ab"), min_size=1, max_size=3).map(":".join))
+def test_what_is_within_a_bound_is_what_both_cover(one: str, bound: str, permission: str) -> None:
+    both = covers(one, permission) and covers(bound, permission)
+    assert any(covers(found, permission) for found in within([one], [bound])) == both
+
+
 def principal(databases: tuple[str, ...] | None = None, permissions: tuple[str, ...] | None = None) -> Principal:
     return Principal("ab12cd34", "alice", "pool", databases, permissions)
 
@@ -90,6 +103,28 @@ def test_a_tokens_lists_narrow_what_its_user_has(
     decision = Access(Auth()).may(principal(databases, permissions), permission)
     assert decision.allowed is allowed
     assert reason in decision.reason
+
+
+@pytest.mark.parametrize(
+    "given, permissions, left",
+    [
+        (("mcp-user",), ("*",), roles.BUILT_IN["mcp-user"]),
+        (("mcp-user",), None, roles.BUILT_IN["mcp-user"]),
+        (("mcp-user",), ("tools:execute_statement", "tools:whoami"), ("tools:whoami",)),
+        (("mcp-user",), ("databases:sales:*",), ("databases:sales:read",)),
+        (("mcp-user",), (), ()),
+        (("mcp-admin",), ("tools:*",), ("tools:*",)),
+        (("no-such-role",), ("*",), ()),
+    ],
+)
+def test_what_a_token_has_is_what_its_user_has_too(
+    given: tuple[str, ...], permissions: tuple[str, ...] | None, left: tuple[str, ...]
+) -> None:
+    assert Access(Auth()).patterns(replace(principal(permissions=permissions), roles=given)) == left
+
+
+def test_a_reader_has_no_more_than_the_read_only_list() -> None:
+    assert Access(Auth(read_only_users=("alice",))).patterns(of("mcp-admin")) == roles.READ_ONLY
 
 
 def test_whoever_started_the_server_may_read_all_of_it() -> None:
@@ -143,6 +178,28 @@ def test_the_configs_lists_make_admins_and_readers() -> None:
     assert not access.may(of("mcp-admin", user="bob"), "tools:execute_statement").allowed
 
 
+@pytest.mark.parametrize(
+    "who, expected",
+    [
+        (of("mcp-tools"), "databases:*:write"),
+        (replace(of("mcp-tools"), closed={"acme": "a tenant's"}), "databases:shop:write"),
+        (replace(of("mcp-tools"), databases=("shop",)), "databases:shop:write"),
+        (replace(of("mcp-admin"), databases=("shop",)), "databases:shop:*"),
+        (
+            replace(of("mcp-tools"), tenant="t", within=Tenant("t", datetime(2026, 1, 1, tzinfo=UTC), "shop")),
+            "databases:shop:write",
+        ),
+    ],
+)
+def test_whoami_names_the_databases_where_not_all_are_there_for_the_caller(who: Principal, expected: str) -> None:
+    assert WHOAMI.tell
+    seen = Databases({"shop": None}, {"shop": ["read"]}, "shop", Access(Auth()).patterns(who))
+    shown = WHOAMI.tell(who, seen).structured["permissions"]
+    assert [one for one in shown if one.startswith("databases:")][-1] == expected
+    assert any(one.startswith("tools:") for one in shown)
+    assert "acme" not in str(shown)
+
+
 def test_a_tenants_user_has_nothing_outside_of_it() -> None:
     place = Tenant("acme", datetime(2026, 1, 1, tzinfo=UTC), "acme")
     access = Access(Auth())
@@ -153,3 +210,28 @@ def test_a_tenants_user_has_nothing_outside_of_it() -> None:
     lost = Principal("ab12cd34", "alice", "pool", roles=("mcp-admin",), tenant="acme")
     assert not access.may(lost, "databases:acme:read").allowed, "a tenant that is gone opens nothing"
     assert not access.may(lost, "tools:whoami").allowed
+
+
+@pytest.mark.parametrize(
+    "before, after, fewer",
+    [
+        (None, ("mcp-user",), False),
+        (("mcp-user",), ("mcp-tools",), False),
+        (("mcp-tools",), ("mcp-developer",), False),
+        (("mcp-developer",), ("mcp-admin",), False),
+        (("mcp-user", "mcp-tools"), ("mcp-tools",), False),
+        (("mcp-tools",), ("mcp-user",), True),
+        (("mcp-admin",), ("mcp-developer",), True),
+        (("mcp-tools",), None, True),
+        (("mcp-user",), (), True),
+        ((), None, False),
+        (("sales",), ("mcp-user", "tools"), True),
+        (("sales",), ("everything",), False),
+    ],
+)
+def test_roles_are_compared_by_what_they_give(
+    before: tuple[str, ...] | None, after: tuple[str, ...] | None, fewer: bool
+) -> None:
+    own = {"sales": ("databases:sales:*",), "tools": ("tools:*",), "everything": ("databases:*", "tools:*")}
+    access = Access(Auth(roles={name: Role(permissions=given) for name, given in own.items()}))
+    assert access.fewer(before, after) is fewer

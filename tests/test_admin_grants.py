@@ -95,7 +95,7 @@ def test_a_right_that_somebody_took_away_is_missed(own: site.Shop, here: site.Si
         connection.execute(f"REVOKE EXECUTE ON FUNCTION pg_reload_conf() FROM {ROLE}".encode())
         connection.execute(f"REVOKE CONNECT ON DATABASE shop FROM {ROLE}".encode())
         connection.execute("REVOKE CONNECT ON DATABASE shop FROM PUBLIC")
-    assert diff(here) == [f"{ROLE}: lacks EXECUTE on pg_reload_conf()", f"{ROLE}: lacks CONNECT"]
+    assert diff(here) == [f"{ROLE}: lacks EXECUTE on pg_reload_conf()", f"{ROLE}: lacks CONNECT on the database"]
 
 
 def test_the_sql_that_is_printed_can_be_run_by_a_dba(own: site.Shop, here: site.Site) -> None:
@@ -267,3 +267,14 @@ def test_an_administrator_without_the_right_grants_nothing(own: site.Shop, here:
             for one in (connection, elsewhere):
                 one.execute("DROP OWNED BY weak CASCADE")
             connection.execute("DROP ROLE weak")
+
+
+def test_can_does_not_tell_of_what_the_role_was_granted_by_us(own: site.Shop, here: site.Site) -> None:
+    grant(here)
+    can = ("can", "carol", "call", "set_pg_configuration")
+    with own.admin() as connection:
+        connection.execute("GRANT EXECUTE ON FUNCTION pg_export_snapshot() TO PUBLIC")
+    assert "still open to any login: pg_export_snapshot(), … (1)" in here.run(*can).stdout
+    with own.admin() as connection:
+        connection.execute("REVOKE EXECUTE ON FUNCTION pg_export_snapshot() FROM PUBLIC")
+    assert "hardening" not in here.run(*can).stdout

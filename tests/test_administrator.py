@@ -96,9 +96,18 @@ def test_a_createrole_login_cannot_say_whether_pg_hba_is_open_and_so_write_is_re
     user = here.add(f"v{next(_COUNT)}")
     with pytest.raises(Error, match="pg_hba") as caught:
         here.grant(user, "write", "mine")
-    assert "pg_hba_file_rules" in f"{caught.value.message} {caught.value.hint}"
-    here.do("GRANT SELECT ON pg_hba_file_rules TO dba", "GRANT EXECUTE ON FUNCTION pg_hba_file_rules() TO dba")
-    here.grant(user, "write", "mine")
+    for half in ("SELECT ON pg_hba_file_rules", "EXECUTE ON FUNCTION pg_hba_file_rules()"):
+        assert f"GRANT {half} TO R;" in str(caught.value.hint)
+        assert "databases.shop.allow_open_hba: true" in str(caught.value.hint)
+        here.do(f"GRANT {half} TO dba")
+        if "SELECT" in half:
+            with pytest.raises(Error, match="function pg_hba_file_rules") as caught:
+                here.grant(user, "write", "mine")
+    done = here.site.run(
+        "user", "grant", user, "--database", "shop", "--schema", "mine", "--access", "write", "--apply"
+    )
+    assert "mcpctl: warning: the administrator may not read pg_hba.conf" in done.stderr
+    assert "the administrator may not read pg_hba.conf" in here.site.run("doctor", check=False).stdout
     with here.connect(user, "write") as connection:
         connection.execute("INSERT INTO mine.t (n) VALUES (1)")
     here.ungrant(user)
@@ -151,7 +160,7 @@ def test_remove_ends_every_role_in_every_database_and_says_what_it_owned(here: P
         f"mcp_{user}_w owned table public.kept in unknown",
     ]
     assert roles_of(here, user) == []
-    assert here.query("SELECT tableowner FROM pg_tables WHERE tablename = 'kept'", dbname="unknown") == [("postgres",)]
+    assert here.query("SELECT tableowner FROM pg_tables WHERE tablename = 'kept'", dbname="unknown") == [("mcp_left",)]
     assert user not in here.granting().people()
     here.do("DROP TABLE kept")
     here.do("DROP DATABASE unknown")
@@ -172,22 +181,181 @@ def test_remove_without_an_administrator_is_refused_and_changes_nothing(here: Pl
     try:
         done = here.site.run("user", "remove", user, "--yes", check=False)
         assert done.returncode == 4
-        assert "--print-sql" in done.stderr
+        assert f"mcpctl user ungrant {user} --database shop --print-sql" in done.stderr
     finally:
         aside.rename(file)
     assert here.granting().user(user).disabled_at is None
     assert roles_of(here, user) == [(f"mcp_{user}_r", True)]
 
 
+def test_disable_without_an_administrator_shows_the_sql_that_a_dba_runs(here: Place, user: str) -> None:
+    here.grant(user, "read", "public.orders")
+    aside = (here.folder / "admin.dsn").rename(here.folder / "aside")
+    try:
+        with here.connect(user) as connection:
+            for word, may in (("disable", False), ("enable", True)):
+                said = here.site.run("user", word, user).stderr
+                assert f"mcpctl: warning: shop: no administrator to {word} the login roles; a DBA runs: ALTER" in said
+                assert roles_of(here, user) == [(f"mcp_{user}_r", not may)]
+                here.do(*said.partition("a DBA runs: ")[2].splitlines()[0].removesuffix(";").split("; "))
+                assert roles_of(here, user) == [(f"mcp_{user}_r", may)]
+            with pytest.raises(psycopg.OperationalError):
+                connection.execute("SELECT 1")
+    finally:
+        aside.rename(here.folder / "admin.dsn")
+
+
+def test_a_removal_that_fails_half_way_says_what_is_done_and_goes_on_when_run_again(here: Place, user: str) -> None:
+    here.grant(user, "write", "public.orders")
+    here.do(f"CREATE TABLE held (n int); ALTER TABLE held OWNER TO mcp_{user}_w",
+            "CREATE FUNCTION refuse() RETURNS event_trigger LANGUAGE plpgsql AS"
+            " $$BEGIN IF EXISTS (SELECT FROM pg_tables WHERE tablename = 'held' AND tableowner = 'mcp_left') THEN"
+            " RAISE 'not now'; END IF; END$$",
+            "CREATE EVENT TRIGGER refuse ON ddl_command_end EXECUTE FUNCTION refuse()")  # fmt: skip
+    try:
+        done = here.site.run("user", "remove", user, "--yes", check=False)
+    finally:
+        here.do("DROP EVENT TRIGGER refuse", "DROP FUNCTION refuse()")
+    assert done.returncode == 1
+    assert f"{user} is disabled, and not yet removed: shop: not now" in done.stderr
+    assert f"dropped so far: mcp_{user}_r; without LOGIN, and still there: mcp_{user}_w" in done.stderr
+    assert f"mcpctl user remove {user} --yes again, which goes on from there" in done.stderr
+    assert here.granting().user(user).disabled_at is not None
+    assert roles_of(here, user) == [(f"mcp_{user}_w", False)]
+    here.site.run("user", "remove", user, "--yes")
+    assert roles_of(here, user) == []
+    here.do("DROP TABLE held")
+
+
+def test_what_postgresql_warns_of_and_what_is_still_different_is_told(here: Place, user: str) -> None:
+    """A policy for the role alone is dropped, of either kind; one for others too is kept with the others."""
+    here.grant(user, "read", "public.orders", "public.customers")
+    role = f"mcp_{user}_r"
+    here.do(f"CREATE POLICY wide ON orders TO {role} USING (true)",
+            f"CREATE POLICY narrow ON orders AS RESTRICTIVE TO {role} USING (id > 1)",
+            f"CREATE POLICY shared ON orders AS RESTRICTIVE TO {role}, pg_monitor USING (id > 2)",
+            f"GRANT pg_monitor TO {role}")  # fmt: skip
+    try:
+        ungrant = ("user", "ungrant", user, "--database", "shop", "--apply")
+        said = here.site.run(*ungrant, "--table", "public.customers").stderr
+        assert f"mcpctl: warning: {role}: is a member of pg_monitor, and has its rights; a DBA mends it" in said
+        said = here.site.run(*ungrant).stderr
+        for name in ("wide", "narrow"):
+            told = f"mcpctl: warning: the policy {name} on orders is for {role} alone, and is dropped: a later grant is"
+            assert told in said.replace("public.orders", "orders")
+        assert "shared" not in said
+        kept = here.query("SELECT polname, polroles::regrole[]::text FROM pg_policy")
+        assert kept == [("shared", "{pg_monitor}")]
+        here.grant(user, "read", "public.orders")
+        here.do(f"CREATE POLICY alone ON orders TO {role} USING (true)")
+        assert "mcpctl: warning: the policy alone on" in here.site.run("user", "remove", user, "--yes").stderr
+    finally:
+        here.do(*(f"DROP POLICY IF EXISTS {name} ON orders" for name in ("wide", "narrow", "shared", "alone")))
+
+
+@pytest.mark.parametrize(("what", "state"), [(("--table", "public.orders"), "pending"), ((), "revoking")])
+def test_an_ungrant_that_fails_says_what_is_so_and_goes_on_when_run_again(
+    here: Place, user: str, what: tuple[str, ...], state: str
+) -> None:
+    here.grant(user, "read", "public.orders", "public.products")
+    command = ("user", "ungrant", user, "--database", "shop", *what, "--apply")
+    here.cluster.stop_server()
+    try:
+        for _ in range(2):
+            done = here.site.run(*command, check=False)
+            assert done.returncode == 1
+            assert "cannot reach shop" in done.stderr
+            still = f"{user} can use what was taken back until PostgreSQL has it"
+            now = still if what else "the server refuses already what was taken back"
+            said = f"; recorded as {state}: {now} (no server runs)"
+            assert said in " ".join(done.stderr.split())
+            assert "run the same command again, which goes on from there" in " ".join(done.stderr.split())
+    finally:
+        here.cluster.start_server()
+    here.site.run(*command)
+    found = here.recorded(user)
+    assert (found.read if found else ()) == (("public.products",) if what else ())
+    assert here.disagreements(user) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("orders_id_seq", "a sequence"), ("orders_pkey", "an index"), ("mood", "a type"), ("pair", "a type")],
+)
+def test_what_is_no_table_is_refused_by_what_it_is(here: Place, user: str, name: str, what: str) -> None:
+    here.do("CREATE TYPE mood AS ENUM ('good')", "CREATE TYPE pair AS (a int)")
+    try:
+        done = here.site.run("user", "grant", user, "--database", "shop", "--table", f"public.{name}",
+                             "--access", "read", "--apply", check=False)  # fmt: skip
+        assert done.returncode == 4
+        assert f"mcpctl: error: shop: public.{name} is {what}, and no table or view" in done.stderr
+        assert "its sequences go along with write access to it; nothing was changed" in done.stderr
+        assert (roles_of(here, user), here.recorded(user)) == ([], None)
+    finally:
+        here.do("DROP TYPE mood, pair")
+
+
 def test_what_owns_something_elsewhere_loses_its_login_when_the_last_grant_ends(here: Place, user: str) -> None:
     here.grant(user, "read", "public.orders")
     here.do(f"CREATE TABLE kept (n int); ALTER TABLE kept OWNER TO mcp_{user}_r", dbname="other")
+    here.do(f"GRANT pg_read_all_data TO mcp_{user}_r")
     here.ungrant(user)
     assert roles_of(here, user) == [(f"mcp_{user}_r", False)]
+    assert here.query("SELECT FROM pg_auth_members WHERE member = %s::regrole", f"mcp_{user}_r") == []
+    with pytest.raises(ConflictError, match=f"role mcp_{user}_r is left over from an earlier {user}") as caught:
+        here.grant(user, "read", "public.orders")
+    assert f'DROP OWNED BY "mcp_{user}_r"' in (caught.value.hint or "")
+    assert (here.recorded(user), roles_of(here, user)) == (None, [(f"mcp_{user}_r", False)])
     strays = here.site.run("grant", "diff", check=False)
     assert f"mcp_{user}_r: is there, and no grant needs it" in strays.stdout
     here.do(f"DROP OWNED BY mcp_{user}_r", dbname="other")
     here.do(f"DROP ROLE mcp_{user}_r")
+
+
+def test_remove_ends_a_role_that_no_grant_needs_too_and_warns_of_what_it_cannot_see(here: Place) -> None:
+    user = here.add("max")
+    here.grant(user, "read", "public.orders")
+    here.do("CREATE TABLE kept (n int); ALTER TABLE kept OWNER TO mcp_max_r", dbname="other")
+    here.ungrant(user)
+    text = here.config.read_text()
+    here.config.write_text(text + "  away: {host: /nonexistent, port: 1, dbname: x, roles: per_user}\n")
+    try:
+        done = here.site.run("user", "remove", user, "--yes")
+    finally:
+        here.config.write_text(text)
+    assert "role mcp_max_r dropped" in done.stdout
+    assert "cannot reach away" in done.stderr
+    assert "whether max has left a role there was not seen" in " ".join(done.stderr.split())
+    assert roles_of(here, user) == []
+    here.do("DROP TABLE kept", "DROP ROLE mcp_left", dbname="other")
+
+
+def test_what_somebody_took_out_of_the_file_by_hand_is_not_taken_over_by_the_next_of_that_name(here: Place) -> None:
+    user = here.add("kim")
+    here.grant(user, "read", "public.orders")
+    with here.users.edit() as entries:
+        del entries[user]
+    here.add(user)
+    with pytest.raises(ConflictError, match="role mcp_kim_r is left over from an earlier kim"):
+        here.grant(user, "read", "public.customers")
+    printed = here.granting().printed(user, "shop", lambda old: old.more("read", ("public.orders",)))[1]
+    with pytest.raises(psycopg.Error, match="is left over"):
+        here.do(printed)
+    here.do("DROP OWNED BY mcp_kim_r", "DROP ROLE mcp_kim_r")
+    here.psql(printed)
+    here.psql(printed)  # run twice, it changes nothing
+    here.grant(user, "read", "public.things", database="other")
+    assert here.disagreements(user) == []
+    here.granting().end(user, here.dsns)
+
+
+def test_what_was_not_yet_taken_back_may_be_granted_again(here: Place, user: str) -> None:
+    here.grant(user, "write", "public.orders")
+    here.granting().printed(user, "shop", lambda old: old.less("write", ()))
+    here.grant(user, "write", "public.orders")
+    assert here.disagreements(user) == []
+    here.ungrant(user, "write")
+    assert set(here.recorded(user).passwords) == {"read"}  # type: ignore[union-attr]
 
 
 # -- pg_hba.conf --------------------------------------------------------------------------------------------------
@@ -256,6 +424,18 @@ def test_a_line_is_for_one_database_or_for_all_others(tmp_path: Path) -> None:
     file.chmod(0o644)
     with pytest.raises(ConfigError, match="0644"):
         administrator.read(file)
+
+
+def test_a_line_for_a_database_that_the_config_has_not_is_a_fault(here: Place) -> None:
+    file = here.folder / "admin.dsn"
+    before = file.read_text()
+    file.write_text(f"{before}# a typo\nshopp: user=postgres\n")
+    try:
+        done = here.site.run("grant", "diff", check=False)
+    finally:
+        file.write_text(before)
+    told = f"{file}:{before.count(chr(10)) + 2}: there is no database shopp in the config"
+    assert (done.returncode, told in done.stderr) == (3, True), done.stderr
 
 
 def test_without_an_administrator_only_printing_works(here: Place, user: str) -> None:

@@ -35,6 +35,7 @@ class House:
         self.users = users.user_file(folder / "users.yaml")
         private_file.create(self.tokens.path, self.tokens.render({}))
         private_file.create(self.users.path, self.users.render({}))
+        private_file.create(folder / "tenants.yaml", b"version: 1\ntenants: {}\n")
         users.add(self.users, "alice", None, START)
         self.door = Authenticator(
             self.tokens.path, self.users.path, now=lambda: self.now, clock=lambda: self.now.timestamp()

@@ -40,7 +40,7 @@ def mode(path: Path) -> int:
 def test_init_makes_private_files_and_says_what_comes_next(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "mcpctl"
     done = run("init", str(folder), env={"HOME": str(tmp_path)})
-    names = ["config.yaml", "tokens.yaml", "users.yaml", "audit.key", "secret.key"]
+    names = ["config.yaml", "tokens.yaml", "users.yaml", "tenants.yaml", "audit.key", "secret.key"]
     assert done.good.splitlines() == [str(folder / name) for name in names]
     assert done.err.startswith("next:\n")
     assert f"mcpctl config check --config {folder / 'config.yaml'}" in done.err

@@ -264,3 +264,9 @@ def test_an_umask_of_zero_or_of_everything_makes_the_same_files(tmp_path: Path) 
         assert home("user", "add", "alice", preexec_fn=lambda umask=umask: os.umask(umask)).code == 0
         assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_disabled_users_token_is_not_rotated(home: Home) -> None:
+    name, _ = home.token("--user", "alice")
+    home("user", "disable", "alice")
+    all_of(home, [["token", "rotate", name], ["token", "add", "--user", "alice", "--expiry", "1d"]], {5})

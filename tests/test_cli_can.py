@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import site_of_mcpctl as site
-from mcpctl.identity import tokens
+from mcpctl.identity import tokens, users
+from mcpctl.identity.grants import Grant
+from mcpctl.keyring import Keyring
 from site_of_mcpctl import Shop, Site
 
 
@@ -119,7 +122,7 @@ def test_what_a_user_may_do_exits_0(house: House, arguments: tuple[str, ...]) ->
 def test_row_security_is_told_with_its_policies_or_that_no_row_is_left(house: House) -> None:
     for table, words in (
         ("house.ruled", "on, and no policy lets this role through: no row"),
-        ("house.some", "rows by small (permissive): (id < 10)"),
+        ("house.some", "some rows only, by small (permissive): (id < 10)"),
     ):
         code, chain = _can(house, "nora", "select", table)
         assert code == 0
@@ -204,6 +207,66 @@ def test_the_user_alone_gets_a_table_of_all_that_they_may_do(house: House) -> No
     assert [[one["database"], one["what"], one["right"]] for one in found["rights"]] == rows
     assert {row[1] for row in _can(house, "nora", "--token", house.narrow)[1]} == {"whoami"}
     assert {row[1] for row in _can(house, "pia")[1] if row[0] == "shop"} == set()
+
+
+def test_the_table_says_of_each_what_the_single_question_says(house: House) -> None:
+    cases = ("invoker", "calling", "ruled_by", "changed")
+    with house.at.shop.admin() as admin:
+        admin.execute(
+            "CREATE FUNCTION cellar.fn() RETURNS int LANGUAGE plpgsql AS 'BEGIN RETURN 1; END';"
+            "REVOKE EXECUTE ON FUNCTION cellar.fn() FROM PUBLIC;"
+            "CREATE VIEW house.invoker WITH (security_invoker) AS TABLE cellar.wine;"
+            "CREATE VIEW house.calling AS SELECT id, cellar.fn() FROM house.keys;"
+            "CREATE TABLE house.ruled_by (id int); ALTER TABLE house.ruled_by ENABLE ROW LEVEL SECURITY;"
+            "CREATE POLICY p ON house.ruled_by USING (EXISTS (SELECT FROM cellar.wine));"
+            "CREATE VIEW house.changed AS SELECT id * 2 AS dbl, name FROM house.rooms;"
+            "GRANT SELECT ON house.invoker, house.calling, house.ruled_by, house.changed TO mcp_nora_r;"
+            "GRANT SELECT, UPDATE (name) ON house.changed TO mcp_nora_w"
+        )
+        try:
+            tables = {row[1]: row[2] for row in _can(house, "nora")[1] if row[0] == "shop"}
+            single = {one: _can(house, "nora", "select", f"house.{one}")[0] for one in cases}
+            update = _can(house, "nora", "update", "house.changed")[0]
+        finally:
+            admin.execute(
+                "DROP VIEW house.invoker, house.calling, house.changed; DROP TABLE house.ruled_by;"
+                "DROP FUNCTION cellar.fn()"
+            )
+    assert (single, update) == ({"invoker": 1, "calling": 1, "ruled_by": 1, "changed": 0}, 0)
+    assert {name: right for name, right in tables.items() if name[6:].startswith(cases)} == {
+        "house.changed": "select,update"
+    }
+
+
+def test_a_database_that_is_down_is_an_error_and_hides_no_other(login_shop: Shop, tmp_path: Path) -> None:
+    gone = f"  gone:\n    host: {tmp_path}\n    dbname: gone\n    roles: per_user\n"
+    at = Site(tmp_path / "site", login_shop, per_user=True, database=gone)
+    at.user("rita", "mcp-tools")
+    at.grant("rita", "--table", "public.orders")
+    sealed = Keyring(at.folder / "secret.key").seal("x")
+    site.record(users.user_file(at.folder / "users.yaml"), "rita", Grant("gone", ("s",), passwords={"read": sealed}))
+
+    def run(*arguments: str) -> tuple[list[str], str]:
+        done = at.run(*arguments, check=False)
+        assert done.returncode == 1
+        assert done.stderr.count("mcpctl: error: ") == 1
+        return done.stdout.splitlines(), done.stderr
+
+    down = "mcpctl: error: the database gone cannot be reached: "
+    for command in (("who-can",), ("can", "rita")):
+        out, error = run(*command, "select", "s.t", "--database", "gone")
+        assert (out, "nobody" in error) == ([], False)
+        assert down in error
+    out, error = run("can", "rita")
+    assert "shop\tpublic.orders\tselect" in out
+    assert down in error
+    assert run("grant", "diff")[0] == []
+    with login_shop.admin() as admin:
+        admin.execute("REVOKE SELECT ON public.orders FROM mcp_rita_r")
+    out, error = run("grant", "diff")
+    assert out == ["rita\tshop\tmcp_rita_r: lacks SELECT on public.orders"]
+    assert "mcpctl: error: the administrator cannot reach gone: " in error
+    assert "agree" not in error
 
 
 def test_who_can_lists_users_and_service_tokens_with_their_login_role(house: House) -> None:

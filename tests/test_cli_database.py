@@ -87,6 +87,20 @@ def test_a_password_from_a_prompt_is_not_shown(home: Home, newest_shop: site.Sho
     assert sealed(home) == PASSWORD
 
 
+def test_what_doctor_says_of_a_plain_password_leads_to_a_sealed_one(home: Home, newest_shop: site.Shop) -> None:
+    kept, moved = home.folder / "sales.password", home.folder.parent / "moved"
+    assert add(home, newest_shop, "--password-file", "-", stdin=PASSWORD).code == 0
+    kept.write_text(PASSWORD)
+    kept.chmod(0o644)
+    assert f"chmod 0600 {kept}" in home("doctor").out
+    kept.chmod(0o600)
+    assert "move it to another FILE; mcpctl database remove sales; mcpctl database add sales" in home("doctor").out
+    kept.rename(moved)
+    assert home("database", "remove", "sales", "--yes").code == 0
+    assert add(home, newest_shop, "--password-file", str(moved)).good == "sales added (sealed)\n"
+    assert sealed(home) == PASSWORD
+
+
 def test_a_wrong_password_stores_nothing(home: Home, newest_shop: site.Shop) -> None:
     before = home.files()
     done = add(home, newest_shop, "--password-file", "-", stdin="wrong and secret\n")
@@ -188,6 +202,26 @@ def test_a_config_that_cannot_be_read_is_left_as_it_is(home: Home) -> None:
     assert unchanged(home, before)
 
 
+def test_a_second_name_of_a_tenants_database_is_known_by_what_answers(
+    home: Home, newest_shop: site.Shop, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    again.symlink_to(newest_shop.cluster.host)
+    login = [*where(newest_shop)[2:], "--password-file", "-"]
+    add(home, newest_shop, "--password-file", "-", stdin=PASSWORD)
+    assert home("tenant", "add", "lost", "--database", "first").good
+    assert home("tenant", "add", "acme", "--database", "sales").code == 0
+    before = home.files()
+    done = home("database", "add", "mine", "--host", str(again), *login, stdin=PASSWORD)
+    assert (done.code, "the same as sales, where the tenant acme has the database sales" in done.error) == (5, True)
+    assert "nobody could see whether mine is in PostgreSQL the same as first" in done.err
+    assert unchanged(home, before)
+    assert home("tenant", "remove", "acme", "--yes").code == 0
+    assert home("database", "add", "mine", "--host", str(again), *login, stdin=PASSWORD).code == 0
+    done = home("tenant", "add", "acme", "--database", "sales")
+    assert (done.code, "sales is in PostgreSQL the same as mine" in done.error) == (5, True)
+
+
 # -- list, test, remove, harden -----------------------------------------------------------------------------------
 
 
@@ -222,8 +256,29 @@ def test_a_database_is_not_removed_while_somebody_has_a_grant_there(
     assert "mcp_alice_r\tyes" in tested.stdout
     found.run("user", "ungrant", "alice", "--database", "shop", "--apply")
     assert "nobody has a grant there" in found.run("database", "test", "shop", check=False).stdout
-    found.run("database", "remove", "shop", "--yes")
+    assert "token" not in found.run("database", "remove", "shop", "--yes").stderr
     assert found.run("database", "remove", "shop", "--yes", check=False).returncode == 4
+
+
+def test_a_tenants_database_is_not_removed_and_tokens_that_name_another_are_told(home: Home) -> None:
+    assert home("database", "add", "other", "--host", "/nonexistent", "--user", "u", "--no-test").code == 0
+    assert home("tenant", "add", "acme", "--database", "first").code == 0
+    before = home.config.read_bytes()
+    done = home("database", "remove", "first", "--yes")
+    assert (done.code, "the tenant acme has the database first" in done.error) == (5, True)
+    assert "mcpctl tenant remove acme" in done.error
+    assert home.config.read_bytes() == before
+    assert home("tenant", "remove", "acme", "--yes").code == 0
+    ended, _ = home.token("--database", "first")
+    living, _ = home.token("--database", "first")
+    assert home("token", "revoke", ended).code == 0
+    removed = home("database", "remove", "first", "--yes")
+    assert removed.good == "first removed\n"
+    again = home("database", "add", "first", "--host", "/nonexistent", "--user", "u", "--no-test")
+    assert f"1 living token names first, and may ask it at the server's next start: {living}" in again.err
+    assert home("database", "remove", "first", "--yes").code == 0
+    assert f"1 living token names first, and would open a new database of that name: {living}\n" in removed.err
+    assert f"mcpctl token revoke {living}" in removed.err
 
 
 def test_harden_prints_what_apply_takes_from_public(newest_shop: site.Shop, tmp_path: Path) -> None:
@@ -260,7 +315,8 @@ def test_root_adds_and_removes_a_database_of_a_service_whose_files_are_another_u
     init.make(var, "databases: {}\n")
     etc.mkdir(mode=0o755)
     text = (
-        f"# the service's\nauth: {{token_file: {var}/tokens.yaml, user_file: {var}/users.yaml}}\n"
+        f"# the service's\nauth: {{token_file: {var}/tokens.yaml, user_file: {var}/users.yaml,"
+        f" tenant_file: {var}/tenants.yaml}}\n"
         f"audit: {{file: {var}/audit.jsonl, key_file: {var}/audit.key}}\nkeyring: {{file: {var}/secret.key}}\n"
         f"databases:\n  first: {{host: /nonexistent, user: u}}\n"
     )
@@ -278,6 +334,16 @@ def test_root_adds_and_removes_a_database_of_a_service_whose_files_are_another_u
     assert (etc / "config.yaml").read_text().startswith("# the service's\n")
     assert all(path.stat().st_uid == NOBODY for path in var.iterdir())
     assert [path.name for path in etc.iterdir()] == ["config.yaml"]
+    given = tmp_path / "given"
+    private_file.create(given, PASSWORD.encode() + b"\n")
+    for owner in (0, NOBODY, NOBODY - 1):  # root's, the service's, and of whoever called sudo
+        os.chown(given, owner, -1)
+        again = ("database", "add", f"of{owner}", *where(newest_shop), "--password-file", str(given))
+        assert run(*config, *again).good == f"of{owner} added (sealed)\n"
+        assert run(*config, "database", "remove", f"of{owner}", "--yes").code == 0
+    given.chmod(0o640)
+    refused = run(*config, *again)
+    assert (refused.code, f"chmod 0600 {given}" in refused.err) == (3, True)
     wrong = run(*config, "database", "add", "other", *where(newest_shop), "--password-file", "-", stdin="wrong")
     assert (wrong.code, wrong.error.startswith("mcpctl: error: other: ")) == (1, True)
     assert not (var / "other.password").exists()

@@ -144,6 +144,13 @@ def test_a_token_whose_user_is_gone_is_neither_verified_nor_rotated(home: Home) 
     verified = home("token", "verify", stdin=text)
     assert (verified.code, "its user alice is gone" in verified.out) == (1, True)
     assert home("token", "rotate", name).code == 4
+    home("user", "add", "alice")  # another one of that name
+    before = (home.folder / "tokens.yaml").read_bytes()
+    for more in ([], ["--overlap", "1h"]):
+        rotated = home("token", "rotate", name, *more)
+        assert (rotated.code, rotated.out) == (5, "")
+        assert "was given to an earlier alice" in rotated.error
+    assert (home.folder / "tokens.yaml").read_bytes() == before
 
 
 def test_the_exit_code_tells_even_where_nobody_hears_the_error(home: Home) -> None:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from mcpctl import config
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, NotFoundError
+from mcpctl.policy.roles import BUILT_IN
+from mcpctl.tools.table import TOOLS
 
 SHOP = "databases: {shop: {dsn: 'host=db dbname=shop'}}\n"
 
@@ -456,3 +458,30 @@ def test_one_database_is_the_default_and_of_several_the_one_that_says_so(path: P
     assert config.default_database(load(path, two)) is None
     assert config.default_database(load(path, two.replace("host=b", "host=b, default: true"))) == "b"
     assert config.default_database(load(path, "")) is None
+
+
+def test_a_role_that_gives_nothing_that_there_is_or_has_a_built_in_name_is_a_fault(path: Path) -> None:
+    text = (
+        "auth:\n"
+        "  roles:\n"
+        "    a: {permissions: ['tool:*']}\n"
+        "    b: {permissions: ['databases:shop:reed', 'databases:shop:read']}\n"
+        "    c: {permissions: ['tools:whoami', 'databases:nope:read']}\n"
+        "    mcp-user: {permissions: ['*']}\n"
+    )
+    assert faults(path, text + SHOP) == [
+        "config.yaml:3: auth.roles.a.permissions: tool:* covers nothing that there is",
+        "config.yaml:4: auth.roles.b.permissions: databases:shop:reed covers nothing that there is; "
+        "did you mean databases:shop:read?",
+        "config.yaml:5: auth.roles.c.permissions: databases:nope:read covers nothing that there is; "
+        "did you mean databases:shop:read?",
+        "config.yaml:6: auth.roles.mcp-user: names that begin with mcp- are the built-in roles'",
+    ]
+    good = ["*", "tools:*", "tools:whoami", "databases:*", "databases:shop:*", "databases:*:write", "*:whoami"]
+    assert load(path, f"auth: {{roles: {{a: {{permissions: {good}}}}}}}\n{SHOP}").auth.roles["a"].permissions
+
+
+def test_a_permission_can_name_each_tool_and_access_that_there_is() -> None:
+    assert set(config.TOOLS) == set(TOOLS)
+    assert {tool.access for tool in TOOLS.values()} <= set(config.ACCESSES)
+    assert all(name.startswith(config._BUILT_IN) for name in BUILT_IN)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import trustme
 
+import mcpctl
 from command_line import Home, run
 
 
@@ -30,6 +33,8 @@ def test_every_fault_of_what_the_config_names_is_told_at_once_with_its_line(home
         "  b: {host: x, user: u, password_file: two}\n"
         "  c: {dsn: host=x passfile=/x service=y}\n"
         "  d: {dsn: host=x port=99999 user=u}\n"
+        "  e:\n    host: x\n    sslmode: disable\n"
+        "  f:\n    host: x\n    roles: per_user\n    service_dsn: host=x user=u service=y\n"
     )
     for name in ("tokens.yaml", "users.yaml", "audit.key"):
         (home.folder / name).write_text("junk")
@@ -45,12 +50,18 @@ def test_every_fault_of_what_the_config_names_is_told_at_once_with_its_line(home
         f"{config}:4: databases.b.password_file: there is no file {folder}/two",
         f"{config}:5: databases.c.dsn: not taken: passfile, service",
         f"{config}:6: databases.d.dsn: its port is none",
+        f"{config}:9: databases.e.sslmode: sslmode disable may send rows and passwords in clear to x",
+        f"{config}:13: databases.f.service_dsn: not taken: service",
         f"{config}:1: server.tls: the certificate {folder}/none.pem cannot be used: No such file or directory",
     ]
 
 
-def test_a_broken_tenant_file_is_a_fault_and_a_missing_one_is_none(home: Home) -> None:
+def test_a_broken_tenant_file_is_a_fault_and_so_is_a_missing_one(home: Home) -> None:
     assert home("config", "check").good.startswith("ok")
+    (home.folder / "tenants.yaml").unlink()
+    assert faults(home)[0].startswith(
+        f"there is no file {home.folder}/tenants.yaml (restore it; only where there never"
+    )
     (home.folder / "tenants.yaml").touch(0o600)
     (home.folder / "tenants.yaml").write_text("junk")
     assert faults(home)[0].startswith(f"{home.folder}/tenants.yaml is not in order:")
@@ -113,3 +124,39 @@ def test_a_chain_has_to_go_on_from_the_certificate(home: Home) -> None:
         assert code == 3
         assert f"the chain {folder}/{chain}" in said
         assert why in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_roots_commands_work_where_the_owner_of_the_files_cannot_read_mcpctl(tmp_path: Path) -> None:
+    """All that is imported after root is given up must have been before."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o005:
+            folder.chmod(0o755)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    shutil.copytree(Path(mcpctl.__file__).parent, closed / "mcpctl", ignore=shutil.ignore_patterns("__pycache__"))
+    home = Home(tmp_path / "home", "  mine: {host: /nonexistent, dbname: mine, roles: per_user}\n")
+    for path in (home.folder, *home.folder.iterdir()):
+        os.chown(path, 65534, 65534)
+    for command in (
+        ("config", "check"), ("user", "add", "alice", "--role", "mcp-tools"), ("user", "list"),
+        ("user", "show", "alice"), ("token", "add", "--user", "alice", "--expiry", "1d"), ("token", "list"),
+        ("tenant", "add", "acme", "--database", "shop"),
+        ("user", "grant", "alice", "--database", "mine", "--access", "read", "--print-sql"), ("database", "list"),
+        ("database", "add", "more", "--host", "/nonexistent", "--user", "u", "--no-test"), ("key", "rotate"),
+        ("database", "remove", "more", "--yes"), ("user", "add", "bob"), ("user", "remove", "bob", "--yes"),
+    ):  # fmt: skip
+        done = home(*command, env={"PYTHONPATH": str(closed)}, cwd="/")
+        assert done.code == 0, (command, done.err)
+
+
+def test_a_name_in_the_configs_lists_that_no_user_has_is_warned_of(home: Home) -> None:
+    home("user", "add", "alice")
+    with home.config.open("a") as file:
+        file.write("auth:\n  admin_users: [alice, alcie]\n  read_only_users: [guest]\n")
+    done = home("config", "check")
+    assert done.good.startswith("ok")
+    line = home.config.read_text().splitlines().index("  admin_users: [alice, alcie]") + 1
+    assert f"{home.config}:{line}: auth.admin_users names alcie, and there is no such user" in done.err
+    assert f"{home.config}:{line + 1}: auth.read_only_users names guest" in done.err
+    assert done.err.count("warning: ") == 2

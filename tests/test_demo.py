@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,6 +18,7 @@ import httpx
 import psycopg
 import pytest
 
+from mcpctl.postgres import harden
 from site_of_mcpctl import COMMAND, environment
 
 
@@ -65,6 +67,7 @@ def test_the_printed_curl_line_answers_with_rows_and_ctrl_c_leaves_nothing(tmp_p
         header = Path(next(word for word in shlex.split(curl) if word.startswith("@"))[1:])
         assert stat.S_IMODE(header.stat().st_mode) == 0o600
         [token] = [line.split("=")[1] for line in lines if "export MCP_TOKEN=" in line]
+        assert set(re.findall(r"MCP_TOKEN\w*", "".join(lines))) == {"MCP_TOKEN"}
         assert token not in curl
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
@@ -87,6 +90,7 @@ def test_json_says_where_everything_is_and_a_signal_ends_all_of_it(number: signa
             row = admin.execute("SELECT rolsuper, (SELECT count(*) FROM orders) > 1000 FROM pg_roles "
                                 "WHERE rolname = current_user").fetchone()  # fmt: skip
             assert row == (True, True)
+            assert harden.held_by_public(admin) == []
             place = admin.execute("SELECT current_setting('data_directory')").fetchone()
         done = subprocess.run(
             [*COMMAND, "--config", facts["config"], "token", "list"], capture_output=True, text=True, env=environment()

@@ -103,6 +103,12 @@ def test_a_file_that_others_may_read_fails_and_the_other_checks_go_on(doctor: Do
     assert doctor.found(OK, "logs in")
 
 
+def test_a_name_in_the_configs_lists_that_no_user_has_is_told(doctor: Doctor, here: Place, user: str) -> None:
+    text = here.config.read_text()
+    listed = f"auth: {{admin_users: [{user}], read_only_users: [typo]}}\n"
+    doctor.appears(FAIL, "read_only_users names typo", changed(here.config, listed + text), changed(here.config, text))
+
+
 def test_an_administrators_file_of_the_servers_user_is_told(doctor: Doctor, here: Place) -> None:
     file, aside = here.folder / "admin.dsn", here.folder / "aside"
     doctor.admin = False
@@ -164,6 +170,12 @@ def test_tokens_that_never_end_or_are_nobodys_or_for_nothing_are_told(doctor: Do
     doctor.appears(WARN, "never expire: ", add(expires_at=None), clear)
     doctor.appears(WARN, "their user is gone: ", add(user="nobody-of-us"), clear)
     doctor.appears(WARN, "for no database that there is: ", add(databases=("elsewhere",)), clear)
+    earlier = tokens.Wanted(user=user, expires_at=now + timedelta(days=1))
+    tokens.add(file, earlier, now - timedelta(days=1))  # an earlier user's of that name
+    assert doctor.found(WARN, "their user is gone: ")
+    assert doctor.found(OK, "0 are alive")
+    assert here.site.run("user", "show", user, "--json").stdout.count('"tokens": 0') == 1
+    clear()
     add(expires_at=now - timedelta(days=1), user="nobody-of-us")()
     assert not doctor.found(WARN, "their user is gone: ")  # a dead token's user may be gone
     clear()

@@ -206,8 +206,9 @@ def test_a_credential_that_is_refused_for_its_form_leaves_an_audit_line(served: 
     assert token[13:] not in (served.folder / "audit.jsonl").read_text()
 
 
-def test_of_an_answer_that_is_read_slowly_nothing_more_leaves_once_its_token_is_revoked(
-    make_site: MakeSite, newest_shop: Shop
+@pytest.mark.parametrize("end", ["the token is revoked", "its user's roles are taken"])
+def test_of_an_answer_that_is_read_slowly_nothing_more_leaves_once(
+    make_site: MakeSite, newest_shop: Shop, end: str
 ) -> None:
     at = make_site(newest_shop, extra="limits: {max_bytes: 8MiB, max_rows: 100000}\n").start()
     name, token = at.token()
@@ -219,7 +220,7 @@ def test_of_an_answer_that_is_read_slowly_nothing_more_leaves_once_its_token_is_
         wire.sendall(_request(at, token, "select repeat('x', 1000) from generate_series(1, 3000)"))
         assert wire.recv(12) == b"HTTP/1.1 200"
         eventually(lambda: [line for line in at.audit() if line["event"] == "tool.called"])
-        at.run("token", "revoke", name)
+        at.run(*(("token", "revoke", name) if "token" in end else ("user", "roles", "alice", "--none")))
         read = 0
         with contextlib.suppress(ConnectionResetError):
             while chunk := wire.recv(1 << 20):

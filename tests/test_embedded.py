@@ -23,7 +23,7 @@ from psycopg.sql import SQL, Literal
 
 import pg
 from mcpctl.errors import Error
-from mcpctl.postgres import embedded
+from mcpctl.postgres import embedded, harden
 from mcpctl.postgres.embedded import Binaries, Cluster
 
 ALL = pg.supported()
@@ -49,6 +49,7 @@ def shop(cluster: Cluster) -> Iterator[psycopg.Connection]:
         connection.execute("SET statement_timeout = '20s'")
         for name in ("shop.sql", "shop_reader.sql"):
             connection.execute((files("mcpctl.cli") / name).read_bytes())
+        connection.execute(harden.script().encode())
         connection.execute(SQL("ALTER ROLE shop_reader PASSWORD {}").format(Literal(PASSWORD)))
         yield connection
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
@@ -14,13 +15,15 @@ import pytest
 
 import pg
 from mcpctl.errors import ConflictError, Error, NotFoundError
-from mcpctl.identity.grants import PENDING, REVOKING, identifier, login_role
+from mcpctl.identity import tenants, users
+from mcpctl.identity.grants import PENDING, REVOKING, identifier, login_role, quoted
 from place import Place, place
 from site_of_mcpctl import COMMAND, environment, eventually, in_background
 
 ODD = [
     "plain", "select", "Upper Case", 'say "no"', "a.b", "$mcpctl$", "$mcpctlx$ $mcpctl$", "back\\slash", "it's",
     "ünïcode 表", "x" * 63, "é" * 31, "*", "%I %1$s %", "--", "line\nbreak",
+    "tab\t\\ ", "next\x85", "\u2028it's", "\U000e0001far",
 ]  # fmt: skip
 
 
@@ -31,6 +34,7 @@ def here(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 _COUNT = iter(range(1000))
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
@@ -133,15 +137,17 @@ def test_odd_names_are_granted_and_taken_back_each_by_itself(here: Place, user: 
     try:
         for index, odd in enumerate(ODD):
             schema, table = identifier(odd), identifier(ODD[(index + 1) % len(ODD)])
-            here.grant(user, "read", f"{schema}.{table}")
+            named = (quoted(odd), f"{quoted(odd)}.{quoted(ODD[(index + 1) % len(ODD)])}")
+            here.grant(user, "read", named[1])
             assert can(here, user, f"SELECT n FROM {schema}.{table}") == []
             assert can(here, user, f"SELECT id FROM {schema}.{identifier(odd)}") == "42501"
-            here.grant(user, "write", schema)
+            here.grant(user, "write", named[0])
             assert can(here, user, f"INSERT INTO {schema}.{table} (n) VALUES (1)", "write") == [1]
             assert can(here, user, f"SELECT id FROM {schema}.{identifier(odd)}") == []
             assert here.granting().disagreements(here.granting().user(user), here.recorded(user), here.dsns) == []  # type: ignore[arg-type]
-            here.ungrant(user, None, schema)
-            here.ungrant(user, None, f"{schema}.{table}")
+            here.ungrant(user, None, named[0])
+            here.grant(user, "write", named[1])
+            here.ungrant(user, None, named[1])
             assert left_of(here, user) == []
     finally:
         for odd in ODD:
@@ -150,10 +156,12 @@ def test_odd_names_are_granted_and_taken_back_each_by_itself(here: Place, user: 
 
 def test_odd_names_go_through_the_command_line_and_psql(here: Place, user: str) -> None:
     schemas = [identifier(odd) for odd in ODD]
+    assert "".join(schemas).isprintable()
     here.do(*(f"CREATE SCHEMA {schema} CREATE TABLE t (n int)" for schema in schemas))
     try:
-        options = [word for schema in schemas for word in ("--schema", schema)]
+        options = [word for odd in ODD for word in ("--schema", quoted(odd))]
         printed = here.site.run("user", "grant", user, "--database", "shop", *options, "--access", "read").stdout
+        assert printed.replace("\n", "").isprintable()
         here.psql(printed)
         assert here.site.run("grant", "diff", "--user", user).stderr.startswith(f"{user} in shop: confirmed")
         assert [can(here, user, f"SELECT n FROM {schema}.t") for schema in schemas] == [[]] * len(schemas)
@@ -325,6 +333,29 @@ def test_a_table_or_schema_that_is_not_there_changes_nothing(here: Place, user: 
     unchanged(here, user, NotFoundError, 4, "public.customers", "public.nothing")
 
 
+@pytest.mark.parametrize(("option", "gone"), [("--table", "public.t2"), ("--schema", "s2")])
+def test_what_was_dropped_keeps_nothing_else_from_being_taken_back(
+    here: Place, user: str, option: str, gone: str
+) -> None:
+    here.do("CREATE TABLE t1 (n serial)", "CREATE TABLE t2 (n int)", "CREATE SCHEMA s2 CREATE TABLE t (n int)")
+    here.grant(user, "write", "public.t1", "public.orders", gone)
+    here.do("DROP TABLE t2", "DROP SCHEMA s2 CASCADE")
+    changes = ("--database", "shop", "--table", "public.t1", "--apply")
+    said = here.site.run("user", "ungrant", user, *changes).stderr
+    mends = f"{gone} is recorded and not there; mcpctl user ungrant {user} --database shop {option} {gone} --apply"
+    assert said.count(f"{gone} is recorded and not there") == said.count(mends) == 1
+    assert can(here, user, "SELECT n FROM t1") == can(here, user, "SELECT n FROM t1", "write") == "42501"
+    assert (here.recorded(user).state, here.recorded(user).read) == (None, tuple(sorted(("public.orders", gone))))  # type: ignore[union-attr]
+    printed = here.granting().printed(user, "shop", lambda old: old.more("read", ("public.t1",)))[1]
+    here.psql(printed.replace("client_min_messages = warning", "client_min_messages = error"))
+    assert can(here, user, "SELECT n FROM t1") == []
+    assert mends in here.site.run("grant", "diff", "--user", user, check=False).stdout
+    unchanged(here, user, NotFoundError, 4, "public.nothing")
+    here.site.run("user", "ungrant", user, "--database", "shop", option, gone, "--apply")
+    assert here.disagreements(user) == []
+    here.do("DROP TABLE t1")
+
+
 def test_a_role_of_that_name_that_is_not_ours_is_a_conflict_and_left_alone(here: Place, user: str) -> None:
     here.do(f"CREATE ROLE mcp_{user}_r LOGIN")
     assert "is not of this mcpctl" in unchanged(here, user, ConflictError, 5, "public").message
@@ -437,3 +468,16 @@ def test_default_privileges_of_no_schema_go_with_the_next_grant(here: Place) -> 
         connection.execute("TABLE public.made_later")
     here.do("DROP TABLE made_later")
     here.ungrant(user)
+
+
+@pytest.mark.parametrize("schema", ['"acme-north"', '"we""ird; x"', "plain"])
+def test_a_tenants_schema_is_the_search_path_however_it_is_spelled(here: Place, schema: str) -> None:
+    here.do(f"CREATE SCHEMA {schema}", f"CREATE TABLE {schema}.t AS SELECT 1 AS x")
+    name = f"t{next(_COUNT)}"
+    tenants.add(tenants.tenant_file(here.folder / "tenants.yaml"), tenants.Tenant(name, NOW, "shop", schema))
+    users.add(here.users, name, None, NOW, tenant=name)
+    here.grant(name, "read", schema)
+    with here.connect(name) as connection:
+        assert connection.execute("SELECT x FROM t").fetchall() == [(1,)]
+    here.granting().end(name, here.dsns)
+    here.do(f"DROP SCHEMA {schema} CASCADE")

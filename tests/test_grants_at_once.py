@@ -129,6 +129,39 @@ def test_a_user_who_is_removed_while_a_grant_waits_gets_no_role(here: Place) -> 
     assert left_of(here, user) == []
 
 
+def test_who_is_disabled_while_a_grant_is_made_may_not_log_in_after_it(here: Place, user: str) -> None:
+    with here.held_up():
+        first = in_background(here.grant, user, "read", "public")
+        eventually(here.waiting)
+        here.site.run("user", "disable", user)
+    first.result()
+    assert here.query("SELECT rolcanlogin FROM pg_roles WHERE rolname = %s", f"mcp_{user}_r") == [(False,)]
+
+
+def test_no_lock_that_anybody_can_take_holds_a_superusers_grant_up(here: Place, user: str) -> None:
+    with here.admin() as reader:
+        reader.execute("SELECT pg_advisory_lock(6210384617)")
+        here.grant(user, "read", "public.orders")
+
+
+@pytest.mark.parametrize("who", ["superuser", "createrole"])
+def test_a_grant_whose_turn_does_not_come_says_why_and_changes_nothing(here: Place, user: str, who: str) -> None:
+    here.do("CREATE ROLE dba LOGIN CREATEROLE PASSWORD 'dba'", "GRANT CONNECT ON DATABASE shop TO dba")
+    dsn = here.dsns[""] if who == "superuser" else here.cluster.dsn_for("dba", "dba", "shop")
+    asked = Administrator(here.who().login, dsn)
+    with here.admin() as holder:
+        holder.execute("BEGIN")
+        superuser = who == "superuser"
+        holder.execute(
+            "LOCK TABLE pg_authid IN ROW EXCLUSIVE MODE" if superuser else "SELECT pg_advisory_xact_lock(6210384617)"
+        )
+        with pytest.raises(Error, match="another grant is being made there, or somebody holds its lock") as caught:
+            here.granting().applied(user, "shop", lambda old: old.more("read", ("public.orders",)), asked)
+    assert "pg_locks" in (caught.value.hint or "")
+    assert here.recorded(user) is None
+    here.do("DROP OWNED BY dba", "DROP ROLE dba")
+
+
 def test_of_two_grants_at_once_the_one_that_fails_takes_nothing_of_the_other(here: Place, user: str) -> None:
     with here.held_up():
         good = in_background(here.grant, user, "read", "public")

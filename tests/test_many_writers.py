@@ -20,7 +20,10 @@ from mcpctl import audit
 from mcpctl.identity import tokens, users
 from site_of_mcpctl import Shop, Site, environment
 
-FILES = ["audit.jsonl", "audit.jsonl.lock", "audit.key", "config.yaml", "secret.key", "tokens.yaml", "users.yaml"]
+FILES = [
+    "audit.jsonl", "audit.jsonl.lock", "audit.key", "config.yaml", "secret.key", "tenants.yaml", "tokens.yaml",
+    "users.yaml",
+]  # fmt: skip
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="only root can work on the files of another user")
 PROCESSES, EACH = 20, 10

@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,7 +29,11 @@ from brought import (
     tools,
     users_of,
 )
+from mcpctl import private_file
 from site_of_mcpctl import COMMAND, PASSWORD, READER, Client, Shop, Site, environment, eventually
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
+NOBODY = 65534
 
 
 @pytest.fixture(scope="module", params=pg.oldest_and_newest(), ids=str)
@@ -78,7 +83,11 @@ def test_a_registered_database_is_asked_by_its_name_like_any_other(at: Site, sho
     assert "own" not in listed["shop"]
     assert [one["name"] for one in do(carol, "list_my_databases")["databases"]] == ["lab"]
     assert "lab" in do(carol, "whoami")["databases"]
-    assert [line["database"] for line in lines(at, tool="query_database")] == ["own:lab", "shop,own:lab"]
+    do(carol, "query_database", query="select count(*) from orders", databases=["shop", "lab"])
+    asked = lines(at, tool="query_database")
+    assert [line["database"] for line in asked] == ["own:lab", "shop,own:lab", "shop,own:lab"]
+    assert asked[-1]["relations"] == ["shop:public.orders", "own:lab:public.orders"]
+    assert {line["database"] for line in lines(at, event="pool.opened")} == {"shop", "own:lab"}
     (registered,) = lines(at, tool="register_database")
     assert registered["database"] == "own:lab"
     assert f"{READER} at 127.0.0.1" in registered["reason"]
@@ -131,10 +140,12 @@ def test_a_token_for_some_databases_neither_asks_nor_brings_nor_removes_others(
     do(carol, "register_database", name="lab", dsn=dsn(shop))
     with at.client(at.token("carol", databases=("shop",))[1]) as narrow:
         assert "for you" in narrow.error("select 1", database="lab")
+        assert do(narrow, "list_my_databases") == {"databases": [], "count": 0}
         assert "this token is for the databases shop" in refused(narrow, "remove_database", name="lab")
         assert "this token is for" in refused(narrow, "register_database", name="more", dsn=dsn(shop))
     with at.client(at.token("carol", databases=("lab",))[1]) as alone:
         assert alone.rows("select 1") == [[1]]
+        assert do(alone, "list_my_databases")["count"] == 1
         assert "for you" in alone.error("select 1", database="shop")
 
 
@@ -159,11 +170,32 @@ def test_what_cannot_be_registered_is_told_why_and_leaves_nothing(at: Site, shop
         assert why in text, text
         assert PASSWORD not in text
         assert str(at.folder) not in text
+    assert "takes no argument 'CANARY'" in refused(carol, "register_database", name="lab", dsn=dsn(shop), CANARY=1)
+    assert not any("CANARY" in str(line) for line in at.audit())
     assert do(carol, "list_my_databases")["count"] == 0
     for name in ("a", "b", "c"):
         do(carol, "register_database", name=name, dsn=dsn(shop))
     assert "a user may have 3" in refused(carol, "register_database", name="d", dsn=dsn(shop))
     assert "already" in refused(carol, "register_database", name="a", dsn=dsn(shop))
+
+
+def test_whether_a_database_is_a_tenants_does_not_show(at: Site, shop: Shop, carol: Client) -> None:
+    def said() -> list[str]:
+        return [refused(carol, "register_database", name="shop", dsn=dsn(shop)),
+                refused(carol, "remove_database", name="shop")]  # fmt: skip
+
+    before = said()
+    at.run("tenant", "add", "acme", "--database", "shop")
+    assert said() == before
+
+
+def test_a_tenants_user_is_told_that_the_tenant_is_why_they_bring_none(at: Site, shop: Shop) -> None:
+    at.run("tenant", "add", "acme", "--database", "shop")
+    at.run("user", "add", "ann", "--tenant", "acme", "--role", "mcp-tools")
+    with at.client(at.token("ann")[1]) as ann:
+        told = refused(ann, "register_database", name="lab", dsn=dsn(shop))
+    assert "you belong to a tenant" in told
+    assert "only users" not in told
 
 
 def test_no_password_is_kept_in_the_clear_anywhere(at: Site, shop: Shop, carol: Client) -> None:
@@ -176,6 +208,29 @@ def test_no_password_is_kept_in_the_clear_anywhere(at: Site, shop: Shop, carol: 
     assert b"own secret" not in kept
     assert b"own%20secret" not in kept
     assert b"sealed:v1:" in kept
+
+
+def test_a_connection_string_in_a_names_place_is_neither_logged_nor_repeated(
+    at: Site, shop: Shop, carol: Client
+) -> None:
+    """A model mixes arguments up."""
+    swapped, narrow = dsn(shop), at.client(at.token("carol", databases=("shop",))[1])
+    with narrow:
+        for client in (carol, narrow):
+            for text in (
+                refused(client, "register_database", name=swapped, dsn="lab"),
+                refused(client, "remove_database", name=swapped),
+                client.error("select 1", database=swapped),
+                client.error("select 1", databases=["shop", swapped]),
+                refused(client, "get_schema_info", database=swapped),
+            ):
+                assert "a database's name" in text or "no database of such a name" in text
+                assert "own%20secret" not in text
+    (at.folder / "shop.password").unlink()  # the config's own, which this test has not put there
+    kept = everything_written(at) + "".join(at.stderr).encode()
+    assert b"no database of such a name" in kept
+    assert b"own%20secret" not in kept
+    assert b"postgresql:" not in kept
 
 
 def test_tools_show_only_where_the_config_names_hosts_and_only_to_users_who_may(
@@ -222,7 +277,8 @@ def test_the_command_line_registers_shows_and_removes(make_site: MakeSite, shop:
         eventually(lambda: shop.backends("state = 'active' AND query LIKE '%pg_sleep(20)%'"))
         done = at.run("database", "unregister", "carol", "lab")
         assert done.stdout.splitlines() == ["lab of carol removed", "cut: 1 query, 0 backends left"]
-        assert "was removed while the call ran" in running.result(5).json()["result"]["content"][0]["text"]
+        text = running.result(5).json()["result"]["content"][0]["text"]
+        assert text == "the database 'lab' was removed while the call ran"
         assert "for you" in carol.error("select 1", database="lab")
         assert carol.rows("select 1") == [[1]]
     assert at.run("database", "unregister", "carol", "lab", check=False).returncode == 4
@@ -261,6 +317,23 @@ def test_on_a_terminal_the_password_is_asked_for_without_echo(make_site: MakeSit
     assert done.wait(30) == 0
     os.close(master)
     assert PASSWORD.encode() not in seen
+
+
+@needs_root
+def test_root_s_password_file_is_read_before_root_is_given_up(
+    make_site: MakeSite, newest_shop: Shop, tmp_path: Path
+) -> None:
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o005:
+            folder.chmod(0o755)
+    for path in (at.folder, *at.folder.iterdir()):
+        os.chown(path, 0 if path == at.config else NOBODY, NOBODY)
+    given = tmp_path / "given"
+    private_file.create(given, PASSWORD.encode() + b"\n")
+    words = ("database", "register", "carol", "lab", "--dsn", dsn(newest_shop, None), "--password-file", str(given))
+    assert at.run(*words).stdout.startswith("lab registered for carol")
+    assert (at.folder / "state.db").stat().st_uid == NOBODY
 
 
 # -- removal and the end of a user ------------------------------------------------------------------------------------

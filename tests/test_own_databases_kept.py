@@ -17,6 +17,7 @@ from brought import (
     MakeSite,
     do,
     dsn,
+    everything_written,
     refused,
     register,
     users_of,
@@ -92,17 +93,112 @@ def test_the_server_starts_with_no_other_key_than_it_was_sealed_with(make_site: 
     done = at.run("serve", "--port", "0", check=False)
     assert done.returncode == 3
     assert "carol's own database lab cannot be opened" in done.stderr
+    assert "mcpctl database unregister carol lab" in done.stderr
+
+
+def test_nothing_is_sealed_with_another_key_than_what_is_there(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True)).start()
+    register(at, newest_shop)
+    file = at.folder / "secret.key"
+    right = file.read_text()
+    file.write_text(keyring.new_key() + "\n")
+    with at.client(at.token("carol")[1]) as carol:
+        assert "cannot be used right now" in refused(carol, "register_database", name="b", dsn=dsn(newest_shop))
+    words = ("database", "register", "carol", "b", "--dsn", dsn(newest_shop, None), "--password-file", "-")
+    done = at.run(*words, input=PASSWORD + "\n", check=False)
+    assert (done.returncode, f"{file} holds another key than the password of carol's own" in done.stderr) == (3, True)
+    file.write_text(right)
+    register(at, newest_shop, name="b")
+
+
+def test_a_name_of_the_config_counts_as_a_try_that_failed(at: Site, shop: Shop, carol: Client) -> None:
+    for _ in range(FAILURES):
+        assert "there is a database 'shop' already" in refused(carol, "register_database", name="shop", dsn="junk")
+    for name in ("shop", "free"):
+        assert "have failed within 15 minutes" in refused(carol, "register_database", name=name, dsn="junk")
 
 
 def test_a_host_that_the_config_no_longer_names_is_not_connected_to(make_site: MakeSite, newest_shop: Shop) -> None:
     at = users_of(make_site(newest_shop, extra=ON, tcp=True))
     register(at, newest_shop)
     at.config.write_text(at.config.read_text().replace("[127.0.0.1]", "[10.0.0.0/8]"))
+    told = "carol's own database lab at 127.0.0.1 (127.0.0.1) cannot be asked"
+    assert told in at.run("doctor", check=False).stdout
     at.start()
     with at.client(at.token("carol")[1]) as carol:
         assert "no longer one of the hosts" in carol.error("select 1", database="lab")
-        assert do(carol, "list_my_databases")["count"] == 1
+        (row,) = do(carol, "list_my_databases")["databases"]
+        assert row["note"].startswith("closed: its host is no longer")
         do(carol, "remove_database", name="lab")
+
+
+def test_a_database_is_not_added_under_a_name_that_a_user_has(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    register(at, newest_shop)
+    before = everything_written(at)
+    done = at.run("database", "add", "lab", "--host", "/nonexistent", "--no-test", check=False)
+    assert done.returncode == 5
+    assert "carol has a database lab of their own" in done.stderr
+    assert "mcpctl database unregister carol lab" in done.stderr
+    assert everything_written(at) == before
+
+
+def test_a_name_that_has_come_to_mean_two_databases_is_answered_from_neither(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    register(at, newest_shop)
+    text = at.config.read_text()
+    shop = text[text.index("  shop:") : text.index("own_databases")]
+    at.config.write_text(text.replace(shop, shop + shop.replace("  shop:", "  lab:") + "    default: true\n"))
+    told = "carol has a database lab of their own, and can ask neither"
+    assert told in at.run("doctor", check=False).stdout
+    for user, name, code in (("carol", "lab", 1), ("carol", "own:lab", 1), ("dave", "lab", 0), ("dave", "own:lab", 1)):
+        done = at.run("can", user, "select", "public.orders", "--database", name, check=False)
+        assert done.returncode == code, (user, name, done.stdout)
+    at.start()
+    with at.client(at.token("carol")[1]) as carol, at.client(at.token("dave")[1]) as dave:
+        text = carol.error("select 1", database="lab")
+        assert "'lab' is a database of your own, and by now also one of the administrator's" in text
+        assert [one["name"] for one in do(carol, "list_databases")["databases"]] == ["shop"]
+        assert "hidden" in do(carol, "list_my_databases")["databases"][0]["note"]
+        assert carol.rows("select 1", database="shop") == [[1]]
+        assert dave.rows("select 1", database="lab") == [[1]]
+        do(carol, "remove_database", name="lab")
+        assert carol.rows("select 1", database="lab") == [[1]]
+    assert told not in at.run("doctor", check=False).stdout
+
+
+def test_can_tells_of_it_and_asks_it_only_where_the_question_is_about_it(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    register(at, newest_shop)
+
+    def can(*words: str) -> tuple[int, str]:
+        done = at.run(*words, check=False)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    place = f"{READER} at 127.0.0.1 (127.0.0.1) port {newest_shop.cluster.port}, database shop"
+    listed = f"own:lab\tcarol's alone, only read, as {place}\tselect\n"
+    for name in ("lab", "own:lab"):
+        code, said = can("can", "carol", "select", "public.orders", "--database", name)
+        assert (code, f"login role\tyes\t{place}" in said, "has_table_privilege" in said) == (0, True, True)
+    code, said = can("can", "carol", "insert", "public.orders", "--database", "lab")
+    assert (code, "own:lab is only read here" in said) == (1, True)
+    code, said = can("can", "dave", "select", "public.orders", "--database", "own:lab")
+    assert (code, "dave has none of that name" in said) == (1, True)
+    assert can("who-can", "select", "public.orders", "--database", "own:lab") == (0, f"carol\t{place}\n")
+    for name in ("nothing", "own:shop"):
+        assert can("can", "carol", "select", "public.orders", "--database", name)[0] == 4
+    with sqlite3.connect(at.folder / "state.db") as connection:  # whoever connects finds nobody there
+        connection.execute("UPDATE own_databases SET port = 1")
+    connection.close()
+    assert listed.replace(str(newest_shop.cluster.port), "1") in can("can", "carol")[1]
+    assert "own:" not in can("can", "dave")[1]
+    assert "own:" not in can("can", "carol", "--token", at.token("carol", databases=("shop",))[0])[1]
+    assert can("can", "carol", "select", "public.orders")[0] == 0
 
 
 def test_a_store_that_breaks_while_the_server_runs_refuses_what_was_brought_and_nothing_else(
@@ -163,7 +259,7 @@ def test_a_server_that_lets_in_and_then_says_nothing_holds_nobody_up(
             do(dave, "register_database", name="lab", dsn=dsn(newest_shop))
             assert dave.rows("select 1", database="lab") == [[1]]
             text = hanging.result(25)
-            assert "cannot be reached" in text
+            assert "database 'lab' cannot be reached" in text
             assert dave.rows("select 1", database="lab") == [[1]]
 
 

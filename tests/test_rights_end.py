@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
+import httpx
 import pytest
 
-from mcpctl.identity import tokens
+from mcpctl.identity import tokens, users
+from mcpctl.postgres import roles
 from site_of_mcpctl import Client, Shop, Site, eventually, in_background
 
 TOOLS = {"query_database": "query", "execute_statement": "statement"}
@@ -16,11 +18,15 @@ TOOLS = {"query_database": "query", "execute_statement": "statement"}
 
 @pytest.fixture(scope="module")
 def at(login_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A site with frank, who may write one table, and henry, whom nothing happens to."""
+    """A site with frank, who may write one table, and henry, whom nothing happens to. It has a second database."""
     with login_shop.admin() as admin:
         admin.execute("CREATE SCHEMA franks; CREATE TABLE franks.notes (id serial, body text)")
         admin.execute("CREATE TABLE franks.others (id serial, body text)")
-    found = Site(tmp_path_factory.mktemp("ends") / "site", login_shop, per_user=True)
+        admin.execute("CREATE DATABASE second")
+    cluster = login_shop.cluster
+    second = f"{{host: {cluster.host}, port: {cluster.port}, dbname: second, roles: per_user}}"
+    more = f"    default: true\n  second: {second}\n"
+    found = Site(tmp_path_factory.mktemp("ends") / "site", login_shop, database=more, per_user=True)
     found.user("frank", "mcp-tools")
     found.user("henry", "mcp-user")
     found.user("grace", "mcp-tools")
@@ -42,7 +48,10 @@ def _sleeping(at: Site, role: str) -> list[int]:
 
 def _said(client: Client, tool: str, statement: str) -> str:
     """What a call is answered: `rows`, an error's text, or the HTTP status."""
-    answer = client.call(tool, {TOOLS[tool]: statement})
+    return _words(client.call(tool, {TOOLS[tool]: statement}))
+
+
+def _words(answer: httpx.Response) -> str:
     if answer.status_code != 200:
         return str(answer.status_code)
     result = answer.json()["result"]
@@ -50,11 +59,13 @@ def _said(client: Client, tool: str, statement: str) -> str:
     return text if result["isError"] else "rows"
 
 
+ENDED = "401"
+TAKEN = "your access to 'shop' was taken or narrowed while the call ran"
 UNGRANT = ("user", "ungrant", "frank", "--database", "shop", "--apply")
 ENDS: dict[str, tuple[Callable[[Site], object], str, str]] = {
-    "disabled": (lambda at: at.run("user", "disable", "frank"), "401", "401"),
-    "disabled in the file": (lambda at: at.edit_user("frank", disabled_at=datetime.now(UTC)), "401", "401"),
-    "all taken back": (lambda at: at.run(*UNGRANT), "no read access", "no write access"),
+    "disabled": (lambda at: at.run("user", "disable", "frank"), ENDED, ENDED),
+    "disabled in the file": (lambda at: at.edit_user("frank", disabled_at=datetime.now(UTC)), ENDED, ENDED),
+    "all taken back": (lambda at: at.run(*UNGRANT), *["there is no default database"] * 2),
     "a table taken back": (
         lambda at: at.run(*UNGRANT, "--access", "write", "--table", "franks.notes"), "rows", "no write access"),
     "a role taken": (lambda at: at.edit_user("frank", roles=("mcp-user",)), "rows", "has not the permission"),
@@ -78,10 +89,13 @@ def test_the_end_of_a_right_cuts_what_runs_within_a_second_and_refuses_what_come
         ended = time.monotonic()
         eventually(lambda: not _sleeping(at, "frank"), 1.0)
         for call in running:
-            assert call.result(max(0.1, ended + 1 - time.monotonic())).status_code == 401
+            answer = call.result(max(0.1, ended + 1 - time.monotonic()))
+            assert _words(answer) == ENDED if ENDED in expected else TAKEN in _words(answer)
         for tool, words in zip(TOOLS, expected, strict=True):
             assert words in _said(client, tool, "select 1")
         assert _sleeping(at, "henry"), "somebody else's runs on"
+        cut = [line for line in at.audit() if line.get("outcome") == "cut" and line["user"] == "frank"][-2:]
+        assert len({line["tool"] for line in cut}) == 2
         tokens.revoke(at.tokens, [aside_id], datetime.now(UTC))
         assert aside.result().status_code == 401
     if how == "disabled":
@@ -108,3 +122,135 @@ def test_a_further_grant_cuts_nothing_and_counts_at_once(at: Site) -> None:
         assert _said(again, "query_database", "select count(*) from franks.notes") == "rows"
         assert _said(again, "execute_statement", "update franks.notes set body = body where false") == "rows"
         assert running.result().json()["result"]["structuredContent"]["rows"] == [[7]]
+
+
+@pytest.fixture
+def both(at: Site) -> Iterator[tuple[Client, Client]]:
+    """Two clients of one token of ivan's, who reads both databases."""
+    if "ivan" not in users.user_file(at.folder / "users.yaml").current():
+        at.user("ivan", "mcp-user")
+    at.grant("ivan", "--schema", "franks")
+    at.run("user", "grant", "ivan", "--database", "second", "--schema", "public", "--access", "read", "--apply")
+    text = at.token("ivan")[1]
+    with at.client(text) as one, at.client(text) as other:
+        yield one, other
+
+
+def test_a_right_that_is_taken_in_one_database_cuts_nothing_in_another(at: Site, both: tuple[Client, Client]) -> None:
+    one, other = both
+    cut = in_background(one.call, "query_database", {"query": "select 1 from pg_sleep(60)"})
+    query = "select 7 from pg_sleep(3) -- pg_sleep(60)"
+    runs = in_background(other.call, "query_database", {"query": query, "database": "second"})
+    eventually(lambda: len(_sleeping(at, "ivan")) == 2)
+    done = at.run("user", "ungrant", "ivan", "--database", "shop", "--apply").stderr
+    assert "cut: 1 query, 0 backends left" in done
+    assert TAKEN in _words(cut.result())
+    assert runs.result().json()["result"]["structuredContent"]["rows"] == [[7]]
+    line = next(line for line in reversed(at.audit()) if line.get("outcome") == "cut")
+    assert (line["event"], line["database"], line["user"]) == ("tool.refused", "shop", "ivan")
+    assert "your access to 'shop'" in line["reason"]
+    closed = [line for line in at.audit() if line["event"] == "pool.closed" and line["user"] == "ivan"]
+    assert [line["database"] for line in closed] == ["shop"]
+    assert "its user's grant on shop was narrowed: 1 query" in closed[0]["reason"]
+
+
+def test_a_token_that_was_cut_in_one_database_is_still_cut_everywhere_when_it_is_revoked(
+    at: Site, both: tuple[Client, Client]
+) -> None:
+    one, other = both
+    runs = in_background(other.call, "query_database", {"query": "select pg_sleep(60)", "database": "second"})
+    eventually(lambda: _sleeping(at, "ivan"))
+    at.run("user", "ungrant", "ivan", "--database", "shop", "--apply")
+    assert _sleeping(at, "ivan"), "that database is not concerned"
+    assert "no default database" in _said(one, "query_database", "select 1")
+    newest = max((one for one in at.tokens.current().values() if one.user == "ivan"), key=lambda one: one.created_at)
+    assert "cut: 1 query, 0 backends left" in at.run("token", "revoke", newest.id).stdout
+    assert runs.result(1).status_code == 401
+    assert not _sleeping(at, "ivan")
+
+
+def test_of_several_databases_what_was_read_before_the_right_was_taken_does_not_leave(
+    at: Site, both: tuple[Client, Client]
+) -> None:
+    one, _ = both
+    query = "select current_database()::text from pg_sleep(case current_database() when 'second' then 3 else 0 end)"
+    asked = {"query": f"{query} -- pg_sleep(60)", "databases": ["shop", "second"]}
+    runs = in_background(one.call, "query_database", asked)
+    eventually(lambda: len(_sleeping(at, "ivan")) == 1)
+    at.run("user", "ungrant", "ivan", "--database", "shop", "--apply")
+    first, second = runs.result().json()["result"]["structuredContent"]["results"]
+    assert TAKEN in first["error"]
+    assert "rows" not in first
+    assert second["rows"] == [["second"]]
+
+
+def test_other_roles_that_give_as_much_cut_nothing(at: Site, both: tuple[Client, Client]) -> None:
+    one, _ = both
+    runs = in_background(one.call, "query_database", {"query": "select 7 from pg_sleep(3) -- pg_sleep(60)"})
+    eventually(lambda: _sleeping(at, "ivan"))
+    assert at.run("user", "roles", "ivan", "mcp-tools").stdout == "ivan: mcp-tools\ncut: 0 queries, 0 backends left\n"
+    assert _said(one, "query_database", "select 1") == "rows"
+    assert runs.result().json()["result"]["structuredContent"]["rows"] == [[7]]
+    runs = in_background(one.call, "query_database", {"query": "select pg_sleep(60)"})
+    eventually(lambda: _sleeping(at, "ivan"))
+    assert "cut: 1 query, 0 backends left" in at.run("user", "roles", "ivan", "--none").stdout
+    assert TAKEN in _words(runs.result())
+    assert "roles\tnone\n" in at.run("user", "show", "ivan").stdout
+    at.run("user", "roles", "ivan", "mcp-user")
+
+
+STUBBORN = (
+    "do $d$ begin perform set_config('client_connection_check_interval', '0', false);"
+    " perform set_config('statement_timeout', '0', false);"
+    " for i in 1..60 loop begin perform pg_sleep(1); exception when query_canceled then null; end; end loop; end $d$"
+)
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        ["role = mcp_logins"],
+        ["timezone = 'Asia/Tokyo'", "datestyle = 'SQL, DMY'", "statement_timeout = 1", "idle_session_timeout = 1",
+         "client_encoding = SQL_ASCII", "quote_all_identifiers = on", "standard_conforming_strings = off"],
+    ],
+    ids=["role", "others"],
+)  # fmt: skip
+def test_no_default_that_a_login_role_is_given_keeps_its_query_alive(at: Site, defaults: list[str]) -> None:
+    """A function that runs what it is given lets a role that writes change its own defaults (docs/security.md)."""
+    user = f"stub-{len(defaults)}"
+    at.user(user, "mcp-tools")
+    with at.shop.admin() as admin:
+        admin.execute(
+            "CREATE OR REPLACE FUNCTION franks.run(t text) RETURNS text LANGUAGE plpgsql AS"
+            " $$BEGIN EXECUTE t; RETURN 'pg_sleep(60)'; END$$"
+        )
+        at.grant(user, "--schema", "franks", access="write")
+        for default in defaults:
+            admin.execute(f'ALTER ROLE "mcp_{user}_w" SET {default}'.encode())
+    token_id, text = at.token(user)
+    with at.client(text) as client:
+        asked = {"statement": f"select franks.run($x${STUBBORN}$x$) -- pg_sleep(60)"}
+        running = in_background(client.call, "execute_statement", asked)
+        eventually(lambda: _sleeping(at, user))
+        told = at.run("grant", "diff", check=False).stdout
+        for name in (default.split()[0] for default in defaults):
+            assert name in roles.SETTINGS or f"mcp_{user}_w: has a default of its own for {name}" in told.lower()
+        revoked = time.monotonic()
+        assert "cut: 1 query, 0 backends left" in at.run("token", "revoke", token_id).stdout
+        assert not _sleeping(at, user)
+        assert running.result(1).status_code == 401
+    assert time.monotonic() - revoked < 5
+    at.grant(user, "--schema", "franks", access="write")
+    assert f"mcp_{user}_w: has a default" not in at.run("grant", "diff", check=False).stdout
+
+
+def test_what_a_removed_user_has_running_is_refused_in_our_words_and_not_in_postgresqls(at: Site) -> None:
+    """Removing ends the login roles' backends, too: by then the server has cut, and knows why."""
+    at.user("gone", "mcp-tools")
+    at.grant("gone", "--schema", "franks")
+    with at.client(at.token("gone")[1]) as client:
+        call = in_background(client.call, "query_database", {"query": "select pg_sleep(60)"})
+        eventually(lambda: _sleeping(at, "gone"))
+        done = at.run("user", "remove", "gone", "--yes")
+        assert _words(call.result()) == ENDED
+    assert "cut: 1 query, 0 backends left" in done.stdout

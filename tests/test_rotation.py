@@ -51,7 +51,7 @@ def settings(home: Home) -> Settings:
 
 
 def keys(home: Home) -> list[str]:
-    return (home.folder / "secret.key").read_text().split()
+    return keyring.parse((home.folder / "secret.key").read_bytes(), home.folder / "secret.key")
 
 
 def all_open(home: Home, alone: str | None = None) -> bool:
@@ -140,9 +140,45 @@ def test_an_interrupted_rotation_goes_on_with_the_key_that_it_had_made(home: Hom
     new, kept = keys(home)
     assert kept == old
     assert "an old key is still there" in home("doctor").out
+    done = home("key", "rotate")
+    assert "of a rotation that had begun earlier" in done.err
+    assert keys(home) == [new]
+    assert (home.folder / "secret.key").read_text() == f"{new}\n"
+    assert "an old key is still there" not in home("doctor").out
+
+
+@pytest.mark.parametrize("which", ["an older one", "the same", "both needed", "only the second needed"])
+def test_a_second_key_of_the_operators_is_no_interrupted_rotation(home: Home, which: str) -> None:
+    """Whoever rotates since a key has leaked ends with one that nobody had, whatever else stands in the file."""
+    file = home.folder / "secret.key"
+    (first,) = keys(home)
+    second = first if which == "the same" else keyring.new_key()
+    if which == "only the second needed":
+        first, second = second, first
+    elif which == "both needed":
+        file.write_text(second)
+        (home.folder / "one.password").write_text(Keyring(file).seal("one secret"))
+    file.write_text(f"# the old one is for a backup\n{first}\n{second}\n")
+    done = home("key", "rotate")
+    (new,) = keys(home)
+    assert done.good == f"key {keyring.key_id(new)}; 6 passwords sealed again\n"
+    assert done.err == ""
+    assert new not in (first, second)
+    assert all_open(home, new)
+
+
+def test_a_rotation_with_two_keys_that_is_interrupted_goes_on(home: Home) -> None:
+    (old,) = keys(home)
+    older = keyring.new_key()
+    (home.folder / "secret.key").write_text(f"{old}\n{older}\n")
+    for _ in range(2):
+        with pytest.raises(Error, match="has not been given it yet"):
+            rotation.rotate(settings(home), lambda key: [42])
+    new, *others = keys(home)
+    assert others == [old, older]
     rotation.rotate(settings(home), nobody)
     assert keys(home) == [new]
-    assert "an old key is still there" not in home("doctor").out
+    assert all_open(home, new)
 
 
 def test_what_cannot_be_opened_stops_a_rotation_before_it_changes_anything(home: Home) -> None:
@@ -254,7 +290,7 @@ def test_a_server_that_does_not_know_the_new_key_stops_the_rotation(
                 assert done.returncode == 1
                 assert f"the server (pid {pid}) has not been given it yet" in done.stderr
                 assert "restart the server" in done.stderr
-                assert len((found.folder / "secret.key").read_text().split()) == 2
+                assert len(Keyring(found.folder / "secret.key").keys()) == 2
                 assert client.rows("SELECT 1") == [[1]]
         found.stop()
         give()
@@ -317,7 +353,7 @@ def test_no_call_fails_while_the_key_is_rotated_again_and_again(
             one.result()
     assert not failed, failed[0]
     people = users.user_file(found.folder / "users.yaml").current().values()
-    assert all(keyring.opens_alone(key, text) for text, _ in rotation.sealed_in({one.name: one for one in people}))
+    assert all(keyring.opens_alone(key, text) for text, _ in users.sealed_in({one.name: one for one in people}))
     opened = sum(line["event"] == "pool.opened" for line in found.audit())
     assert opened >= len(clients)
     assert found.stop() in (0, -15)

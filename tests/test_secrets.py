@@ -23,7 +23,6 @@ from mcpctl.identity import users
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import scram
 from mcpctl.postgres.embedded import Binaries
-from mcpctl.rotation import sealed_in
 from place import Place, place
 from site_of_mcpctl import COMMAND, Client, environment
 
@@ -111,7 +110,7 @@ class Session:
         ring = Keyring(folder / "secret.key")
         for key in list(ring.keys()):
             self.keep(f"key {key[:4]}", key, "secret.key")
-        for text, what in sealed_in(users.user_file(folder / "users.yaml").current()):
+        for text, what in users.sealed_in(users.user_file(folder / "users.yaml").current()):
             password = ring.open(text, what)
             self.keep(f"{what} {password[:4]}", password)
         for path in folder.rglob("*"):

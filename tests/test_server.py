@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import ssl
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,8 @@ import httpx
 import pytest
 
 import site_of_mcpctl as site
-from site_of_mcpctl import Client, Shop, Site, eventually
+from mcpctl.policy import roles
+from site_of_mcpctl import COMMAND, Client, Shop, Site, environment, eventually
 
 MakeSite = Callable[..., Site]
 
@@ -233,6 +233,11 @@ def test_permissions_and_databases_of_a_token_narrow_what_it_sees_and_may(served
         refused = client.call("explain_query", {"query": "select 1"}).json()["result"]
         assert refused["isError"]
         assert "lacks the permission tools:explain_query" in refused["content"][0]["text"]
+        told = client.call("whoami").json()["result"]["structuredContent"]
+        assert told["permissions"] == ["tools:query_database", "tools:whoami", "databases:shop:read"]
+    with served.client(served.token(permissions=("*",))[1]) as client:
+        told = client.call("whoami").json()["result"]["structuredContent"]
+        assert told["permissions"] == list(roles.BUILT_IN["mcp-user"])
     _, text = served.token(databases=("other",))
     with served.client(text) as client:
         assert "there is no database 'shop' for you" in client.error("select 1", database="shop")
@@ -366,6 +371,26 @@ def test_what_would_send_tokens_in_clear_does_not_start(make_site: MakeSite, new
         assert "Traceback" not in done.stderr
 
 
+def test_a_server_for_others_does_not_start_where_it_could_read_the_administrators_login(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop)
+    (at.folder / "admin.dsn").touch(0o600)
+    at.start()
+    assert "admin.dsn can be read by the user whom the server runs as" in "".join(at.stderr)
+    at.stop()
+    wrapped = [*COMMAND, "--config", str(at.config), "serve", "--port", "0"]  # a unit whose ExecStart is a shell
+    started = subprocess.run(
+        wrapped, env=environment(INVOCATION_ID="0" * 32), capture_output=True, text=True, timeout=60,
+        start_new_session=True,
+    )  # fmt: skip
+    assert (started.returncode, "holds a login that can make roles" in started.stderr) == (3, True), started.stderr
+    at.config.write_text(at.config.read_text() + "server: {trusted_proxies: [127.0.0.1]}\n")
+    for arguments in ((), ("--behind-proxy",), ("--host", "0.0.0.0", "--behind-proxy")):
+        done = at.run("serve", "--port", "0", *arguments, check=False)
+        assert (done.returncode, "holds a login that can make roles" in done.stderr) == (3, True), done.stderr
+
+
 def test_no_auth_is_loud_and_takes_nothing_that_was_forwarded(make_site: MakeSite, newest_shop: Shop) -> None:
     at = make_site(newest_shop).start("--no-auth")
     assert "AUTHENTICATION IS OFF" in "".join(at.stderr)
@@ -439,35 +464,3 @@ def test_the_old_sse_transport_is_served_when_asked_for_and_ends_with_its_token(
     eventually(lambda: not newest_shop.backends("query LIKE '%sleep(60)%'"), 1)
     at.stop()
     assert not [line for line in at.stderr if "Traceback" in line or "ERROR" in line]
-
-
-def test_stopping_ends_what_runs_and_leaves_no_backend(make_site: MakeSite, newest_shop: Shop) -> None:
-    for number, arguments in ((signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, ("--workers", "2"))):
-        at = make_site(newest_shop).start(*arguments)
-        with at.client(at.token()[1]) as a:
-            ((pid,),) = a.rows("select pg_backend_pid()")
-        at.stop(number)
-        eventually(lambda pid=pid: not newest_shop.backends(f"pid = {pid}"), 3)
-        assert not list(at.folder.glob("control.*.sock"))
-        assert at.audit()[-1]["event"] == "server.stopped"
-
-
-def test_a_worker_that_dies_is_replaced(make_site: MakeSite, newest_shop: Shop) -> None:
-    at = make_site(newest_shop).start("--workers", "2")
-    assert at.process is not None
-    children = Path(f"/proc/{at.process.pid}/task/{at.process.pid}/children")
-    if not children.exists():
-        pytest.skip("a process's children are read from /proc")
-    first = children.read_text().split()
-    os.kill(int(first[0]), signal.SIGKILL)
-    eventually(lambda: first[0] not in children.read_text().split() and len(children.read_text().split()) == 2)
-    text = at.token()[1]
-
-    def works() -> bool:
-        try:
-            with at.client(text) as a:
-                return bool(a.rows("select 1") == [[1]])
-        except httpx.HTTPError:
-            return False  # the connection that the dead worker had
-
-    eventually(works)

@@ -117,6 +117,22 @@ def test_what_was_asked_before_the_end_of_stdin_is_answered_and_what_takes_long_
     assert not newest_shop.backends("query LIKE '%sleep%'")
 
 
+def test_where_there_are_tenants_nobody_is_served_without_a_token(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop)
+    command = [*COMMAND, "serve", "--stdio", "--config", str(at.config)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        assert "result" in _speak(process, _question("select 1"))[0]
+        at.run("tenant", "add", "acme", "--database", "shop")
+        (refused,) = _speak(process, _question("select 1"))
+        assert "nobody is served without a token" in refused["error"]["message"]  # type: ignore[index]
+        process.communicate(timeout=10)
+    for way in (["--stdio"], ["--no-auth", "--port", "0"]):
+        done = at.run("serve", *way, check=False, stdin=subprocess.DEVNULL)
+        assert (done.returncode, "nobody is served without a token" in done.stderr) == (3, True)
+
+
 def test_on_stdio_the_token_of_the_environment_counts_and_its_revocation_too(make_site: MakeSite, shop: Shop) -> None:
     at = make_site(shop)
     name, text = at.token()

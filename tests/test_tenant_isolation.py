@@ -112,6 +112,11 @@ def test_what_speaks_of_the_caller_speaks_of_the_tenant(town: Town) -> None:
         with town.client(house) as client:
             who = _result(client, "whoami", {})["structuredContent"]
             assert (who["user"], who["tenant"], who["databases"]) == (house.user, house.name, [town.database(house)])
+            place = f"databases:{town.database(house)}:"
+            assert {one for one in who["permissions"] if not one.startswith("tools:")} == {
+                f"{place}read",
+                f"{place}write",
+            }
             listed = _result(client, "list_databases", {})["structuredContent"]
             assert listed == {
                 "databases": [{"name": town.database(house), "default": True, "access": ["read", "write"]}],
@@ -134,8 +139,33 @@ def test_a_database_of_another_tenant_is_as_one_that_does_not_exist(town: Town, 
             name: _text(client, tool, {**_arguments(tool, ACME), "database": name}, fails=True).replace(name, "$NAME")
             for name in (*named, "nowhere", "acme2", "acm", "ACME", "acme ", "template1", "postgres", "*")
         }
-    assert set(said.values()) == {"there is no database '$NAME' for you\nHint: list_databases shows those you may ask"}
     assert [line["outcome"] for line in town.site.audit()[-len(said) :]] == ["refused"] * len(said)
+    no_names = {said.pop(name) for name in ("ACME", "acme ", "*")}
+    assert no_names == {"there is no database of such a name for you\nHint: list_databases shows those you may ask"}
+    assert set(said.values()) == {"there is no database '$NAME' for you\nHint: list_databases shows those you may ask"}
+
+
+@pytest.fixture(scope="module")
+def sam(town: Town) -> Iterator[Client]:
+    """Somebody of no tenant, without a grant."""
+    town.site.run("user", "add", "sam", "--role", "mcp-tools")
+    with town.site.client(town.site.token("sam", databases=None)[1]) as client:
+        yield client
+
+
+@pytest.mark.parametrize("tool", ASKING)
+def test_who_belongs_to_no_tenant_learns_of_none(town: Town, sam: Client, tool: str) -> None:
+    """A tenant's database, another one without a grant, and one that is not there: the same words."""
+    ways = ["database", "databases"] if "databases" in TOOLS[tool].properties else ["database"]
+    names = [*dict.fromkeys(town.database(one) for one in HOUSES), "shop", "nowhere"]
+    said = {
+        _text(sam, tool, {**_arguments(tool, ACME), way: name if way == "database" else [name]}, fails=True)
+        .replace(f"'{name}'", "$NAME")
+        for way in ways
+        for name in names
+    }  # fmt: skip
+    assert said == {"there is no database $NAME for you\nHint: list_databases shows those you may ask"}
+    assert _text(sam, tool, _arguments(tool, ACME), fails=True).startswith("there is no default database")
 
 
 def test_of_several_databases_one_of_another_tenant_refuses_the_call(town: Town) -> None:
@@ -270,25 +300,24 @@ def test_a_grant_beyond_the_tenant_is_not_made(town: Town) -> None:
         assert _result(client, "whoami", {})["structuredContent"]["databases"] == [town.database(ACME)]
 
 
-def test_a_tenant_that_moves_or_goes_cuts_what_runs_and_refuses(town: Town) -> None:
+def test_a_tenant_that_moves_cuts_what_runs_and_one_that_is_gone_lets_nobody_in(town: Town) -> None:
     file = tenants.tenant_file(town.site.folder / "tenants.yaml")
     own = file.current()["acme-x"]
     with town.client(ACME_X) as client, town.client(ACME) as other:
-        for after, status in ((replace(own, database="nowhere"), 200), (None, 401)):
-            running = in_background(client.call, "query_database", {"query": "select pg_sleep(60)"})
-            eventually(lambda: _active(town, "mcp_xen_r"))
-            with file.edit() as entries:
-                entries.pop("acme-x")
-                if after is not None:
-                    entries["acme-x"] = after
-            assert running.result(5).status_code == 401
-            eventually(lambda: not _active(town, "mcp_xen_r"), 3)
-            answer = client.call("query_database", {"query": "select owner from acme_x_users"})
-            assert answer.status_code == status
-            assert status == 401 or answer.json()["result"]["isError"]
-            with file.edit() as entries:
-                entries["acme-x"] = own
-            assert client.rows("select owner from acme_x_users limit 1") == [["acme-x"]]
+        running = in_background(client.call, "query_database", {"query": "select pg_sleep(60)"})
+        eventually(lambda: _active(town, "mcp_xen_r"))
+        with file.edit() as entries:
+            entries["acme-x"] = replace(own, database="shop", schema="nowhere")
+        assert "was taken or narrowed" in running.result(5).text
+        eventually(lambda: not _active(town, "mcp_xen_r"), 3)
+        assert client.call("query_database", {"query": "select owner from acme_x_users"}).json()["result"]["isError"]
+        with file.edit() as entries:
+            del entries["acme-x"]
+        asked = {"query": "select 1"}
+        assert {one.call("query_database", asked).status_code for one in (client, other)} == {503}
+        with file.edit() as entries:
+            entries["acme-x"] = own
+        assert client.rows("select owner from acme_x_users limit 1") == [["acme-x"]]
         assert other.rows("select owner from acme_users limit 1") == [["acme"]]
 
 

@@ -1,10 +1,8 @@
-"""Tenants: the file, what a grant may reach, and what a credential says of its tenant from one moment to the next."""
+"""Tenants: the file, what a grant may reach, and the commands."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +17,9 @@ from mcpctl.errors import (
     ConflictError,
     ForbiddenError,
     NotFoundError,
-    UnauthorizedError,
-    UnavailableError,
     UsageError,
 )
 from mcpctl.identity import tenants, tokens, users
-from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.identity.grants import Grant
 from mcpctl.identity.principal import Principal
@@ -32,6 +27,7 @@ from mcpctl.identity.tenants import Tenant
 from mcpctl.keyring import Keyring
 from mcpctl.policy.access import Access
 from mcpctl.postgres.logins import Logins
+from site_of_mcpctl import READER, Shop, Site
 
 START = datetime(2026, 11, 20, 12, 0, 0, tzinfo=UTC)
 ACME = Tenant("acme", START, "acme")
@@ -41,18 +37,25 @@ ACME_X = Tenant("acme-x", START, "both", "acme_x", "the other one")
 
 @pytest.fixture
 def places(tmp_path: Path) -> EntryFile[Tenant]:
-    return tenants.tenant_file(tmp_path / "tenants.yaml")
+    found = tenants.tenant_file(tmp_path / "tenants.yaml")
+    private_file.create(found.path, found.render({}))
+    return found
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_file_there_are_no_tenants_and_the_first_one_makes_it(places: EntryFile[Tenant]) -> None:
+def test_a_new_file_has_no_tenants_and_a_lost_one_is_a_fault(places: EntryFile[Tenant]) -> None:
     assert places.current() == {}
     tenants.add(places, ACME)
     assert places.path.stat().st_mode & 0o777 == 0o600
     assert places.current() == {"acme": ACME}
     assert "acme: {created_at: '2026-11-20T12:00:00Z', database: acme}" in places.path.read_text()
+    places.path.unlink()
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="there is no file") as caught:
+            places.current()
+    assert "restore it; only where there never were tenants" in (caught.value.hint or "")
 
 
 def test_what_was_written_is_read_again(places: EntryFile[Tenant]) -> None:
@@ -67,7 +70,7 @@ def test_what_was_written_is_read_again(places: EntryFile[Tenant]) -> None:
 def test_a_name_that_is_none_is_refused(places: EntryFile[Tenant], name: str) -> None:
     with pytest.raises(UsageError):
         tenants.add(places, replace(ACME, name=name))
-    assert not places.path.exists()
+    assert places.current() == {}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_schemas_of_one_database_whose_names_begin_alike_are_places_of_their_own
 
 def test_a_tenant_with_users_stays_and_without_goes(places: EntryFile[Tenant]) -> None:
     tenants.add(places, ACME)
-    with pytest.raises(ConflictError, match="alice belong to the tenant acme"):
+    with pytest.raises(ConflictError, match="alice belongs to the tenant acme"):
         tenants.remove(places, "acme", {"alice": users.User("alice", START, tenant="acme")})
     with pytest.raises(NotFoundError, match="there is no tenant acme-x"):
         tenants.remove(places, "acme-x", {})
@@ -120,11 +123,49 @@ def test_a_tenant_with_users_stays_and_without_goes(places: EntryFile[Tenant]) -
     ],
 )
 def test_a_broken_entry_is_named_with_what_is_wrong(places: EntryFile[Tenant], fields: str, fault: str) -> None:
-    private_file.create(places.path, f"version: 1\ntenants:\n  acme: {fields}\n".encode())
+    places.path.write_bytes(f"version: 1\ntenants:\n  acme: {fields}\n".encode())
     with pytest.raises(ConfigError) as caught:
         places.current()
     assert fault in caught.value.message
     assert f"{places.path}:3" in caught.value.message
+
+
+_AT = "created_at: 2026-11-20T12:00:00Z"
+
+
+@pytest.mark.parametrize(
+    "first, second, taken",
+    [
+        ("database: acme", "database: acme", "the database acme is the tenant acme's"),
+        ("database: acme", "database: acme, schema: b", "the database acme is the tenant acme's"),
+        ("database: acme, schema: a", "database: acme", "the schema a of acme is the tenant acme's"),
+        ("database: acme, schema: a", "database: acme, schema: '\"a\"'", "the schema a of acme is the tenant acme's"),
+    ],
+)
+@pytest.mark.parametrize("inside", [f"{{{_AT}, $}}", f"\n    {_AT}\n    $"], ids=["a line each", "by hand"])
+def test_two_tenants_of_a_hand_edited_file_share_nothing(
+    places: EntryFile[Tenant], first: str, second: str, taken: str, inside: str
+) -> None:
+    if "{" not in inside:
+        first, second = first.replace(", ", "\n    "), second.replace(", ", "\n    ")
+    acme, other = inside.replace("$", first), inside.replace("$", second)
+    places.path.write_bytes(f"version: 1\ntenants:\n  acme: {acme}\n  b: {other}\n".encode())
+    line = 4 if "{" in inside else 7 if "schema" in first else 6
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=f"{places.path}:{line}: b: {taken}; give each a place of its own"):
+            places.current()
+
+
+def test_a_tenants_database_has_one_name(places: EntryFile[Tenant]) -> None:
+    shared = Database(host="127.0.0.1", dbname="acme", user="reader")
+    databases = {"acme": shared, "odd": replace(shared, host="localhost", user="other"), "b": Database(dbname="b")}
+    twins = Logins(databases, Keyring(Path("/nonexistent"))).twins
+    tenants.add(places, WIDGETS)
+    assert tenants.tenant_file(places.path, twins).current()
+    tenants.add(places, ACME)
+    assert places.current()
+    with pytest.raises(ConfigError, match=f"{places.path}:4: acme: acme and odd of the config are one database"):
+        tenants.tenant_file(places.path, twins).current()
 
 
 def test_a_file_that_others_may_read_is_not_believed(places: EntryFile[Tenant]) -> None:
@@ -192,129 +233,6 @@ def test_a_tenant_with_a_schema_has_nothing_where_all_share_one_login() -> None:
     assert logins.of(whole, "both", "read").name == "both"
 
 
-# -- what a credential says -------------------------------------------------------------------------------------------
-
-
-class Door:
-    """An authenticator whose files have a user of acme, one of widgets, and one of nobody."""
-
-    def __init__(self, folder: Path) -> None:
-        self.tokens = tokens.token_file(folder / "tokens.yaml")
-        self.users = users.user_file(folder / "users.yaml")
-        self.tenants = tenants.tenant_file(folder / "tenants.yaml")
-        private_file.create(self.tokens.path, self.tokens.render({}))
-        private_file.create(self.users.path, self.users.render({}))
-        tenants.add(self.tenants, ACME)
-        tenants.add(self.tenants, WIDGETS)
-        self.texts: dict[str, str] = {}
-        self.ids: dict[str, str] = {}
-        for name, tenant in (("ann", "acme"), ("wil", "widgets"), ("sam", None)):
-            users.add(self.users, name, None, START, tenant=tenant)
-            entry, self.texts[name] = tokens.add(self.tokens, tokens.Wanted(user=name, expires_at=None), START)
-            self.ids[name] = entry.id
-        self.ended: list[dict[str, str]] = []
-        self.door = Authenticator(self.tokens.path, self.users.path, self.tenants.path)
-        self.door.ended = self.ended.append
-
-    def enter(self, name: str) -> Principal:
-        return asyncio.run(self.door.authenticate(self.texts[name], "192.0.2.1"))
-
-    def refused(self, name: str) -> str:
-        with pytest.raises(UnauthorizedError) as caught:
-            self.enter(name)
-        return caught.value.message
-
-    def put(self, name: str, tenant: Tenant | None) -> None:
-        """Change an entry by hand, which the command line never does."""
-        with self.tenants.edit() as entries:
-            entries.pop(name, None)
-            if tenant is not None:
-                entries[name] = tenant
-
-
-@pytest.fixture
-def door(tmp_path: Path) -> Iterator[Door]:
-    found = Door(tmp_path)
-    yield found
-    found.door.close()
-
-
-def test_the_tenant_comes_from_the_credential_with_its_place(door: Door) -> None:
-    assert (door.enter("ann").tenant, door.enter("ann").within) == ("acme", ACME)
-    assert (door.enter("wil").tenant, door.enter("wil").within) == ("widgets", WIDGETS)
-    assert (door.enter("sam").tenant, door.enter("sam").within) == (None, None)
-
-
-def test_a_tenant_that_goes_cuts_its_own_tokens_and_no_other_and_lets_them_in_again_when_it_comes_back(
-    door: Door,
-) -> None:
-    before = {name: door.enter(name) for name in ("ann", "wil", "sam")}
-    door.put("acme", None)
-    assert door.refused("ann") == "its tenant acme is gone"
-    assert door.ended == [{door.ids["ann"]: "its user's tenant changed"}]
-    assert [door.door.still_valid(before[name]) for name in before] == [False, True, True]
-    assert door.enter("wil") == before["wil"]
-    door.put("acme", ACME)
-    assert door.enter("ann").within == ACME
-    assert not door.door.still_valid(before["ann"]), "what was opened before is over for good"
-
-
-def test_a_tenant_that_moves_cuts_what_was_open_and_opens_the_new_place_alone(door: Door) -> None:
-    before, other = door.enter("ann"), door.enter("wil")
-    moved = Tenant("acme", START, "both", "acme")
-    door.put("acme", moved)
-    after = door.enter("ann")
-    assert door.ended == [{door.ids["ann"]: "its user's tenant changed"}]
-    assert not door.door.still_valid(before)
-    assert after.within == moved
-    assert not Access(Auth()).may(after, "databases:acme:read").allowed
-    assert door.door.still_valid(other)
-
-
-def test_a_user_who_changes_tenants_is_cut_and_sees_the_new_one_alone(door: Door) -> None:
-    before = door.enter("ann")
-    with door.users.edit() as entries:
-        entries["ann"] = replace(entries["ann"], tenant="widgets")
-    after = door.enter("ann")
-    assert (after.tenant, after.within) == ("widgets", WIDGETS)
-    assert door.ended == [{door.ids["ann"]: "its user's tenant changed"}]
-    assert not door.door.still_valid(before)
-
-
-def test_a_user_of_nobody_who_comes_to_a_tenant_is_cut_too(door: Door) -> None:
-    before = door.enter("sam")
-    with door.users.edit() as entries:
-        entries["sam"] = replace(entries["sam"], tenant="acme")
-    assert door.enter("sam").within == ACME
-    assert not door.door.still_valid(before)
-
-
-def test_a_tenant_file_that_is_gone_refuses_the_tenants_users_and_lets_the_others_in(door: Door) -> None:
-    door.enter("ann")
-    good = door.tenants.path.read_bytes()
-    door.tenants.path.unlink()
-    assert door.refused("ann") == "its tenant acme is gone"
-    assert door.refused("wil") == "its tenant widgets is gone"
-    assert door.enter("sam").within is None
-    private_file.create(door.tenants.path, good)
-    assert door.enter("ann").within == ACME
-
-
-def test_a_tenant_file_that_is_broken_lets_nobody_in_until_it_is_mended(door: Door) -> None:
-    door.enter("ann")
-    good = door.tenants.path.read_bytes()
-    for broken in (good + b"  acme: {}\n", b"", good.replace(b"database: acme", b"database: [acme]"), b"\xff"):
-        door.tenants.path.write_bytes(broken)
-        for name in ("ann", "wil", "sam"):
-            with pytest.raises(UnavailableError):
-                door.enter(name)
-    door.tenants.path.write_bytes(good)
-    assert door.enter("ann").within == ACME
-    door.tenants.path.chmod(0o644)
-    with pytest.raises(UnavailableError):
-        door.enter("sam")
-
-
 # -- the commands -----------------------------------------------------------------------------------------------------
 
 _TWO = "  both: {host: /nonexistent, dbname: both, roles: per_user}\n"
@@ -338,7 +256,9 @@ def test_a_tenant_is_made_listed_and_removed_by_the_command_line(home: Home) -> 
     refused = home("tenant", "remove", "acme")
     assert (refused.code, "ann belong" in refused.error) == (5, True)
     assert home("user", "remove", "ann", "--yes").good.startswith("ann removed\n")
-    assert home("tenant", "remove", "acme").good == "acme removed\n"
+    asked = home("tenant", "remove", "acme")
+    assert (asked.code, "removing tenant acme wants a yes" in asked.error) == (2, True)
+    assert home("tenant", "remove", "acme", "--yes").good == "acme removed\n"
     assert json.loads(home("tenant", "list", "--json").good)["tenants"][0]["tenant"] == "wid"
     events = [(line["event"], line["tenant"]) for line in _audit(home) if line["event"].startswith("tenant.")]
     assert events == [("tenant.added", "acme"), ("tenant.added", "wid"), ("tenant.removed", "acme")]
@@ -372,9 +292,176 @@ def test_what_makes_no_tenant_is_refused_and_changes_nothing(
     assert not [path for path in changed if path.endswith(".yaml")]
 
 
+def test_a_token_is_for_no_database_where_it_would_open_nothing(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home", "  two: {host: /nonexistent, dbname: two, user: u}\n" + _TWO)
+    assert home("tenant", "add", "acme", "--database", "shop").code == 0
+    assert home("tenant", "add", "wid", "--database", "both", "--schema", "wid").code == 0
+    for user, tenant in (("ann", "acme"), ("wil", "wid")):
+        assert home("user", "add", user, "--tenant", tenant).code == 0
+    assert home("user", "add", "sam").code == 0
+    for arguments, code, said in (
+        (("--user", "ann", "--database", "shop", "--database", "two"), 2, "acme has the database shop, not two"),
+        (("--user", "wil", "--database", "shop"), 2, "the tenant wid has the schema wid of both, not shop"),
+        (("--user", "sam", "--database", "shop"), 5, "the database shop is the tenant acme's alone"),
+        (("--database", "shop"), 5, "the database shop is the tenant acme's alone"),
+    ):
+        refused = home("token", "add", "--expiry", "1d", *arguments)
+        assert (refused.code, said in refused.error) == (code, True), refused.err
+    assert tokens.token_file(home.folder / "tokens.yaml").current() == {}
+    for arguments in (("ann", "--database", "shop"), ("sam", "--database", "two"), ("wil",)):
+        home.token("--user", *arguments)
+
+
+@pytest.mark.parametrize("client", ["claude-code", "claude-desktop", "cursor", "vscode", "codex", "gemini", "json"])
+def test_a_client_may_have_servers_of_several_tenants_beside_each_other(home: Home, client: str) -> None:
+    assert home("tenant", "add", "acme-x", "--database", "shop").code == 0
+    assert home("user", "add", "ann", "--tenant", "acme-x").code == 0
+    plain = home("client-config", client).good
+    tenants = home("client-config", client, "--tenant", "acme-x").good
+    by_token = home("client-config", client, "--token-id", home.token("--user", "ann")[0])
+    assert by_token.good == tenants
+    assert "tenant acme-x: active" in by_token.err
+    if client not in ("vscode", "claude-desktop"):
+        assert "MCP_TOKEN" in plain
+        tenants = tenants.replace("MCP_TOKEN_ACME_X", "MCP_TOKEN")
+    assert "mcpctl-acme-x" in tenants
+    assert tenants.replace("mcpctl-acme-x", "mcpctl") == plain
+    assert home("client-config", client, "--tenant", "none").code == 4
+
+
+def test_who_is_taken_in_is_told_the_name_of_the_tenants_server(home: Home, tmp_path: Path) -> None:
+    assert home("tenant", "add", "acme", "--database", "both").code == 0
+    onboard = ("user", "onboard", "ann", "--database", "both", "--expiry", "1d", "--client", "cursor", "--print-sql")
+    done = home(*onboard, "--tenant", "acme", "--out", str(tmp_path / "ann.token"))
+    assert "CREATE ROLE" in done.good
+    assert '"mcpctl-acme"' in done.err
+
+
 def test_adding_a_tenant_says_what_it_does_not_hide(home: Home) -> None:
     schema = home("tenant", "add", "acme", "--database", "both", "--schema", "acme")
     assert "names of all schemas, tables and columns, and about how many rows they have, show" in schema.err
     assert "mcpctl database add acme" in schema.err
     whole = home("tenant", "add", "wid", "--database", "shop")
     assert "the names of its databases and roles show to all" in whole.err
+
+
+def test_a_tenants_database_gets_no_second_name(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home", "  again: {host: /nonexistent, dbname: shop, user: other}\n")
+    refused = home("tenant", "add", "acme", "--database", "shop")
+    assert (refused.code, "shop is in PostgreSQL the same as again" in refused.error) == (5, True)
+    text = home.config.read_text()
+    home.config.write_text("".join(line for line in text.splitlines(keepends=True) if "again" not in line))
+    assert home("tenant", "add", "acme", "--database", "shop").code == 0
+    again = ("--host", "/nonexistent", "--dbname", "shop", "--user", "other", "--no-test")
+    refused = home("database", "add", "again", *again)
+    assert (refused.code, "where the tenant acme has the database shop" in refused.error) == (5, True)
+    assert "again" not in home.config.read_text()
+    assert home("database", "add", "else", *again[:3], "else", *again[4:]).code == 0
+    home.config.write_text(text)
+    for command in (("config", "check"), ("serve", "--port", "0")):
+        refused = home(*command)
+        assert (refused.code, "tenants.yaml:3: acme: shop and again of the config" in refused.error) == (3, True)
+
+
+# -- what decides by the file, and what mends it --------------------------------------------------------------------
+
+
+def _lose(home: Home) -> bytes:
+    """The tenant file as if there had never been any; what it held."""
+    path = home.folder / "tenants.yaml"
+    before = path.read_bytes()
+    path.write_bytes(b"version: 1\ntenants: {}\n")
+    return before
+
+
+def test_what_decides_by_tenants_refuses_while_one_is_lost_and_what_mends_it_works(home: Home) -> None:
+    assert home("tenant", "add", "acme", "--database", "both", "--schema", "acme").code == 0
+    assert home("user", "add", "ann", "--tenant", "acme").code == 0
+    assert home("user", "add", "sam").code == 0
+    token = home.token("--user", "sam")[0]
+    _lose(home)
+    for command in (
+        ("user", "grant", "sam", "--database", "both", "--schema", "acme", "--access", "read"),
+        ("token", "add", "--user", "sam", "--expiry", "1d"),
+        ("user", "add", "eve"),
+        ("tenant", "add", "wid", "--database", "shop"),
+        ("database", "remove", "both", "--yes"),
+        ("can", "sam", "select", "acme.t", "--database", "both"),
+    ):
+        refused = home(*command)
+        assert (refused.code, "there is no tenant acme, and the user ann" in refused.error) == (3, True), refused.err
+    assert home("token", "revoke", token).code == 0
+    assert home("user", "disable", "sam").code == 0
+    assert home("tenant", "add", "acme", "--database", "both", "--schema", "acme").code == 0
+    _lose(home)
+    assert home("user", "remove", "ann", "--yes").code == 0
+    assert home("user", "add", "eve").code == 0
+
+
+def test_a_tenants_database_that_is_not_in_the_config_is_a_fault(home: Home) -> None:
+    assert home("tenant", "add", "acme", "--database", "shop").code == 0
+    path = home.folder / "tenants.yaml"
+    path.write_text(path.read_text().replace("database: shop", "database: shopp"))
+    for command in (
+        ("config", "check"),
+        ("serve", "--port", "0"),
+        ("token", "add", "--expiry", "1d", "--database", "shop"),
+        ("user", "add", "sam"),
+    ):
+        refused = home(*command)
+        assert (refused.code, "tenants.yaml:3: acme: there is no database shopp" in refused.error) == (3, True)
+    assert home("tenant", "remove", "acme", "--yes").code == 0
+    assert home("user", "add", "sam").code == 0
+
+
+def test_no_hint_is_to_be_refused(home: Home) -> None:
+    assert home("tenant", "add", "acme", "--database", "both", "--schema", "acme").code == 0
+    added = home("user", "add", "bob")
+    assert (added.code, "user grant" in added.err) == (0, False)
+    made = home("token", "add", "--user", "bob", "--expiry", "1d", "--database", "both")
+    assert "mcpctl user grant bob --database both --schema S --access read" in made.err
+    assert "user grant ann --database both --access read" in home("user", "add", "ann", "--tenant", "acme").err
+    assert home("user", "remove", "ann", "--yes").code == 0
+    assert home("tenant", "remove", "acme", "--yes").code == 0
+    assert home("tenant", "add", "acme", "--database", "both").code == 0
+    assert "user grant" not in home("token", "add", "--user", "bob", "--expiry", "1d").err
+
+
+def test_who_loses_a_database_that_becomes_a_tenants_is_named(home: Home) -> None:
+    for user in ("sam", "ida"):
+        assert home("user", "add", user).code == 0
+    named = [home.token("--database", "shop")[0], home.token("--user", "sam", "--database", "shop")[0]]
+    home.token("--user", "sam")
+    added = home("tenant", "add", "acme", "--database", "shop")
+    assert "shop is closed from now on to whoever belongs to no tenant: sam, ida\n" in added.err
+    assert f"2 living tokens name shop, and may ask it no more: {', '.join(named)}\n" in added.err
+    assert "closed" not in home("tenant", "add", "wid", "--database", "both").err
+
+
+def test_a_schema_that_service_tokens_reach_becomes_no_tenants(newest_shop: Shop, tmp_path: Path) -> None:
+    cluster = newest_shop.cluster
+    service = f"    service_dsn: postgresql://{READER}@/shop?host={cluster.host}&port={cluster.port}\n"
+    service += "    service_password_file: shop.password\n"
+    at = Site(tmp_path / "site", newest_shop, per_user=True, database=service)
+    add = ("tenant", "add", "north", "--database", "shop", "--schema", "north_5")
+
+    def failures() -> list[str]:
+        found = json.loads(at.run("doctor", "--json", check=False).stdout)["findings"]
+        return [one["what"] for one in found if one["status"] == "fail"]
+
+    with newest_shop.admin() as connection:
+        connection.execute(f"CREATE SCHEMA north_5; GRANT USAGE ON SCHEMA north_5 TO {READER}".encode())
+        try:
+            refused = at.run(*add, check=False)
+            assert (refused.returncode, f"as {READER}, who may use the schema north_5 of shop" in refused.stderr) == (
+                5,
+                True,
+            )
+            assert f'REVOKE ALL ON SCHEMA north_5 FROM "{READER}", PUBLIC' in refused.stderr
+            connection.execute(f"REVOKE ALL ON SCHEMA north_5 FROM {READER}".encode())
+            at.run(*add)
+            assert failures() == []
+            connection.execute(b"GRANT USAGE ON SCHEMA north_5 TO PUBLIC")
+            assert failures() == [f"{READER} may use the schema north_5 of shop, which is the tenant north's"]
+        finally:
+            connection.execute(b"DROP SCHEMA north_5")

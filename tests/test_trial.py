@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
-from hostile import Hostile
+from hostile import Hostile, hostile
 from mcpctl.config_keys import Database
-from mcpctl.errors import Error, ForbiddenError
+from mcpctl.errors import ConfigError, Error, ForbiddenError
 from mcpctl.keyring import Keyring
-from mcpctl.postgres import privileges, trial
+from mcpctl.postgres import administrator, privileges, trial
+from mcpctl.postgres import login as login_
 from mcpctl.postgres.administrator import Administrator
-from mcpctl.postgres.login import Login
+from mcpctl.postgres.login import Login, same_database
+from mcpctl.postgres.logins import Logins
 from site_of_mcpctl import Shop
 
 NO_KEYS = Keyring(Path("/nonexistent/secret.key"))
@@ -40,13 +44,121 @@ def test_a_member_of_a_role_with_too_much_power_has_it_too(shop: Shop, group: st
             admin.execute("DROP ROLE sneaky")
 
 
-def test_the_administrators_password_is_not_told_in_clear_to_whoever_answers() -> None:
-    fake = Hostile()
-    threading.Thread(target=fake.serve, daemon=True).start()
+@pytest.fixture
+def fake() -> Iterator[Hostile]:
+    """A server that speaks no TLS and asks for the password in clear."""
+    with hostile() as found:
+        yield found
+
+
+def test_the_administrators_password_is_not_told_in_clear_to_whoever_answers(fake: Hostile) -> None:
     login = Login("shop", Database(host="127.0.0.1", port=fake.port), NO_KEYS)
     who = Administrator(login, "postgresql://postgres:CANARY@/")
     with pytest.raises(Error, match="cannot reach"):
         who.connect()
-    fake.listener.close()
     assert fake.connections
     assert b"CANARY" not in fake.heard
+
+
+def test_no_login_tells_its_password_in_clear_unless_the_config_lets_it(fake: Hostile, tmp_path: Path) -> None:
+    secret = tmp_path / "password"
+    secret.touch(0o600)
+    secret.write_text("CANARY")
+    for more, told in (("", False), (" require_auth=password", True)):
+        dsn = f"host=127.0.0.1 port={fake.port} dbname=shop user=reader{more}"
+        with pytest.raises(Error):
+            trial.log_in(Login("shop", Database(dsn=dsn, password_file=secret), NO_KEYS))
+        assert (b"CANARY" in fake.heard) is told
+    assert fake.connections == 2
+
+
+def test_who_shows_a_certificate_may_ask_for_the_password_in_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PostgreSQL does for LDAP and PAM. An older libpq cannot be told how the server may ask."""
+
+    def required(dsn: str) -> object:
+        return conninfo_to_dict(Login("shop", Database(dsn=dsn), NO_KEYS).dsn()).get("require_auth")
+
+    assert required("host=db.example.org") is None
+    assert required("host=db.example.org sslmode=require") == "!password"
+    assert required("host=localhost sslmode=verify-full sslrootcert=ca.pem") is None
+    assert required("host=/run/postgresql sslmode=verify-full sslrootcert=ca.pem") == "!password"
+    monkeypatch.setattr(login_, "KNOWS_REQUIRE_AUTH", False)
+    assert required("host=localhost") is None
+
+
+ELSEWHERE = [
+    "host=127.0.0.1 hostaddr=192.0.2.2",
+    "host=192.0.2.2 hostaddr=127.0.0.1",
+    "hostaddr=127.0.0.1,192.0.2.2",
+    "host=localhost,db.example.org",
+    "host=/run/postgresql,db.example.org",
+]
+
+
+@pytest.mark.parametrize("way", [*ELSEWHERE, "PGHOSTADDR", "PGHOST", "PGSERVICE"])
+def test_any_host_or_address_that_is_another_machine_makes_it_one(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dsn = way if "=" in way else "host=127.0.0.1" if way != "PGHOST" else "hostaddr=127.0.0.1"
+    if way == "PGSERVICE":
+        (tmp_path / "services").write_text("[there]\nhostaddr=192.0.2.2\n")
+        monkeypatch.setenv("PGSERVICEFILE", str(tmp_path / "services"))
+    if way.startswith("PG"):
+        monkeypatch.setenv(way, "there" if way == "PGSERVICE" else "192.0.2.2")
+    assert conninfo_to_dict(Login("shop", Database(dsn=dsn), NO_KEYS).dsn())["sslmode"] == "verify-full"
+    who = Administrator(Login("shop", Database(host="127.0.0.1"), NO_KEYS), f"{dsn} user=postgres password=CANARY")
+    assert conninfo_to_dict(who._conninfo(None))["sslmode"] == "verify-full"
+    with pytest.raises(ConfigError, match=r"databases\.shop\.dsn: sslmode disable may send"):
+        Login("shop", Database(dsn=f"{dsn} sslmode=disable"), NO_KEYS).dsn()
+    plain = Administrator(
+        Login("shop", Database(host="127.0.0.1", sslmode="disable"), NO_KEYS), f"{who.dsn} sslmode=disable"
+    )
+    with pytest.raises(ConfigError, match=r"sslmode disable may send"):
+        plain._conninfo(None)
+
+
+def test_the_administrators_line_does_not_lower_what_the_config_asks_for(tmp_path: Path) -> None:
+    login = Login("shop", Database(host="db.example.org"), NO_KEYS)
+    with pytest.raises(ConfigError, match=r"admin\.dsn, for shop: sslmode prefer"):
+        Administrator(login, "user=postgres sslmode=prefer")._conninfo(None)
+    file = tmp_path / administrator.FILE
+    file.touch(0o600)
+    file.write_text("# one line of comment\nuser=postgres service=elsewhere\n")
+    with pytest.raises(ConfigError, match=r"admin.dsn:2: not taken: service"):
+        administrator.read(file)
+
+
+SAME = [
+    ("host=/run/postgresql", "host=127.0.0.1"),
+    ("host=/run/postgresql/", "host=/run/postgresql"),
+    ("host=LOCALHOST", "host=localhost."),
+    ("host=127.1", "host=::1"),
+    ("host=127.0.0.2", "host=::ffff:127.0.0.1 port=5432"),
+    ("host=db.example.org hostaddr=192.0.2.1", "host=192.0.2.1"),
+    ("host=a,b port=5432,5433", "host=c,B. port=5432,5433"),
+]
+OTHER = [
+    ("host=/run/postgresql", "host=/tmp"),
+    ("host=a", "host=a port=5433"),
+    ("host=a,b port=5432,5433", "host=a,b port=5433,5432"),
+    ("host=a hostaddr=192.0.2.1", "host=a hostaddr=192.0.2.2"),
+    ("host=/run/postgresql", "host=192.0.2.1"),
+]
+
+
+def test_names_of_one_database_are_known_for_what_they_are() -> None:
+    for pairs, wanted in ((SAME, True), (OTHER, False)):
+        for pair in pairs:
+            one, other = (Login("shop", Database(dsn=f"{dsn} dbname=shop user=u"), NO_KEYS) for dsn in pair)
+            assert same_database(one, other) is same_database(other, one) is wanted, pair
+    one, other = (Login("shop", Database(dsn=f"host=a dbname={name}"), NO_KEYS) for name in ("shop", "other"))
+    assert not same_database(one, other)
+
+
+@pytest.mark.parametrize("service", ["dbname=shop", "host=b dbname=shop", "host=a port=5433 dbname=shop", "host=a"])
+def test_a_service_login_that_leads_elsewhere_is_a_fault(service: str) -> None:
+    """Whoever has a token for a service in the one would be answered from the other."""
+    settings = Database(host="a", dbname="shop", roles="per_user", service_dsn=f"{service} user=reports")
+    with pytest.raises(ConfigError, match=r"databases\.d\.service_dsn leads to another database"):
+        Logins({"d": settings}, NO_KEYS)
+    Logins({"d": replace(settings, service_dsn="host=A. port=5432 dbname=shop user=reports")}, NO_KEYS)

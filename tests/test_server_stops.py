@@ -1,0 +1,58 @@
+"""The end of a server, of a worker, and what is said of too many of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from site_of_mcpctl import Shop, Site, eventually
+
+MakeSite = Callable[..., Site]
+
+
+def test_stopping_ends_what_runs_and_leaves_no_backend(make_site: MakeSite, newest_shop: Shop) -> None:
+    for number, arguments in ((signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, ("--workers", "2"))):
+        at = make_site(newest_shop).start(*arguments)
+        with at.client(at.token()[1]) as a:
+            ((pid,),) = a.rows("select pg_backend_pid()")
+        at.stop(number)
+        eventually(lambda pid=pid: not newest_shop.backends(f"pid = {pid}"), 3)
+        assert not list(at.folder.glob("control.*.sock"))
+        assert at.audit()[-1]["event"] == "server.stopped"
+
+
+def test_more_workers_than_the_login_roles_have_room_for_are_warned_of(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, per_user=True)
+    for number, warned in (("2", True), ("1", False)):
+        at.stderr.clear()
+        at.start("--workers", number)
+        said = "".join(at.stderr)
+        assert ("login roles in shop have room for 1 workers, not for 2" in said) is warned
+        assert ("set server.workers: 2, and grant again" in said) is warned
+        at.stop()
+
+
+def test_a_worker_that_dies_is_replaced(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop).start("--workers", "2")
+    assert at.process is not None
+    children = Path(f"/proc/{at.process.pid}/task/{at.process.pid}/children")
+    if not children.exists():
+        pytest.skip("a process's children are read from /proc")
+    first = children.read_text().split()
+    os.kill(int(first[0]), signal.SIGKILL)
+    eventually(lambda: first[0] not in children.read_text().split() and len(children.read_text().split()) == 2)
+    text = at.token()[1]
+
+    def works() -> bool:
+        try:
+            with at.client(text) as a:
+                return bool(a.rows("select 1") == [[1]])
+        except httpx.HTTPError:
+            return False  # the connection that the dead worker had
+
+    eventually(works)
