@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mcpctl.config import covers
 from mcpctl.config_keys import Auth, Role
 from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.identity.tenants import Tenant
 from mcpctl.policy import roles
-from mcpctl.policy.access import Access, covers, within
+from mcpctl.policy.access import Access, within
 from mcpctl.tools.caller import WHOAMI
 from mcpctl.tools.definition import Databases
 

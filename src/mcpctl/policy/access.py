@@ -8,7 +8,7 @@ list narrows them, and a token without one has all of them.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from mcpctl.config import covers as covers
+from mcpctl.config import covers
 from mcpctl.config_keys import Auth
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.users import Roles
