@@ -238,9 +238,14 @@ class Pools:
             self._freed.set()
 
     def _behind(self, asking: TokenPool) -> bool:
-        """Whether another pool that waits for room has asked before."""
-        own = self._since.get(asking, inf)
-        return any(self._since.get(pool, inf) < own for pool in self._queue)
+        """Whether a pool of another login waits for room, of which somebody has asked before anybody of this one."""
+        own = self._asked(asking)
+        return any(self._asked(pool) < own for pool in self._queue)
+
+    def _asked(self, pool: TokenPool) -> float:
+        """Since when a pool's login has been asked for. Those of one login take turns, so that the first of them may be
+        waiting for the turn of a later one: that one must not stand back for whom the first would not."""
+        return min((since for one, since in self._since.items() if one.terminator is pool.terminator), default=inf)
 
     async def _room_within(self, asking: TokenPool, more: int) -> None:
         """Wait until a pool's crowd has room; see `_crowd`."""
@@ -330,9 +335,8 @@ class Pools:
         return bool(found)
 
     def _first(self, pool: TokenPool, asking: TokenPool) -> bool:
-        """Whether a pool asks for room since before another did, and gets an answer from its host."""
-        since = self._since.get(pool)
-        return since is not None and since < self._since.get(asking, 0.0) and pool.terminator.answers
+        """Whether a pool's login was asked for before another's, and its host answers."""
+        return self._asked(pool) < self._asked(asking) and pool.terminator.answers
 
     def _wanted(self, terminator: Terminator) -> bool:
         return terminator.open or any(pool.terminator is terminator for pool in self._pools.values())
