@@ -253,7 +253,7 @@ def test_what_postgresql_warns_of_and_what_is_still_different_is_told(here: Plac
         here.do(*(f"DROP POLICY IF EXISTS {name} ON orders" for name in ("wide", "narrow", "shared", "alone")))
 
 
-@pytest.mark.parametrize(("what", "state"), [(("--table", "public.orders"), "pending"), ((), "revoking")])
+@pytest.mark.parametrize(("what", "state"), [(("--table", "public.orders"), "narrowing"), ((), "revoking")])
 def test_an_ungrant_that_fails_says_what_is_so_and_goes_on_when_run_again(
     here: Place, user: str, what: tuple[str, ...], state: str
 ) -> None:
@@ -265,8 +265,8 @@ def test_an_ungrant_that_fails_says_what_is_so_and_goes_on_when_run_again(
             done = here.site.run(*command, check=False)
             assert done.returncode == 1
             assert "cannot reach shop" in done.stderr
-            still = f"{user} can use what was taken back until PostgreSQL has it"
-            now = still if what else "the server refuses already what was taken back"
+            all_of_it = f"the server refuses all of {user}'s calls in shop until PostgreSQL is seen to have it"
+            now = all_of_it if what else "the server refuses already what was taken back"
             said = f"; recorded as {state}: {now} (no server runs)"
             assert said in " ".join(done.stderr.split())
             assert "run the same command again, which goes on from there" in " ".join(done.stderr.split())

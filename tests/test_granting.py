@@ -16,7 +16,7 @@ import pytest
 import pg
 from mcpctl.errors import ConflictError, Error, NotFoundError
 from mcpctl.identity import tenants, users
-from mcpctl.identity.grants import PENDING, REVOKING, identifier, login_role, quoted
+from mcpctl.identity.grants import NARROWING, PENDING, REVOKING, identifier, login_role, quoted
 from place import Place, place
 from site_of_mcpctl import COMMAND, environment, eventually, in_background
 
@@ -415,7 +415,7 @@ def test_a_command_killed_before_commit_leaves_a_pending_grant_that_the_next_run
 def test_a_right_that_was_to_be_taken_back_stays_refused_when_postgresql_fails(here: Place, user: str) -> None:
     here.grant(user, "read", "public.orders", "public.customers")
     here.do(f"COMMENT ON ROLE mcp_{user}_r IS 'somebody else'")
-    for targets, state in ((("public.orders",), PENDING), ((), REVOKING)):
+    for targets, state in ((("public.orders",), NARROWING), ((), REVOKING)):
         with pytest.raises(ConflictError):
             here.ungrant(user, None, *targets)
         assert here.recorded(user).state == state  # type: ignore[union-attr]

@@ -184,6 +184,32 @@ def test_of_several_databases_what_was_read_before_the_right_was_taken_does_not_
     assert second["rows"] == [["second"]]
 
 
+def test_what_a_dba_is_to_take_back_closes_the_database_until_it_is_seen_to_be_gone(at: Site) -> None:
+    """PostgreSQL still lets the login role read what was taken back, so nobody is let in as it."""
+    at.user("judy", "mcp-user")
+    at.grant("judy", "--table", "franks.notes", "--table", "franks.others")
+    at.run("user", "grant", "judy", "--database", "second", "--schema", "public", "--access", "read", "--apply")
+    text = at.token("judy")[1]
+    with at.client(text) as client, at.client(text) as other:
+        runs = in_background(other.call, "query_database", {"query": "select pg_sleep(60)"})
+        eventually(lambda: _sleeping(at, "judy"))
+        script = at.run("user", "ungrant", "judy", "--database", "shop", "--table", "franks.notes")
+        assert TAKEN in _words(runs.result())
+        assert "recorded as narrowing; the server refuses all of judy's calls in shop until" in script.stderr
+        others = ("--database", "shop", "--table", "franks.others")
+        for _ in range(2):
+            assert _words(client.call("query_database", {"query": "select 1", "database": "shop"})) != "rows"
+            assert _words(client.call("query_database", {"query": "select 1", "database": "second"})) == "rows"
+            asked = at.run("can", "judy", "select", "franks.others", "--database", "shop", check=False)
+            assert (asked.returncode, "your access in 'shop' is being narrowed" in asked.stdout) == (1, True)
+            at.run("user", "grant", "judy", *others, "--access", "read")  # to be granted more opens nothing either
+        with at.shop.admin() as admin:
+            admin.execute(script.stdout.encode())
+        assert _words(client.call("query_database", {"query": "select 1", "database": "shop"})) != "rows"
+        assert "judy in shop: confirmed" in at.run("grant", "diff", "--user", "judy", check=False).stderr
+        assert _words(client.call("query_database", {"query": "select 1", "database": "shop"})) == "rows"
+
+
 def test_other_roles_that_give_as_much_cut_nothing(at: Site, both: tuple[Client, Client]) -> None:
     one, _ = both
     runs = in_background(one.call, "query_database", {"query": "select 7 from pg_sleep(3) -- pg_sleep(60)"})

@@ -1,7 +1,7 @@
 """Grants, in users.yaml and in PostgreSQL: recorded as pending before COMMIT, confirmed after it, mended by the next.
 
-What takes a right away is recorded first, so that the server refuses before PostgreSQL does; what gives one is recorded
-as pending, which the server honours as far as PostgreSQL lets the role in.
+What takes a right away is recorded first, and the server refuses whoever could still use it until PostgreSQL is seen to
+refuse too; what gives one is recorded as pending, which the server honours as far as PostgreSQL lets the role in.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +11,7 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import ConflictError, Error, Failures, NotFoundError, UnavailableError, UsageError
 from mcpctl.identity import tenants, users
 from mcpctl.identity.entry_file import EntryFile
-from mcpctl.identity.grants import ACCESSES, PENDING, REVOKING, Grant, login_role
+from mcpctl.identity.grants import ACCESSES, REVOKING, Grant, login_role
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import utcnow
 from mcpctl.identity.users import User
@@ -172,10 +172,10 @@ class Granting:
     # -- in users.yaml and in PostgreSQL -------------------------------------------------------------------------
 
     def printed(self, name: str, database: str, change: Change) -> tuple[Grant, str]:
-        """Record a change as pending; the grant, and the script for a DBA to run."""
+        """Record a change; the grant, and the script for a DBA to run."""
         before, after = self._recorded(name, database, change)
         title = f"mcpctl: {name} in {database}: {told(after)}. Connect to that database, as its owner or a superuser."
-        return after, roles.script(self._body(name, before, after, after.rights - before.rights), title)
+        return after, roles.script(self._body(name, before, after, after.recorded - before.recorded), title)
 
     def applied(self, name: str, database: str, change: Change, who: Administrator) -> Grant:
         """Make a change in PostgreSQL, in one transaction, and record it. Where it fails nothing is changed, unless a
@@ -184,12 +184,12 @@ class Granting:
         What is made is what users.yaml says when it is our turn: another command may have recorded more meanwhile, and
         finds it made."""
         before, after = self._recorded(name, database, change)
-        undo = not after.empty and before.rights <= after.rights
+        undo = not after.empty and before.recorded <= after.recorded
         try:
             with who.connected() as connection:
                 connection.execute(f"BEGIN; {roles.TURN}".encode())
                 made = self.user(name).grants.get(database, Grant(database))
-                self._run(connection, name, before, made, after.rights - before.rights)
+                self._run(connection, name, before, made, after.recorded - before.recorded)
                 undo = False  # from here on only PostgreSQL knows
                 connection.execute("COMMIT")
                 if not self._enabled(name):  # disabled or removed while we waited: who did it saw no role yet
@@ -222,7 +222,7 @@ class Granting:
             if (user := entries.get(name)) is None:
                 return
             found = user.grants.get(before.database)
-            if found is None or found.same(replace(after, state=PENDING)):
+            if found is None or found.same(after):
                 entries[name] = user.with_grant(before)
             elif found.state is not None:
                 entries[name] = user.with_grant(found.without(before, after))
@@ -233,8 +233,7 @@ class Granting:
         with self._file.edit(though_full=True) as entries:
             user = users.find(entries, name)
             before = user.grants.get(database, Grant(database))
-            after = self._with_passwords(user, change(before))
-            after = replace(after, state=REVOKING if after.empty else PENDING)
+            after = before.changed_to(self._with_passwords(user, change(before)))
             entries[name] = user.with_grant(after)
         return before, after
 
@@ -243,7 +242,7 @@ class Granting:
         connection.execute(self._body(name, before, after, added).encode())
         may_set = self.may_set(self.user(name), after, before)
         found = differences(connection, name, after, self.mark(name), may_set)
-        gives = before.rights < after.rights or (before.rights == after.rights and before.state is None)
+        gives = before.recorded < after.recorded or (before.recorded == after.recorded and before.state is None)
         ours = [one for one in found if GONE not in one and BY_HAND not in one]
         missing = [one for one in ours if ": lacks " in one or (not gives and "recorded" in one)]
         if missing:

@@ -217,9 +217,9 @@ def _change(
         return
     if script is not None:
         output.put(script.rstrip("\n"))
-        output.say(
-            f"recorded as pending; it counts when that SQL has run: mcpctl grant diff{config_flag(found.source)}"
-        )
+        look = f"when that SQL has run: mcpctl grant diff{config_flag(found.source)}"
+        counts = "it counts" if event == "grant.added" and not done.closed else _refused(done, user)
+        output.say(f"recorded as {done.state}; {counts}; {look}")
     else:
         output.put(f"{user} in {what}")
     if words:
@@ -233,8 +233,7 @@ def _change(
 def _add_what_is_so(
     context: typer.Context, found: "Settings", grant: "Grant | None", user: str, problem: "Error"
 ) -> None:
-    """Where a right could not be taken back in PostgreSQL: what is recorded, cut, and refused by now. Of a grant of
-    which a part stays, PostgreSQL is the judge, and has not heard yet."""
+    """Where a right could not be taken back in PostgreSQL: what is recorded, cut, and refused by now."""
     from mcpctl.granting import told
 
     if grant is None or grant.state is None:
@@ -242,12 +241,15 @@ def _add_what_is_so(
     what = f"{grant.database}: {told(grant)}, {grant.state}, not yet so in PostgreSQL"
     note(found, "grant.removed", user=user, database=grant.database, reason=by_whom(context, what))
     words, _ = proof_of_user(found, user)
-    still = f"{user} can use what was taken back until PostgreSQL has it"
-    now = "the server refuses already what was taken back" if grant.empty else still
-    problem.message += f"; recorded as {grant.state}: {now} ({words})"
+    problem.message += f"; recorded as {grant.state}: {_refused(grant, user)} ({words})"
     problem.hint = f"{problem.hint or 'see doctor'}; then run the same command again, which goes on from there"
-    if not grant.empty:
-        problem.hint += f"; `mcpctl user disable {user}` refuses everything at once"
+
+
+def _refused(grant: "Grant", user: str) -> str:
+    """What the server refuses from now on, while PostgreSQL still has what was taken back."""
+    if grant.empty or not grant.closed:
+        return "the server refuses already what was taken back"
+    return f"the server refuses all of {user}'s calls in {grant.database} until PostgreSQL is seen to have it"
 
 
 def _shown(grant: "Grant") -> dict[str, Any]:

@@ -14,11 +14,12 @@ EVERYTHING = "*"
 """Every schema that is there when the grant is applied."""
 SUFFIXES = {"read": "r", "write": "w", "admin": "a"}
 """The end of the login role's name for each access."""
-PENDING, REVOKING = "pending", "revoking"
-"""Recorded, and not yet seen in PostgreSQL; taken back, and perhaps still there in PostgreSQL."""
+PENDING, NARROWING, REVOKING = "pending", "narrowing", "revoking"
+"""Recorded, and not yet seen in PostgreSQL; taken back in part, or whole, and perhaps still there in PostgreSQL."""
 _PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
 _PART = re.compile(r'(?:"((?:[^"\x00]|"")+)"|([^".\s\x00]+))')
-_FIELDS = ("read", "write", "admin", "state", *SUFFIXES.values())
+_LISTS = ("read", "write")
+_FIELDS = (*_LISTS, "admin", "state", *SUFFIXES.values())
 
 
 def quoted(name: str) -> str:
@@ -95,9 +96,12 @@ class Grant:
 
     def has(self, access: str) -> bool:
         """Whether it lets the user log in for that access."""
-        if self.state == REVOKING or access not in self.passwords:
-            return False
-        return bool(getattr(self, access))
+        return not self.closed and access in self.passwords and bool(getattr(self, access))
+
+    @property
+    def closed(self) -> bool:
+        """Whether it opens nothing until PostgreSQL has it: a login role could still do what was taken from it."""
+        return self.state in (NARROWING, REVOKING)
 
     @property
     def empty(self) -> bool:
@@ -106,11 +110,22 @@ class Grant:
 
     @property
     def rights(self) -> frozenset[tuple[str, ...]]:
-        """Each right in it; what has fewer than before was narrowed."""
-        if self.state == REVOKING:
-            return frozenset()
+        """Each right that it opens; what has fewer than before was narrowed."""
+        return frozenset() if self.closed else self.recorded
+
+    @property
+    def recorded(self) -> frozenset[tuple[str, ...]]:
+        """Each right in it, whether it opens something or not."""
         found = {("read", target) for target in self.read} | {("write", target) for target in self.write}
         return frozenset((self.database, *right) for right in (found | ({("admin", "")} if self.admin else set())))
+
+    def changed_to(self, after: "Grant") -> "Grant":
+        """`after`, with the state that it is in until PostgreSQL has it. A login role that keeps some of its targets
+        and loses others is closed until then; one that loses all of them has no use any more."""
+        if after.empty:
+            return replace(after, state=REVOKING)
+        taken = any(getattr(after, one) and set(getattr(self, one)) - set(getattr(after, one)) for one in _LISTS)
+        return replace(after, state=NARROWING if taken or self.closed else PENDING)
 
     def same(self, other: "Grant") -> bool:
         """Whether both say the same, whatever key their passwords are sealed with."""
@@ -118,7 +133,7 @@ class Grant:
 
     def without(self, before: "Grant", after: "Grant") -> "Grant":
         """Without what `after` has, and `before` had not."""
-        read, write = (set(getattr(after, one)) - set(getattr(before, one)) for one in ("read", "write"))
+        read, write = (set(getattr(after, one)) - set(getattr(before, one)) for one in _LISTS)
         left = replace(
             self,
             read=tuple(one for one in self.read if one not in read),
@@ -183,14 +198,14 @@ def read(database: str, fields: Any) -> Grant:
     if unknown := [name for name in fields if name not in _FIELDS]:
         raise ValueError(f"grants.{database}.{unknown[0]}: there is no such key; there are {', '.join(_FIELDS)}")
     lists = {}
-    for access in ("read", "write"):
+    for access in _LISTS:
         value = fields.get(access, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"grants.{database}.{access}: expected a list of schemas and tables")
         lists[access] = tuple(item if item == EVERYTHING else str(parse(item)) for item in value)
     state, admin = fields.get("state"), fields.get("admin", False)
-    if state not in (None, PENDING, REVOKING):
-        raise ValueError(f"grants.{database}.state: is pending, revoking, or left out")
+    if state not in (None, PENDING, NARROWING, REVOKING):
+        raise ValueError(f"grants.{database}.state: is pending, narrowing, revoking, or left out")
     if not isinstance(admin, bool):
         raise ValueError(f"grants.{database}.admin: takes true or false")  # noqa: TRY004 - as all readers do
     passwords = {access: fields[suffix] for access, suffix in SUFFIXES.items() if suffix in fields}
@@ -202,7 +217,7 @@ def read(database: str, fields: Any) -> Grant:
 def as_values(grant: Grant) -> dict[str, Any]:
     """A grant's fields as plain values, without its database."""
     values: dict[str, Any] = {}
-    for access in ("read", "write"):
+    for access in _LISTS:
         if found := getattr(grant, access):
             values[access] = list(found)
     if grant.admin:

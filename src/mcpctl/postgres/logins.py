@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from mcpctl.config_keys import Database
 from mcpctl.errors import ConfigError, ForbiddenError
-from mcpctl.identity.grants import Grant, login_role
+from mcpctl.identity.grants import NARROWING, Grant, login_role
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.users import User
 from mcpctl.keyring import Keyring
@@ -126,6 +126,11 @@ class Logins:
             raise ForbiddenError(
                 f"in {database!r} nobody may change settings",
                 f"the administrator lists those that may be changed: databases.{database}.settings",
+            )
+        if grant is not None and grant.state == NARROWING and getattr(grant, access):
+            raise ForbiddenError(
+                f"your access in {database!r} is being narrowed, and PostgreSQL has not been seen to have done so",
+                "the administrator has the SQL of `mcpctl user ungrant` run, and then: mcpctl grant diff",
             )
         if grant is None or not grant.has(access):
             raise ForbiddenError(

@@ -37,7 +37,7 @@ OVERPOWERED = "MC003"
 GONE = "is recorded and not there"
 """What is said of a schema or table that was granted and has been dropped since."""
 Rights = Collection[tuple[str, ...]]
-"""Rights as `Grant.rights` has them."""
+"""Rights as `Grant.recorded` has them."""
 _GROUP = {"group": GROUP, "group_mark": "'mcpctl: its users'' login roles; for pg_hba.conf'"}
 _HEIR_MARK = "'mcpctl: owns what its users'' login roles owned'"
 _SYSTEM = "n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
