@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 import pg
+from mcpctl import keyring
 from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError
 from mcpctl.postgres import administrator
 from place import Place, place
@@ -469,3 +470,19 @@ def test_an_administrators_wrong_password_is_told_without_it(here: Place, user: 
     assert "password authentication failed" in done.stderr
     assert "wrong-and-secret" not in done.stderr
     assert here.recorded(user) is None
+
+
+def test_no_password_is_sealed_with_another_key_than_the_others(here: Place, user: str) -> None:
+    here.grant(user, "read", "public.orders")
+    file = here.folder / "secret.key"
+    right = file.read_text()
+    file.write_text(keyring.new_key() + "\n")
+    try:
+        for access, table in (("write", "public.orders"), ("write", "public.customers")):
+            wanted = ("user", "grant", user, "--database", "shop", "--table", table, "--access", access, "--apply")
+            done = here.site.run(*wanted, check=False)
+            assert (done.returncode, f"{file} holds another key than users.yaml: the" in done.stderr) == (3, True)
+    finally:
+        file.write_text(right)
+    assert here.recorded(user).write == ()  # type: ignore[union-attr]
+    assert roles_of(here, user) == [(f"mcp_{user}_r", True)]

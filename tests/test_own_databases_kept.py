@@ -106,7 +106,11 @@ def test_nothing_is_sealed_with_another_key_than_what_is_there(make_site: MakeSi
         assert "cannot be used right now" in refused(carol, "register_database", name="b", dsn=dsn(newest_shop))
     words = ("database", "register", "carol", "b", "--dsn", dsn(newest_shop, None), "--password-file", "-")
     done = at.run(*words, input=PASSWORD + "\n", check=False)
-    assert (done.returncode, f"{file} holds another key than the password of carol's own" in done.stderr) == (3, True)
+    told = f"{file} holds another key than the password of carol's own"
+    assert (done.returncode, told in done.stderr) == (3, True)
+    more = ("database", "add", "more", "--host", "127.0.0.1", "--user", "u", "--password-file", "-", "--no-test")
+    done = at.run(*more, input=PASSWORD + "\n", check=False)
+    assert (done.returncode, told in done.stderr, (at.folder / "more.password").exists()) == (3, True, False)
     file.write_text(right)
     register(at, newest_shop, name="b")
 

@@ -280,7 +280,7 @@ class Granting:
         for access in ACCESSES:
             if getattr(grant, access) and access not in passwords:
                 passwords[access] = self._known(user, grant.database, access) or self._keyring.seal(
-                    scram.new_password()
+                    scram.new_password(), users.sealed_in(self.people())
                 )
         return replace(grant, passwords=passwords)
 

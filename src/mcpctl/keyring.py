@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
@@ -109,13 +109,15 @@ class Keyring:
         folder = os.environ.get("CREDENTIALS_DIRECTORY")
         return folder is not None and self.path.parent == Path(folder)
 
-    def seal(self, text: str) -> str:
-        """The text, sealed with the newest key."""
+    def seal(self, text: str, beside: Iterable[tuple[str, str]] = ()) -> str:
+        """The text, sealed with the newest key. ConfigError (exit 3) where another key has sealed what is `beside` it,
+        (sealed, what it is): the two could be opened with neither file."""
+        for sealed, what in beside:
+            self.check_opens(sealed, what)
         return PREFIX + Fernet(self.keys()[0]).encrypt(text.encode("utf-8")).decode("ascii")
 
     def check_opens(self, sealed: str, what: str) -> None:
-        """ConfigError (exit 3) where none of the keys that the file holds now opens it: what was sealed beside it could
-        be opened with neither file."""
+        """ConfigError (exit 3) where none of the keys that the file holds now opens it."""
         if not any(opens_alone(key, sealed) for key in self.keys()):
             raise ConfigError(
                 f"{self.path} holds another key than {what} was sealed with, and nothing is sealed with it",

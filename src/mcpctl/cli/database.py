@@ -1,6 +1,7 @@
 """mcpctl database: what can be asked, and the passwords for it."""
 
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,14 +162,20 @@ def _add(
         new = configuration.load(path)
 
         def tried() -> None:
+            from mcpctl import rotation
             from mcpctl.identity import users
             from mcpctl.keyring import Keyring
+            from mcpctl.state import State
 
             keyring = Keyring(new.keyring.file)
             own_database.check_free(new, name)
             if password is not None:
-                with users.user_file(new.auth.user_file).edit():  # no key is dropped while we seal with it
-                    private_file.create(own, keyring.seal(password).encode() + b"\n")
+                with (
+                    closing(State(found.server.state_file)) as state,
+                    users.user_file(new.auth.user_file).edit(),  # no key is dropped while we seal with it
+                ):
+                    beside = (item for store in rotation.stores(found, state) for item in store.sealed())
+                    private_file.create(own, keyring.seal(password, beside).encode() + b"\n")
             try:
                 _try(new, name, keyring, test=test)
                 _check_twin(new, name, keyring, test=test)
