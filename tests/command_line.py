@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl.cli import init
-from site_of_mcpctl import COMMAND, environment
+from site_of_mcpctl import COMMAND, command, environment
 
 SHOP = "databases:\n  shop: {host: /nonexistent, dbname: shop, user: reader}\n"
 
@@ -47,14 +47,15 @@ def run(
     env: dict[str, str] | None = None,
     **more: Any,
 ) -> Done:
-    """mcpctl with these arguments, without a terminal."""
-    done = subprocess.run(
-        [*COMMAND, *arguments],
-        input=stdin.encode() if isinstance(stdin, str) else stdin,
-        **({} if stdin is not None else {"stdin": subprocess.DEVNULL}),
-        capture_output=True, timeout=60, env=environment(**(env or {})), **more,
-    )  # fmt: skip
-    return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+    """mcpctl with these arguments, without a terminal; `more` is for subprocess.run."""
+    if not (more or any(name.startswith("PYTHON") for name in env or {})):  # which Python reads when it begins
+        done = command(*arguments, input=stdin, env=env)
+    else:
+        done = subprocess.run(
+            [*COMMAND, *arguments], input=stdin or "", capture_output=True, timeout=60, text=True,
+            env=environment(**(env or {})), **more,
+        )  # fmt: skip
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
 class Home:

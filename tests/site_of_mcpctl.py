@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ import httpx
 import psycopg
 from psycopg import sql
 
+import commands
 from mcpctl import private_file
 from mcpctl.cli import init
 from mcpctl.identity import tokens, users
@@ -162,12 +164,9 @@ class Site:
         entry, text = tokens.add(self.tokens, wanted, now)
         return entry.id, text
 
-    def run(self, *arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: str, check: bool = True, input: str | None = None) -> subprocess.CompletedProcess[str]:
         """mcpctl with these arguments, on this site."""
-        done = subprocess.run(
-            [*COMMAND, "--config", str(self.config), *arguments],
-            capture_output=True, text=True, timeout=60, env=environment(), **options,
-        )  # fmt: skip
+        done = command("--config", str(self.config), *arguments, input=input)
         if check and done.returncode:
             raise AssertionError(f"mcpctl {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done
@@ -263,6 +262,20 @@ class Client:
         assert result["isError"], result
         text: str = result["content"][0]["text"]
         return text
+
+
+@functools.cache
+def _commands() -> commands.Commands:
+    return commands.Commands(environment())
+
+
+def command(
+    *arguments: str, input: str | bytes | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """mcpctl with these arguments, without a terminal."""
+    given = input.encode() if isinstance(input, str) else input or b""
+    done = _commands().run(arguments, given, environment(**(env or {})), 60)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def environment(**more: str) -> dict[str, str]:

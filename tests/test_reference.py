@@ -27,6 +27,7 @@ from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
 from mcpctl.server.http import Http, Parts
 from mcpctl.tools.table import TOOLS
+from site_of_mcpctl import command
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "mcpctl"
@@ -104,7 +105,7 @@ def test_every_flag_of_a_command_stands_in_its_chapter_and_no_other(path: tuple[
 
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: " ".join(path) or "mcpctl")
 def test_the_help_of_a_command_shows_every_flag_of_the_reference(path: tuple[str, ...]) -> None:
-    done = subprocess.run([sys.executable, "-m", "mcpctl", *path, "--help"], capture_output=True, text=True, timeout=60)
+    done = command(*path, "--help")
     assert done.returncode == 0, done.stderr
     for row in rows(DESCRIBED[path]):
         for flag in re.findall(r"(?<=`)--?[a-z-]+", row[0]):
