@@ -62,6 +62,8 @@ class Place:
             for name, host, dbname in (("other", cluster.host, "other"), ("alias", link, "other"))
         )
         self.site = site.Site(folder, self.shop, extra=extra, database=named, per_user=True)
+        with (folder / "admin.dsn").open("a") as file:
+            file.write(f"alias: {self.site.admin_dsn()}\n")
         self.config = self.site.config
         self.users = users.user_file(folder / "users.yaml")
         self.folder = folder
@@ -80,7 +82,8 @@ class Place:
 
     @property
     def dsns(self) -> dict[str, str]:
-        return administrator.read(self.folder / "admin.dsn")
+        file = self.folder / "admin.dsn"
+        return administrator.by_database(file, administrator.lines(file), self.settings())
 
     def who(self, database: str = "shop") -> Administrator:
         return Administrator.of(self.dsns, self.granting().logins.host(database))

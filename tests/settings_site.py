@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import psycopg
-from psycopg.conninfo import make_conninfo
 
 import site_of_mcpctl as site
 
@@ -34,9 +32,6 @@ def relist(found: site.Site, old: str, new: str) -> None:
 def with_carol(make_site: Make, shop: site.Shop, database: str = "", user: str = "carol", **options: Any) -> site.Site:
     """A site with an administrator, and with carol, who has the role mcp-admin and no grant yet."""
     found = make_site(shop, database=database or config(), per_user=True, **options)
-    superuser = make_conninfo("", user="postgres", password=shop.cluster.superuser_password)
-    dsn: Path = found.folder / "admin.dsn"
-    dsn.write_text(superuser + "\n")
     found.run("user", "add", user, "--role", "mcp-admin")
     return found
 

@@ -257,7 +257,7 @@ def test_an_administrator_without_the_right_grants_nothing(own: site.Shop, here:
         connection.execute("CREATE ROLE weak LOGIN CREATEROLE PASSWORD 'weak'")
         connection.execute("GRANT ALL ON DATABASE shop TO weak WITH GRANT OPTION")
     try:
-        (here.folder / "admin.dsn").write_text("user=weak password=weak\n")
+        (here.folder / "admin.dsn").write_text(own.cluster.dsn_for("weak", "weak", "shop") + "\n")
         done = grant(here, check=False)
         assert done.returncode == 1
         assert "permission denied for parameter" in done.stderr

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import psycopg
 import pytest
 
 import pg
 from mcpctl import keyring
-from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError
+from mcpctl.errors import ConflictError, Error, NotFoundError
 from mcpctl.postgres import administrator
 from place import Place, place
 
@@ -320,10 +319,14 @@ def test_remove_ends_a_role_that_no_grant_needs_too_and_warns_of_what_it_cannot_
     here.ungrant(user)
     text = here.config.read_text()
     here.config.write_text(text + "  away: {host: /nonexistent, port: 1, dbname: x, roles: per_user}\n")
+    file = here.folder / "admin.dsn"
+    lines = file.read_text()
+    file.write_text(f"{lines}away: postgresql://postgres@/?host=/nonexistent&port=1\n")
     try:
         done = here.site.run("user", "remove", user, "--yes")
     finally:
         here.config.write_text(text)
+        file.write_text(lines)
     assert "role mcp_max_r dropped" in done.stdout
     assert "cannot reach away" in done.stderr
     assert "whether max has left a role there was not seen" in " ".join(done.stderr.split())
@@ -407,36 +410,6 @@ def test_write_works_with_an_open_pg_hba_where_the_config_says_so(here: Place, u
         file.write_text(kept)
         here.config.write_text(config)
         here.do("SELECT pg_reload_conf()")
-
-
-# -- admin.dsn ----------------------------------------------------------------------------------------------------
-
-
-def test_a_line_is_for_one_database_or_for_all_others(tmp_path: Path) -> None:
-    file = tmp_path / "admin.dsn"
-    file.touch(0o600)
-    file.write_text("# the administrator\n\nsales: host=a user=b\npostgresql://c@d/e\n")
-    assert administrator.read(file) == {"sales": "host=a user=b", "": "postgresql://c@d/e"}
-    for text, why in (("a: host=x\na: host=y\n", ":2: a second line for a"), ("secret-word\n", ":1: is no libpq")):
-        file.write_text(text)
-        with pytest.raises(ConfigError, match=why) as caught:
-            administrator.read(file)
-        assert "secret-word" not in caught.value.message
-    file.chmod(0o644)
-    with pytest.raises(ConfigError, match="0644"):
-        administrator.read(file)
-
-
-def test_a_line_for_a_database_that_the_config_has_not_is_a_fault(here: Place) -> None:
-    file = here.folder / "admin.dsn"
-    before = file.read_text()
-    file.write_text(f"{before}# a typo\nshopp: user=postgres\n")
-    try:
-        done = here.site.run("grant", "diff", check=False)
-    finally:
-        file.write_text(before)
-    told = f"{file}:{before.count(chr(10)) + 2}: there is no database shopp in the config"
-    assert (done.returncode, told in done.stderr) == (3, True), done.stderr
 
 
 def test_without_an_administrator_only_printing_works(here: Place, user: str) -> None:

@@ -241,6 +241,8 @@ def test_the_table_says_of_each_what_the_single_question_says(house: House) -> N
 def test_a_database_that_is_down_is_an_error_and_hides_no_other(login_shop: Shop, tmp_path: Path) -> None:
     gone = f"  gone:\n    host: {tmp_path}\n    dbname: gone\n    roles: per_user\n"
     at = Site(tmp_path / "site", login_shop, per_user=True, database=gone)
+    with (at.folder / "admin.dsn").open("a") as lines:
+        lines.write(f"gone: postgresql://postgres@/?host={tmp_path}\n")
     at.user("rita", "mcp-tools")
     at.grant("rita", "--table", "public.orders")
     sealed = Keyring(at.folder / "secret.key").seal("x")

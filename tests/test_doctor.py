@@ -238,6 +238,7 @@ def test_a_database_that_does_not_show_who_it_is_is_told(tmp_path: Path, certifi
         login = f"port: {found.cluster.port}, dbname: shop, user: {READER}, password_file: shop.password"
         found.config.write_text(f"databases:\n  shop: {{host: '127.1', sslmode: require, {login}}}\n")
         doctor = Doctor(found)
+        doctor.admin = False
         assert doctor.found(WARN, "nobody checks who the other side is")
         sure = f"host: localhost, sslmode: verify-full, sslrootcert: {certificates}/ca.pem"
         found.config.write_text(f"databases:\n  shop: {{{sure}, {login}}}\n")

@@ -147,7 +147,7 @@ def test_no_lock_that_anybody_can_take_holds_a_superusers_grant_up(here: Place, 
 @pytest.mark.parametrize("who", ["superuser", "createrole"])
 def test_a_grant_whose_turn_does_not_come_says_why_and_changes_nothing(here: Place, user: str, who: str) -> None:
     here.do("CREATE ROLE dba LOGIN CREATEROLE PASSWORD 'dba'", "GRANT CONNECT ON DATABASE shop TO dba")
-    dsn = here.dsns[""] if who == "superuser" else here.cluster.dsn_for("dba", "dba", "shop")
+    dsn = here.dsns["shop"] if who == "superuser" else here.cluster.dsn_for("dba", "dba", "shop")
     asked = Administrator(here.who().login, dsn)
     with here.admin() as holder:
         holder.execute("BEGIN")

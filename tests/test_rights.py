@@ -23,7 +23,6 @@ from mcpctl.granting import Granting
 from mcpctl.identity import tokens, users
 from mcpctl.identity.grants import EVERYTHING
 from mcpctl.keyring import Keyring
-from mcpctl.postgres import administrator
 from mcpctl.postgres.administrator import Administrator
 from mcpctl.rights import Answer, Question, Rights
 from mcpctl.server.parts import Core, running
@@ -183,8 +182,7 @@ class World:
         """Users, their roles, and what `mcpctl user grant --apply` makes of random grants."""
         key = audit.read_key(self.settings.audit.key_file)
         granting = Granting(self.settings, Keyring(self.settings.keyring.file), audit.installation(key))
-        dsns = administrator.read(self.at.folder / "admin.dsn")
-        who = Administrator.of(dsns, granting.logins.host("shop"))
+        who = Administrator.of({"shop": self.at.admin_dsn()}, granting.logins.host("shop"))
         self.people = [f"{name}-{self.seed}" for name in ("ann", "ben", "cy", "dot")]
         for name in self.people:
             roles = self.rng.choice(ROLES if self.rng.random() < 0.8 else ODD_ROLES)

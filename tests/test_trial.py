@@ -53,7 +53,7 @@ def fake() -> Iterator[Hostile]:
 
 def test_the_administrators_password_is_not_told_in_clear_to_whoever_answers(fake: Hostile) -> None:
     login = Login("shop", Database(host="127.0.0.1", port=fake.port), NO_KEYS)
-    who = Administrator(login, "postgresql://postgres:CANARY@/")
+    who = Administrator(login, f"postgresql://postgres:CANARY@127.0.0.1:{fake.port}/")
     with pytest.raises(Error, match="cannot reach"):
         who.connect()
     assert fake.connections
@@ -117,15 +117,15 @@ def test_any_host_or_address_that_is_another_machine_makes_it_one(
         plain._conninfo(None)
 
 
-def test_the_administrators_line_does_not_lower_what_the_config_asks_for(tmp_path: Path) -> None:
+def test_the_administrators_line_is_held_to_the_rules_of_the_config(tmp_path: Path) -> None:
     login = Login("shop", Database(host="db.example.org"), NO_KEYS)
     with pytest.raises(ConfigError, match=r"admin\.dsn, for shop: sslmode prefer"):
-        Administrator(login, "user=postgres sslmode=prefer")._conninfo(None)
+        Administrator(login, "host=db.example.org user=postgres sslmode=prefer")._conninfo(None)
     file = tmp_path / administrator.FILE
     file.touch(0o600)
-    file.write_text("# one line of comment\nuser=postgres service=elsewhere\n")
+    file.write_text("# one line of comment\nhost=a user=postgres service=elsewhere\n")
     with pytest.raises(ConfigError, match=r"admin.dsn:2: not taken: service"):
-        administrator.read(file)
+        administrator.lines(file)
 
 
 SAME = [

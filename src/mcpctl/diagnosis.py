@@ -309,7 +309,7 @@ def _grants(patient: Patient, name: str) -> Iterator[Finding]:
 
 def _administered(patient: Patient, granting: Granting, name: str, check: str) -> Iterator[Finding]:
     """What only an administrator may see."""
-    if not (name in patient.dsns or "" in patient.dsns):
+    if name not in patient.dsns:
         hint = f"put a connection string into {administrator.FILE}, or look yourself: docs/users-and-grants.md"
         yield Finding(check, WARN, "without an administrator nobody looked at pg_hba.conf and the connections", hint)
         return

@@ -304,7 +304,7 @@ class Granting:
     def connection(self, user: User, grant: Grant, dsns: Mapping[str, str]) -> Connection | None:
         """A connection to look at the grant with: the administrator's, else the user's own, else None."""
         login = self.logins.host(grant.database)
-        if grant.database in dsns or "" in dsns:
+        if grant.database in dsns:
             return Administrator.of(dsns, login).connect()
         found = map(administrator.connect_as, self._own(user, grant))
         return next((connection for connection in found if connection is not None), None)
@@ -358,7 +358,7 @@ class Granting:
         }
         for database in self._settings.databases:
             per_user = self.logins.per_user(database) and (only is None or database == only)
-            if not per_user or not (database in dsns or "" in dsns):
+            if not per_user or database not in dsns:
                 continue
             with Administrator.of(dsns, self.logins.host(database)).connected() as connection:
                 for sentence in (*of_group(connection, hba.GROUP), *of_group(connection, roles.HEIR)):
@@ -392,7 +392,7 @@ class Granting:
 
     def _administrators(self, databases: Iterable[str], dsns: Mapping[str, str]) -> list[Administrator]:
         """One for each cluster of these databases, as far as there are any."""
-        known = [one for one in databases if one in self._settings.databases and (one in dsns or "" in dsns)]
+        known = [one for one in databases if one in self._settings.databases and one in dsns]
         places = {self.logins.host(one).place: one for one in known}
         return [Administrator.of(dsns, self.logins.host(one)) for one in places.values()]
 

@@ -60,7 +60,7 @@ class Files:
         from mcpctl.postgres import arithmetic, harden
 
         found: list[tuple[str, str]] = []
-        if not (database in self.dsns or "" in self.dsns):
+        if database not in self.dsns:
             return found
         with self.administrator(database, granting).connected() as connection:
             left = arithmetic.room(connection)
@@ -98,6 +98,5 @@ def files_of(context: typer.Context, config: Path | None, *, needs_log: bool) ->
     except PermissionError:  # it is root's, and we are not: as if there were none
         lines = {}
     found = common.settings(context, config, needs_log=needs_log)
-    if admin is not None:
-        administrator.check_names(admin, lines, found.databases)
-    return Files(found, {name: dsn for name, (_, dsn) in lines.items()}, admin)
+    dsns = administrator.by_database(admin, lines, found) if admin is not None else {}
+    return Files(found, dsns, admin)

@@ -132,7 +132,9 @@ def _grant(folder: Path) -> None:
     settings = config.load(folder / "config.yaml", {})
     key = audit.read_key(settings.audit.key_file)
     granting = Granting(settings, Keyring(settings.keyring.file), audit.installation(key))
-    who = administrator.Administrator.of(administrator.read(folder / administrator.FILE), granting.logins.host("shop"))
+    file = folder / administrator.FILE
+    dsns = administrator.by_database(file, administrator.lines(file), settings)
+    who = administrator.Administrator.of(dsns, granting.logins.host("shop"))
     granting.applied("demo", "shop", lambda old: old.more("read", ("public",)), who)
 
 

@@ -1,11 +1,12 @@
 """The administrator's connection, which makes roles: the command line's alone, from a file that the server never opens.
 
 `admin.dsn` stands beside the config. A line is a libpq connection string, or `NAME: ` and one for the database NAME of
-the config; the line without a name is for all others. Host, port and TLS are the config's, unless it has a host.
+the config; the line without a name is for all others of its host. Where it goes, and how, it says alone: the config
+may be the service user's, who could have the administrator log in at a place of his own, and pass what he likes on.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from mcpctl import private_file
 from mcpctl.config import NAME
+from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError, UnavailableError
+from mcpctl.keyring import Keyring
 from mcpctl.postgres import hba, roles
-from mcpctl.postgres.login import FIRM, KEYWORDS, SCRAM_ONLY, Login, firmly, secure
+from mcpctl.postgres.login import CONNECT_TIMEOUT, FIRM, KEYWORDS, SCRAM_ONLY, Login, firmly, same_place, secure
 from mcpctl.postgres.trial import reason
 
 FILE = "admin.dsn"
@@ -25,22 +28,35 @@ _FIRM = FIRM | {"search_path": "pg_catalog,pg_temp", "statement_timeout": "0"}
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 
-def read(path: Path) -> dict[str, str]:
-    """The file's connection strings by database; that without a name under "". ConfigError for a broken file."""
-    return {name: dsn for name, (_, dsn) in lines(path).items()}
+Lines = Mapping[str, tuple[int, str]]
 
 
-def check_names(path: Path, found: Mapping[str, tuple[int, str]], known: Collection[str]) -> None:
-    """Raises ConfigError for a line, as `lines` has read it, whose database is none of the config's."""
+def by_database(path: Path, found: Lines, settings: Settings) -> dict[str, str]:
+    """The connection string for each database of the config that the file has one for. The line without a name counts
+    where it leads to the database's own server. ConfigError for a line whose database is none of the config's."""
+    known, ring = settings.databases, Keyring(settings.keyring.file)
     for name, (number, _) in found.items():
         if name and name not in known:
             raise ConfigError(
                 f"{path}:{number}: there is no database {name} in the config", f"there are: {', '.join(known)}"
             )
+    named = {name: dsn for name, (_, dsn) in found.items() if name}
+    if "" not in found:
+        return named
+    every = found[""][1]
+    return {name: every for name, one in known.items() if _leads_to(every, Login(name, one, ring))} | named
 
 
-def lines(path: Path) -> dict[str, tuple[int, str]]:
-    """The same, each with the number of its line."""
+def _leads_to(dsn: str, login: Login) -> bool:
+    try:
+        return same_place(dsn, _nobodys(login).dsn())
+    except ConfigError:  # of the config's own, which is told where that is used
+        return False
+
+
+def lines(path: Path) -> Lines:
+    """The file's connection strings by database, each with the number of its line; that without a name under "".
+    ConfigError for a broken file."""
     found: dict[str, tuple[int, str]] = {}
     for number, line in enumerate(
         private_file.read(path, limit=1 << 16).data.decode("utf-8", "replace").splitlines(), 1
@@ -51,13 +67,18 @@ def lines(path: Path) -> dict[str, tuple[int, str]]:
         name, colon, rest = text.partition(": ")
         name, text = (name, rest.strip()) if colon and NAME.fullmatch(name) else ("", text)
         try:
-            unknown = sorted(conninfo_to_dict(text).keys() - KEYWORDS)
+            known = conninfo_to_dict(text)
         except psycopg.Error:
             raise ConfigError(
                 f"{path}:{number}: is no libpq connection string", "such as postgresql://admin@db.example.org/postgres"
             ) from None
-        if unknown:
+        if unknown := sorted(known.keys() - KEYWORDS):
             raise ConfigError(f"{path}:{number}: not taken: {', '.join(unknown)}", "leave out each of these keywords")
+        if not known.get("host") and not known.get("hostaddr"):
+            raise ConfigError(
+                f"{path}:{number}: names no host; the config cannot say where the administrator logs in",
+                "such as postgresql://admin@db.example.org/, or postgresql://admin@/?host=/run/postgresql",
+            )
         if name in found:
             raise ConfigError(f"{path}:{number}: a second line for {name or 'all databases'}", "leave one of them")
         found[name] = number, text
@@ -75,24 +96,20 @@ class Administrator:
     @classmethod
     def of(cls, dsns: Mapping[str, str], login: Login) -> "Administrator":
         """The administrator of a database. NotFoundError where there is none."""
-        dsn = dsns.get(login.name, dsns.get(""))
+        dsn = dsns.get(login.name)
         if dsn is None:
             raise NotFoundError(
                 f"there is no administrator for the database {login.name}",
-                f"put a connection string into {FILE} beside the config (0600, root's), or use --print-sql",
+                f"put a connection string to its server into {FILE} beside the config (0600, root's), or one that "
+                f"begins with `{login.name}: `; or use --print-sql",
             )
         return cls(login, dsn)
 
     def _conninfo(self, dbname: str | None) -> str:
-        own: dict[str, Any] = dict(conninfo_to_dict(self.dsn))
-        theirs = conninfo_to_dict(replace(self.login, role="mcpctl", password=lambda: "").dsn())
-        for name in ("user", "password", "require_auth", "sslcert", "sslkey"):
-            theirs.pop(name, None)
-        if own.get("host") or own.get("hostaddr"):
-            theirs = {name: theirs[name] for name in ("dbname", "connect_timeout") if name in theirs}
-        if own.get("password"):  # it is not told in clear to whoever answers at that address
-            own = {**SCRAM_ONLY, **own}
-        values = {**theirs, **own, "dbname": dbname or theirs.get("dbname") or own.get("dbname")}
+        values: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT, **conninfo_to_dict(self.dsn)}
+        if values.get("password"):  # it is not told in clear to whoever answers at that address
+            values = {**SCRAM_ONLY, **values}
+        values["dbname"] = dbname or conninfo_to_dict(_nobodys(self.login).dsn()).get("dbname") or values.get("dbname")
         secure(values, f"{FILE}, for {self.login.name}")
         values |= firmly(_FIRM)
         return make_conninfo("", **values)
@@ -124,6 +141,11 @@ class Administrator:
             rows = connection.execute(_DATABASES, (role, role, role)).fetchall()
             own = connection.info.dbname
         return [*(row[0] for row in rows if row[0] != own), own]
+
+
+def _nobodys(login: Login) -> Login:
+    """The same database, without the password, which may not be ours to read."""
+    return replace(login, role="mcpctl", password=lambda: "")
 
 
 _DATABASES = """

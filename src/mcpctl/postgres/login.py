@@ -112,14 +112,6 @@ class Login:
         values = _with_defaults(conninfo_to_dict(self.dsn()))
         return str(values.get("hostaddr") or values.get("host") or ""), str(values.get("port") or "5432")
 
-    def spots(self) -> tuple[set[tuple[str, str]], str]:
-        """(host, port) of each server it may lead to, and the database there; names of one host are made one."""
-        known = _with_defaults(conninfo_to_dict(self.dsn()))
-        hosts = [_plain(one) for one in str(known.get("hostaddr") or known.get("host") or "/").split(",")]
-        ports = [one or "5432" for one in str(known.get("port") or "5432").split(",")]
-        found = set(zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=False))
-        return found, str(known.get("dbname") or known.get("user") or "")
-
     def about(self) -> dict[str, str]:
         """Where and as whom it logs in, for people: host, port, dbname, user, sslmode; no password."""
         values = conninfo_to_dict(self.dsn())
@@ -248,14 +240,29 @@ def _kind(host: str) -> str:
     return "/" if host[0] in "/@" else host
 
 
-def same_database(one: Login, other: Login) -> bool:
-    """Whether two logins may lead to one database: a socket's folder and loopback with the same port are one place."""
-    (these, name), (those, other_name) = one.spots(), other.spots()
-    return name == other_name and any(
+def _spots(known: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """(host, port) of each server that a connection string may lead to; names of one host are made one."""
+    hosts = [_plain(one) for one in str(known.get("hostaddr") or known.get("host") or "/").split(",")]
+    ports = [one or "5432" for one in str(known.get("port") or "5432").split(",")]
+    return set(zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=False))
+
+
+def same_place(dsn: str, other: str) -> bool:
+    """Whether two connection strings may lead to one server: a socket's folder and loopback with the same port do."""
+    one, two = (_with_defaults(conninfo_to_dict(text)) for text in (dsn, other))
+    return any(
         port == other_port and (host == there or {_LOOPBACK, "/"} == {_kind(host), _kind(there)})
-        for host, port in these
-        for there, other_port in those
+        for host, port in _spots(one)
+        for there, other_port in _spots(two)
     )
+
+
+def same_database(one: Login, other: Login) -> bool:
+    """Whether two logins may lead to one database."""
+    dsns = one.dsn(), other.dsn()
+    known = (_with_defaults(conninfo_to_dict(dsn)) for dsn in dsns)
+    name, other_name = (str(found.get("dbname") or found.get("user") or "") for found in known)
+    return name == other_name and same_place(*dsns)
 
 
 def is_here(host: str) -> bool:
