@@ -140,14 +140,22 @@ def _keys(patient: Patient) -> Iterator[Finding]:
 
 
 def _own(patient: Patient) -> Iterator[Finding]:
-    """Databases that users have brought, and that one of the config has the name of, or that are out of reach."""
+    """Databases that users have brought, and that one of the config has the name of, or that are out of reach, or an
+    earlier user's."""
     settings = patient.settings
     if not settings.server.state_file.exists():
         return
+    people = users.user_file(settings.auth.user_file)
     with closing(State(settings.server.state_file)) as state:
-        brought = OwnDatabases(state, Keyring(settings.keyring.file)).current()
+        brought = OwnDatabases(state, Keyring(settings.keyring.file), people).every()
     hosts = Hosts(settings.own_databases.hosts)
     for row in brought.values():
+        if not row.belongs_to(people.current().get(row.user)):
+            yield Finding(
+                "own databases", WARN, f"{row.user}'s own database {row.name} is an earlier user's of that name, who "
+                "is gone: nobody can ask it", f"mcpctl database unregister {row.user} {row.name}",
+            )  # fmt: skip
+            continue
         if not hosts.allow(row.host, ipaddress.ip_address(row.hostaddr)):
             yield Finding(
                 "own databases", WARN, f"{row.user}'s own database {row.name} at {row.host} ({row.hostaddr}) cannot be "
