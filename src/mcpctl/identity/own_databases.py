@@ -96,7 +96,7 @@ class OwnDatabases:
         return self._rows
 
     def current(self) -> Mapping[Key, OwnDatabase]:
-        """Those that belong to a user. The same object until somebody has written. ConfigError as from the user file."""
+        """Those that belong to a user; one object until one of the files changes. ConfigError as from users.yaml."""
         rows, people = self.every(), self._people.current()
         if people is not self._users:
             self._current = {key: row for key, row in rows.items() if row.belongs_to(people.get(row.user))}
