@@ -103,6 +103,23 @@ def test_the_server_starts_with_no_other_key_than_it_was_sealed_with(make_site: 
     assert "mcpctl database unregister carol lab" in done.stderr
 
 
+def test_a_key_file_that_is_broken_has_a_hint_of_its_own(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    register(at, newest_shop)
+    file = at.folder / "secret.key"
+    text = file.read_text()
+    for mode, content in ((0o644, text), (0o600, "junk")):
+        file.write_text(content)
+        file.chmod(mode)
+        done = at.run("config", "check", check=False)
+        assert (done.returncode, "keyring.file: " in done.stderr) == (3, True), done.stderr
+        assert "unregister" not in done.stderr
+        assert "state_file" not in done.stderr
+    file.unlink()
+    done = at.run("config", "check", check=False)
+    assert (done.returncode, "there is no key file" in done.stderr, "unregister" in done.stderr) == (3, True, False)
+
+
 def test_nothing_is_sealed_with_another_key_than_what_is_there(make_site: MakeSite, newest_shop: Shop) -> None:
     at = users_of(make_site(newest_shop, extra=ON, tcp=True)).start()
     register(at, newest_shop)

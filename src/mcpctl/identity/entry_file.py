@@ -65,7 +65,7 @@ class EntryFile(Generic[E]):
     _lines: dict[str, E] = field(default_factory=dict)
     _broken: ConfigError | None = None
     version: int = 0
-    missing: str = "mcpctl init makes the files"
+    missing: str = "restore it from your backup; only where none of the files is there, mcpctl init makes them"
     elsewhere: str = ""
 
     def current(self) -> Mapping[str, E]:

@@ -153,6 +153,7 @@ class OwnDatabases:
         """The password of exactly this row. ConfigError (exit 3) where it does not open, or is another row's."""
         what = f"the password of {row.user}'s own database {row.name}"
         again = f"mcpctl database unregister {row.user} {row.name}"
+        self._keyring.keys()  # a key file that is lost or broken is no reason to take anything away
         try:
             values = json.loads(self._keyring.open(row.sealed, what))
         except ConfigError as problem:
