@@ -113,7 +113,7 @@ def test_a_second_name_of_a_tenants_database_fails_by_config_or_by_what_answers(
 
     # as the server, which does not start, sees it
     found = doctor.appears(FAIL, "acme: shop and shared of the config are one", of("shop"), lost)
-    assert "a variable of the environment may be at fault" in (found.hint or "")
+    assert "mend the config, or the variable MCPCTL_…" in (found.hint or "")
     doctor.appears(FAIL, "alias is in PostgreSQL the same as other", of("other"), lost)
     doctor.admin = False
     doctor.appears(WARN, "nobody could see whether another database is", of("other"), lost)
