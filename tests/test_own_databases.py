@@ -291,11 +291,11 @@ def test_the_command_line_registers_shows_and_removes(make_site: MakeSite, shop:
 def test_the_command_line_takes_no_password_in_its_arguments(make_site: MakeSite, newest_shop: Shop) -> None:
     at = users_of(make_site(newest_shop, extra=ON, tcp=True))
     words = ("database", "register", "carol", "lab", "--dsn")
-    done = at.run(*words, dsn(newest_shop), check=False, stdin=subprocess.DEVNULL)
+    done = at.run(*words, dsn(newest_shop), check=False)
     assert done.returncode == 2
     assert "holds a password" in done.stderr
     assert "own%20secret" not in done.stderr
-    done = at.run(*words, dsn(newest_shop, None), check=False, stdin=subprocess.DEVNULL)
+    done = at.run(*words, dsn(newest_shop, None), check=False)
     assert done.returncode == 2
     assert "--password-file" in done.stderr
     done = at.run("database", "register", "nobody", "lab", "--dsn", dsn(newest_shop, None), check=False)
