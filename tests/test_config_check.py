@@ -62,9 +62,11 @@ def test_a_broken_tenant_file_is_a_fault_and_so_is_a_missing_one(home: Home) -> 
     assert faults(home)[0].startswith(
         f"there is no file {home.folder}/tenants.yaml (restore it; only where there never"
     )
+    (home.folder / "users.yaml").unlink()
+    assert f"no file {home.folder}/users.yaml (restore it from your backup; only where none" in faults(home)[0]
     (home.folder / "tenants.yaml").touch(0o600)
     (home.folder / "tenants.yaml").write_text("junk")
-    assert faults(home)[0].startswith(f"{home.folder}/tenants.yaml is not in order:")
+    assert any(one.startswith(f"{home.folder}/tenants.yaml is not in order:") for one in faults(home))
 
 
 def test_plain_http_for_strangers_is_a_fault(home: Home) -> None:

@@ -103,6 +103,22 @@ def test_a_file_that_others_may_read_fails_and_the_other_checks_go_on(doctor: Do
     assert doctor.found(OK, "logs in")
 
 
+def test_a_second_name_of_a_tenants_database_fails_by_config_or_by_what_answers(doctor: Doctor, here: Place) -> None:
+    file = here.folder / "tenants.yaml"
+    lost = changed(file, file.read_text())
+
+    def of(database: str) -> Callable[[], object]:
+        entry = f"{{created_at: '2026-11-20T12:00:00Z', database: {database}}}"
+        return changed(file, f"version: 1\ntenants:\n  acme: {entry}\n")
+
+    # as the server, which does not start, sees it
+    found = doctor.appears(FAIL, "acme: shop and shared of the config are one", of("shop"), lost)
+    assert "mend the config, or the variable MCPCTL_…" in (found.hint or "")
+    doctor.appears(FAIL, "alias is in PostgreSQL the same as other", of("other"), lost)
+    doctor.admin = False
+    doctor.appears(WARN, "nobody could see whether another database is", of("other"), lost)
+
+
 def test_a_name_in_the_configs_lists_that_no_user_has_is_told(doctor: Doctor, here: Place, user: str) -> None:
     text = here.config.read_text()
     listed = f"auth: {{admin_users: [{user}], read_only_users: [typo]}}\n"

@@ -279,6 +279,8 @@ def test_the_command_line_registers_shows_and_removes(make_site: MakeSite, shop:
         assert done.stdout.splitlines() == ["lab of carol removed", "cut: 1 query, 0 backends left"]
         text = running.result(5).json()["result"]["content"][0]["text"]
         assert text == "the database 'lab' was removed while the call ran"
+        (line,) = (one for one in lines(at, tool="query_database") if one.get("reason") == text)
+        assert (line["event"], line["outcome"]) == ("tool.refused", "cut")
         assert "for you" in carol.error("select 1", database="lab")
         assert carol.rows("select 1") == [[1]]
     assert at.run("database", "unregister", "carol", "lab", check=False).returncode == 4
@@ -289,11 +291,11 @@ def test_the_command_line_registers_shows_and_removes(make_site: MakeSite, shop:
 def test_the_command_line_takes_no_password_in_its_arguments(make_site: MakeSite, newest_shop: Shop) -> None:
     at = users_of(make_site(newest_shop, extra=ON, tcp=True))
     words = ("database", "register", "carol", "lab", "--dsn")
-    done = at.run(*words, dsn(newest_shop), check=False, stdin=subprocess.DEVNULL)
+    done = at.run(*words, dsn(newest_shop), check=False)
     assert done.returncode == 2
     assert "holds a password" in done.stderr
     assert "own%20secret" not in done.stderr
-    done = at.run(*words, dsn(newest_shop, None), check=False, stdin=subprocess.DEVNULL)
+    done = at.run(*words, dsn(newest_shop, None), check=False)
     assert done.returncode == 2
     assert "--password-file" in done.stderr
     done = at.run("database", "register", "nobody", "lab", "--dsn", dsn(newest_shop, None), check=False)

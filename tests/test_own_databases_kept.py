@@ -6,6 +6,8 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -25,13 +27,18 @@ from brought import (
 from hostile import silent
 from mcpctl import config, keyring, private_file
 from mcpctl.errors import UnavailableError
+from mcpctl.identity import users
 from mcpctl.identity.own_databases import OwnDatabase, OwnDatabases
+from mcpctl.identity.users import User
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import own_login
 from mcpctl.postgres.own import FAILURES, Own
 from mcpctl.postgres.own_login import Wanted
 from mcpctl.state import State
 from site_of_mcpctl import PASSWORD, READER, Client, Shop, Site, eventually
+
+LATER = "2100-01-01T00:00:00Z"
+"""When a row was made that is whoever's there is."""
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +103,23 @@ def test_the_server_starts_with_no_other_key_than_it_was_sealed_with(make_site: 
     assert "mcpctl database unregister carol lab" in done.stderr
 
 
+def test_a_key_file_that_is_broken_has_a_hint_of_its_own(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    register(at, newest_shop)
+    file = at.folder / "secret.key"
+    text = file.read_text()
+    for mode, content in ((0o644, text), (0o600, "junk")):
+        file.write_text(content)
+        file.chmod(mode)
+        done = at.run("config", "check", check=False)
+        assert (done.returncode, "keyring.file: " in done.stderr) == (3, True), done.stderr
+        assert "unregister" not in done.stderr
+        assert "state_file" not in done.stderr
+    file.unlink()
+    done = at.run("config", "check", check=False)
+    assert (done.returncode, "there is no key file" in done.stderr, "unregister" in done.stderr) == (3, True, False)
+
+
 def test_nothing_is_sealed_with_another_key_than_what_is_there(make_site: MakeSite, newest_shop: Shop) -> None:
     at = users_of(make_site(newest_shop, extra=ON, tcp=True)).start()
     register(at, newest_shop)
@@ -134,6 +158,37 @@ def test_a_host_that_the_config_no_longer_names_is_not_connected_to(make_site: M
         (row,) = do(carol, "list_my_databases")["databases"]
         assert row["note"].startswith("closed: its host is no longer")
         do(carol, "remove_database", name="lab")
+
+
+def test_what_an_earlier_user_of_that_name_has_brought_is_not_a_later_one_s(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    """Such as in a state.db that was restored from a backup."""
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True))
+    register(at, newest_shop)
+    at.start()
+    with at.client(at.token("carol")[1]) as carol:
+        assert carol.rows("select 1", database="lab") == [[1]]
+    file = users.user_file(at.folder / "users.yaml")
+    with file.edit() as people:
+        people["carol"] = replace(people["carol"], created_at=datetime.now(UTC))
+    with at.client(at.token("carol")[1]) as carol:
+        eventually(lambda: not newest_shop.backends("application_name LIKE 'mcpctl%'"))
+        assert "there is no database 'lab' for you" in carol.error("select 1", database="lab")
+        assert do(carol, "list_my_databases")["databases"] == []
+        assert "lab" not in do(carol, "whoami")["databases"]
+        assert "you have no database 'lab'" in refused(carol, "remove_database", name="lab")
+        told = "carol's own database lab is an earlier user's of that name"
+        assert told in at.run("doctor", check=False).stdout
+        assert "own:lab" not in at.run("can", "carol", check=False).stdout
+        assert at.run("config", "check").returncode == 0
+        do(carol, "register_database", name="lab", dsn=dsn(newest_shop))  # in its place
+        assert carol.rows("select 1", database="lab") == [[1]]
+    assert told not in at.run("doctor", check=False).stdout
+    with file.edit() as people:
+        people["carol"] = replace(people["carol"], created_at=datetime.now(UTC))
+    assert at.run("database", "unregister", "carol", "lab").returncode == 0
+    assert told not in at.run("doctor", check=False).stdout
 
 
 def test_a_database_is_not_added_under_a_name_that_a_user_has(make_site: MakeSite, newest_shop: Shop) -> None:
@@ -253,8 +308,8 @@ def test_a_server_that_lets_in_and_then_says_nothing_holds_nobody_up(
         assert own.of("carol") == []
         assert server.let_in == 1
         # one that turns silent later: it was registered while it answered
-        hangs = OwnDatabase("carol", "lab", "127.0.0.1", "127.0.0.1", server.port, "shop", READER, "", "2026-01-01")
-        OwnDatabases(own._state, Keyring(found.keyring.file)).add(hangs, PASSWORD, 3)
+        hangs = OwnDatabase("carol", "lab", "127.0.0.1", "127.0.0.1", server.port, "shop", READER, "", LATER)
+        own._rows.add(hangs, PASSWORD, 3)
         own.close()
         at.start()
         with at.client(at.token("carol")[1]) as carol, at.client(at.token("dave")[1]) as dave:
@@ -294,8 +349,10 @@ def test_nothing_is_sealed_while_a_rotation_looks_for_the_last_time(
     monkeypatch.setattr("mcpctl.state._PATIENCE", 0.05)
     private_file.create(tmp_path / "secret.key", keyring.new_key().encode() + b"\n")
     ring = Keyring(tmp_path / "secret.key")
-    rotating, registering = (OwnDatabases(State(tmp_path / "state.db"), ring) for _ in range(2))
-    row = OwnDatabase("carol", "lab", "h", "10.0.0.1", 5432, "d", "u", "", "2026-01-01T00:00:00Z")
+    people = users.user_file(tmp_path / "users.yaml")
+    private_file.create(people.path, people.render({"carol": User("carol", datetime.now(UTC))}))
+    rotating, registering = (OwnDatabases(State(tmp_path / "state.db"), ring, people) for _ in range(2))
+    row = OwnDatabase("carol", "lab", "h", "10.0.0.1", 5432, "d", "u", "", LATER)
     with rotating.held(), pytest.raises(UnavailableError):
         registering.add(row, PASSWORD, 3)
     assert list(rotating.sealed()) == []

@@ -70,6 +70,8 @@ def test_a_file_that_cannot_be_believed_is_refused(state: State, tmp_path: Path,
         state.rows("SELECT 1")
     assert str(path) in told.value.message
     assert told.value.hint
+    if way == "empty":
+        assert told.value.hint.startswith("restore it from your backup")
 
 
 def test_what_several_processes_write_at_once_is_all_there(tmp_path: Path) -> None:

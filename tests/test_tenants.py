@@ -341,6 +341,7 @@ def test_adding_a_tenant_says_what_it_does_not_hide(home: Home) -> None:
     schema = home("tenant", "add", "acme", "--database", "both", "--schema", "acme")
     assert "names of all schemas, tables and columns, and about how many rows they have, show" in schema.err
     assert "mcpctl database add acme" in schema.err
+    assert "nobody could look whether the schema acme of both is there" in schema.err
     whole = home("tenant", "add", "wid", "--database", "shop")
     assert "the names of its databases and roles show to all" in whole.err
 
@@ -460,6 +461,8 @@ def test_a_schema_that_service_tokens_reach_becomes_no_tenants(newest_shop: Shop
             assert f'REVOKE ALL ON SCHEMA north_5 FROM "{READER}", PUBLIC' in refused.stderr
             connection.execute(f"REVOKE ALL ON SCHEMA north_5 FROM {READER}".encode())
             at.run(*add)
+            typo = at.run("tenant", "add", "south", "--database", "shop", "--schema", "north_55", check=False)
+            assert (typo.returncode, "there is no schema north_55 in shop" in typo.stderr) == (4, True)
             assert failures() == []
             connection.execute(b"GRANT USAGE ON SCHEMA north_5 TO PUBLIC")
             assert failures() == [f"{READER} may use the schema north_5 of shop, which is the tenant north's"]

@@ -319,7 +319,7 @@ class Calls:
             self._pools.check(principal, login.name)
         except Error as problem:
             return problem
-        return NotFoundError(f"the database {login.name!r} was removed while the call ran")
+        return NarrowedError(f"the database {login.name!r} was removed while the call ran")
 
     def databases(self, principal: Principal, access: str) -> list[str]:
         """The databases in which a principal has that access: by its roles and its token, and by a login there."""

@@ -35,7 +35,7 @@ _BUILT_IN = "mcp-"
 _OTHER_VARIABLES = {"MCPCTL_CONFIG", "MCPCTL_DATABASE_URL", "MCPCTL_TOKEN"}
 _OF_KUBERNETES = re.compile(r"MCPCTL_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
 """What Kubernetes puts into every container for a Service that is called mcpctl."""
-_MAY_HOLD_SECRETS = ("dsn", "service_dsn", "host", "user", "dbname", "password_file", "public_url")
+_MAY_HOLD_SECRETS = ("dsn", "service_dsn", "host", "hosts", "user", "dbname", "password_file", "public_url")
 _INSTEAD_OF_DSN = ("host", "port", "dbname", "user", "sslmode", "sslrootcert", "sslcert", "sslkey")
 _NO_HOME = Path("/nonexistent")
 
@@ -313,6 +313,8 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
             fault(dotted, "sslcert and sslkey go together")
         if database.host and ("://" in database.host or "@" in database.host[1:]):
             fault(f"{dotted}.host", "is a URL, or holds a login; a URL goes into dsn, a login into user")
+        if database.user and ":" in database.user:
+            fault(f"{dotted}.user", "holds a password, or is a URL; a role's name with a colon goes into dsn, as %3A")
         if database.dbname and ("://" in database.dbname or "=" in database.dbname):
             fault(f"{dotted}.dbname", "is a connection string; that goes into dsn")
         if database.settings and database.roles != "per_user":

@@ -377,12 +377,14 @@ def host_name(value: str) -> str | None:
 
 def _named_hosts(value: Any) -> tuple[str, ...]:
     found = []
-    for item in _texts(value):
+    for number, item in enumerate(_texts(value), 1):
         name = host_name(item)
         try:
             found.append(name if name is not None else str(network(item)))
         except ValueError:
-            raise ValueError(f"hosts such as db.example.org, 10.1.2.3 or 10.0.0.0/8 ({item!r} is none)") from None
+            raise ValueError(
+                f"hosts such as db.example.org, 10.1.2.3 or 10.0.0.0/8 (number {number} is none)"
+            ) from None
     return tuple(found)
 
 

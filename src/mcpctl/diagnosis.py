@@ -64,6 +64,7 @@ def examine(patient: Patient) -> list[Finding]:
     found: list[Finding] = []
     own = {
         "files": _files,
+        "tenants": _tenants,
         "keys": _keys,
         "own databases": _own,
         "secrets": _secrets,
@@ -121,6 +122,37 @@ def _files(patient: Patient) -> Iterator[Finding]:
             )
 
 
+def _tenants(patient: Patient) -> Iterator[Finding]:
+    """Whether a tenant's database has a second name: by the config, as for the server, and by what answers."""
+    granting, config = patient.granting(), patient.settings.databases
+    every = tenants.tenant_file(patient.settings.auth.tenant_file, granting.logins.twins).current().values()
+    theirs = {one.database for one in every} & config.keys()
+    if not theirs or len(config) < 2:
+        return
+    seen = {name: _answering(patient, granting, name) for name in config}
+    for name in sorted(theirs):
+        for other in [one for one in config if one != name and seen[one] == seen[name] is not None]:
+            yield Finding(
+                "tenants", FAIL, f"{other} is in PostgreSQL the same as {name}, where a tenant is",
+                "leave one of them in the config: a tenant's database has one name",
+            )  # fmt: skip
+    if unseen := [name for name, answering in seen.items() if answering is None]:
+        what = f"nobody could see whether another database is in PostgreSQL the same as {_some(unseen)}"
+        yield Finding("tenants", WARN, what, f"mcpctl database test {unseen[0]}")
+
+
+def _answering(patient: Patient, granting: Granting, name: str) -> tuple[str, int] | None:
+    """What tells a database of the config from all others; None where nobody was let in to look."""
+    logins = granting.logins
+    if about := trial.one_of((*logins.own(name), *logins.of_people(name, granting.people()))):
+        return about.answering
+    try:
+        with Administrator.of(patient.dsns, logins.host(name)).connected() as connection:
+            return trial.answering(connection)
+    except Error:
+        return None
+
+
 def _keys(patient: Patient) -> Iterator[Finding]:
     ring = Keyring(patient.settings.keyring.file)
     count = 0
@@ -140,14 +172,22 @@ def _keys(patient: Patient) -> Iterator[Finding]:
 
 
 def _own(patient: Patient) -> Iterator[Finding]:
-    """Databases that users have brought, and that one of the config has the name of, or that are out of reach."""
+    """Databases that users have brought, and that one of the config has the name of, or that are out of reach, or an
+    earlier user's."""
     settings = patient.settings
     if not settings.server.state_file.exists():
         return
+    people = users.user_file(settings.auth.user_file)
     with closing(State(settings.server.state_file)) as state:
-        brought = OwnDatabases(state, Keyring(settings.keyring.file)).current()
+        brought = OwnDatabases(state, Keyring(settings.keyring.file), people).every()
     hosts = Hosts(settings.own_databases.hosts)
     for row in brought.values():
+        if not row.belongs_to(people.current().get(row.user)):
+            yield Finding(
+                "own databases", WARN, f"{row.user}'s own database {row.name} is an earlier user's of that name, who "
+                "is gone: nobody can ask it", f"mcpctl database unregister {row.user} {row.name}",
+            )  # fmt: skip
+            continue
         if not hosts.allow(row.host, ipaddress.ip_address(row.hostaddr)):
             yield Finding(
                 "own databases", WARN, f"{row.user}'s own database {row.name} at {row.host} ({row.hostaddr}) cannot be "

@@ -97,9 +97,10 @@ class PasswordFile:
 
 def stores(settings: Settings, state: State) -> list[Store]:
     """Every store of an installation that may hold something sealed."""
-    found: list[Store] = [UserStore(users.user_file(settings.auth.user_file))]
+    people = users.user_file(settings.auth.user_file)
+    found: list[Store] = [UserStore(people)]
     if state.path.exists():
-        found.append(OwnDatabases(state, Keyring(settings.keyring.file)))
+        found.append(OwnDatabases(state, Keyring(settings.keyring.file), people))
     named = [
         path
         for database in settings.databases.values()

@@ -111,7 +111,10 @@ class State:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION:
-            raise ConfigError(f"{self.path} is not a store of mcpctl's", "name another file in server.state_file")
+            raise ConfigError(
+                f"{self.path} is not a store of mcpctl's",
+                "restore it from your backup, or, where it never was one, name another file in server.state_file",
+            )
         if version != SCHEMA_VERSION:
             raise ConfigError(
                 f"{self.path} was written by another version of mcpctl (its form is {version}, ours {SCHEMA_VERSION})",

@@ -47,6 +47,7 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         except Error as problem:
             named = problem.message.split(" ")[0].rstrip(":")
             at = named if key and named.startswith("databases.") else key
+            at = "keyring.file" if named.startswith(str(found.keyring.file)) else at  # whatever is sealed with it
             place = f"{where(found, at)}: {'' if problem.message.startswith(at) else f'{at}: '}" if at else ""
             fault = f"{place}{problem.message}{f' ({problem.hint})' if problem.hint else ''}"
             if fault not in faults:  # a broken user file is one, whoever reads it

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mcpctl.cli import output
+from mcpctl.cli.administration import Files, files_of
 from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, config_flag, confirm, note, ready_to_note, settings
 from mcpctl.cli.database import one_answers, warn_of_tokens
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
     from mcpctl.identity.tenants import Tenant
     from mcpctl.identity.users import User
+    from mcpctl.postgres.login import Login
     from mcpctl.postgres.logins import Logins
 
 app = typer.Typer(help="Make, list and remove tenants.", no_args_is_help=True)
@@ -41,7 +43,8 @@ def add(
     from mcpctl.errors import ConflictError, NotFoundError, UsageError
     from mcpctl.identity import grants, tenants, tokens, users
 
-    found = settings(context, config)
+    files = files_of(context, config, needs_log=True)
+    found = files.settings
     if database not in found.databases:
         known = ", ".join(found.databases) or "none"
         raise NotFoundError(f"there is no database {database} in the config", f"there are: {known}")
@@ -64,12 +67,13 @@ def add(
             f"{', '.join(inside[:5])} {'has' if len(inside) == 1 else 'have'} a grant in {made.where} already",
             f"mcpctl user ungrant {inside[0]} --database {database} --apply",
         )
-    logins = _logins(found)
+    logins = files.logins()
     others = found.databases.keys() - {database}
     if twin := logins.twins.get(database) or next(iter(one_answers(found, logins, database, others)), None):
         raise ConflictError(f"{database} is in PostgreSQL the same as {twin}", "leave one of them in the config")
     if made.own is not None:
-        _check_service(found, made)
+        _check_service(logins, made)
+        _check_there(files, [*logins.own(database), *logins.of_people(database, people)], made)
     file = tenants.tenant_file(found.auth.tenant_file, there=lambda one: one.database in found.databases)
     tenants.add(file, made)
     note(found, "tenant.added", tenant=name, database=database, reason=by_whom(context, made.where))
@@ -104,14 +108,14 @@ def _warn_of_others(found: "Settings", tenant: "Tenant", people: "Mapping[str, U
     warn_of_tokens(found, tenant.database, "may ask it no more", members)
 
 
-def _check_service(found: "Settings", tenant: "Tenant") -> None:
+def _check_service(logins: "Logins", tenant: "Tenant") -> None:
     """Refuses a schema that the login of service tokens may use (exit 5), or where nobody could look."""
     from contextlib import closing
 
     from mcpctl.errors import ConflictError, Error
     from mcpctl.postgres import administrator
 
-    for login in _logins(found).own(tenant.database):
+    for login in logins.own(tenant.database):
         user, connection = login.about()["user"], administrator.connect_as(login)
         if connection is None:
             raise Error(
@@ -126,11 +130,29 @@ def _check_service(found: "Settings", tenant: "Tenant") -> None:
                 )
 
 
-def _logins(found: "Settings") -> "Logins":
-    from mcpctl.keyring import Keyring
-    from mcpctl.postgres.logins import Logins
+def _check_there(files: Files, logins: "list[Login]", tenant: "Tenant") -> None:
+    """Refuses a schema that is not there (exit 4): after a typo the one that is meant could be granted to others. Warns
+    where none of the logins, nor the administrator, gets in to look."""
+    from contextlib import closing, suppress
 
-    return Logins(found.databases, Keyring(found.keyring.file))
+    from mcpctl.errors import Error, NotFoundError
+    from mcpctl.postgres import administrator
+
+    connection = next(filter(None, map(administrator.connect_as, logins)), None)
+    if connection is None:
+        with suppress(Error):
+            connection = files.administrator(tenant.database, files.granting()).connect()
+    if connection is None:
+        output.warn(
+            f"nobody could look whether {tenant.where} is there", "is it a typo? then the one meant is no tenant's"
+        )
+        return
+    with closing(connection):
+        if not administrator.is_schema(connection, tenant.own or ""):
+            raise NotFoundError(
+                f"there is no schema {tenant.schema} in {tenant.database}",
+                "make it first; names are as PostgreSQL has them",
+            )
 
 
 @app.command("list")

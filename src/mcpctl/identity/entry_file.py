@@ -56,7 +56,7 @@ _OneLine.add_representer(str, _text)
 @dataclass
 class EntryFile(Generic[E]):
     """One such file. `current()` is for the server, `edit()` for the command line. `missing` is the hint where it is
-    not there."""
+    not there, `elsewhere` where the fault of a broken one may be, beside the file itself."""
 
     path: Path
     shape: Shape[E]
@@ -65,7 +65,8 @@ class EntryFile(Generic[E]):
     _lines: dict[str, E] = field(default_factory=dict)
     _broken: ConfigError | None = None
     version: int = 0
-    missing: str = "mcpctl init makes the files"
+    missing: str = "restore it from your backup; only where none of the files is there, mcpctl init makes them"
+    elsewhere: str = ""
 
     def current(self) -> Mapping[str, E]:
         """The entries of the file as it is now: one stat, and a parse where it has changed.
@@ -134,7 +135,8 @@ class EntryFile(Generic[E]):
             entries = self._whole(data, faults)
         if faults:
             raise ConfigError(
-                "\n  ".join([f"{self.path} is not in order:", *faults]), f"mend {self.path}, or restore it"
+                "\n  ".join([f"{self.path} is not in order:", *faults]),
+                f"mend {self.path}, or restore it{self.elsewhere}",
             )
         return entries
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from mcpctl.config import NAME
 from mcpctl.errors import ConfigError, ConflictError, NotFoundError, UsageError
+from mcpctl.identity.entry_file import EntryFile
+from mcpctl.identity.users import User, read_time
 from mcpctl.keyring import Keyring
 from mcpctl.state import State, Version
 
@@ -49,10 +51,17 @@ class OwnDatabase:
         """What its password is sealed for."""
         return [self.user, self.name, self.host, self.hostaddr, self.port, self.dbname, self.login]
 
+    def belongs_to(self, user: User | None) -> bool:
+        """Whether it is this user's, and not that of an earlier one of the name, as a backup may bring it back."""
+        try:
+            return user is not None and user.created_at <= read_time(self.created_at, "created_at")
+        except ValueError:
+            return False
+
 
 _COLUMNS = ", ".join(column.name for column in fields(OwnDatabase))
 _SELECT = f"SELECT {_COLUMNS} FROM own_databases ORDER BY user, created_at, name"  # noqa: S608 - a constant
-_INSERT = f"INSERT INTO own_databases ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - a constant
+_INSERT = f"REPLACE INTO own_databases ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - a constant
 
 
 def check_name(name: str, taken: Mapping[str, Any]) -> None:
@@ -65,22 +74,34 @@ def check_name(name: str, taken: Mapping[str, Any]) -> None:
 
 
 class OwnDatabases:
-    """The rows of own_databases, as they are now."""
+    """The rows of own_databases, as they are now, and whose they are by the user file."""
 
-    def __init__(self, state: State, keyring: Keyring) -> None:
+    def __init__(self, state: State, keyring: Keyring, people: EntryFile[User]) -> None:
         self.name = str(state.path)
         self._state = state
         self._keyring = keyring
+        self._people = people
         self._version: Version | None = None
         self._rows: Mapping[Key, OwnDatabase] = {}
+        self._users: Mapping[str, User] | None = None
+        self._current: Mapping[Key, OwnDatabase] = {}
 
-    def current(self) -> Mapping[Key, OwnDatabase]:
-        """All of them; read again only when somebody has written."""
+    def every(self) -> Mapping[Key, OwnDatabase]:
+        """All rows, also those that are nobody's any more; read again only when somebody has written."""
         version = self._state.version()
         if version != self._version:
             self._rows = {row.key: row for row in (OwnDatabase(*values) for values in self._state.rows(_SELECT))}
             self._version = version
+            self._users = None
         return self._rows
+
+    def current(self) -> Mapping[Key, OwnDatabase]:
+        """Those that belong to a user; one object until one of the files changes. ConfigError as from users.yaml."""
+        rows, people = self.every(), self._people.current()
+        if people is not self._users:
+            self._current = {key: row for key, row in rows.items() if row.belongs_to(people.get(row.user))}
+            self._users = people
+        return self._current
 
     def of(self, user: str) -> list[OwnDatabase]:
         """One user's, the oldest first."""
@@ -104,9 +125,9 @@ class OwnDatabases:
             raise ConflictError(f"a user may have {most} databases here", "remove one first")
 
     def add(self, row: OwnDatabase, password: str, most: int, beside: Iterable[tuple[str, str]] = ()) -> OwnDatabase:
-        """Store it, unless another key than the keyring's has sealed what is there, or `beside` it (ConfigError). It is
-        sealed within the transaction, which a rotation of the keys waits for, and the other way round: no key is
-        dropped that something was sealed with meanwhile."""
+        """Store it, in the place of an earlier user's of that name, unless another key than the keyring's has sealed
+        what is there, or `beside` it (ConfigError). It is sealed within the transaction, which a rotation of the keys
+        waits for, and the other way round: no key is dropped that something was sealed with meanwhile."""
         with self._state.change() as connection:
             self.check_room(row.user, row.name, most)
             text = json.dumps({"for": row.bound, "password": password})
@@ -114,17 +135,17 @@ class OwnDatabases:
             connection.execute(_INSERT, astuple(row))
         return row
 
-    def remove(self, user: str, name: str) -> OwnDatabase:
-        """Take one away. Raises NotFoundError (exit 4)."""
+    def remove(self, user: str, name: str, *, whosever: bool = False) -> OwnDatabase:
+        """Take one away; with `whosever` an earlier user's of that name, too. Raises NotFoundError (exit 4)."""
         with self._state.change() as connection:
-            row = self.find(user, name)
+            row = (self.every().get((user, name)) if whosever else None) or self.find(user, name)
             connection.execute("DELETE FROM own_databases WHERE user = ? AND name = ?", row.key)
         return row
 
     def remove_all(self, user: str) -> list[str]:
-        """Take all of a user's away; their names."""
+        """Take all of a user's away, and of an earlier one's of that name; their names."""
         with self._state.change() as connection:
-            found = [row.name for row in self.of(user)]
+            found = [row.name for row in self.every().values() if row.user == user]
             connection.execute("DELETE FROM own_databases WHERE user = ?", (user,))
         return found
 
@@ -132,6 +153,7 @@ class OwnDatabases:
         """The password of exactly this row. ConfigError (exit 3) where it does not open, or is another row's."""
         what = f"the password of {row.user}'s own database {row.name}"
         again = f"mcpctl database unregister {row.user} {row.name}"
+        self._keyring.keys()  # a key file that is lost or broken is no reason to take anything away
         try:
             values = json.loads(self._keyring.open(row.sealed, what))
         except ConfigError as problem:
@@ -152,13 +174,13 @@ class OwnDatabases:
 
     def sealed(self) -> Iterator[tuple[str, str]]:
         """See rotation.Store."""
-        for row in self.current().values():
+        for row in self.every().values():
             yield row.sealed, f"the password of {row.user}'s own database {row.name}"
 
     def reseal(self, again: Any) -> None:
         """See rotation.Store."""
         with self._state.change() as connection:
-            for row in self.current().values():
+            for row in self.every().values():
                 sealed = again(row.sealed, f"the password of {row.user}'s own database {row.name}")
                 if sealed != row.sealed:
                     connection.execute(

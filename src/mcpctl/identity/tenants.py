@@ -100,6 +100,7 @@ def tenant_file(
         replace(_SHAPE, together=lambda entries: (*_shared(entries, twins or {}), *_nowhere(entries, there))),
         missing="restore it; only where there never were tenants, make it as the owner of the other files: "
         f"(umask 077; echo '{{version: 1, tenants: {{}}}}' >{path})",
+        elsewhere="; where that speaks of the config, mend the config, or the variable MCPCTL_… that adds to it",
     )
 
 

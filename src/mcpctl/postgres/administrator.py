@@ -270,6 +270,12 @@ def may_use(connection: Connection, schema: str) -> bool:
     return connection.execute(query, (schema,)).fetchone() == (True,)
 
 
+def is_schema(connection: Connection, schema: str) -> bool:
+    """Whether there is a schema of that name, as it stands in the catalog."""
+    query = "SELECT FROM pg_catalog.pg_namespace WHERE nspname = %s"
+    return connection.execute(query, (schema,)).fetchone() is not None
+
+
 def set_login(connection: Connection, role: str, *, on: bool) -> None:
     """Let a role log in, or not any more; then its connections end, too."""
     for statement in roles.switch_login(role, on=on):

@@ -47,7 +47,8 @@ class Own:
         self._pools = pools
         self._ask = ask
         self._state = State(settings.server.state_file)
-        self._rows = OwnDatabases(self._state, keyring)
+        self._people = users.user_file(settings.auth.user_file)
+        self._rows = OwnDatabases(self._state, keyring, self._people)
         self._seen: Mapping[Key, OwnDatabase] = {}
         self._cuts: dict[Key, asyncio.Task[Cut]] = {}
         self._cutting: set[asyncio.Task[Cut]] = set()
@@ -181,8 +182,7 @@ class Own:
         finally:
             self._checking.discard(user)
         with self._told():
-            people = users.user_file(self._settings.auth.user_file).current()
-            return self._rows.add(row, password, self._rules.most, users.sealed_in(people))
+            return self._rows.add(row, password, self._rules.most, users.sealed_in(self._people.current()))
 
     def check_name(self, user: str, name: str) -> None:
         """Raises UsageError or ConflictError for a name that cannot be, which counts as a try that failed: nobody asks
@@ -220,9 +220,10 @@ class Own:
         return row
 
     async def remove(self, user: str, name: str) -> tuple[OwnDatabase, Cut]:
-        """Take one away and cut what this process has open of it; the other workers cut theirs within a moment."""
+        """Take one away and cut what this process has open of it; the other workers cut theirs within a moment. A
+        command takes an earlier user's away, too."""
         with self._told():
-            row = self._rows.remove(user, name)
+            row = self._rows.remove(user, name, whosever=self._pools is None)
         return row, await self.settle(user, name)
 
     def remove_all(self, user: str) -> list[str]:

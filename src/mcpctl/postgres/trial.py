@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
@@ -12,11 +13,12 @@ from mcpctl.errors import Error
 from mcpctl.identity.grants import identifier
 from mcpctl.postgres.login import PRIVILEGED, Login
 
+_ANSWERING = """extract(epoch FROM pg_catalog.pg_postmaster_start_time())::text,
+       (SELECT oid::int8 FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())"""
 _ABOUT = f"""
 SELECT session_user, pg_catalog.current_setting('server_version'), pg_catalog.current_database(),
        {PRIVILEGED},
-       extract(epoch FROM pg_catalog.pg_postmaster_start_time())::text,
-       (SELECT oid::int8 FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()),
+       {_ANSWERING},
        (SELECT s.version FROM pg_catalog.pg_stat_ssl s WHERE s.pid = pg_catalog.pg_backend_pid() AND s.ssl)"""
 
 
@@ -76,6 +78,12 @@ def one_of(logins: Iterable[Login]) -> About | None:
         with contextlib.suppress(Error):
             return log_in(login)
     return None
+
+
+def answering(connection: psycopg.Connection[Any]) -> tuple[str, int]:
+    """`About.answering` of the database of a connection."""
+    start, oid = connection.execute(f"SELECT {_ANSWERING}".encode()).fetchone() or ("", 0)
+    return start, oid
 
 
 def reader_sql(dbname: str) -> str:
