@@ -234,8 +234,22 @@ def test_the_table_says_of_each_what_the_single_question_says(house: House) -> N
             )
     assert (single, update) == ({"invoker": 1, "calling": 1, "ruled_by": 1, "changed": 0}, 0)
     assert {name: right for name, right in tables.items() if name[6:].startswith(cases)} == {
-        "house.changed": "select,update"
+        "house.changed": "select,update (name)"
     }
+
+
+def test_who_may_read_some_columns_only_may_read_and_the_columns_are_said(house: House) -> None:
+    with house.at.shop.admin() as admin:
+        admin.execute('CREATE TABLE cellar.some (a int, "B" int, c int); GRANT USAGE ON SCHEMA cellar TO mcp_nora_r;'
+                      'GRANT SELECT (a, "B") ON cellar.some TO mcp_nora_r')  # fmt: skip
+        try:
+            code, chain = _can(house, "nora", "select", "cellar.some")
+            assert (code, ["postgresql", "yes", 'on the columns a, "B" only'] in chain) == (0, True)
+            assert ["shop", "cellar.some", 'select (a, "B")'] in _can(house, "nora")[1]
+            who = house.at.run("who-can", "select", "cellar.some").stdout
+            assert who == 'nora\tmcp_nora_r, on the columns a, "B" only\n'
+        finally:
+            admin.execute("DROP TABLE cellar.some; REVOKE USAGE ON SCHEMA cellar FROM mcp_nora_r")
 
 
 def test_a_database_that_is_down_is_an_error_and_hides_no_other(login_shop: Shop, tmp_path: Path) -> None:

@@ -43,10 +43,12 @@ class Link:
 
 @dataclass
 class Answer:
-    """Yes or no, with every link up to the one that says no. `hides_all`: allowed, and row security shows no row."""
+    """Yes or no, with every link up to the one that says no. `hides_all`: allowed, and row security shows no row.
+    `columns`: allowed on these alone; none for all of them."""
 
     links: list[Link] = field(default_factory=list)
     hides_all: bool = False
+    columns: tuple[str, ...] = ()
 
     @property
     def allowed(self) -> bool:
@@ -291,7 +293,7 @@ class Rights:
 
     @staticmethod
     def _add_verdict(verdict: privileges.Verdict, action: str, answer: Answer) -> None:
-        answer.hides_all = verdict.hides_all
+        answer.hides_all, answer.columns = verdict.hides_all, verdict.columns
         for reason in verdict.reasons[:-1]:
             answer.add("postgresql", True, reason)
         if not answer.add("postgresql", verdict.allowed, verdict.reasons[-1]):

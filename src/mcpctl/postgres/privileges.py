@@ -27,7 +27,8 @@ _ABOUT = f"""
 SELECT c.oid::int8, has_schema_privilege(n.oid, 'USAGE'), has_table_privilege(c.oid, %(privilege)s),
        has_any_column_privilege(c.oid, %(column_privilege)s), row_security_active(c.oid),
        (SELECT array_agg(quote_ident(a.attname) ORDER BY a.attnum) FROM pg_attribute a
-        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '')
+        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+          AND has_column_privilege(c.oid, a.attnum, %(column_privilege)s))
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND {_KINDS}"""
 _INSERTABLE = """
@@ -97,7 +98,7 @@ _COMMANDS = {"select": "r", "insert": "a", "update": "w", "delete": "d"}
 class Verdict:
     """PostgreSQL's answer for one table: `allowed`, its reasons in order, and the policies that filter the rows.
     `hides_all`: they let no row through; `every_row`: or each. `triggers` run then, too, and what they do is not known
-    before."""
+    before. `columns`: the only ones that the login has the right on; none where it has it on the table."""
 
     allowed: bool
     reasons: tuple[str, ...]
@@ -106,6 +107,12 @@ class Verdict:
     hides_all: bool = False
     every_row: bool = True
     triggers: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+    @property
+    def on_columns(self) -> str:
+        """As it stands behind the action in a GRANT: nothing where it is the table."""
+        return f" ({', '.join(self.columns)})" if self.columns else ""
 
 
 def connect(login: Login) -> Connection:
@@ -143,14 +150,14 @@ def may(connection: Connection, action: str, target: Target) -> Verdict:
     row = connection.execute(_ABOUT, named).fetchone()
     if row is None:
         raise NotFoundError(f"there is no table {target}", "write schema.table, as PostgreSQL has it")
-    oid, usage, whole, some, active, columns = row
-    if action == "insert":
-        columns = _insertable(connection, oid)
+    oid, usage, whole, some, active, granted = row
     some = some and action != "delete"
+    only = tuple(granted or ()) if some and not whole else ()
     reasons = [f"has_schema_privilege({target.schema}, USAGE) = {_yes(usage)}"]
     reasons.append(f"has_table_privilege({target}, {privilege}) = {_yes(whole)}")
-    if not whole and some:
-        reasons.append("it has that right on some of its columns only")
+    if only:
+        reasons.append(f"on the columns {', '.join(only)} only")
+    columns = _insertable(connection, oid) if action == "insert" else granted if action == "update" else only
     refusal, otherwise = _refusal(connection, action, target, columns or [])
     refusal = refusal or _unmapped(connection, oid)
     if refusal is None and otherwise is not None and action == "insert":
@@ -176,6 +183,7 @@ def may(connection: Connection, action: str, target: Target) -> Verdict:
         any(permissive and qual == "true" for _, permissive, qual in policies)
         and all(permissive or qual in (None, "true") for _, permissive, qual in policies),
         triggers,
+        only,
     )
 
 
@@ -195,11 +203,12 @@ def _refusal(
     connection: Connection, action: str, target: Target, columns: Sequence[str]
 ) -> tuple[str | None, str | None]:
     """What PostgreSQL says against the action, None for nothing; and, of one that is possible, what it says against
-    another way. An UPDATE is possible where that of any column is, and an INSERT where one with all values is: a view's
-    expression takes no value, an identity only DEFAULT, and a default may call what the login must not."""
+    another way. A SELECT is of the columns, or of all where there are none. An UPDATE is possible where that of any
+    column is, and an INSERT where one with all values is: a view's expression takes no value, an identity only DEFAULT,
+    and a default may call what the login must not."""
     named = f" ({', '.join(columns)}) VALUES ({', '.join('NULL' for _ in columns)})"
     statements = {
-        "select": [f"SELECT * FROM {target.sql}"],
+        "select": [f"SELECT {', '.join(columns) or '*'} FROM {target.sql}"],
         "insert": [f"INSERT INTO {target.sql}{how}" for how in (" DEFAULT VALUES", *([named] if columns else ()))],
         "update": [
             f"UPDATE {target.sql} SET {one} = {to}" for to in ("DEFAULT", "NULL") for one in columns or ["ctid"]
@@ -300,16 +309,13 @@ def _unmapped(connection: Connection, table: int) -> str | None:
 
 
 def tables(connection: Connection, access: str) -> Iterator[tuple[Target, list[str], bool]]:
-    """Every table that the login reaches: what it may do with it of that access, as `may` says, and whether row
-    security filters it."""
+    """Every table that the login reaches: what it may do with it of that access, as `may` says, with the columns where
+    it is not all of them, and whether row security filters it."""
     for schema, name, actions, active in connection.execute(_TABLES).fetchall():
         target = Target(schema, name)
         with suppress(NotFoundError):  # dropped meanwhile
-            yield (
-                target,
-                [one for one in actions if ACTIONS[one] == access and may(connection, one, target).allowed],
-                active,
-            )
+            verdicts = [(one, may(connection, one, target)) for one in actions if ACTIONS[one] == access]
+            yield target, [one + verdict.on_columns for one, verdict in verdicts if verdict.allowed], active
 
 
 def settable(connection: Connection, names: Sequence[str]) -> list[str]:
