@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -250,6 +251,32 @@ def test_who_may_read_some_columns_only_may_read_and_the_columns_are_said(house:
             assert who == 'nora\tmcp_nora_r, on the columns a, "B" only\n'
         finally:
             admin.execute("DROP TABLE cellar.some; REVOKE USAGE ON SCHEMA cellar FROM mcp_nora_r")
+
+
+def test_a_table_that_is_locked_is_not_known_and_hides_no_other(house: House) -> None:
+    known = _can(house, "nora")[1]
+    with house.at.shop.admin() as admin, admin.transaction():
+        admin.execute("LOCK TABLE house.keys IN ACCESS EXCLUSIVE MODE")
+        for command in (("can", "nora"), ("who-can",)):
+            done = house.at.run(*command, "select", "house.keys", check=False)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert "house.keys, or what it reads, is locked, and was for 2 s: whether select is all" in done.stderr
+            assert "nobody" not in done.stderr
+        begun = time.monotonic()
+        assert house.at.run("can", "pia", "insert", "house.keys", check=False).stdout.startswith("no")
+        assert house.at.run("can", "nora", "update", "house.keys", check=False).stdout.startswith("no")
+        code, found = _can(house, "nora")
+        assert time.monotonic() - begun < 20
+    assert code == 1
+    assert found == [[*row[:2], "not known"] if row[1] == "house.keys" else row for row in known]
+
+
+def test_an_insert_into_what_is_locked_waits_no_longer(house: House) -> None:
+    with house.at.shop.admin() as admin, admin.transaction():
+        admin.execute("LOCK TABLE house.rooms IN ACCESS EXCLUSIVE MODE")
+        done = house.at.run("can", "nora", "insert", "house.rooms", check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "is locked, and was for 2 s: whether insert is allowed is not known" in done.stderr
 
 
 def test_a_database_that_is_down_is_an_error_and_hides_no_other(login_shop: Shop, tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ call would have it checked (PostgreSQL's executor looks at all privileges before
 """
 
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Timer
 from typing import Any
@@ -89,8 +89,11 @@ ORDER BY 1, 2"""
 _SETTABLE = "SELECT name FROM unnest(%s::text[]) name WHERE has_parameter_privilege(name, 'ALTER SYSTEM') ORDER BY 1"
 _WHOEVER_ASKS = ("the database system is ", "sorry, too many clients", "remaining connection slots", "database ")
 """How PostgreSQL's refusals begin that are not the login's: it starts or stops, is full, or has no such database."""
-_PATIENCE = 5.0
+_PATIENCE = 5
 """Seconds that PostgreSQL has to say what it would do."""
+_LOCKED = 2
+"""Seconds of them that it may wait for a lock."""
+_UNKNOWN = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled)
 _COMMANDS = {"select": "r", "insert": "a", "update": "w", "delete": "d"}
 
 
@@ -130,16 +133,32 @@ def connect(login: Login) -> Connection:
             f"the database {login.name} cannot be reached: {said.strip()}",
             f"`mcpctl database test {login.name}` tries it",
         ) from None
-    row = connection.execute(SETTINGS, ("30s",)).fetchone()
+    row = connection.execute(SETTINGS, (f"{_PATIENCE}s",)).fetchone()
     if row is None or (row[3] and not login.settings.allow_privileged_login):
         connection.close()
         raise ForbiddenError("is a superuser, bypasses row security or may replicate, and so is not served")
-    connection.execute("SET search_path = pg_catalog")
+    connection.execute(f"SET search_path = pg_catalog; SET lock_timeout = '{_LOCKED}s'")
     return connection
 
 
 def may(connection: Connection, action: str, target: Target) -> Verdict:
-    """Whether that login may select from, insert into, update or delete from a table."""
+    """Whether that login may select from, insert into, update or delete from a table. NotFoundError where there is
+    none; UnavailableError where PostgreSQL cannot say, since it is locked, or takes too long."""
+    try:
+        return _verdict(connection, action, target)
+    except psycopg.errors.LockNotAvailable:
+        raise UnavailableError(
+            f"{target}, or what it reads, is locked, and was for {_LOCKED} s: whether {action} is allowed is not known",
+            "ask again when what holds the lock, such as a migration, has ended; pg_locks shows it",
+        ) from None
+    except psycopg.errors.QueryCanceled:
+        raise UnavailableError(
+            f"{action} on {target} takes longer than {_PATIENCE} s to plan: whether it is allowed is not known",
+            "a view or policy there is very large, or calls a function that takes long or does not end",
+        ) from None
+
+
+def _verdict(connection: Connection, action: str, target: Target) -> Verdict:
     privilege = action.upper()
     named = {
         "privilege": privilege,
@@ -157,6 +176,8 @@ def may(connection: Connection, action: str, target: Target) -> Verdict:
     reasons.append(f"has_table_privilege({target}, {privilege}) = {_yes(whole)}")
     if only:
         reasons.append(f"on the columns {', '.join(only)} only")
+    if not usage or not (whole or some):
+        return Verdict(False, tuple(reasons))
     columns = _insertable(connection, oid) if action == "insert" else granted if action == "update" else only
     refusal, otherwise = _refusal(connection, action, target, columns or [])
     refusal = refusal or _unmapped(connection, oid)
@@ -169,7 +190,7 @@ def may(connection: Connection, action: str, target: Target) -> Verdict:
     hides_all = active and not any(permissive and qual for _, permissive, qual in policies)
     if refusal is None and hides_all and action == "insert":
         refusal = "row security is on, and no policy lets this role insert a row"
-    if refusal is not None and usage and (whole or some):
+    if refusal is not None:
         reasons.append(f"and yet: {refusal}")
     return Verdict(
         refusal is None,
@@ -189,10 +210,13 @@ def may(connection: Connection, action: str, target: Target) -> Verdict:
 
 def _insertable(connection: Connection, table: int) -> list[str]:
     """The columns that an INSERT may give a value; none where a foreign table's wrapper cannot say."""
-    with suppress(psycopg.Error):
+    try:
         row = connection.execute(_INSERTABLE, (table,)).fetchone()
-        return (row[0] if row is not None else None) or []
-    return []
+    except _UNKNOWN:
+        raise
+    except psycopg.Error:
+        return []
+    return (row[0] if row is not None else None) or []
 
 
 def _yes(value: bool) -> str:
@@ -228,11 +252,13 @@ def _explained(connection: Connection, action: str, statement: str) -> str | Non
     """What PostgreSQL says against the statement; None for nothing. Nothing runs: it is EXPLAIN, and rolled back."""
     connection.execute("BEGIN READ ONLY")
     try:
-        with _bounded(connection, statement):
+        with _bounded(connection):
             plans = connection.execute(f"EXPLAIN (VERBOSE, FORMAT JSON, COSTS OFF) {statement}".encode()).fetchone()
         if plans is None:
             return None
         return _not_populated(connection, plans[0]) or _only_when_run(connection, action, plans[0])
+    except _UNKNOWN:
+        raise
     except psycopg.Error as problem:
         return problem.diag.message_primary or "it fails"
     finally:
@@ -241,7 +267,7 @@ def _explained(connection: Connection, action: str, statement: str) -> str | Non
 
 
 @contextmanager
-def _bounded(connection: Connection, statement: str) -> Iterator[None]:
+def _bounded(connection: Connection) -> Iterator[None]:
     """EXPLAIN runs what the planner folds, which may catch a cancel, and so outlive every timeout of PostgreSQL's: then
     the connection is shut from this side."""
     over = Event()
@@ -251,17 +277,14 @@ def _bounded(connection: Connection, statement: str) -> Iterator[None]:
         wire.shutdown(socket.SHUT_RDWR)
 
     with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as wire:
-        late = Timer(_PATIENCE, shut)
+        late = Timer(_PATIENCE + 1, shut)
         late.start()
         try:
             yield
         except psycopg.OperationalError:
             if not over.is_set():
                 raise
-            raise Error(
-                f"PostgreSQL does not answer what it would say to: {statement}",
-                "a view or policy there calls a function that does not end",
-            ) from None
+            raise psycopg.errors.QueryCanceled from None
         finally:
             late.cancel()
 
@@ -308,14 +331,25 @@ def _unmapped(connection: Connection, table: int) -> str | None:
     return f"no user mapping on the server {row[0]}, for this role or PUBLIC" if row is not None else None
 
 
-def tables(connection: Connection, access: str) -> Iterator[tuple[Target, list[str], bool]]:
+def tables(
+    connection: Connection, access: str, again: Callable[[], Connection]
+) -> Iterator[tuple[Target, list[str], bool, Error | None]]:
     """Every table that the login reaches: what it may do with it of that access, as `may` says, with the columns where
-    it is not all of them, and whether row security filters it."""
+    it is not all of them; whether row security filters it; and why not all of it is known. `again` connects anew."""
     for schema, name, actions, active in connection.execute(_TABLES).fetchall():
-        target = Target(schema, name)
-        with suppress(NotFoundError):  # dropped meanwhile
-            verdicts = [(one, may(connection, one, target)) for one in actions if ACTIONS[one] == access]
-            yield target, [one + verdict.on_columns for one, verdict in verdicts if verdict.allowed], active
+        target, found, unknown = Target(schema, name), list[str](), None
+        try:
+            for one in (one for one in actions if ACTIONS[one] == access):
+                if connection.closed:
+                    connection = again()
+                verdict = may(connection, one, target)
+                found += [one + verdict.on_columns] if verdict.allowed else []
+        except NotFoundError:  # dropped meanwhile
+            continue
+        except Error as problem:
+            unknown = problem
+        yield target, found, active, unknown
+    connection.close()
 
 
 def settable(connection: Connection, names: Sequence[str]) -> list[str]:
