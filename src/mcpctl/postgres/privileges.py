@@ -50,18 +50,25 @@ SELECT string_agg(s.oid::regclass::text, ', ' ORDER BY s.oid) FROM pg_attrdef a
 WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND a.adnum = ANY (%(defaults)s)
   AND CASE s.relkind WHEN 'S' THEN NOT has_sequence_privilege(s.oid, 'USAGE, UPDATE') END"""
 _FUNCTIONS = r"""
-SELECT string_agg(DISTINCT p.oid::regprocedure::text, ', ')
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, LATERAL (
-    SELECT conbin::text FROM pg_constraint WHERE conrelid = c.oid AND contype = 'c'
+WITH RECURSIVE below (relid, path) AS (
+    SELECT c.oid, ARRAY[c.oid] FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = %(schema)s AND c.relname = %(table)s
+    UNION ALL SELECT i.inhrelid, path || i.inhrelid FROM below JOIN pg_inherits i ON i.inhparent = relid
+      JOIN pg_class c ON c.oid = i.inhrelid WHERE c.relispartition OR NOT %(inserts)s)
+SELECT relid::regclass::text, (
+  SELECT string_agg(DISTINCT p.oid::regprocedure::text, ', ') FROM (
+    SELECT conbin::text FROM pg_constraint WHERE conrelid = relid AND contype = 'c'
     UNION ALL SELECT adbin::text FROM pg_attrdef JOIN pg_attribute ON (attrelid, attnum) = (adrelid, adnum)
-      WHERE adrelid = c.oid AND attgenerated = 's' AND %(inserts)s
-    UNION ALL SELECT concat(indexprs, indpred) FROM pg_index WHERE indrelid = c.oid AND indisready AND %(inserts)s
-    UNION ALL SELECT partexprs::text FROM pg_partitioned_table WHERE partrelid = c.oid AND %(inserts)s
+      WHERE adrelid = relid AND attgenerated = 's' AND %(inserts)s
+    UNION ALL SELECT concat(indexprs, indpred) FROM pg_index WHERE indrelid = relid AND indisready AND %(inserts)s
+    UNION ALL SELECT partexprs::text FROM pg_partitioned_table WHERE partrelid = ANY (path) AND %(inserts)s
   ) expressions (tree), regexp_matches(tree, ':(?:op)?funcid (\d+)', 'g') called
-  JOIN pg_proc p ON p.oid = called[1]::oid
-WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND NOT has_function_privilege(p.oid, 'EXECUTE')"""
-"""What a row's way into a table calls, and the login may not execute. From the stored expressions, since pg_depend does
-not have PostgreSQL's own functions. An UPDATE has all checks looked at, and the rest only for some columns."""
+  JOIN pg_proc p ON p.oid = called[1]::oid WHERE NOT has_function_privilege(p.oid, 'EXECUTE'))
+FROM below JOIN pg_class ON oid = relid WHERE relkind <> 'p' ORDER BY 1"""
+"""What a row's way into a table calls, and the login may not execute, for each table that rows go into: partitions, and
+for an UPDATE what inherits. From the stored expressions, since pg_depend does not have PostgreSQL's own functions. An
+UPDATE has all checks looked at, and the rest only for some columns."""
+_CALLED = "permission denied for what a check, generated column, index or partition key calls"
 _UNMAPPED = """
 SELECT s.srvname FROM pg_foreign_table t JOIN pg_foreign_server s ON s.oid = t.ftserver
   JOIN pg_foreign_data_wrapper w ON w.oid = s.srvfdw JOIN pg_proc p ON p.oid = w.fdwhandler
@@ -179,10 +186,9 @@ def _verdict(connection: Connection, action: str, target: Target) -> Verdict:
     if not usage or not (whole or some):
         return Verdict(False, tuple(reasons))
     columns = _insertable(connection, oid) if action == "insert" else granted if action == "update" else only
-    refusal, otherwise = _refusal(connection, action, target, columns or [])
+    refusal, limits = _refusal(connection, action, target, columns or [])
     refusal = refusal or _unmapped(connection, oid)
-    if refusal is None and otherwise is not None and action == "insert":
-        reasons.append(f"only with a value for every column: {otherwise}")
+    reasons += limits if refusal is None else []
     bits = {"table": oid, "bit": _TRIGGER_BITS.get(action, 0)}
     triggers = tuple(row[0] for row in connection.execute(_TRIGGERS, bits).fetchall())
     named = {"oid": oid, "command": _COMMANDS[action]}
@@ -225,9 +231,9 @@ def _yes(value: bool) -> str:
 
 def _refusal(
     connection: Connection, action: str, target: Target, columns: Sequence[str]
-) -> tuple[str | None, str | None]:
-    """What PostgreSQL says against the action, None for nothing; and, of one that is possible, what it says against
-    another way. A SELECT is of the columns, or of all where there are none. An UPDATE is possible where that of any
+) -> tuple[str | None, list[str]]:
+    """What PostgreSQL says against the action, None for nothing; and, of one that is possible, what it is not possible
+    for, and why. A SELECT is of the columns, or of all where there are none. An UPDATE is possible where that of any
     column is, and an INSERT where one with all values is: a view's expression takes no value, an identity only DEFAULT,
     and a default may call what the login must not."""
     named = f" ({', '.join(columns)}) VALUES ({', '.join('NULL' for _ in columns)})"
@@ -241,26 +247,29 @@ def _refusal(
     }[action]
     first = None
     for statement in statements:
-        refusal = _explained(connection, action, statement)
+        refusal, limits = _explained(connection, action, statement)
         if refusal is None:
-            return None, first
+            named = [f"only with a value for every column: {first}"] if first and action == "insert" else []
+            return None, named + limits
         first = first or refusal
-    return first, None
+    return first, []
 
 
-def _explained(connection: Connection, action: str, statement: str) -> str | None:
-    """What PostgreSQL says against the statement; None for nothing. Nothing runs: it is EXPLAIN, and rolled back."""
+def _explained(connection: Connection, action: str, statement: str) -> tuple[str | None, list[str]]:
+    """What PostgreSQL says against the statement, None for nothing; and against it for some partitions. Nothing runs:
+    it is EXPLAIN, and rolled back."""
     connection.execute("BEGIN READ ONLY")
     try:
         with _bounded(connection):
             plans = connection.execute(f"EXPLAIN (VERBOSE, FORMAT JSON, COSTS OFF) {statement}".encode()).fetchone()
         if plans is None:
-            return None
-        return _not_populated(connection, plans[0]) or _only_when_run(connection, action, plans[0])
+            return None, []
+        empty = _not_populated(connection, plans[0])
+        return (empty, []) if empty else _only_when_run(connection, action, plans[0])
     except _UNKNOWN:
         raise
     except psycopg.Error as problem:
-        return problem.diag.message_primary or "it fails"
+        return problem.diag.message_primary or "it fails", []
     finally:
         if not connection.closed:
             connection.execute("ROLLBACK")
@@ -289,12 +298,16 @@ def _bounded(connection: Connection) -> Iterator[None]:
             late.cancel()
 
 
-def _only_when_run(connection: Connection, action: str, plans: Sequence[dict[str, Any]]) -> str | None:
+def _only_when_run(
+    connection: Connection, action: str, plans: Sequence[dict[str, Any]]
+) -> tuple[str | None, list[str]]:
     """What speaks against an INSERT or UPDATE that EXPLAIN does not see: nextval() asks for its right only when it
     runs, and so do checks. The plan names the table that the rows go into, also behind views, and puts out what goes
-    into each of its columns: a default, or the NULL that was named. (An identity's sequence asks for no right.)"""
+    into each of its columns: a default, or the NULL that was named. (An identity's sequence asks for no right.) What
+    speaks against it for some partitions or heirs only is no refusal."""
+    limits: list[str] = []
     if action not in ("insert", "update"):
-        return None
+        return None, limits
     inserts = action == "insert"
     for into in (plan.get("Plan", {}) for plan in plans):
         row_of = into["Plans"][0].get("Output", ()) if into.get("Plans") else ()
@@ -303,11 +316,13 @@ def _only_when_run(connection: Connection, action: str, plans: Sequence[dict[str
         named |= {"inserts": inserts, "defaults": defaults}
         row = connection.execute(_SEQUENCES, named).fetchone() if inserts else None
         if row is not None and row[0]:
-            return f"permission denied for the sequence of a default: {row[0]}"
-        row = connection.execute(_FUNCTIONS, named).fetchone()
-        if row is not None and row[0]:
-            return f"permission denied for what a check, generated column, index or partition key calls: {row[0]}"
-    return None
+            return f"permission denied for the sequence of a default: {row[0]}", []
+        rows = connection.execute(_FUNCTIONS, named).fetchall()
+        barred = [(table, f"{_CALLED}: {functions}") for table, functions in rows if functions]
+        if barred and len(barred) == len(rows):
+            return barred[0][1], []
+        limits += [f"but not the rows of {table}: {why}" for table, why in barred]
+    return None, limits
 
 
 def _not_populated(connection: Connection, plans: Sequence[dict[str, Any]]) -> str | None:
