@@ -249,8 +249,9 @@ def _refusal(
     for statement in statements:
         refusal, limits = _explained(connection, action, statement)
         if refusal is None:
-            named = [f"only with a value for every column: {first}"] if first and action == "insert" else []
-            return None, named + limits
+            if first and action == "insert":
+                limits = [f"only with a value for every column: {first}", *limits]
+            return None, limits
         first = first or refusal
     return first, []
 
