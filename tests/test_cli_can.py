@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,17 @@ def test_the_table_says_of_each_what_the_single_question_says(house: House) -> N
     assert {name: right for name, right in tables.items() if name[6:].startswith(cases)} == {
         "house.changed": "select,update (name)"
     }
+
+
+def test_the_tokens_of_an_earlier_user_of_that_name_are_none_of_the_living(house: House) -> None:
+    house.at.user("zoe", "mcp-tools")
+    old, _ = house.at.token("zoe")
+    later = datetime.now(UTC) + timedelta(seconds=5)
+    house.at.edit_user("zoe", created_at=later)
+    words = "any of the user's tokens (none is alive, so nobody can use it now); one may be limited further (--token)"
+    assert _can(house, "zoe", "call", "whoami")[1][1] == ["token", "yes", words]
+    listed = house.at.run("token", "list").stdout.splitlines()
+    assert [line.split("\t")[6] for line in listed if line.startswith(old)] == ["blocked"]
 
 
 def test_who_may_read_some_columns_only_may_read_and_the_columns_are_said(house: House) -> None:

@@ -143,7 +143,9 @@ class Rights:
             if not answer.add("token", self._lives(token), f"{token.id} is {status}{ends}"):
                 return False
         elif principal.user is not None:
-            living = [one.id for one in self._tokens.values() if one.user == principal.user and self._lives(one)]
+            own = [one for one in self._tokens.values() if one.user == principal.user]
+            alive = ("active", "expiring", "disabled")
+            living = [one.id for one in own if tokens.standing(one, self._people, self._now) in alive]
             shown = (
                 f"{len(living)} living: {', '.join(living[:5])}"
                 if living
