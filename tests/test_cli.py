@@ -431,15 +431,16 @@ def test_nothing_from_a_file_steers_the_terminal(alice: Home) -> None:
     assert "\x1b" not in alice("token", "list").error
 
 
-def test_a_reader_that_has_seen_enough_is_no_failure(alice: Home) -> None:
+@pytest.mark.parametrize("command, code", [("user list", 0), ("token verify", 1), ("audit tail -f", 0)])
+def test_a_reader_that_has_seen_enough_is_no_failure_and_no_yes(alice: Home, command: str, code: int) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     process = subprocess.run(
-        [*COMMAND, "--config", str(alice.config), "user", "list"],
-        stdout=writing, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60,
+        [*COMMAND, "--config", str(alice.config), *command.split()],
+        stdout=writing, stderr=subprocess.PIPE, input="no token", text=True, env=environment(), timeout=60,
     )  # fmt: skip
     os.close(writing)
-    assert (process.returncode, process.stderr) == (0, "")
+    assert (process.returncode, process.stderr) == (code, "")
 
 
 def test_the_version_and_help_are_on_stdout_and_a_bare_command_shows_help_on_stderr() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +235,59 @@ def test_the_table_says_of_each_what_the_single_question_says(house: House) -> N
             )
     assert (single, update) == ({"invoker": 1, "calling": 1, "ruled_by": 1, "changed": 0}, 0)
     assert {name: right for name, right in tables.items() if name[6:].startswith(cases)} == {
-        "house.changed": "select,update"
+        "house.changed": "select,update (name)"
     }
+
+
+def test_the_tokens_of_an_earlier_user_of_that_name_are_none_of_the_living(house: House) -> None:
+    house.at.user("zoe", "mcp-tools")
+    old, _ = house.at.token("zoe")
+    later = datetime.now(UTC) + timedelta(seconds=5)
+    house.at.edit_user("zoe", created_at=later)
+    words = "any of the user's tokens (none is alive, so nobody can use it now); one may be limited further (--token)"
+    assert _can(house, "zoe", "call", "whoami")[1][1] == ["token", "yes", words]
+    listed = house.at.run("token", "list").stdout.splitlines()
+    assert [line.split("\t")[6] for line in listed if line.startswith(old)] == ["blocked"]
+
+
+def test_who_may_read_some_columns_only_may_read_and_the_columns_are_said(house: House) -> None:
+    with house.at.shop.admin() as admin:
+        admin.execute('CREATE TABLE cellar.some (a int, "B" int, c int); GRANT USAGE ON SCHEMA cellar TO mcp_nora_r;'
+                      'GRANT SELECT (a, "B") ON cellar.some TO mcp_nora_r')  # fmt: skip
+        try:
+            code, chain = _can(house, "nora", "select", "cellar.some")
+            assert (code, ["postgresql", "yes", 'on the columns a, "B" only'] in chain) == (0, True)
+            assert ["shop", "cellar.some", 'select (a, "B")'] in _can(house, "nora")[1]
+            who = house.at.run("who-can", "select", "cellar.some").stdout
+            assert who == 'nora\tmcp_nora_r, on the columns a, "B" only\n'
+        finally:
+            admin.execute("DROP TABLE cellar.some; REVOKE USAGE ON SCHEMA cellar FROM mcp_nora_r")
+
+
+def test_a_table_that_is_locked_is_not_known_and_hides_no_other(house: House) -> None:
+    known = _can(house, "nora")[1]
+    with house.at.shop.admin() as admin, admin.transaction():
+        admin.execute("LOCK TABLE house.keys IN ACCESS EXCLUSIVE MODE")
+        for command in (("can", "nora"), ("who-can",)):
+            done = house.at.run(*command, "select", "house.keys", check=False)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert "house.keys, or what it reads, is locked, and was for 2 s: whether select is all" in done.stderr
+            assert "nobody" not in done.stderr
+        begun = time.monotonic()
+        assert house.at.run("can", "pia", "insert", "house.keys", check=False).stdout.startswith("no")
+        assert house.at.run("can", "nora", "update", "house.keys", check=False).stdout.startswith("no")
+        code, found = _can(house, "nora")
+        assert time.monotonic() - begun < 20
+    assert code == 1
+    assert found == [[*row[:2], "not known"] if row[1] == "house.keys" else row for row in known]
+
+
+def test_an_insert_into_what_is_locked_waits_no_longer(house: House) -> None:
+    with house.at.shop.admin() as admin, admin.transaction():
+        admin.execute("LOCK TABLE house.rooms IN ACCESS EXCLUSIVE MODE")
+        done = house.at.run("can", "nora", "insert", "house.rooms", check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "is locked, and was for 2 s: whether insert is allowed is not known" in done.stderr
 
 
 def test_a_database_that_is_down_is_an_error_and_hides_no_other(login_shop: Shop, tmp_path: Path) -> None:

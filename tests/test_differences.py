@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -133,6 +135,41 @@ def test_a_parameter_that_a_login_may_set_is_told_with_the_sql_that_mends_it(
     assert told == f"{role}: has a right on {what}, which is not recorded; a DBA mends it: {mends}"
     here.do(mends)
     assert here.disagreements(user) == []
+
+
+def test_what_a_login_may_do_with_aggregates_and_servers_is_told_with_the_sql_that_mends_it(
+    here: Place, user: str
+) -> None:
+    role = login_role(user, "read")
+    here.grant(user, "read", "public.orders")
+    here.do("CREATE AGGREGATE public.total(int) (SFUNC = int4pl, STYPE = int)",
+            "CREATE FOREIGN DATA WRAPPER wrapping", 'CREATE SERVER "Far one" FOREIGN DATA WRAPPER wrapping',
+            "CREATE PROCEDURE public.proceeds() LANGUAGE sql AS ''", "CREATE DOMAIN public.numbered AS int",
+            f"GRANT EXECUTE ON FUNCTION public.total(int) TO {role}",
+            f"GRANT EXECUTE ON PROCEDURE public.proceeds() TO {role}",
+            f"GRANT USAGE ON DOMAIN public.numbered TO {role}",
+            f"GRANT USAGE ON FOREIGN DATA WRAPPER wrapping TO {role}",
+            f'GRANT USAGE ON FOREIGN SERVER "Far one" TO {role}')  # fmt: skip
+    try:
+        told = here.disagreements(user)
+        assert len(told) == 5
+        here.do(*(one.partition("a DBA mends it: ")[2] for one in told))
+        assert here.disagreements(user) == []
+    finally:
+        here.do("DROP FOREIGN DATA WRAPPER wrapping CASCADE", "DROP AGGREGATE public.total(int)",
+                "DROP PROCEDURE public.proceeds()", "DROP DOMAIN public.numbered")  # fmt: skip
+
+
+def test_the_command_that_mends_names_the_same_table_where_its_name_is_not_printable(here: Place, user: str) -> None:
+    name = "it's\n\\\u0085"
+    here.do(f'CREATE TABLE public."{name}" ()')
+    here.grant(user, "read", f'public."{name}"')
+    here.do(f'DROP TABLE public."{name}"')
+    told = here.site.run("grant", "diff", "--user", user, check=False).stdout
+    word = told.partition(" --table ")[2].partition(" --apply")[0]
+    shell = {"LC_ALL": "C.UTF-8", "PATH": os.environ["PATH"]}
+    said = subprocess.run(["bash", "-c", f"printf %s {word}"], env=shell, capture_output=True, check=True).stdout
+    assert said.decode() == f'public."{name}"'
 
 
 def test_a_user_or_database_that_there_is_not_agrees_with_nothing(here: Place, user: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 
 from mcpctl.config import default_database
 from mcpctl.config_keys import Settings
@@ -43,10 +44,12 @@ class Link:
 
 @dataclass
 class Answer:
-    """Yes or no, with every link up to the one that says no. `hides_all`: allowed, and row security shows no row."""
+    """Yes or no, with every link up to the one that says no. `hides_all`: allowed, and row security shows no row.
+    `columns`: allowed on these alone; none for all of them."""
 
     links: list[Link] = field(default_factory=list)
     hides_all: bool = False
+    columns: tuple[str, ...] = ()
 
     @property
     def allowed(self) -> bool:
@@ -71,8 +74,8 @@ class Question:
 class Rights:
     """The rights of one installation, all read when it is made; `now` is the time that expiries are held to.
 
-    `unasked` has, by database, why what is said without it is not the whole: it cannot be reached, or, in
-    `everything`, takes the login no more.
+    `unasked` has, by database, or login role and table, why what is said without it is not the whole: it cannot be
+    reached; in `everything`, it takes the login no more; the table is locked.
     """
 
     def __init__(self, settings: Settings, now: datetime) -> None:
@@ -140,7 +143,9 @@ class Rights:
             if not answer.add("token", self._lives(token), f"{token.id} is {status}{ends}"):
                 return False
         elif principal.user is not None:
-            living = [one.id for one in self._tokens.values() if one.user == principal.user and self._lives(one)]
+            own = [one for one in self._tokens.values() if one.user == principal.user]
+            alive = ("active", "expiring", "disabled")
+            living = [one.id for one in own if tokens.standing(one, self._people, self._now) in alive]
             shown = (
                 f"{len(living)} living: {', '.join(living[:5])}"
                 if living
@@ -277,7 +282,12 @@ class Rights:
                     "postgresql", True, f"takes the login in {login.name}; what it may touch there is another question"
                 )
             else:
-                self._add_verdict(privileges.may(connection, action, target), action, answer)
+                try:
+                    verdict = privileges.may(connection, action, target)
+                except UnavailableError as problem:
+                    self._not_known(login, f"{login.name} {login.role} {target}", problem)
+                    raise
+                self._add_verdict(verdict, action, answer)
             if login.crowd != OWN and (still := harden.still_open(connection, login.role)):
                 some = ", ".join(signature for signature, _ in still[:3])
                 answer.add("hardening", True, f"still open to any login: {some}, … ({len(still)}); see database harden")
@@ -291,7 +301,7 @@ class Rights:
 
     @staticmethod
     def _add_verdict(verdict: privileges.Verdict, action: str, answer: Answer) -> None:
-        answer.hides_all = verdict.hides_all
+        answer.hides_all, answer.columns = verdict.hides_all, verdict.columns
         for reason in verdict.reasons[:-1]:
             answer.add("postgresql", True, reason)
         if not answer.add("postgresql", verdict.allowed, verdict.reasons[-1]):
@@ -324,10 +334,16 @@ class Rights:
                 if (connection := self._connection(login)) is None:
                     continue
                 with connection:
-                    for target, actions, filtered in privileges.tables(connection, access):
+                    again = partial(self._connect, login)
+                    for target, actions, filtered, unknown in privileges.tables(connection, access, again):
                         shown = f"{target}{' (row security)' if filtered else ''}"
                         merged.setdefault(shown, []).extend(actions)
-            rows += [(database, what, ",".join(rights)) for what, rights in sorted(merged.items()) if rights]
+                        if unknown is not None:
+                            self._not_known(login, f"{login.name} {login.role} {target}", unknown)
+                            merged[shown].append("not known")
+            rows += [
+                (database, what, ",".join(dict.fromkeys(rights))) for what, rights in sorted(merged.items()) if rights
+            ]
             rows += [(database, name, "set") for name in self._settable(principal, database)]
         return rows + self._own_rows(principal)
 
@@ -363,13 +379,16 @@ class Rights:
         with connection:
             return privileges.settable(connection, login.settings.settings)
 
+    def _not_known(self, login: Login, what: str, problem: Error) -> None:
+        why = Error(f"{login.name}: {login.role or 'its login'}: {problem.message}", problem.hint)
+        self.unasked.setdefault(what, why)
+
     def _connection(self, login: Login) -> privileges.Connection | None:
         """A connection as that login; None, and why in `unasked`, where there is none."""
         try:
             return self._connect(login)
         except Error as problem:
-            why = Error(f"{login.name}: {login.role or 'its login'}: {problem.message}", problem.hint)
-            self.unasked.setdefault(login.name, why)
+            self._not_known(login, login.name, problem)
             return None
 
     def _connect(self, login: Login) -> privileges.Connection:

@@ -71,8 +71,8 @@ def tail(
         lines = 10
     most = None if lines is None else min(lines, sys.maxsize)
     known = list(islice(filter(wanted, _all_lines(found.audit.file, begin)), most))[::-1]
-    _show(known, json)
-    if newer is None:
+    heard = _show(known, json)
+    if newer is None or not heard:
         return
     last = max((audit.number(line) for line in known), default=0)
     for line in newer:
@@ -81,8 +81,8 @@ def tail(
             output.warn(f"the chain begins anew, at number {number} after {before}: was the log removed?")
             last = 0
         before = number or before
-        if wanted(line) and (number > last or not number):
-            _show([line], json, with_head=False)
+        if wanted(line) and (number > last or not number) and not _show([line], json, with_head=False):
+            return
 
 
 def _last_number(path: "Path") -> int:
@@ -167,11 +167,10 @@ def _is_event(found: str, wanted: str) -> bool:
     return found == wanted or (wanted.endswith(".*") and found.startswith(wanted[:-1]))
 
 
-def _show(lines: list[dict[str, Any]], json: bool, *, with_head: bool = True) -> None:
+def _show(lines: list[dict[str, Any]], json: bool, *, with_head: bool = True) -> bool:
+    """Show the lines; False where nobody reads them any more."""
     if json:
-        for line in lines:
-            output.put_json(line)
-        return
+        return all(output.put_json(line) for line in lines)
     rows = []
     for line in lines:
         what = line.get("statement") or line.get("reason") or line.get("statement_hmac") or ""
@@ -187,6 +186,5 @@ def _show(lines: list[dict[str, Any]], json: bool, *, with_head: bool = True) ->
         few = (0, 1, 2, 3, 5, 8)
         rows = [[f"{str(row[0])[:19]}Z" if row[0] else None, *(row[at] for at in few[1:])] for row in rows]
         widths = (20, *(_WIDTHS[at] for at in few[1:-1]), 15)
-        output.put_table([_HEAD[at] for at in few], rows, widths, with_head=with_head)
-        return
-    output.put_table(_HEAD, rows, _WIDTHS, with_head=with_head)
+        return output.put_table([_HEAD[at] for at in few], rows, widths, with_head=with_head)
+    return output.put_table(_HEAD, rows, _WIDTHS, with_head=with_head)

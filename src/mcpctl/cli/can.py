@@ -125,5 +125,6 @@ def _everybody(rights: "Rights", question: "Question") -> list[tuple[str, str]]:
         if answer.allowed:
             role = next((link.reason for link in answer.links if link.name == "login role"), "")
             does = "sees" if question.action == "select" else "changes"
-            rows.append((name, role + (f", and {does} no row" if answer.hides_all else "")))
+            columns = f", on the columns {', '.join(answer.columns)} only" if answer.columns else ""
+            rows.append((name, role + columns + (f", and {does} no row" if answer.hides_all else "")))
     return rows

@@ -27,7 +27,7 @@ from mcpctl.cli import (
     user,
 )
 from mcpctl.cli.common import invocation
-from mcpctl.cli.output import SeenEnough, error, put, say
+from mcpctl.cli.output import error, put, say
 from mcpctl.errors import Error, UsageError
 
 app = typer.Typer(
@@ -125,8 +125,6 @@ def _run(arguments: list[str] | None) -> int:
         return problem.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return 130
-    except SeenEnough:
-        return 0
     except PermissionError as problem:
         error(f"{problem.filename or 'a file'}: {problem.strerror}", "run as the owner of mcpctl's files, or as root")
         return 3

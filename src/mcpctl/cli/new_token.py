@@ -63,8 +63,9 @@ def handing_over(out: Path | None) -> "Iterator[Callable[[Token, str, bool, date
                     file.write(text.encode() + b"\n")
                     file.truncate()
                 given = True
+            heard = True
             if json:
-                output.put_json(
+                heard = output.put_json(
                     {
                         **record(token, token.status(now)),
                         "token": text if out is None else None,
@@ -72,9 +73,11 @@ def handing_over(out: Path | None) -> "Iterator[Callable[[Token, str, bool, date
                     }
                 )
             elif out is None:
-                output.put(text)
-        except (OSError, Error, output.SeenEnough) as problem:
-            why = getattr(problem, "strerror", None) or str(problem) or "nobody reads stdout"
+                heard = output.put(text)
+            if not heard and out is None:
+                raise Error("nobody reads stdout")
+        except (OSError, Error) as problem:
+            why = getattr(problem, "strerror", None) or str(problem)
             raise Error(
                 f"token {token.id} was made, but could not be handed over: {why}",
                 f"make another, and: mcpctl token revoke {token.id}",

@@ -42,18 +42,17 @@ def masked(text: str) -> str:
     return _SECRET.sub(r"\1…", text)
 
 
-class SeenEnough(Exception):
-    """Whoever read our stdout is gone."""
-
-
-def _print(text: str) -> None:
+def _print(text: str) -> bool:
+    """Print to stdout; False where whoever read it is gone. That is no failure: the command goes on, unheard, so that
+    its exit code is what it would have been."""
     try:
         print(text, flush=True)
     except OSError as problem:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the last flush, at the exit, does not fail again
-        if isinstance(problem, BrokenPipeError):
-            raise SeenEnough from None
-        raise
+        if not isinstance(problem, BrokenPipeError):
+            raise
+        return False
+    return True
 
 
 def say(text: str) -> None:
@@ -76,26 +75,25 @@ def error(message: str, hint: str | None) -> None:
         say(f"mcpctl: hint: {hint}")
 
 
-def put(text: str) -> None:
-    """A line of data, on stdout."""
-    _print(_lines(text))
+def put(text: str) -> bool:
+    """A line of data, on stdout; False where its reader is gone."""
+    return _print(_lines(text))
 
 
-def put_json(value: Any) -> None:
-    """One JSON object on stdout; what is not ASCII is escaped, so that any terminal and any encoding can take it."""
-    _print(json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f"))
+def put_json(value: Any) -> bool:
+    """One JSON object on stdout; what is not ASCII is escaped, so that any terminal and any encoding can take it.
+    False where its reader is gone."""
+    return _print(json.dumps(value, ensure_ascii=True).replace("\x7f", "\\u007f"))
 
 
 def put_table(
     head: Sequence[str], rows: Sequence[Sequence[object]], widths: Sequence[int] = (), *, with_head: bool = True
-) -> None:
+) -> bool:
     """Rows on stdout: for people on a terminal, for programs in a pipe. `widths` are the least ones, for rows that
-    come bit by bit."""
+    come bit by bit. False where its reader is gone."""
     shown = [[clean(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
-        if shown:
-            _print("\n".join("\t".join(row) for row in shown))
-        return
+        return not shown or _print("\n".join("\t".join(row) for row in shown))
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -109,3 +107,4 @@ def put_table(
     console = Console(no_color=plain, highlight=False)
     console.width = max(console.width, _NARROWEST)
     console.print(table)
+    return True

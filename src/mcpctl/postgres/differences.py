@@ -57,7 +57,9 @@ SELECT pg_catalog.shobj_description(r.oid, 'pg_authid'), r.rolcanlogin,
           AND g.rolname <> 'mcp_logins' AND (g.rolname <> 'pg_read_all_settings' OR r.rolname !~ '_a$'))
 FROM pg_catalog.pg_roles r WHERE r.rolname = %s"""
 _OTHER = """
-SELECT pg_catalog.replace(i.type, 'parameter ACL', 'PARAMETER') || ' ' || i.identity FROM pg_catalog.pg_shdepend s
+SELECT CASE i.type WHEN 'parameter ACL' THEN 'PARAMETER' WHEN 'aggregate' THEN 'FUNCTION'
+         WHEN 'foreign-data wrapper' THEN 'FOREIGN DATA WRAPPER' WHEN 'server' THEN 'FOREIGN SERVER' ELSE i.type END
+       || ' ' || i.identity FROM pg_catalog.pg_shdepend s
   JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid AND s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass,
   pg_catalog.pg_identify_object(s.classid, s.objid, s.objsubid) i
 WHERE r.rolname = %s AND s.deptype = 'a'
@@ -190,7 +192,14 @@ def _there(connection: Connection) -> set[str]:
 
 def _gone(user: str, database: str, target: str) -> str:
     kind = "schema" if grants.parse(target).table is None else "table"
-    return f"{target} {GONE}; mcpctl user ungrant {user} --database {database} --{kind} {shlex.quote(target)} --apply"
+    return f"{target} {GONE}; mcpctl user ungrant {user} --database {database} --{kind} {_word(target)} --apply"
+
+
+def _word(text: str) -> str:
+    """A word of a shell's command that can be copied from where it is shown: bash's form for what is not printable."""
+    if text.isprintable():
+        return shlex.quote(text)
+    return "$'" + grants.escaped(text.replace("\\", r"\\").replace("'", r"\'"), r"\u%04X", r"\U%08X") + "'"
 
 
 def _wanted(connection: Connection, access: str, grant: Grant, there: set[str]) -> set[Right]:

@@ -5,8 +5,8 @@ call would have it checked (PostgreSQL's executor looks at all privileges before
 """
 
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Timer
 from typing import Any
@@ -27,7 +27,8 @@ _ABOUT = f"""
 SELECT c.oid::int8, has_schema_privilege(n.oid, 'USAGE'), has_table_privilege(c.oid, %(privilege)s),
        has_any_column_privilege(c.oid, %(column_privilege)s), row_security_active(c.oid),
        (SELECT array_agg(quote_ident(a.attname) ORDER BY a.attnum) FROM pg_attribute a
-        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = '')
+        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+          AND has_column_privilege(c.oid, a.attnum, %(column_privilege)s))
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND {_KINDS}"""
 _INSERTABLE = """
@@ -49,18 +50,25 @@ SELECT string_agg(s.oid::regclass::text, ', ' ORDER BY s.oid) FROM pg_attrdef a
 WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND a.adnum = ANY (%(defaults)s)
   AND CASE s.relkind WHEN 'S' THEN NOT has_sequence_privilege(s.oid, 'USAGE, UPDATE') END"""
 _FUNCTIONS = r"""
-SELECT string_agg(DISTINCT p.oid::regprocedure::text, ', ')
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace, LATERAL (
-    SELECT conbin::text FROM pg_constraint WHERE conrelid = c.oid AND contype = 'c'
+WITH RECURSIVE below (relid, path) AS (
+    SELECT c.oid, ARRAY[c.oid] FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE n.nspname = %(schema)s AND c.relname = %(table)s
+    UNION ALL SELECT i.inhrelid, path || i.inhrelid FROM below JOIN pg_inherits i ON i.inhparent = relid
+      JOIN pg_class c ON c.oid = i.inhrelid WHERE c.relispartition OR NOT %(inserts)s)
+SELECT relid::regclass::text, (
+  SELECT string_agg(DISTINCT p.oid::regprocedure::text, ', ') FROM (
+    SELECT conbin::text FROM pg_constraint WHERE conrelid = relid AND contype = 'c'
     UNION ALL SELECT adbin::text FROM pg_attrdef JOIN pg_attribute ON (attrelid, attnum) = (adrelid, adnum)
-      WHERE adrelid = c.oid AND attgenerated = 's' AND %(inserts)s
-    UNION ALL SELECT concat(indexprs, indpred) FROM pg_index WHERE indrelid = c.oid AND indisready AND %(inserts)s
-    UNION ALL SELECT partexprs::text FROM pg_partitioned_table WHERE partrelid = c.oid AND %(inserts)s
+      WHERE adrelid = relid AND attgenerated = 's' AND %(inserts)s
+    UNION ALL SELECT concat(indexprs, indpred) FROM pg_index WHERE indrelid = relid AND indisready AND %(inserts)s
+    UNION ALL SELECT partexprs::text FROM pg_partitioned_table WHERE partrelid = ANY (path) AND %(inserts)s
   ) expressions (tree), regexp_matches(tree, ':(?:op)?funcid (\d+)', 'g') called
-  JOIN pg_proc p ON p.oid = called[1]::oid
-WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND NOT has_function_privilege(p.oid, 'EXECUTE')"""
-"""What a row's way into a table calls, and the login may not execute. From the stored expressions, since pg_depend does
-not have PostgreSQL's own functions. An UPDATE has all checks looked at, and the rest only for some columns."""
+  JOIN pg_proc p ON p.oid = called[1]::oid WHERE NOT has_function_privilege(p.oid, 'EXECUTE'))
+FROM below JOIN pg_class ON oid = relid WHERE relkind <> 'p' ORDER BY 1"""
+"""What a row's way into a table calls, and the login may not execute, for each table that rows go into: partitions, and
+for an UPDATE what inherits. From the stored expressions, since pg_depend does not have PostgreSQL's own functions. An
+UPDATE has all checks looked at, and the rest only for some columns."""
+_CALLED = "permission denied for what a check, generated column, index or partition key calls"
 _UNMAPPED = """
 SELECT s.srvname FROM pg_foreign_table t JOIN pg_foreign_server s ON s.oid = t.ftserver
   JOIN pg_foreign_data_wrapper w ON w.oid = s.srvfdw JOIN pg_proc p ON p.oid = w.fdwhandler
@@ -88,8 +96,11 @@ ORDER BY 1, 2"""
 _SETTABLE = "SELECT name FROM unnest(%s::text[]) name WHERE has_parameter_privilege(name, 'ALTER SYSTEM') ORDER BY 1"
 _WHOEVER_ASKS = ("the database system is ", "sorry, too many clients", "remaining connection slots", "database ")
 """How PostgreSQL's refusals begin that are not the login's: it starts or stops, is full, or has no such database."""
-_PATIENCE = 5.0
+_PATIENCE = 5
 """Seconds that PostgreSQL has to say what it would do."""
+_LOCKED = 2
+"""Seconds of them that it may wait for a lock."""
+_UNKNOWN = (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled)
 _COMMANDS = {"select": "r", "insert": "a", "update": "w", "delete": "d"}
 
 
@@ -97,7 +108,7 @@ _COMMANDS = {"select": "r", "insert": "a", "update": "w", "delete": "d"}
 class Verdict:
     """PostgreSQL's answer for one table: `allowed`, its reasons in order, and the policies that filter the rows.
     `hides_all`: they let no row through; `every_row`: or each. `triggers` run then, too, and what they do is not known
-    before."""
+    before. `columns`: the only ones that the login has the right on; none where it has it on the table."""
 
     allowed: bool
     reasons: tuple[str, ...]
@@ -106,6 +117,12 @@ class Verdict:
     hides_all: bool = False
     every_row: bool = True
     triggers: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+    @property
+    def on_columns(self) -> str:
+        """As it stands behind the action in a GRANT: nothing where it is the table."""
+        return f" ({', '.join(self.columns)})" if self.columns else ""
 
 
 def connect(login: Login) -> Connection:
@@ -123,16 +140,32 @@ def connect(login: Login) -> Connection:
             f"the database {login.name} cannot be reached: {said.strip()}",
             f"`mcpctl database test {login.name}` tries it",
         ) from None
-    row = connection.execute(SETTINGS, ("30s",)).fetchone()
+    row = connection.execute(SETTINGS, (f"{_PATIENCE}s",)).fetchone()
     if row is None or (row[3] and not login.settings.allow_privileged_login):
         connection.close()
         raise ForbiddenError("is a superuser, bypasses row security or may replicate, and so is not served")
-    connection.execute("SET search_path = pg_catalog")
+    connection.execute(f"SET search_path = pg_catalog; SET lock_timeout = '{_LOCKED}s'")
     return connection
 
 
 def may(connection: Connection, action: str, target: Target) -> Verdict:
-    """Whether that login may select from, insert into, update or delete from a table."""
+    """Whether that login may select from, insert into, update or delete from a table. NotFoundError where there is
+    none; UnavailableError where PostgreSQL cannot say, since it is locked, or takes too long."""
+    try:
+        return _verdict(connection, action, target)
+    except psycopg.errors.LockNotAvailable:
+        raise UnavailableError(
+            f"{target}, or what it reads, is locked, and was for {_LOCKED} s: whether {action} is allowed is not known",
+            "ask again when what holds the lock, such as a migration, has ended; pg_locks shows it",
+        ) from None
+    except psycopg.errors.QueryCanceled:
+        raise UnavailableError(
+            f"{action} on {target} takes longer than {_PATIENCE} s to plan: whether it is allowed is not known",
+            "a view or policy there is very large, or calls a function that takes long or does not end",
+        ) from None
+
+
+def _verdict(connection: Connection, action: str, target: Target) -> Verdict:
     privilege = action.upper()
     named = {
         "privilege": privilege,
@@ -143,18 +176,19 @@ def may(connection: Connection, action: str, target: Target) -> Verdict:
     row = connection.execute(_ABOUT, named).fetchone()
     if row is None:
         raise NotFoundError(f"there is no table {target}", "write schema.table, as PostgreSQL has it")
-    oid, usage, whole, some, active, columns = row
-    if action == "insert":
-        columns = _insertable(connection, oid)
+    oid, usage, whole, some, active, granted = row
     some = some and action != "delete"
+    only = tuple(granted or ()) if some and not whole else ()
     reasons = [f"has_schema_privilege({target.schema}, USAGE) = {_yes(usage)}"]
     reasons.append(f"has_table_privilege({target}, {privilege}) = {_yes(whole)}")
-    if not whole and some:
-        reasons.append("it has that right on some of its columns only")
-    refusal, otherwise = _refusal(connection, action, target, columns or [])
+    if only:
+        reasons.append(f"on the columns {', '.join(only)} only")
+    if not usage or not (whole or some):
+        return Verdict(False, tuple(reasons))
+    columns = _insertable(connection, oid) if action == "insert" else granted if action == "update" else only
+    refusal, limits = _refusal(connection, action, target, columns or [])
     refusal = refusal or _unmapped(connection, oid)
-    if refusal is None and otherwise is not None and action == "insert":
-        reasons.append(f"only with a value for every column: {otherwise}")
+    reasons += limits if refusal is None else []
     bits = {"table": oid, "bit": _TRIGGER_BITS.get(action, 0)}
     triggers = tuple(row[0] for row in connection.execute(_TRIGGERS, bits).fetchall())
     named = {"oid": oid, "command": _COMMANDS[action]}
@@ -162,7 +196,7 @@ def may(connection: Connection, action: str, target: Target) -> Verdict:
     hides_all = active and not any(permissive and qual for _, permissive, qual in policies)
     if refusal is None and hides_all and action == "insert":
         refusal = "row security is on, and no policy lets this role insert a row"
-    if refusal is not None and usage and (whole or some):
+    if refusal is not None:
         reasons.append(f"and yet: {refusal}")
     return Verdict(
         refusal is None,
@@ -176,15 +210,19 @@ def may(connection: Connection, action: str, target: Target) -> Verdict:
         any(permissive and qual == "true" for _, permissive, qual in policies)
         and all(permissive or qual in (None, "true") for _, permissive, qual in policies),
         triggers,
+        only,
     )
 
 
 def _insertable(connection: Connection, table: int) -> list[str]:
     """The columns that an INSERT may give a value; none where a foreign table's wrapper cannot say."""
-    with suppress(psycopg.Error):
+    try:
         row = connection.execute(_INSERTABLE, (table,)).fetchone()
-        return (row[0] if row is not None else None) or []
-    return []
+    except _UNKNOWN:
+        raise
+    except psycopg.Error:
+        return []
+    return (row[0] if row is not None else None) or []
 
 
 def _yes(value: bool) -> str:
@@ -193,13 +231,14 @@ def _yes(value: bool) -> str:
 
 def _refusal(
     connection: Connection, action: str, target: Target, columns: Sequence[str]
-) -> tuple[str | None, str | None]:
-    """What PostgreSQL says against the action, None for nothing; and, of one that is possible, what it says against
-    another way. An UPDATE is possible where that of any column is, and an INSERT where one with all values is: a view's
-    expression takes no value, an identity only DEFAULT, and a default may call what the login must not."""
+) -> tuple[str | None, list[str]]:
+    """What PostgreSQL says against the action, None for nothing; and, of one that is possible, what it is not possible
+    for, and why. A SELECT is of the columns, or of all where there are none. An UPDATE is possible where that of any
+    column is, and an INSERT where one with all values is: a view's expression takes no value, an identity only DEFAULT,
+    and a default may call what the login must not."""
     named = f" ({', '.join(columns)}) VALUES ({', '.join('NULL' for _ in columns)})"
     statements = {
-        "select": [f"SELECT * FROM {target.sql}"],
+        "select": [f"SELECT {', '.join(columns) or '*'} FROM {target.sql}"],
         "insert": [f"INSERT INTO {target.sql}{how}" for how in (" DEFAULT VALUES", *([named] if columns else ()))],
         "update": [
             f"UPDATE {target.sql} SET {one} = {to}" for to in ("DEFAULT", "NULL") for one in columns or ["ctid"]
@@ -208,31 +247,37 @@ def _refusal(
     }[action]
     first = None
     for statement in statements:
-        refusal = _explained(connection, action, statement)
+        refusal, limits = _explained(connection, action, statement)
         if refusal is None:
-            return None, first
+            if first and action == "insert":
+                limits = [f"only with a value for every column: {first}", *limits]
+            return None, limits
         first = first or refusal
-    return first, None
+    return first, []
 
 
-def _explained(connection: Connection, action: str, statement: str) -> str | None:
-    """What PostgreSQL says against the statement; None for nothing. Nothing runs: it is EXPLAIN, and rolled back."""
+def _explained(connection: Connection, action: str, statement: str) -> tuple[str | None, list[str]]:
+    """What PostgreSQL says against the statement, None for nothing; and against it for some partitions. Nothing runs:
+    it is EXPLAIN, and rolled back."""
     connection.execute("BEGIN READ ONLY")
     try:
-        with _bounded(connection, statement):
+        with _bounded(connection):
             plans = connection.execute(f"EXPLAIN (VERBOSE, FORMAT JSON, COSTS OFF) {statement}".encode()).fetchone()
         if plans is None:
-            return None
-        return _not_populated(connection, plans[0]) or _only_when_run(connection, action, plans[0])
+            return None, []
+        empty = _not_populated(connection, plans[0])
+        return (empty, []) if empty else _only_when_run(connection, action, plans[0])
+    except _UNKNOWN:
+        raise
     except psycopg.Error as problem:
-        return problem.diag.message_primary or "it fails"
+        return problem.diag.message_primary or "it fails", []
     finally:
         if not connection.closed:
             connection.execute("ROLLBACK")
 
 
 @contextmanager
-def _bounded(connection: Connection, statement: str) -> Iterator[None]:
+def _bounded(connection: Connection) -> Iterator[None]:
     """EXPLAIN runs what the planner folds, which may catch a cancel, and so outlive every timeout of PostgreSQL's: then
     the connection is shut from this side."""
     over = Event()
@@ -242,27 +287,28 @@ def _bounded(connection: Connection, statement: str) -> Iterator[None]:
         wire.shutdown(socket.SHUT_RDWR)
 
     with socket.fromfd(connection.fileno(), socket.AF_INET, socket.SOCK_STREAM) as wire:
-        late = Timer(_PATIENCE, shut)
+        late = Timer(_PATIENCE + 1, shut)
         late.start()
         try:
             yield
         except psycopg.OperationalError:
             if not over.is_set():
                 raise
-            raise Error(
-                f"PostgreSQL does not answer what it would say to: {statement}",
-                "a view or policy there calls a function that does not end",
-            ) from None
+            raise psycopg.errors.QueryCanceled from None
         finally:
             late.cancel()
 
 
-def _only_when_run(connection: Connection, action: str, plans: Sequence[dict[str, Any]]) -> str | None:
+def _only_when_run(
+    connection: Connection, action: str, plans: Sequence[dict[str, Any]]
+) -> tuple[str | None, list[str]]:
     """What speaks against an INSERT or UPDATE that EXPLAIN does not see: nextval() asks for its right only when it
     runs, and so do checks. The plan names the table that the rows go into, also behind views, and puts out what goes
-    into each of its columns: a default, or the NULL that was named. (An identity's sequence asks for no right.)"""
+    into each of its columns: a default, or the NULL that was named. (An identity's sequence asks for no right.) What
+    speaks against it for some partitions or heirs only is no refusal."""
+    limits: list[str] = []
     if action not in ("insert", "update"):
-        return None
+        return None, limits
     inserts = action == "insert"
     for into in (plan.get("Plan", {}) for plan in plans):
         row_of = into["Plans"][0].get("Output", ()) if into.get("Plans") else ()
@@ -271,11 +317,13 @@ def _only_when_run(connection: Connection, action: str, plans: Sequence[dict[str
         named |= {"inserts": inserts, "defaults": defaults}
         row = connection.execute(_SEQUENCES, named).fetchone() if inserts else None
         if row is not None and row[0]:
-            return f"permission denied for the sequence of a default: {row[0]}"
-        row = connection.execute(_FUNCTIONS, named).fetchone()
-        if row is not None and row[0]:
-            return f"permission denied for what a check, generated column, index or partition key calls: {row[0]}"
-    return None
+            return f"permission denied for the sequence of a default: {row[0]}", []
+        rows = connection.execute(_FUNCTIONS, named).fetchall()
+        barred = [(table, f"{_CALLED}: {functions}") for table, functions in rows if functions]
+        if barred and len(barred) == len(rows):
+            return barred[0][1], []
+        limits += [f"but not the rows of {table}: {why}" for table, why in barred]
+    return None, limits
 
 
 def _not_populated(connection: Connection, plans: Sequence[dict[str, Any]]) -> str | None:
@@ -299,17 +347,25 @@ def _unmapped(connection: Connection, table: int) -> str | None:
     return f"no user mapping on the server {row[0]}, for this role or PUBLIC" if row is not None else None
 
 
-def tables(connection: Connection, access: str) -> Iterator[tuple[Target, list[str], bool]]:
-    """Every table that the login reaches: what it may do with it of that access, as `may` says, and whether row
-    security filters it."""
+def tables(
+    connection: Connection, access: str, again: Callable[[], Connection]
+) -> Iterator[tuple[Target, list[str], bool, Error | None]]:
+    """Every table that the login reaches: what it may do with it of that access, as `may` says, with the columns where
+    it is not all of them; whether row security filters it; and why not all of it is known. `again` connects anew."""
     for schema, name, actions, active in connection.execute(_TABLES).fetchall():
-        target = Target(schema, name)
-        with suppress(NotFoundError):  # dropped meanwhile
-            yield (
-                target,
-                [one for one in actions if ACTIONS[one] == access and may(connection, one, target).allowed],
-                active,
-            )
+        target, found, unknown = Target(schema, name), list[str](), None
+        try:
+            for one in (one for one in actions if ACTIONS[one] == access):
+                if connection.closed:
+                    connection = again()
+                verdict = may(connection, one, target)
+                found += [one + verdict.on_columns] if verdict.allowed else []
+        except NotFoundError:  # dropped meanwhile
+            continue
+        except Error as problem:
+            unknown = problem
+        yield target, found, active, unknown
+    connection.close()
 
 
 def settable(connection: Connection, names: Sequence[str]) -> list[str]:
