@@ -11,6 +11,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,14 +48,18 @@ def _running_in(folder: str) -> list[str]:
     return found
 
 
+@pytest.fixture
+def own_folder() -> Iterator[Path]:
+    """A folder with a name that wants quotes everywhere, and is short enough for a socket in it."""
+    with tempfile.TemporaryDirectory(prefix="a f'#1 ") as name:
+        Path(name).chmod(0o755)  # PostgreSQL may run as another user there
+        yield Path(name)
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the printed line is curl's, and there is no curl")
-def test_the_printed_curl_line_answers_with_rows_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / "a folder of'mine #1"
-    folder.mkdir()
-    for above in (folder, *folder.parents[:3]):
-        above.chmod(above.stat().st_mode | 0o055)  # PostgreSQL may run as another user there
+def test_the_printed_curl_line_answers_with_rows_and_ctrl_c_leaves_nothing(own_folder: Path) -> None:
     others = {"PGOPTIONS": "-c default_transaction_read_only=on", "PGSERVICE": "nope", "PGCHANNELBINDING": "require"}
-    with demo(TMPDIR=str(folder), **others) as process:
+    with demo(TMPDIR=str(own_folder), **others) as process:
         assert process.stdout is not None
         lines = []
         for line in process.stdout:

@@ -28,7 +28,7 @@ databases:
     port: {pg_port}
     dbname: shop
     roles: per_user
-    service_dsn: "host={host} port={pg_port} dbname=shop user=shop_reader"
+    service_dsn: {service}
     service_password_file: shop.password
     description: "a small shop: customers, orders, order_items, products, monthly_revenue"
 """
@@ -93,6 +93,9 @@ def _stopped_by_signals() -> Iterator[None]:
 def _set_up(stack: ExitStack, port: int) -> "tuple[Cluster, Path, str]":
     """PostgreSQL with the shop, and mcpctl's own files with a user and a one-day token."""
     import datetime
+    import json
+
+    from psycopg.conninfo import make_conninfo
 
     from mcpctl.cli import init
     from mcpctl.identity import tokens, users
@@ -104,7 +107,9 @@ def _set_up(stack: ExitStack, port: int) -> "tuple[Cluster, Path, str]":
     password = _load_shop(cluster)
     folder = Path(tempfile.mkdtemp(prefix="mcpctl-demo-"))
     stack.callback(shutil.rmtree, folder)
-    init.make(folder, _CONFIG.format(port=port, host=cluster.host, pg_port=cluster.port))
+    service = make_conninfo("", host=cluster.host, port=cluster.port, dbname="shop", user="shop_reader")
+    where = {"host": json.dumps(cluster.host), "service": json.dumps(service)}  # as YAML has texts, too
+    init.make(folder, _CONFIG.format(port=port, pg_port=cluster.port, **where))
     secret = folder / "shop.password"
     secret.touch(0o600)
     secret.write_text(password + "\n")
