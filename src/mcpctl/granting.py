@@ -193,8 +193,9 @@ class Granting:
                 undo = False  # from here on only PostgreSQL knows
                 connection.execute("COMMIT")
                 if not self._enabled(name):  # disabled or removed while we waited: who did it saw no role yet
-                    for role in self._there(connection, name):
-                        administrator.set_login(connection, role, on=False)
+                    failed = Failures()
+                    list(administrator.set_login(who, connection, self._there(connection, name), failed, on=False))
+                    failed.check()
         except BaseException as problem:
             if undo:
                 self._undo(name, before, after)
@@ -417,17 +418,15 @@ class Granting:
         return found
 
     def set_login(self, name: str, dsns: Mapping[str, str], *, on: bool) -> Iterator[str]:
-        """Give the user's login roles LOGIN or NOLOGIN, which also ends their connections; each role, when done. A
-        cluster that cannot be reached keeps no other from it; the Error comes at the end."""
+        """Give the user's login roles LOGIN or NOLOGIN, which also ends their connections; each role, when it is so.
+        Neither a cluster that cannot be reached nor a role keeps others from it; the Error comes at the end."""
         return self._set_login(name, self._administrators(self.user(name).grants, dsns), on=on)
 
     def _set_login(self, name: str, administrators: list[Administrator], *, on: bool) -> Iterator[str]:
         failed = Failures()
         for who in administrators:
             with failed, who.connected() as connection:
-                for role in self._there(connection, name):
-                    administrator.set_login(connection, role, on=on)
-                    yield role
+                yield from administrator.set_login(who, connection, self._there(connection, name), failed, on=on)
         failed.check()
 
     def end(self, name: str, dsns: Mapping[str, str]) -> Removed:
@@ -440,11 +439,10 @@ class Granting:
             for role in self._set_login(name, administrators, on=False):
                 locked.append(role)
         for who in administrators:
-            with failed:
-                with who.connected() as connection:
-                    there = self._there(connection, name)
-                for role in there:
-                    self._end_role(who, role, name, done)
+            with failed, who.connected() as connection:
+                for role in self._there(connection, name):
+                    with failed:
+                        self._end_role(who, role, name, done)
                 done.warnings += who.warnings
         try:
             failed.check()
@@ -459,6 +457,8 @@ class Granting:
         return done
 
     def _end_role(self, who: Administrator, role: str, name: str, done: Removed) -> None:
+        with who.connected() as connection:
+            administrator.check_gone(connection, role)  # it would outlive the role
         for dbname in who.databases_of(role):
             with who.connected(dbname) as connection:
                 done.owned += [f"{role} owned {one} in {dbname}" for one in administrator.owned(connection, role)]

@@ -5,7 +5,8 @@ the config; the line without a name is for all others. Host, port and TLS are th
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from mcpctl import private_file
 from mcpctl.config import NAME
-from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError, UnavailableError
+from mcpctl.errors import ConfigError, ConflictError, Error, Failures, NotFoundError, UnavailableError
 from mcpctl.postgres import hba, roles
 from mcpctl.postgres.login import FIRM, KEYWORDS, SCRAM_ONLY, Login, firmly, secure
 from mcpctl.postgres.trial import reason
@@ -248,10 +249,37 @@ def may_use(connection: Connection, schema: str) -> bool:
     return connection.execute(query, (schema,)).fetchone() == (True,)
 
 
-def set_login(connection: Connection, role: str, *, on: bool) -> None:
-    """Let a role log in, or not any more; then its connections end, too."""
-    for statement in roles.switch_login(role, on=on):
-        connection.execute(statement.encode())
+def set_login(
+    who: Administrator, connection: Connection, wanted: Iterable[str], failed: Failures, *, on: bool
+) -> Iterator[str]:
+    """Let roles log in, or not any more; then their connections end, too. Each role, when it is so. What fails for one
+    is kept in `failed`, and keeps none of the others from it."""
+    done = list(wanted)
+    for role in done:
+        with failed, _said(who.login.name):
+            connection.execute(roles.set_login(role, on=on).encode())
+            yield role
+    for role in [] if on else done:
+        with failed, _said(who.login.name):
+            connection.execute(roles.end_connections(role).encode())
+            check_gone(connection, role)
+
+
+def check_gone(connection: Connection, role: str) -> None:
+    """Raises an Error where a connection of a role, told to end, is still there after a few seconds."""
+    deadline = time.monotonic() + _GONE_WITHIN
+    query = "SELECT pid FROM pg_catalog.pg_stat_activity WHERE usename = %s ORDER BY 1"
+    while rows := connection.execute(query, (role,)).fetchall():
+        if time.monotonic() > deadline:
+            pids = ", ".join(str(pid) for (pid,) in rows)
+            raise Error(
+                f"{role} is still connected (pid {pids})", "a superuser ends it: SELECT pg_terminate_backend(PID)"
+            )
+        time.sleep(0.02)
+
+
+_GONE_WITHIN = 5.0
+"""Seconds: some of what PostgreSQL does is not interrupted at once."""
 
 
 def keeps_logins_here(connection: Connection, database: str) -> Error | None:

@@ -34,6 +34,8 @@ LEFT_OVER = "MC005"
 """SQLSTATE of a login role of ours that an earlier user of that name has left."""
 OVERPOWERED = "MC003"
 """SQLSTATE of a login role that somebody has made more than one."""
+ENCODING = "SET client_encoding = 'UTF8';"
+"""Stands at the top of each script: what else PGCLIENTENCODING says would name other objects."""
 GONE = "is recorded and not there"
 """What is said of a schema or table that was granted and has been dropped since."""
 Rights = Collection[tuple[str, ...]]
@@ -94,7 +96,7 @@ def mark(installation: str, user: str) -> str:
 
 def script(body: str, title: str) -> str:
     """A body as a script for psql: all of it or nothing. A name in the title ends no comment."""
-    return "-- " + escaped(title, r"\%04X", r"\+%06X") + f"\nBEGIN;\n{body}COMMIT;\n"
+    return "-- " + escaped(title, r"\%04X", r"\+%06X") + f"\n{ENCODING}\nBEGIN;\n{body}COMMIT;\n"
 
 
 def grant_body(
@@ -264,18 +266,27 @@ def _revoke_beyond(role: str, wanted: Mapping[str, Sequence[str]]) -> str:
     return do(_BEYOND % {"role": literal(role), "wanted": ", ".join(rows), "kinds": TO_COME})
 
 
-def switch_login(role: str, *, on: bool) -> list[str]:
-    """What lets a role log in, or not any more; then its connections end, too. One statement after the other: who
-    comes in before the first counts is ended by the second. A DBA may run it in a database whose search_path somebody
-    else has set."""
-    if on:
-        return [f"ALTER ROLE {identifier(role)} LOGIN;"]
+def switch_login(wanted: Sequence[str], *, on: bool) -> list[str]:
+    """What a DBA runs to let roles log in, or not any more; then their connections end, too. A statement of its own for
+    each: who comes in before NOLOGIN counts is ended after it, and all have it before any is ended, whatever fails. A
+    DBA may run it in a database whose search_path somebody else has set, and with a client of any encoding."""
+    start = [ENCODING, *([] if on else ["SET search_path = pg_catalog, pg_temp;"])]
     ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename ="
     return [
-        "SET search_path = pg_catalog, pg_temp;",
-        f"ALTER ROLE {identifier(role)} NOLOGIN;",
-        f"{ends} {literal(role)};",
+        *start,
+        *(set_login(role, on=on) for role in wanted),
+        *([] if on else [f"{ends} {literal(role)};" for role in wanted]),
     ]
+
+
+def set_login(role: str, *, on: bool) -> str:
+    """What lets a role log in, or not any more."""
+    return f"ALTER ROLE {identifier(role)} {'LOGIN' if on else 'NOLOGIN'};"
+
+
+def end_connections(role: str) -> str:
+    """What ends a role's connections. Who is no superuser becomes a member for it, and is none afterwards."""
+    return do(_END_CONNECTIONS % {"role": literal(role)})
 
 
 def leave_here(role: str, mark: str) -> str:
@@ -298,6 +309,18 @@ END""")
 """Waits for its turn, at most 10 s: grants at once are made one after the other. Roles are the cluster's, and so is the
 lock of a superuser, which no reader can hold. A mere CREATEROLE login may take only one that anybody can: a grant in
 another database does not wait for it, and may fail."""
+
+_END_CONNECTIONS = """DECLARE
+  joins boolean := NOT (pg_has_role(%(role)s, 'USAGE') OR pg_has_role('pg_signal_backend', 'USAGE'));
+BEGIN
+  IF joins THEN
+    EXECUTE format('GRANT %%I TO %%I', %(role)s, current_user);
+  END IF;
+  PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %(role)s;
+  IF joins THEN
+    EXECUTE format('REVOKE %%I FROM %%I', %(role)s, current_user);
+  END IF;
+END"""
 
 _MAKE = """DECLARE it record;
 BEGIN
