@@ -22,7 +22,7 @@ from mcpctl.postgres.login import FIRM, KEYWORDS, SCRAM_ONLY, Login, firmly, sec
 from mcpctl.postgres.trial import reason
 
 FILE = "admin.dsn"
-_FIRM = FIRM | {"search_path": "pg_catalog,pg_temp", "statement_timeout": "0"}
+_FIRM = FIRM | {"search_path": "pg_catalog,pg_temp", "statement_timeout": "0", "lock_timeout": "10s"}
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 
@@ -167,7 +167,9 @@ def translated(problem: psycopg.Error, database: str) -> Error:
         case "3F000" | "42P01":
             return NotFoundError(f"{database}: {said}", "names are as PostgreSQL has them")
         case "55P03":
-            return Error(f"{database}: another grant is being made there, or somebody holds its lock", _HOLDER)
+            if any(lock in (problem.diag.context or "") for lock in ("pg_authid", "pg_advisory_xact_lock")):
+                return Error(f"{database}: another grant is being made there, or somebody holds its lock", _HOLDER)
+            return Error(f"{database}: a table or another object that is to be changed is in use", _READER)
         case "42501" if "pg_hba_file_rules" in said:
             return Error(
                 f"{database}: {said}, so nobody sees whom pg_hba.conf lets in",
@@ -180,6 +182,11 @@ def translated(problem: psycopg.Error, database: str) -> Error:
     return Error(f"{database}: {said} (SQLSTATE {problem.sqlstate or 'none'})", hint)
 
 
+_READER = (
+    "run it again when that is over, such as a pg_dump; see who it is: SET search_path = pg_catalog, pg_temp;"
+    " SELECT a.pid, a.usename, l.relation::regclass, a.query FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+    " WHERE l.granted AND l.relation > 16383"
+)
 _HOLDER = (
     "run it again; if that lasts, see who holds it: SET search_path = pg_catalog, pg_temp; SELECT a.pid, a.usename,"
     " a.query FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE l.granted"
