@@ -159,3 +159,20 @@ def test_what_fails_for_one_role_keeps_no_other_from_its_end_and_is_an_error(her
         assert roles_of(here, writer) == [(f"mcp_{writer}_r", True)]
     finally:
         here.do(f"ALTER ROLE mcp_{writer}_r NOSUPERUSER")
+
+
+def test_what_our_own_roles_own_is_no_part_of_a_grant_on_its_schema(here: Place, writer: str) -> None:
+    here.do(f"CREATE TABLE mine.own (id serial); ALTER TABLE mine.own OWNER TO mcp_{writer}_w")
+    assert here.disagreements(writer) == []
+    here.ungrant(writer, "write")  # mcp_left owns it from now on, and the reader's grant is made anew
+    other = here.add(f"v{next(_COUNT)}")
+    here.grant(other, "write", "mine")
+    assert here.query("SELECT tableowner FROM pg_tables WHERE tablename = 'own'") == [("mcp_left",)]
+    for one in (writer, other):
+        assert here.disagreements(one) == []
+        with here.connect(one) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+            connection.execute("SELECT FROM mine.own")
+    here.do(f"GRANT SELECT ON mine.own TO mcp_{other}_r")  # nor is it taken back
+    assert here.disagreements(other) == []
+    here.do("DROP TABLE mine.own")
+    here.granting().end(other, here.dsns)
