@@ -13,7 +13,6 @@ from mcpctl.identity import tenants, users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.identity.grants import ACCESSES, REVOKING, Grant, login_role
 from mcpctl.identity.tenants import Tenant
-from mcpctl.identity.tokens import utcnow
 from mcpctl.identity.users import User
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import administrator, hba, parameters, roles, scram
@@ -100,32 +99,36 @@ class Granting:
         return place.schema if place is not None and place.database == database else None
 
     def confined(self, name: str, database: str, access: str, targets: tuple[str, ...]) -> tuple[str, ...]:
-        """The targets of a grant, within the user's tenant. UsageError for what is outside of it."""
-        tenant = self.user(name).tenant
-        if access == "admin":
-            if tenant is not None:
-                raise UsageError(
-                    f"{name} belongs to the tenant {tenant}, and settings are the whole cluster's",
-                    "give them to a user without a tenant",
-                )
-            return targets
+        """The targets of a grant, within the user's tenant. UsageError for what is outside of it; ConflictError where
+        the whole grant, with what it has already, would reach another tenant's place."""
+        user = self.user(name)
+        tenant, old = user.tenant, user.grants.get(database, Grant(database))
+        if access == "admin" and tenant is not None:
+            raise UsageError(
+                f"{name} belongs to the tenant {tenant}, and settings are the whole cluster's",
+                "give them to a user without a tenant",
+            )
         places = tenants.checked(self._settings)
         if tenant is not None:
-            targets = tenants.find(places, tenant).confine(database, targets)
-        self._check_strangers(places, tenant, database, targets)
+            place = tenants.find(places, tenant)
+            targets = place.confine(database, targets)
+            if (text := place.outside((*old.read, *old.write))) is not None:
+                raise ConflictError(
+                    f"{name} has a grant on {text} in {database} from before, which is outside of the tenant {tenant}",
+                    f"take it back first: mcpctl user ungrant {name} --database {database}",
+                )
+        self._check_strangers(places, replace(user, grants={database: old.more(access, targets)}))
         return targets
 
     @staticmethod
-    def _check_strangers(
-        places: Mapping[str, Tenant], tenant: str | None, database: str, targets: tuple[str, ...]
-    ) -> None:
+    def _check_strangers(places: Mapping[str, Tenant], user: User) -> None:
         """Refuses a grant that reaches into the place of a tenant whom the user does not belong to."""
-        asked = User("", utcnow(), grants={database: Grant(database, targets)}, tenant=tenant)
         for place in places.values():
-            if place.name != tenant and tenants.strangers(place, {"": asked}):
+            if tenants.strangers(place, {"": user}):
                 raise ConflictError(
                     f"{place.where} is the tenant {place.name}'s alone",
-                    "grant what is outside of it, or make a user who belongs to the tenant: user add --tenant",
+                    "grant what is outside of it, taking back what is not, or make a user who belongs to the tenant: "
+                    "user add --tenant",
                 )
 
     def worst(self, database: str) -> int:
