@@ -99,7 +99,7 @@ def mark(installation: str, user: str) -> str:
 
 def script(body: str, title: str) -> str:
     """A body as a script for psql: all of it or nothing. A name in the title ends no comment."""
-    return "-- " + escaped(title, r"\%04X", r"\+%06X") + f"\n{ENCODING}\nBEGIN;\n{body}COMMIT;\n"
+    return f"{ENCODING}\n-- " + escaped(title, r"\%04X", r"\+%06X") + f"\nBEGIN;\n{body}COMMIT;\n"
 
 
 def grant_body(
