@@ -90,6 +90,30 @@ def test_remove_ends_every_role_in_every_database_and_says_what_it_owned(here: P
     here.do("DROP DATABASE unknown")
 
 
+def test_a_database_that_allows_no_connections_is_named_as_what_keeps_a_role(here: Place, user: str) -> None:
+    here.grant(user, "read", "public.orders")
+    here.do("CREATE DATABASE shut")
+    here.do(f"CREATE TABLE kept (n int); ALTER TABLE kept OWNER TO mcp_{user}_r", dbname="shut")
+    here.do("ALTER DATABASE shut ALLOW_CONNECTIONS false")
+    try:
+        done = here.site.run("user", "remove", user, "--yes", check=False)
+        said = " ".join(done.stderr.split())
+        assert done.returncode == 1
+        assert "stays: it has something in the database shut, which allows no connections" in said
+        assert 'ALTER DATABASE "shut" ALLOW_CONNECTIONS true; then mcpctl user remove' in said
+    finally:
+        here.do("ALTER DATABASE shut ALLOW_CONNECTIONS true")
+    gone = json.loads(here.site.run("user", "remove", user, "--yes", "--json").stdout)
+    assert gone["owned"] == [f"mcp_{user}_r owned table public.kept in shut"]
+    here.do("DROP DATABASE shut")
+
+
+def test_default_privileges_are_not_told_as_owned(here: Place, user: str) -> None:
+    here.grant(user, "read", "public.orders")
+    here.do(f"ALTER DEFAULT PRIVILEGES FOR ROLE mcp_{user}_r GRANT SELECT ON TABLES TO PUBLIC")
+    assert json.loads(here.site.run("user", "remove", user, "--yes", "--json").stdout)["owned"] == []
+
+
 def test_remove_ends_a_role_that_may_connect_to_no_database_any_more(here: Place) -> None:
     user = here.add(f"v{next(_COUNT)}")
     here.grant(user, "read", "public.orders")

@@ -60,7 +60,11 @@ def test_a_createrole_login_that_owns_the_schema_grants_and_takes_back(here: Pla
     assert here.granting().disagreements(here.granting().user(user), here.recorded(user), here.dsns) == []  # type: ignore[arg-type]
     here.ungrant(user)
     assert roles_of(here, user) == []
-    here.grant(user, "read", "mine.t")
+    grant = ("user", "grant", user, "--database", "shop", "--table", "mine.t", "--access", "read", "--apply")
+    here.do("GRANT EXECUTE ON FUNCTION pg_export_snapshot() TO PUBLIC")
+    said = " ".join(here.site.run(*grant).stderr.split())
+    here.do("REVOKE EXECUTE ON FUNCTION pg_export_snapshot() FROM PUBLIC")
+    assert "a superuser runs what this prints: mcpctl database harden shop --print-sql" in said
     here.site.run("user", "disable", user)
     assert roles_of(here, user) == [(f"mcp_{user}_r", False)]
     here.site.run("user", "remove", user, "--yes")

@@ -7,11 +7,12 @@ refuse too; what gives one is recorded as pending, which the server honours as f
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from mcpctl.config import check_database
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConflictError, Error, Failures, NotFoundError, UnavailableError, UsageError
 from mcpctl.identity import tenants, users
 from mcpctl.identity.entry_file import EntryFile
-from mcpctl.identity.grants import ACCESSES, REVOKING, Grant, login_role
+from mcpctl.identity.grants import ACCESSES, REVOKING, Grant, identifier, login_role
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.users import User
 from mcpctl.keyring import Keyring
@@ -57,9 +58,7 @@ class Granting:
     def check(self, database: str, access: str | None = None) -> None:
         """Raises where no grant can be made in a database: it is not in the config, all share one login there, or the
         access is admin and the config lists no setting that could be changed."""
-        if database not in self._settings.databases:
-            known = ", ".join(self._settings.databases) or "none"
-            raise NotFoundError(f"there is no database {database} in the config", f"there are: {known}")
+        check_database(self._settings, database)
         if not self.logins.per_user(database):
             raise Error(
                 f"in the database {database} all users share one login, so there is nothing to grant",
@@ -468,9 +467,13 @@ class Granting:
                 connection.execute(roles.leave_here(role, self.mark(name)).encode())
         with who.connected() as connection:
             if role in administrator.login_roles(connection):
+                shut = administrator.shut_with(connection, role)
+                why = [f"it has something in the database {one}, which allows no connections" for one in shut]
                 raise Error(
-                    f"role {role} has no LOGIN any more, and stays: {'; '.join(who.warnings) or 'see doctor'}",
-                    "take from it what others have granted",
+                    f"role {role} has no LOGIN any more, and stays: {'; '.join(why or who.warnings) or 'see doctor'}",
+                    f"ALTER DATABASE {identifier(shut[0])} ALLOW_CONNECTIONS true"
+                    if shut
+                    else "take from it what others have granted",
                 )
         done.roles.append(role)
 

@@ -122,14 +122,24 @@ class Administrator:
     def databases_of(self, role: str) -> list[str]:
         """The databases of the cluster in which a role owns something or has a right, and this one, the last."""
         with self.connected() as connection:
-            rows = connection.execute(_DATABASES, (role, role, role)).fetchall()
-            own = connection.info.dbname
-        return [*(row[0] for row in rows if row[0] != own), own]
+            found, own = _databases(connection, role, allow_connections=True), connection.info.dbname
+        return [*(one for one in found if one != own), own]
+
+
+def shut_with(connection: Connection, role: str) -> list[str]:
+    """The databases that allow no connections, and in which a role owns something or has a right."""
+    return _databases(connection, role, allow_connections=False)
+
+
+def _databases(connection: Connection, role: str, *, allow_connections: bool) -> list[str]:
+    rows = connection.execute(_DATABASES, (allow_connections, role, role, role)).fetchall()
+    return [row[0] for row in rows]
 
 
 _DATABASES = """
 SELECT d.datname FROM pg_catalog.pg_database d
-WHERE d.datallowconn AND (EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
+WHERE d.datallowconn = %s
+  AND (EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
                 WHERE s.dbid = d.oid AND s.refclassid = 'pg_catalog.pg_authid'::regclass AND r.rolname = %s)
    OR EXISTS (SELECT FROM pg_catalog.aclexplode(d.datacl) a JOIN pg_catalog.pg_roles r ON r.oid = a.grantee
               WHERE r.rolname = %s))
@@ -300,7 +310,7 @@ def keeps_logins_here(connection: Connection, database: str) -> Error | None:
 
 
 def owned(connection: Connection, role: str) -> list[str]:
-    """What a role owns in this database, as `table sales.orders`."""
+    """What a role owns in this database, as `table sales.orders`, and passes on: not its default privileges."""
     rows = connection.execute(_OWNED, (role,)).fetchall()
     return [row[0] for row in rows]
 
@@ -309,6 +319,6 @@ _OWNED = """
 SELECT i.type || ' ' || i.identity FROM pg_catalog.pg_shdepend s
   JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid AND s.refclassid = 'pg_catalog.pg_authid'::regclass,
   pg_catalog.pg_identify_object(s.classid, s.objid, s.objsubid) i
-WHERE r.rolname = %s AND s.deptype = 'o'
+WHERE r.rolname = %s AND s.deptype = 'o' AND s.classid <> 'pg_default_acl'::regclass
   AND s.dbid IN (0, (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()))
 ORDER BY 1"""
