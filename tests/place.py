@@ -150,7 +150,7 @@ class Place:
             input=script, capture_output=True, text=True, timeout=60,
             env={
                 "PGHOST": cluster.host, "PGPORT": str(cluster.port), "PGUSER": "postgres", "PGDATABASE": dbname,
-                "PGPASSWORD": cluster.superuser_password, "PGCLIENTENCODING": "UTF8",
+                "PGPASSWORD": cluster.superuser_password, "PGCLIENTENCODING": "LATIN1",  # the script says its own
             },
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, ""), done.stderr

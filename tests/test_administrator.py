@@ -1,4 +1,4 @@
-"""The administrator and the end of a user: CREATEROLE logins, disable, enable, remove, and pg_hba.conf."""
+"""The administrator and the end of a user: disable, enable, remove, and pg_hba.conf."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 import pg
 from mcpctl import keyring
-from mcpctl.errors import ConflictError, Error, NotFoundError
+from mcpctl.errors import ConflictError, NotFoundError
 from mcpctl.postgres import administrator
 from place import Place, place
 
@@ -35,83 +35,6 @@ def user(here: Place) -> Iterator[str]:
 def roles_of(here: Place, user: str) -> list[tuple[str, bool]]:
     """(role, whether it may log in) of a user's login roles."""
     return here.query("SELECT rolname, rolcanlogin FROM pg_roles WHERE rolname ~ %s ORDER BY 1", f"^mcp_{user}_")
-
-
-# -- a login that is no superuser ---------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def dba(here: Place) -> Iterator[str]:
-    """A CREATEROLE login that owns the schema mine and the database's CONNECT, in the place of the superuser."""
-    here.do(
-        "CREATE ROLE dba LOGIN CREATEROLE PASSWORD 'dba''s own'",
-        "CREATE SCHEMA mine AUTHORIZATION dba",
-        "GRANT CONNECT ON DATABASE shop TO dba WITH GRANT OPTION",
-    )
-    with here.admin() as connection:
-        connection.execute("SET ROLE dba")
-        connection.execute("CREATE TABLE mine.t (id serial, n int)")
-    file = here.folder / "admin.dsn"
-    before = file.read_text()
-    file.write_text(here.cluster.dsn_for("dba", "dba's own", "shop") + "\n")
-    yield "dba"
-    file.write_text(before)
-    here.do(
-        "DROP OWNED BY dba CASCADE",
-        "DROP ROLE IF EXISTS mcp_logins",
-        "DROP ROLE dba",
-    )
-
-
-def test_a_createrole_login_that_owns_the_schema_grants_and_takes_back(here: Place, dba: str) -> None:
-    user = here.add(f"v{next(_COUNT)}")
-    here.grant(user, "read", "mine")
-    assert roles_of(here, user) == [(f"mcp_{user}_r", True)]
-    with here.connect(user) as connection:
-        assert connection.execute("SELECT n FROM mine.t").fetchall() == []
-    here.grant(user, "read", "mine")
-    assert here.granting().disagreements(here.granting().user(user), here.recorded(user), here.dsns) == []  # type: ignore[arg-type]
-    here.ungrant(user)
-    assert roles_of(here, user) == []
-    here.grant(user, "read", "mine.t")
-    here.site.run("user", "disable", user)
-    assert roles_of(here, user) == [(f"mcp_{user}_r", False)]
-    here.site.run("user", "remove", user, "--yes")
-    assert roles_of(here, user) == []
-
-
-def test_a_createrole_login_that_owns_nothing_of_it_changes_nothing(here: Place, dba: str) -> None:
-    user = here.add(f"v{next(_COUNT)}")
-    before = here.catalog()
-    for target in ("public.orders", "public", "*"):
-        with pytest.raises(Error) as caught:
-            here.grant(user, "read", target)
-        assert caught.value.exit_code == 1, caught.value.message
-        assert caught.value.hint
-        assert here.catalog() == before
-        assert here.recorded(user) is None
-
-
-def test_a_createrole_login_cannot_say_whether_pg_hba_is_open_and_so_write_is_refused(here: Place, dba: str) -> None:
-    user = here.add(f"v{next(_COUNT)}")
-    with pytest.raises(Error, match="pg_hba") as caught:
-        here.grant(user, "write", "mine")
-    for half in ("SELECT ON pg_hba_file_rules", "EXECUTE ON FUNCTION pg_hba_file_rules()"):
-        assert f"GRANT {half} TO R;" in str(caught.value.hint)
-        assert "databases.shop.allow_open_hba: true" in str(caught.value.hint)
-        here.do(f"GRANT {half} TO dba")
-        if "SELECT" in half:
-            with pytest.raises(Error, match="function pg_hba_file_rules") as caught:
-                here.grant(user, "write", "mine")
-    done = here.site.run(
-        "user", "grant", user, "--database", "shop", "--schema", "mine", "--access", "write", "--apply"
-    )
-    assert "mcpctl: warning: the administrator may not read pg_hba.conf" in done.stderr
-    assert "the administrator may not read pg_hba.conf" in here.site.run("doctor", check=False).stdout
-    with here.connect(user, "write") as connection:
-        connection.execute("INSERT INTO mine.t (n) VALUES (1)")
-    here.ungrant(user)
-    assert roles_of(here, user) == []
 
 
 # -- disable, enable, remove --------------------------------------------------------------------------------------
@@ -164,6 +87,30 @@ def test_remove_ends_every_role_in_every_database_and_says_what_it_owned(here: P
     assert user not in here.granting().people()
     here.do("DROP TABLE kept")
     here.do("DROP DATABASE unknown")
+
+
+def test_a_database_that_allows_no_connections_is_named_as_what_keeps_a_role(here: Place, user: str) -> None:
+    here.grant(user, "read", "public.orders")
+    here.do("CREATE DATABASE shut")
+    here.do(f"CREATE TABLE kept (n int); ALTER TABLE kept OWNER TO mcp_{user}_r", dbname="shut")
+    here.do("ALTER DATABASE shut ALLOW_CONNECTIONS false")
+    try:
+        done = here.site.run("user", "remove", user, "--yes", check=False)
+        said = " ".join(done.stderr.split())
+        assert done.returncode == 1
+        assert "stays: it has something in the database shut, which allows no connections" in said
+        assert 'ALTER DATABASE "shut" ALLOW_CONNECTIONS true; then mcpctl user remove' in said
+    finally:
+        here.do("ALTER DATABASE shut ALLOW_CONNECTIONS true")
+    gone = json.loads(here.site.run("user", "remove", user, "--yes", "--json").stdout)
+    assert gone["owned"] == [f"mcp_{user}_r owned table public.kept in shut"]
+    here.do("DROP DATABASE shut")
+
+
+def test_default_privileges_are_not_told_as_owned(here: Place, user: str) -> None:
+    here.grant(user, "read", "public.orders")
+    here.do(f"ALTER DEFAULT PRIVILEGES FOR ROLE mcp_{user}_r GRANT SELECT ON TABLES TO PUBLIC")
+    assert json.loads(here.site.run("user", "remove", user, "--yes", "--json").stdout)["owned"] == []
 
 
 def test_remove_ends_a_role_that_may_connect_to_no_database_any_more(here: Place) -> None:

@@ -116,10 +116,25 @@ def test_a_secret_on_the_command_line_is_not_repeated(home: Home) -> None:
         ["token", "show", text],
         ["token", "revoke", text],
         ["token", "add", "--user", text, "--expiry", "1d"],
+        *(
+            [*words, typo]
+            for typo in (text[:-1] + "_", text[:40])
+            for words in (["user", "add"], ["user", "disable"], ["user", "show"], ["tenant", "remove", "--yes"])
+        ),
+        ["tenant", "add", text[:50], "--database", "shop"],
     ):
         done = home(*arguments)
         assert done.code in (2, 4)
-        assert text[13:56] not in done.err, arguments
+        assert text[13:40] not in done.err, arguments
+    dsn = "postgresql://u:a-secret@h/db"
+    for arguments in (
+        ["user", "grant", "alice", "--access", "read", "--database", dsn],
+        ["can", "alice", "select", "s.t", "--database", dsn],
+        *(["database", one, dsn] for one in ("test", "remove", "harden", "add")),
+    ):
+        done = home(*arguments)
+        assert done.code in (2, 4)
+        assert "a-secret" not in done.err, arguments
 
 
 @pytest.mark.parametrize(

@@ -282,10 +282,10 @@ def test_no_name_ends_a_comment_or_a_block_of_the_script(target: Target) -> None
     verifiers = {one: scram.verifier(f"mcp_alice_{one[0]}", "p" * 43) for one in ("read", "write")}
     body = roles.grant_body("alice", grant, verifiers, terms())
     script = roles.script(body, f"mcpctl: alice in db: {target}")
-    title, begin, rest = script.split("\n", 2)
+    encoding, title, begin, rest = script.split("\n", 3)
     assert title.startswith("-- mcpctl: alice in db: ")
     assert "\r" not in title
-    assert begin == "BEGIN;"
+    assert (encoding, begin) == ("SET client_encoding = 'UTF8';", "BEGIN;")
     assert rest == f"{body}COMMIT;\n"
 
 

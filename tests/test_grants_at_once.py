@@ -162,6 +162,28 @@ def test_a_grant_whose_turn_does_not_come_says_why_and_changes_nothing(here: Pla
     here.do("DROP OWNED BY dba", "DROP ROLE dba")
 
 
+def test_what_a_reader_holds_is_waited_for_a_while_and_then_said(
+    here: Place, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DROP OWNED takes a policy of the role's, and waits for whoever reads the table, such as pg_dump."""
+    here.grant(user, "read", "public.orders")
+    here.do(f"CREATE POLICY theirs ON orders TO mcp_{user}_r USING (true)")
+    try:
+        with here.who().connected() as connection:
+            assert connection.execute("SHOW lock_timeout").fetchone() == ("10s",)
+        monkeypatch.setitem(administrator._FIRM, "lock_timeout", "300ms")
+        with here.admin() as reader:
+            reader.execute("BEGIN; SELECT FROM orders")
+            with pytest.raises(
+                Error, match="shop: a table or another object that is to be changed is in use"
+            ) as caught:
+                here.ungrant(user)
+            assert str(caught.value.hint).startswith("run it again")
+        here.ungrant(user)
+    finally:
+        here.do("DROP POLICY IF EXISTS theirs ON orders")
+
+
 def test_of_two_grants_at_once_the_one_that_fails_takes_nothing_of_the_other(here: Place, user: str) -> None:
     with here.held_up():
         good = in_background(here.grant, user, "read", "public")

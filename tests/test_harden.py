@@ -207,6 +207,7 @@ def test_what_clients_ask_and_the_shops_own_questions_are_still_answered(clean: 
 def test_a_second_run_changes_nothing_and_the_first_changed_what_it_should(clean: Clean, fresh: str) -> None:
     with clean.admin(fresh) as connection:
         untouched = connection.execute(ACLS).fetchall()
+        assert harden.script().startswith("SET client_encoding = 'UTF8';\n")
         connection.execute(harden.script().encode())
         first = connection.execute(ACLS).fetchall()
         connection.execute(harden.script().encode())

@@ -428,6 +428,23 @@ def test_no_hint_is_to_be_refused(home: Home) -> None:
     assert "user grant" not in home("token", "add", "--user", "bob", "--expiry", "1d").err
 
 
+def test_who_still_has_a_grant_in_another_tenants_place_is_granted_nothing(home: Home) -> None:
+    for name in ("north", "south"):
+        assert home("tenant", "add", name, "--database", "both", "--schema", name).code == 0
+    grant = ("user", "grant", "nora", "--database", "both", "--access", "read")
+    assert home("user", "add", "nora", "--tenant", "north").code == 0
+    assert home(*grant).code == 0
+    path = home.folder / "users.yaml"
+    moved = path.read_text()
+    for tenant, said in (("south", "nora has a grant on north in both"), ("null", "is the tenant north's alone")):
+        path.write_text(moved.replace("tenant: north", f"tenant: {tenant}"))
+        before = path.read_text()
+        refused = home(*grant, "--schema", "south" if tenant == "south" else "public")
+        assert (refused.code, said in refused.error, path.read_text()) == (5, True, before), refused.err
+    assert home("user", "ungrant", "nora", "--database", "both").code == 0
+    assert home(*grant, "--schema", "public").code == 0
+
+
 def test_who_loses_a_database_that_becomes_a_tenants_is_named(home: Home) -> None:
     for user in ("sam", "ida"):
         assert home("user", "add", user).code == 0

@@ -379,6 +379,15 @@ def _has_password(dsn: str) -> bool:
     return bool(re.search(r"password\s*=", dsn))
 
 
+def check_database(settings: Settings, name: str) -> None:
+    """Raises NotFoundError (exit 4) where the config has no database of that name. What cannot be a name, such as a
+    connection string with its password, is not repeated."""
+    if name not in settings.databases:
+        said = name if NAME.fullmatch(name) else "of that name"
+        known = ", ".join(settings.databases) or "none"
+        raise NotFoundError(f"there is no database {said} in the config", f"there are: {known}")
+
+
 def default_database(settings: Settings) -> str | None:
     """The database that is meant when a call names none."""
     if len(settings.databases) == 1:

@@ -7,13 +7,13 @@ refuse too; what gives one is recorded as pending, which the server honours as f
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from mcpctl.config import check_database
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConflictError, Error, Failures, NotFoundError, UnavailableError, UsageError
 from mcpctl.identity import tenants, users
 from mcpctl.identity.entry_file import EntryFile
-from mcpctl.identity.grants import ACCESSES, REVOKING, Grant, login_role
+from mcpctl.identity.grants import ACCESSES, REVOKING, Grant, identifier, login_role
 from mcpctl.identity.tenants import Tenant
-from mcpctl.identity.tokens import utcnow
 from mcpctl.identity.users import User
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import administrator, hba, parameters, roles, scram
@@ -58,9 +58,7 @@ class Granting:
     def check(self, database: str, access: str | None = None) -> None:
         """Raises where no grant can be made in a database: it is not in the config, all share one login there, or the
         access is admin and the config lists no setting that could be changed."""
-        if database not in self._settings.databases:
-            known = ", ".join(self._settings.databases) or "none"
-            raise NotFoundError(f"there is no database {database} in the config", f"there are: {known}")
+        check_database(self._settings, database)
         if not self.logins.per_user(database):
             raise Error(
                 f"in the database {database} all users share one login, so there is nothing to grant",
@@ -100,32 +98,36 @@ class Granting:
         return place.schema if place is not None and place.database == database else None
 
     def confined(self, name: str, database: str, access: str, targets: tuple[str, ...]) -> tuple[str, ...]:
-        """The targets of a grant, within the user's tenant. UsageError for what is outside of it."""
-        tenant = self.user(name).tenant
-        if access == "admin":
-            if tenant is not None:
-                raise UsageError(
-                    f"{name} belongs to the tenant {tenant}, and settings are the whole cluster's",
-                    "give them to a user without a tenant",
-                )
-            return targets
+        """The targets of a grant, within the user's tenant. UsageError for what is outside of it; ConflictError where
+        the whole grant, with what it has already, would reach another tenant's place."""
+        user = self.user(name)
+        tenant, old = user.tenant, user.grants.get(database, Grant(database))
+        if access == "admin" and tenant is not None:
+            raise UsageError(
+                f"{name} belongs to the tenant {tenant}, and settings are the whole cluster's",
+                "give them to a user without a tenant",
+            )
         places = tenants.checked(self._settings)
         if tenant is not None:
-            targets = tenants.find(places, tenant).confine(database, targets)
-        self._check_strangers(places, tenant, database, targets)
+            place = tenants.find(places, tenant)
+            targets = place.confine(database, targets)
+            if (text := place.outside((*old.read, *old.write))) is not None:
+                raise ConflictError(
+                    f"{name} has a grant on {text} in {database} from before, which is outside of the tenant {tenant}",
+                    f"take it back first: mcpctl user ungrant {name} --database {database}",
+                )
+        self._check_strangers(places, replace(user, grants={database: old.more(access, targets)}))
         return targets
 
     @staticmethod
-    def _check_strangers(
-        places: Mapping[str, Tenant], tenant: str | None, database: str, targets: tuple[str, ...]
-    ) -> None:
+    def _check_strangers(places: Mapping[str, Tenant], user: User) -> None:
         """Refuses a grant that reaches into the place of a tenant whom the user does not belong to."""
-        asked = User("", utcnow(), grants={database: Grant(database, targets)}, tenant=tenant)
         for place in places.values():
-            if place.name != tenant and tenants.strangers(place, {"": asked}):
+            if tenants.strangers(place, {"": user}):
                 raise ConflictError(
                     f"{place.where} is the tenant {place.name}'s alone",
-                    "grant what is outside of it, or make a user who belongs to the tenant: user add --tenant",
+                    "grant what is outside of it, taking back what is not, or make a user who belongs to the tenant: "
+                    "user add --tenant",
                 )
 
     def worst(self, database: str) -> int:
@@ -193,8 +195,9 @@ class Granting:
                 undo = False  # from here on only PostgreSQL knows
                 connection.execute("COMMIT")
                 if not self._enabled(name):  # disabled or removed while we waited: who did it saw no role yet
-                    for role in self._there(connection, name):
-                        administrator.set_login(connection, role, on=False)
+                    failed = Failures()
+                    list(administrator.set_login(who, connection, self._there(connection, name), failed, on=False))
+                    failed.check()
         except BaseException as problem:
             if undo:
                 self._undo(name, before, after)
@@ -417,17 +420,15 @@ class Granting:
         return found
 
     def set_login(self, name: str, dsns: Mapping[str, str], *, on: bool) -> Iterator[str]:
-        """Give the user's login roles LOGIN or NOLOGIN, which also ends their connections; each role, when done. A
-        cluster that cannot be reached keeps no other from it; the Error comes at the end."""
+        """Give the user's login roles LOGIN or NOLOGIN, which also ends their connections; each role, when it is so.
+        Neither a cluster that cannot be reached nor a role keeps others from it; the Error comes at the end."""
         return self._set_login(name, self._administrators(self.user(name).grants, dsns), on=on)
 
     def _set_login(self, name: str, administrators: list[Administrator], *, on: bool) -> Iterator[str]:
         failed = Failures()
         for who in administrators:
             with failed, who.connected() as connection:
-                for role in self._there(connection, name):
-                    administrator.set_login(connection, role, on=on)
-                    yield role
+                yield from administrator.set_login(who, connection, self._there(connection, name), failed, on=on)
         failed.check()
 
     def end(self, name: str, dsns: Mapping[str, str]) -> Removed:
@@ -440,11 +441,10 @@ class Granting:
             for role in self._set_login(name, administrators, on=False):
                 locked.append(role)
         for who in administrators:
-            with failed:
-                with who.connected() as connection:
-                    there = self._there(connection, name)
-                for role in there:
-                    self._end_role(who, role, name, done)
+            with failed, who.connected() as connection:
+                for role in self._there(connection, name):
+                    with failed:
+                        self._end_role(who, role, name, done)
                 done.warnings += who.warnings
         try:
             failed.check()
@@ -459,15 +459,21 @@ class Granting:
         return done
 
     def _end_role(self, who: Administrator, role: str, name: str, done: Removed) -> None:
+        with who.connected() as connection:
+            administrator.check_gone(connection, role)  # it would outlive the role
         for dbname in who.databases_of(role):
             with who.connected(dbname) as connection:
                 done.owned += [f"{role} owned {one} in {dbname}" for one in administrator.owned(connection, role)]
                 connection.execute(roles.leave_here(role, self.mark(name)).encode())
         with who.connected() as connection:
             if role in administrator.login_roles(connection):
+                shut = administrator.shut_with(connection, role)
+                why = [f"it has something in the database {one}, which allows no connections" for one in shut]
                 raise Error(
-                    f"role {role} has no LOGIN any more, and stays: {'; '.join(who.warnings) or 'see doctor'}",
-                    "take from it what others have granted",
+                    f"role {role} has no LOGIN any more, and stays: {'; '.join(why or who.warnings) or 'see doctor'}",
+                    f"ALTER DATABASE {identifier(shut[0])} ALLOW_CONNECTIONS true"
+                    if shut
+                    else "take from it what others have granted",
                 )
         done.roles.append(role)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 
-from mcpctl.config import default_database
+from mcpctl.config import check_database, default_database
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, ForbiddenError, NotFoundError, UnavailableError, UsageError
 from mcpctl.identity import grants, tenants, tokens, users
@@ -196,13 +196,12 @@ class Rights:
 
     def _database(self, principal: Principal, question: Question) -> str:
         if question.database is not None:
-            if question.database in self._settings.databases:
-                return question.database
             shown = OWN + question.database.removeprefix(OWN)
-            if shown in {row.shown for row in self._brought.values()}:
+            brought = {row.shown for row in self._brought.values()}
+            if question.database not in self._settings.databases and shown in brought:
                 return shown
-            known = ", ".join(self._settings.databases) or "none"
-            raise NotFoundError(f"there is no database {question.database} in the config", f"there are: {known}")
+            check_database(self._settings, question.database)
+            return question.database
         if principal.within is not None:
             return principal.within.database
         only = principal.databases

@@ -64,13 +64,16 @@ class Files:
             return found
         with self.administrator(database, granting).connected() as connection:
             left = arithmetic.room(connection)
+            superuser = connection.info.parameter_status("is_superuser") == "on"
             still = harden.held_by_public(connection)
         if still:
             some = ", ".join(still[:3])
             found.append(
                 (
                     f"in {database} PUBLIC may execute {len(still)} functions that reach past all grants ({some}, …)",
-                    f"mcpctl database harden {database} --apply",
+                    f"mcpctl database harden {database} --apply"
+                    if superuser
+                    else f"a superuser runs what this prints: mcpctl database harden {database} --print-sql",
                 )
             )
         worst = granting.worst(database)

@@ -150,7 +150,7 @@ def _add(
     if found.source is None:
         raise NotFoundError("there is no config file to put it into", "make one with `mcpctl init`", exit_code=3)
     if not configuration.NAME.fullmatch(name):
-        raise UsageError(f"{name[:70]!r} cannot be a database's name", "a-z first, then a-z 0-9 - _, at most 63")
+        raise UsageError("that cannot be a database's name", "a-z first, then a-z 0-9 - _, at most 63")
     if name in found.databases:
         raise ConflictError(f"there is a database {name} already", "`mcpctl database list` shows all")
     source, own = found.source, found.auth.token_file.parent / f"{name}.password"
@@ -285,7 +285,8 @@ def try_(
 
     Where roles are per user, the service login is tried and each user's own.
     """
-    from mcpctl.errors import Error, NotFoundError
+    from mcpctl.config import check_database
+    from mcpctl.errors import Error
     from mcpctl.identity import users
     from mcpctl.keyring import Keyring
     from mcpctl.postgres import trial
@@ -293,10 +294,7 @@ def try_(
 
     found = settings(context, config, needs_log=False)
     for name in names or ():
-        if name not in found.databases:
-            raise NotFoundError(
-                f"there is no database {name} in the config", f"there are: {', '.join(found.databases)}"
-            )
+        check_database(found, name)
     logins = Logins(found.databases, Keyring(found.keyring.file))
     people = users.user_file(found.auth.user_file).current()
     rows: list[dict[str, Any]] = []
@@ -343,13 +341,13 @@ def remove(
     """
 
     from mcpctl import config_file, private_file
+    from mcpctl.config import check_database
     from mcpctl.errors import NotFoundError
 
     found = loaded(context, config)
-    if name not in found.databases or found.source is None:
-        raise NotFoundError(
-            f"there is no database {name} in the config", f"there are: {', '.join(found.databases) or 'none'}"
-        )
+    check_database(found, name)
+    if found.source is None:
+        raise NotFoundError(f"there is no config file to take {name} out of", "it is in the environment")
     confirm(f"removing database {name}", f"Remove the database {name} from the config?", yes)
     private_file.as_owner(found.auth.token_file, lambda: _check_unused(found, name))
     config_file.remove(found.source, "databases", name, _must_load)
@@ -428,7 +426,8 @@ def harden(
     Once for each database, and again after an upgrade or CREATE EXTENSION. docs/security.md says what it takes away,
     and what it cannot.
     """
-    from mcpctl.errors import NotFoundError, UsageError
+    from mcpctl.config import check_database
+    from mcpctl.errors import UsageError
     from mcpctl.postgres import harden as hardening
     from mcpctl.postgres.administrator import Administrator
 
@@ -436,10 +435,7 @@ def harden(
         raise UsageError("--print-sql and --apply exclude each other", "choose one")
     files = files_of(context, config, needs_log=False)
     found = files.settings
-    if name not in found.databases:
-        raise NotFoundError(
-            f"there is no database {name} in the config", f"there are: {', '.join(found.databases) or 'none'}"
-        )
+    check_database(found, name)
     script = hardening.script(strict=strict)
     if not apply:
         if json:

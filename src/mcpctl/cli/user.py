@@ -269,24 +269,30 @@ def _switch(context: typer.Context, name: str, reason: str | None, json: bool, c
         note(found, f"user.{word}", user=name, reason=by_whom(context, reason))
     words, values = proof_of_user(found, name) if off else ("", None)
     locked: list[str] = []
+    failed: Error | None = None
     if user.grants:
         granting = files.granting()
         try:
             for role in granting.set_login(name, files.dsns, on=not off):
                 locked.append(role)
         except Error as problem:
-            output.warn(f"{name} is {word}, but not in PostgreSQL: {problem.message}", problem.hint)
+            failed = problem
         for database, roles in granting.unreached(user, files.dsns).items():
-            script = " ".join(line for role in roles for line in switch_login(role, on=not off))
+            script = " ".join(switch_login(roles, on=not off))
             output.warn(f"{database}: no administrator to {word[:-1]} the login roles; a DBA runs: {script}")
     if json:
-        output.put_json({"user": name, "changed": changed, "roles": locked, "cut": values})
-        return
-    output.put(f"{name} {word}" if changed else f"{name} was {word} already")
-    if off:
-        output.put(words)
-    if locked:
-        output.say(f"{'NOLOGIN' if off else 'LOGIN'}: {', '.join(locked)}")
+        told = failed.message if failed is not None else None
+        output.put_json({"user": name, "changed": changed, "roles": locked, "failed": told, "cut": values})
+    else:
+        output.put(f"{name} {word}" if changed else f"{name} was {word} already")
+        if off:
+            output.put(words)
+        if locked:
+            output.say(f"{'NOLOGIN' if off else 'LOGIN'}: {', '.join(locked)}")
+    if failed is not None:
+        server = "the server refuses all of their tokens" if off else "the server lets them in"
+        again = f"{failed.hint or 'see doctor'}; then mcpctl user {word[:-1]} {name} again"
+        raise Error(f"{name} is {word}, and {server}; but not all of it is so in PostgreSQL: {failed.message}", again)
 
 
 @app.command("remove")

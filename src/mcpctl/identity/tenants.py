@@ -13,7 +13,7 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, ConflictError, NotFoundError, UsageError
 from mcpctl.identity import grants
 from mcpctl.identity.entry_file import EntryFile, Shape
-from mcpctl.identity.users import User, check_note, read_time, rfc3339, user_file
+from mcpctl.identity.users import User, check_note, read_time, repeated, rfc3339, user_file
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 _FIELDS = ("created_at", "database", "schema", "note")
@@ -145,7 +145,8 @@ def add(file: EntryFile[Tenant], tenant: Tenant) -> None:
     """Write a new tenant into the file; ConflictError (exit 5) where the name or its place is another's."""
     if not NAME.fullmatch(tenant.name):
         raise UsageError(
-            f"{tenant.name!r} cannot be a tenant's name", "a-z first, then a-z 0-9 -, at most 31 characters"
+            f"{repeated(repr(tenant.name), 'that')} cannot be a tenant's name",
+            "a-z first, then a-z 0-9 -, at most 31 characters",
         )
     check_note(tenant.note)
     with file.edit() as entries:
@@ -206,7 +207,8 @@ def find(entries: Mapping[str, Tenant], name: str) -> Tenant:
     try:
         return entries[name]
     except KeyError:
-        raise NotFoundError(f"there is no tenant {name}", f"make one with `mcpctl tenant add {name}`") from None
+        said, hint = repeated(name, "of that name"), f"make one with `mcpctl tenant add {repeated(name, 'T')}`"
+        raise NotFoundError(f"there is no tenant {said}", hint) from None
 
 
 def removable(file: EntryFile[Tenant], name: str, people: Mapping[str, User]) -> Tenant:

@@ -16,6 +16,7 @@ from mcpctl.identity.grants import Grant
 NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 ROLE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _FIELDS = ("created_at", "disabled_at", "roles", "tenant", "note", "grants")
+_TOKEN = re.compile(r"mcp_[0-9a-z]{8}_[0-9A-Za-z]{20}")
 _TENANT = re.compile(r"[a-z][a-z0-9-]{0,30}")
 EVERYWHERE = "*"
 """In the place of a database's name: in all of them."""
@@ -119,10 +120,15 @@ def check_note(note: str | None) -> None:
         text(note)
     except ValueError as problem:
         raise UsageError(f"--note takes {problem}", "or leave it out") from None
-    if re.search(r"mcp_[0-9a-z]{8}_[0-9A-Za-z]{20}", note):
+    if _TOKEN.search(note):
         raise UsageError("--note holds a token", "notes are shown and logged; name the token by its id")
     if len(note) > 1000:
         raise UsageError("--note is longer than 1000 characters", "say it shorter")
+
+
+def repeated(name: str, instead: str) -> str:
+    """A name as an error repeats it; `instead` of what has a token's form, mistyped or not."""
+    return instead if _TOKEN.search(name) else name
 
 
 def as_values(user: User) -> dict[str, Any]:
@@ -155,7 +161,9 @@ def add(
 ) -> User:
     """Write a new user into the file; ConflictError (exit 5) where there is one of that name."""
     if not NAME.fullmatch(name):
-        raise UsageError(f"{name!r} cannot be a user name", "a-z first, then a-z 0-9 -, at most 31 characters")
+        raise UsageError(
+            f"{repeated(repr(name), 'that')} cannot be a user name", "a-z first, then a-z 0-9 -, at most 31 characters"
+        )
     check_note(note)
     with file.edit() as entries:
         if name in entries:
@@ -170,7 +178,8 @@ def find(entries: Mapping[str, User], name: str) -> User:
     try:
         return entries[name]
     except KeyError:
-        raise NotFoundError(f"there is no user {name}", f"make one with `mcpctl user add {name}`") from None
+        said, hint = repeated(name, "of that name"), f"make one with `mcpctl user add {repeated(name, 'U')}`"
+        raise NotFoundError(f"there is no user {said}", hint) from None
 
 
 def disable(file: EntryFile[User], name: str, when: datetime | None) -> tuple[User, bool]:

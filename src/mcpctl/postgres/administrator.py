@@ -6,7 +6,8 @@ may be the service user's, who could have the administrator log in at a place of
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from mcpctl import private_file
 from mcpctl.config import NAME
 from mcpctl.config_keys import Settings
-from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError, UnavailableError
+from mcpctl.errors import ConfigError, ConflictError, Error, Failures, NotFoundError, UnavailableError
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import hba, roles
 from mcpctl.postgres.login import CONNECT_TIMEOUT, FIRM, KEYWORDS, SCRAM_ONLY, Login, firmly, same_place, secure
 from mcpctl.postgres.trial import reason
 
 FILE = "admin.dsn"
-_FIRM = FIRM | {"search_path": "pg_catalog,pg_temp", "statement_timeout": "0"}
+_FIRM = FIRM | {"search_path": "pg_catalog,pg_temp", "statement_timeout": "0", "lock_timeout": "10s"}
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 
@@ -138,9 +139,18 @@ class Administrator:
     def databases_of(self, role: str) -> list[str]:
         """The databases of the cluster in which a role owns something or has a right, and this one, the last."""
         with self.connected() as connection:
-            rows = connection.execute(_DATABASES, (role, role, role)).fetchall()
-            own = connection.info.dbname
-        return [*(row[0] for row in rows if row[0] != own), own]
+            found, own = _databases(connection, role, allow_connections=True), connection.info.dbname
+        return [*(one for one in found if one != own), own]
+
+
+def shut_with(connection: Connection, role: str) -> list[str]:
+    """The databases that allow no connections, and in which a role owns something or has a right."""
+    return _databases(connection, role, allow_connections=False)
+
+
+def _databases(connection: Connection, role: str, *, allow_connections: bool) -> list[str]:
+    rows = connection.execute(_DATABASES, (allow_connections, role, role, role)).fetchall()
+    return [row[0] for row in rows]
 
 
 def _nobodys(login: Login) -> Login:
@@ -150,7 +160,8 @@ def _nobodys(login: Login) -> Login:
 
 _DATABASES = """
 SELECT d.datname FROM pg_catalog.pg_database d
-WHERE d.datallowconn AND (EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
+WHERE d.datallowconn = %s
+  AND (EXISTS (SELECT FROM pg_catalog.pg_shdepend s JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid
                 WHERE s.dbid = d.oid AND s.refclassid = 'pg_catalog.pg_authid'::regclass AND r.rolname = %s)
    OR EXISTS (SELECT FROM pg_catalog.aclexplode(d.datacl) a JOIN pg_catalog.pg_roles r ON r.oid = a.grantee
               WHERE r.rolname = %s))
@@ -188,7 +199,9 @@ def translated(problem: psycopg.Error, database: str) -> Error:
         case "3F000" | "42P01":
             return NotFoundError(f"{database}: {said}", "names are as PostgreSQL has them")
         case "55P03":
-            return Error(f"{database}: another grant is being made there, or somebody holds its lock", _HOLDER)
+            if any(lock in (problem.diag.context or "") for lock in ("pg_authid", "pg_advisory_xact_lock")):
+                return Error(f"{database}: another grant is being made there, or somebody holds its lock", _HOLDER)
+            return Error(f"{database}: a table or another object that is to be changed is in use", _READER)
         case "42501" if "pg_hba_file_rules" in said:
             return Error(
                 f"{database}: {said}, so nobody sees whom pg_hba.conf lets in",
@@ -201,6 +214,11 @@ def translated(problem: psycopg.Error, database: str) -> Error:
     return Error(f"{database}: {said} (SQLSTATE {problem.sqlstate or 'none'})", hint)
 
 
+_READER = (
+    "run it again when that is over, such as a pg_dump; see who it is: SET search_path = pg_catalog, pg_temp;"
+    " SELECT a.pid, a.usename, l.relation::regclass, a.query FROM pg_locks l JOIN pg_stat_activity a USING (pid)"
+    " WHERE l.granted AND l.relation > 16383"
+)
 _HOLDER = (
     "run it again; if that lasts, see who holds it: SET search_path = pg_catalog, pg_temp; SELECT a.pid, a.usename,"
     " a.query FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE l.granted"
@@ -276,10 +294,37 @@ def is_schema(connection: Connection, schema: str) -> bool:
     return connection.execute(query, (schema,)).fetchone() is not None
 
 
-def set_login(connection: Connection, role: str, *, on: bool) -> None:
-    """Let a role log in, or not any more; then its connections end, too."""
-    for statement in roles.switch_login(role, on=on):
-        connection.execute(statement.encode())
+def set_login(
+    who: Administrator, connection: Connection, wanted: Iterable[str], failed: Failures, *, on: bool
+) -> Iterator[str]:
+    """Let roles log in, or not any more; then their connections end, too. Each role, when it is so. What fails for one
+    is kept in `failed`, and keeps none of the others from it."""
+    done = list(wanted)
+    for role in done:
+        with failed, _said(who.login.name):
+            connection.execute(roles.set_login(role, on=on).encode())
+            yield role
+    for role in [] if on else done:
+        with failed, _said(who.login.name):
+            connection.execute(roles.end_connections(role).encode())
+            check_gone(connection, role)
+
+
+def check_gone(connection: Connection, role: str) -> None:
+    """Raises an Error where a connection of a role, told to end, is still there after a few seconds."""
+    deadline = time.monotonic() + _GONE_WITHIN
+    query = "SELECT pid FROM pg_catalog.pg_stat_activity WHERE usename = %s ORDER BY 1"
+    while rows := connection.execute(query, (role,)).fetchall():
+        if time.monotonic() > deadline:
+            pids = ", ".join(str(pid) for (pid,) in rows)
+            raise Error(
+                f"{role} is still connected (pid {pids})", "a superuser ends it: SELECT pg_terminate_backend(PID)"
+            )
+        time.sleep(0.02)
+
+
+_GONE_WITHIN = 5.0
+"""Seconds: some of what PostgreSQL does is not interrupted at once."""
 
 
 def keeps_logins_here(connection: Connection, database: str) -> Error | None:
@@ -293,7 +338,7 @@ def keeps_logins_here(connection: Connection, database: str) -> Error | None:
 
 
 def owned(connection: Connection, role: str) -> list[str]:
-    """What a role owns in this database, as `table sales.orders`."""
+    """What a role owns in this database, as `table sales.orders`, and passes on: not its default privileges."""
     rows = connection.execute(_OWNED, (role,)).fetchall()
     return [row[0] for row in rows]
 
@@ -302,6 +347,6 @@ _OWNED = """
 SELECT i.type || ' ' || i.identity FROM pg_catalog.pg_shdepend s
   JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid AND s.refclassid = 'pg_catalog.pg_authid'::regclass,
   pg_catalog.pg_identify_object(s.classid, s.objid, s.objsubid) i
-WHERE r.rolname = %s AND s.deptype = 'o'
+WHERE r.rolname = %s AND s.deptype = 'o' AND s.classid <> 'pg_default_acl'::regclass
   AND s.dbid IN (0, (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()))
 ORDER BY 1"""

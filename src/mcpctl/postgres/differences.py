@@ -1,6 +1,7 @@
 """Where PostgreSQL and users.yaml disagree about a user's grant in one database."""
 
 import shlex
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import psycopg
@@ -10,7 +11,7 @@ from mcpctl.identity.grants import ACCESSES, EVERYTHING, Grant, identifier, logi
 from mcpctl.postgres import parameters
 from mcpctl.postgres.hba import GROUP
 from mcpctl.postgres.parameters import Parameters
-from mcpctl.postgres.roles import GONE, MAKERS, PRIVILEGES, SETTINGS, TO_COME, tables_of
+from mcpctl.postgres.roles import GONE, MAKERS, OURS, PRIVILEGES, SETTINGS, TO_COME, tables_of
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 _SYSTEM = "n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
@@ -18,8 +19,10 @@ _RELATIONS = f"""
 SELECT n.nspname, c.relname, c.relkind = 'S',
        (SELECT t.relname FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_class t ON t.oid = d.refobjid
         WHERE d.objid = c.oid AND d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass
-          AND d.refclassid = d.classid AND d.deptype IN ('a', 'i') AND c.relkind = 'S' LIMIT 1)
+          AND d.refclassid = d.classid AND d.deptype IN ('a', 'i') AND c.relkind = 'S' LIMIT 1),
+       {OURS}
 FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+  JOIN pg_catalog.pg_roles r ON r.oid = c.relowner
 WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S') AND {_SYSTEM}"""
 _HELD = f"""
 WITH held (schema, name, of_column, maker, grantor, grantee, privilege, grantable) AS (
@@ -127,7 +130,7 @@ def differences(
             found += [f"{role}: has rights here, and no {access} access is recorded"] if held else []
             continue
         found += _of_role(role, row, mark, login)
-        found += _of_privileges(role, _wanted(connection, access, grant, there), held)
+        found += _of_privileges(role, _wanted(connection, access, grant, there, held), held)
         ours = [*SETTINGS, "temp_file_limit", "search_path"]
         settings = connection.execute(_SET, (role, ours)).fetchall()
         found += [f"{role}: has a default of its own for {name}, which is not ours" for (name,) in settings]
@@ -186,7 +189,7 @@ def _there(connection: Connection) -> set[str]:
     """Each target that could be granted here."""
     schemas = connection.execute(f"SELECT n.nspname FROM pg_catalog.pg_namespace n WHERE {_SYSTEM}").fetchall()
     relations = connection.execute(_RELATIONS.encode()).fetchall()
-    tables = {str(grants.Target(schema, name)) for schema, name, sequence, _ in relations if not sequence}
+    tables = {str(grants.Target(schema, name)) for schema, name, sequence, _, _ in relations if not sequence}
     return {EVERYTHING, *(quoted(row[0]) for row in schemas), *tables}
 
 
@@ -202,7 +205,8 @@ def _word(text: str) -> str:
     return "$'" + grants.escaped(text.replace("\\", r"\\").replace("'", r"\'"), r"\u%04X", r"\U%08X") + "'"
 
 
-def _wanted(connection: Connection, access: str, grant: Grant, there: set[str]) -> set[Right]:
+def _wanted(connection: Connection, access: str, grant: Grant, there: set[str], held: Collection[Right]) -> set[Right]:
+    """What the role is to hold; of what our own roles own in a schema that was granted, whatever it does hold."""
     relations = connection.execute(_RELATIONS.encode()).fetchall()
     makers = connection.execute(f"{MAKERS} AND {_SYSTEM}".encode()).fetchall()
     schemas = {row[0] for row in connection.execute(f"SELECT n.nspname FROM pg_catalog.pg_namespace n WHERE {_SYSTEM}")}
@@ -218,9 +222,10 @@ def _wanted(connection: Connection, access: str, grant: Grant, there: set[str]) 
                 found |= {Right(privilege, target.schema, table) for privilege in PRIVILEGES[kind]}
             found |= {
                 Right(privilege, schema, name)
-                for schema, name, sequence, of in relations
+                for schema, name, sequence, of, ours in relations
                 if schema in inside and (table is None or (sequence and of == table))
                 for privilege in privileges[sequence]
+                if not ours or table is not None or Right(privilege, schema, name) in held
             }
             found |= {
                 Right(privilege, schema, "SEQUENCES" if sequence else "TABLES", maker=maker)

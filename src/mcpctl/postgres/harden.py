@@ -124,6 +124,7 @@ _PUBLIC_HOLDS = """EXISTS (
 
 # After the loop it looks again: where nothing could be revoked, PostgreSQL warns, and goes on.
 _SCRIPT = """\
+SET client_encoding = 'UTF8';
 -- mcpctl: takes from PUBLIC what a role that may only read must not execute{strict}.
 -- For PostgreSQL 15 to 18. Run it connected to the database, as a superuser, in each database for itself:
 --     psql -v ON_ERROR_STOP=1 -d NAME -f FILE

@@ -34,6 +34,8 @@ LEFT_OVER = "MC005"
 """SQLSTATE of a login role of ours that an earlier user of that name has left."""
 OVERPOWERED = "MC003"
 """SQLSTATE of a login role that somebody has made more than one."""
+ENCODING = "SET client_encoding = 'UTF8';"
+"""Stands at the top of each script: what else PGCLIENTENCODING says would name other objects."""
 GONE = "is recorded and not there"
 """What is said of a schema or table that was granted and has been dropped since."""
 Rights = Collection[tuple[str, ...]]
@@ -41,15 +43,18 @@ Rights = Collection[tuple[str, ...]]
 _GROUP = {"group": GROUP, "group_mark": "'mcpctl: its users'' login roles; for pg_hba.conf'"}
 _HEIR_MARK = "'mcpctl: owns what its users'' login roles owned'"
 _SYSTEM = "n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'"
-MAKERS = """
+OURS = "(r.rolname ~ '^mcp_' AND pg_catalog.shobj_description(r.oid, 'pg_authid') ~ '^mcpctl')"
+"""Whether a role `r` is a login role, or HEIR. What it owns it alone or a superuser could grant, so that a grant on a
+schema passes it over: it neither gives nor takes rights on it."""
+MAKERS = f"""
     SELECT DISTINCT n.nspname, r.rolname AS owner
     FROM pg_catalog.pg_namespace n
       LEFT JOIN pg_catalog.pg_class c ON c.relnamespace = n.oid AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
       JOIN pg_catalog.pg_database d ON d.datname = pg_catalog.current_database()
       JOIN pg_catalog.pg_roles r ON r.oid IN (n.nspowner, c.relowner)
         OR (r.oid = d.datdba AND n.nspowner = 'pg_database_owner'::pg_catalog.regrole)
-    WHERE r.rolname !~ '^pg_'"""
-"""Who makes the tables to come, by schema: each role that owns something there."""
+    WHERE r.rolname !~ '^pg_' AND NOT {OURS}"""
+"""Who makes the tables to come, by schema: each role that owns something there, and is none of OURS."""
 TO_COME = (
     "CASE d.defaclobjtype WHEN 'r' THEN 'TABLES' WHEN 'S' THEN 'SEQUENCES' WHEN 'f' THEN 'FUNCTIONS'"
     " WHEN 'T' THEN 'TYPES' WHEN 'n' THEN 'SCHEMAS' ELSE 'LARGE OBJECTS' END"
@@ -94,7 +99,7 @@ def mark(installation: str, user: str) -> str:
 
 def script(body: str, title: str) -> str:
     """A body as a script for psql: all of it or nothing. A name in the title ends no comment."""
-    return "-- " + escaped(title, r"\%04X", r"\+%06X") + f"\nBEGIN;\n{body}COMMIT;\n"
+    return f"{ENCODING}\n-- " + escaped(title, r"\%04X", r"\+%06X") + f"\nBEGIN;\n{body}COMMIT;\n"
 
 
 def grant_body(
@@ -111,7 +116,8 @@ def grant_body(
     be there, None for all; of the others, which were recorded before, a dropped one is only warned of. `new`: the
     accesses whose login role must not be there yet."""
     parts = [f"SET LOCAL search_path = pg_catalog;\nSET LOCAL client_min_messages = warning;\n{TURN}"]
-    for access in ACCESSES:
+    # what ends comes first: what it still owns could not be granted on
+    for access in sorted(ACCESSES, key=lambda access: bool(getattr(grant, access))):
         role = login_role(user, access)
         if not getattr(grant, access):
             parts.append(leave_here(role, terms.mark))
@@ -189,13 +195,10 @@ def _settings(role: str, access: str, terms: Terms) -> str:
 def _grant(role: str, access: str, target: str, *, must_be_there: bool) -> str:
     name, held = identifier(role), ", ".join(PRIVILEGES[access])
     if target == EVERYTHING:
-        loop = _grant_schema("%1$I", "%2$I", held, access)
-        body = "".join(f"    EXECUTE format({literal(line)}, one.nspname, {literal(role)});\n" for line in loop)
-        everywhere = (
-            f"DECLARE one record;\nBEGIN\n  FOR one IN SELECT n.nspname FROM pg_namespace n WHERE {_SYSTEM} LOOP\n"
-            f"{body}  END LOOP;\nEND"
-        )
-        return do(everywhere) + _default_privileges(role, access, None)
+        usage = f"EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', one.nspname, {literal(role)})"
+        schemas = f"SELECT n.nspname FROM pg_namespace n WHERE {_SYSTEM}"
+        everywhere = f"DECLARE one record;\nBEGIN\n  FOR one IN {schemas} LOOP\n    {usage};\n  END LOOP;\nEND"
+        return do(everywhere) + _grant_all(role, access, None) + _default_privileges(role, access, None)
     found = grants.parse(target)
     if found.table is not None:
         lines = [
@@ -205,8 +208,9 @@ def _grant(role: str, access: str, target: str, *, must_be_there: bool) -> str:
         check = do(_NO_TABLE % {"schema": literal(found.schema), "table": literal(found.table)})
         more = _own_sequences(role, str(found)) if access == "write" else ""
     else:
-        lines = _grant_schema(found.sql, name, held, access)
-        check, more = "", _default_privileges(role, access, found.schema)
+        lines = [f"GRANT USAGE ON SCHEMA {found.sql} TO {name}"]
+        check = ""
+        more = _grant_all(role, access, found.schema) + _default_privileges(role, access, found.schema)
     script = "".join(f"{line};\n" for line in lines) + more
     return check + script if must_be_there else _if_there(found, script)
 
@@ -223,9 +227,22 @@ def _if_there(found: grants.Target, script: str) -> str:
     return do(f"BEGIN\n  IF NOT EXISTS ({there}) THEN\n    {warning};\n    RETURN;\n  END IF;\n{script}END")
 
 
-def _grant_schema(schema: str, role: str, held: str, access: str) -> list[str]:
-    lines = [f"GRANT USAGE ON SCHEMA {schema} TO {role}", f"GRANT {held} ON ALL TABLES IN SCHEMA {schema} TO {role}"]
-    return [*lines, f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA {schema} TO {role}"] if access == "write" else lines
+def _grant_all(role: str, access: str, schema: str | None) -> str:
+    """On each table and, to write, sequence of a schema, or of all of them, but for what OURS own."""
+    kinds = {"'r', 'p', 'v', 'm', 'f'": f"{', '.join(PRIVILEGES[access])} ON TABLE"}
+    kinds |= {"'S'": "USAGE ON SEQUENCE"} if access == "write" else {}
+    where = f"{_of_schema(schema)} AND NOT {OURS}"
+    loops = "".join(
+        "  FOR one IN SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace\n"
+        f"      JOIN pg_roles r ON r.oid = c.relowner\n    WHERE c.relkind IN ({kind}) AND {where}\n  LOOP\n"
+        f"    EXECUTE format('GRANT {what} %I.%I TO %I', one.nspname, one.relname, {literal(role)});\n  END LOOP;\n"
+        for kind, what in kinds.items()
+    )
+    return do(f"DECLARE one record;\nBEGIN\n{loops}END")
+
+
+def _of_schema(schema: str | None) -> str:
+    return _SYSTEM if schema is None else f"n.nspname = {literal(schema)}"
 
 
 def _own_sequences(role: str, table: str) -> str:
@@ -241,14 +258,13 @@ def _own_sequences(role: str, table: str) -> str:
 
 def _default_privileges(role: str, access: str, schema: str | None) -> str:
     """For tables to come: default privileges of each role that owns something there, or they would cover nothing."""
-    where = _SYSTEM if schema is None else f"n.nspname = {literal(schema)}"
     kinds = [(", ".join(PRIVILEGES[access]), "TABLES"), *([("USAGE", "SEQUENCES")] if access == "write" else [])]
     commands = "".join(
         f"    EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE %I IN SCHEMA %I GRANT {held} ON {kind} TO %I',\n"
         f"      one.owner, one.nspname, {literal(role)});\n"
         for held, kind in kinds
     )
-    return do(_OWNERS % {"where": where, "commands": commands})
+    return do(_OWNERS % {"where": _of_schema(schema), "commands": commands})
 
 
 def _revoke_beyond(role: str, wanted: Mapping[str, Sequence[str]]) -> str:
@@ -264,18 +280,27 @@ def _revoke_beyond(role: str, wanted: Mapping[str, Sequence[str]]) -> str:
     return do(_BEYOND % {"role": literal(role), "wanted": ", ".join(rows), "kinds": TO_COME})
 
 
-def switch_login(role: str, *, on: bool) -> list[str]:
-    """What lets a role log in, or not any more; then its connections end, too. One statement after the other: who
-    comes in before the first counts is ended by the second. A DBA may run it in a database whose search_path somebody
-    else has set."""
-    if on:
-        return [f"ALTER ROLE {identifier(role)} LOGIN;"]
+def switch_login(wanted: Sequence[str], *, on: bool) -> list[str]:
+    """What a DBA runs to let roles log in, or not any more; then their connections end, too. A statement of its own for
+    each: who comes in before NOLOGIN counts is ended after it, and all have it before any is ended, whatever fails. A
+    DBA may run it in a database whose search_path somebody else has set, and with a client of any encoding."""
+    start = [ENCODING, *([] if on else ["SET search_path = pg_catalog, pg_temp;"])]
     ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename ="
     return [
-        "SET search_path = pg_catalog, pg_temp;",
-        f"ALTER ROLE {identifier(role)} NOLOGIN;",
-        f"{ends} {literal(role)};",
+        *start,
+        *(set_login(role, on=on) for role in wanted),
+        *([] if on else [f"{ends} {literal(role)};" for role in wanted]),
     ]
+
+
+def set_login(role: str, *, on: bool) -> str:
+    """What lets a role log in, or not any more."""
+    return f"ALTER ROLE {identifier(role)} {'LOGIN' if on else 'NOLOGIN'};"
+
+
+def end_connections(role: str) -> str:
+    """What ends a role's connections. Who is no superuser becomes a member for it, and is none afterwards."""
+    return do(_END_CONNECTIONS % {"role": literal(role)})
 
 
 def leave_here(role: str, mark: str) -> str:
@@ -298,6 +323,18 @@ END""")
 """Waits for its turn, at most 10 s: grants at once are made one after the other. Roles are the cluster's, and so is the
 lock of a superuser, which no reader can hold. A mere CREATEROLE login may take only one that anybody can: a grant in
 another database does not wait for it, and may fail."""
+
+_END_CONNECTIONS = """DECLARE
+  joins boolean := NOT (pg_has_role(%(role)s, 'USAGE') OR pg_has_role('pg_signal_backend', 'USAGE'));
+BEGIN
+  IF joins THEN
+    EXECUTE format('GRANT %%I TO %%I', %(role)s, current_user);
+  END IF;
+  PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %(role)s;
+  IF joins THEN
+    EXECUTE format('REVOKE %%I FROM %%I', %(role)s, current_user);
+  END IF;
+END"""
 
 _MAKE = """DECLARE it record;
 BEGIN
