@@ -40,14 +40,13 @@ def add(
 
     Example: mcpctl tenant add acme --database acme
     """
-    from mcpctl.errors import ConflictError, NotFoundError, UsageError
+    from mcpctl.config import check_database
+    from mcpctl.errors import ConflictError, UsageError
     from mcpctl.identity import grants, tenants, tokens, users
 
     files = files_of(context, config, needs_log=True)
     found = files.settings
-    if database not in found.databases:
-        known = ", ".join(found.databases) or "none"
-        raise NotFoundError(f"there is no database {database} in the config", f"there are: {known}")
+    check_database(found, database)
     if schema is not None:
         (schema,) = grants.targets([schema], [])
         if schema == grants.EVERYTHING:

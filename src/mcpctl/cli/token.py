@@ -61,9 +61,9 @@ def add(
 
     Example: mcpctl token add --user alice --expiry 90d --note "laptop"
     """
-    from mcpctl.config import default_database
+    from mcpctl.config import check_database, default_database
     from mcpctl.config_keys import network
-    from mcpctl.errors import NotFoundError, UsageError
+    from mcpctl.errors import UsageError
     from mcpctl.identity import tokens, users
 
     found = settings(context, config)
@@ -72,10 +72,7 @@ def add(
     if whose is not None:
         check_user(whose)
     for name in database or ():
-        if name not in found.databases:
-            raise NotFoundError(
-                f"there is no database {name} in the config", f"there are: {', '.join(found.databases) or 'none'}"
-            )
+        check_database(found, name)
     databases = tuple(dict.fromkeys(database)) if database else None
     if user is None and databases is None:
         default = default_database(found)
