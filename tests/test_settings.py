@@ -52,8 +52,8 @@ def ask(client: site.Client, tool: str, **arguments: Any) -> Any:
     return answer["structuredContent"]
 
 
-def change(client: site.Client, name: str, value: str | None) -> Any:
-    return ask(client, "set_pg_configuration", name=name, value=value)
+def change(client: site.Client, name: str, value: str | None, **more: Any) -> Any:
+    return ask(client, "set_pg_configuration", name=name, value=value, **more)
 
 
 def refusal(client: site.Client, tool: str, **arguments: Any) -> str:
@@ -423,6 +423,32 @@ def test_nothing_is_changed_where_the_config_lists_nothing(own: site.Shop, make_
             refusal(client, "get_pg_configuration")
     finally:
         found.stop()
+
+
+def test_where_the_default_is_not_the_one_with_admin_access_that_one_is_named_and_the_log_says_what_was_tried(
+    own: site.Shop, make_site: settings_site.Make
+) -> None:
+    other = f"""  mine: {{host: {own.cluster.host}, port: {own.cluster.port}, dbname: postgres, user: {site.READER},
+    password_file: shop.password, default: true}}
+"""
+    found = with_carol(make_site, own, settings_site.config(("work_mem",), other), user="gina")
+    grant(found, user="gina")
+    found.start()
+    try:
+        with found.client(found.token("gina")[1]) as client:
+            assert "you have admin access in 'shop'" in refusal(client, "get_pg_configuration", name="WORK_MEM")
+            line = last_call(found)
+            assert (line["event"], line["database"]) == ("tool.refused", "mine")
+            assert line["reason"].startswith("WORK_MEM: you have admin access")
+            change(client, "work_mem", "5MB", database="shop")
+            said = refusal(client, "set_pg_configuration", name="fsync=a b", value="hush", database="host=x")
+            line = last_call(found)
+            assert "shop" not in said
+            assert "database" not in line
+            assert not re.search("fsync|hush|host=", str(line))
+    finally:
+        found.stop()
+        settings_site.reset(own)
 
 
 def test_a_member_of_pg_read_all_settings_sees_the_file_and_no_password(
