@@ -417,7 +417,11 @@ def test_a_line_is_for_one_database_or_for_all_others(tmp_path: Path) -> None:
     file.touch(0o600)
     file.write_text("# the administrator\n\nsales: host=a user=b\npostgresql://c@d/e\n")
     assert administrator.read(file) == {"sales": "host=a user=b", "": "postgresql://c@d/e"}
-    for text, why in (("a: host=x\na: host=y\n", ":2: a second line for a"), ("secret-word\n", ":1: is no libpq")):
+    for text, why in (
+        ("a: host=x\na: host=y\n", ":2: a second line for a"),
+        ("secret-word\n", ":1: is no libpq"),
+        ("a: host=h port=secret-word\n", ":1: its port is none"),
+    ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=why) as caught:
             administrator.read(file)

@@ -17,7 +17,7 @@ from mcpctl import private_file
 from mcpctl.config import NAME
 from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError, UnavailableError
 from mcpctl.postgres import hba, roles
-from mcpctl.postgres.login import FIRM, KEYWORDS, SCRAM_ONLY, Login, firmly, secure
+from mcpctl.postgres.login import FIRM, KEYWORDS, SCRAM_ONLY, Login, check_ports, firmly, secure
 from mcpctl.postgres.trial import reason
 
 FILE = "admin.dsn"
@@ -51,13 +51,14 @@ def lines(path: Path) -> dict[str, tuple[int, str]]:
         name, colon, rest = text.partition(": ")
         name, text = (name, rest.strip()) if colon and NAME.fullmatch(name) else ("", text)
         try:
-            unknown = sorted(conninfo_to_dict(text).keys() - KEYWORDS)
+            values = conninfo_to_dict(text)
         except psycopg.Error:
             raise ConfigError(
                 f"{path}:{number}: is no libpq connection string", "such as postgresql://admin@db.example.org/postgres"
             ) from None
-        if unknown:
+        if unknown := sorted(values.keys() - KEYWORDS):
             raise ConfigError(f"{path}:{number}: not taken: {', '.join(unknown)}", "leave out each of these keywords")
+        check_ports(values, f"{path}:{number}")
         if name in found:
             raise ConfigError(f"{path}:{number}: a second line for {name or 'all databases'}", "leave one of them")
         found[name] = number, text
