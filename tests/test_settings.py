@@ -258,6 +258,7 @@ def test_a_value_with_which_no_new_login_works_is_put_back(
     assert in_a_new_session(here.shop, name) == (before or "0")
     assert (name in auto_conf(here.shop)) == (before is not None)
     assert change(carol, name, "70s")["in_force"] is True
+    assert last_call(here)["backend_pid"] != line["backend_pid"], "its connection had no timeouts"
 
 
 def test_a_value_with_which_no_new_login_works_is_put_back_though_the_client_has_gone(

@@ -120,7 +120,7 @@ async def guarded(exchange: "Exchange", work: Coroutine[Any, Any, T]) -> T:
     except psycopg.Error as problem:  # libpq has nobody to say it to any more
         exchange.session.close()
         raise ConnectionLostError("the connection to the database was lost") from problem
-    except StatementError:
+    except Error:
         await exchange.leave()
         raise
     await exchange.leave()
