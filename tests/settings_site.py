@@ -12,7 +12,7 @@ import site_of_mcpctl as site
 ROLE = "mcp_carol_a"
 LISTED = (
     "work_mem", "log_line_prefix", "max_connections", "temp_tablespaces", "log_destination", "datestyle",
-    "statement_timeout", "fsync", "block_size", "my.thing",
+    "statement_timeout", "idle_session_timeout", "fsync", "block_size", "my.thing",
 )  # fmt: skip
 Make = Callable[..., site.Site]
 

@@ -185,7 +185,7 @@ def test_the_configs_lists_make_admins_and_readers() -> None:
         (of("mcp-tools"), "databases:*:write"),
         (replace(of("mcp-tools"), closed={"acme": "a tenant's"}), "databases:shop:write"),
         (replace(of("mcp-tools"), databases=("shop",)), "databases:shop:write"),
-        (replace(of("mcp-admin"), databases=("shop",)), "databases:shop:*"),
+        (replace(of("mcp-admin"), databases=("shop",)), "databases:shop:write"),
         (
             replace(of("mcp-tools"), tenant="t", within=Tenant("t", datetime(2026, 1, 1, tzinfo=UTC), "shop")),
             "databases:shop:write",
@@ -194,8 +194,10 @@ def test_the_configs_lists_make_admins_and_readers() -> None:
 )
 def test_whoami_names_the_databases_where_not_all_are_there_for_the_caller(who: Principal, expected: str) -> None:
     assert WHOAMI.tell
-    seen = Databases({"shop": None}, {"shop": ["read"]}, "shop", Access(Auth()).patterns(who))
+    held = {"lab": ["read"], "shop": ["read", "write"]}
+    seen = Databases(dict.fromkeys(held), held, "shop", Access(Auth()).patterns(who))
     shown = WHOAMI.tell(who, seen).structured["permissions"]
+    assert "databases:lab:write" not in shown, "nobody writes there, whatever the roles say"
     assert [one for one in shown if one.startswith("databases:")][-1] == expected
     assert any(one.startswith("tools:") for one in shown)
     assert "acme" not in str(shown)

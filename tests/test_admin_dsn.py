@@ -28,6 +28,7 @@ def test_a_line_is_for_one_database_or_for_all_others(tmp_path: Path) -> None:
     faults = {
         "a: host=x\na: host=y\n": ":2: a second line for a",
         "secret-word\n": ":1: is no libpq",
+        "a: host=h port=secret-word\n": ":1: its port is none",
         "host=a\nb: postgresql://c:secret-word@/\n": ":2: names no host; the config cannot say where",
     }
     for text, why in faults.items():

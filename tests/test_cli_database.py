@@ -202,6 +202,29 @@ def test_a_config_that_cannot_be_read_is_left_as_it_is(home: Home) -> None:
     assert unchanged(home, before)
 
 
+def test_flags_that_make_no_config_are_told_of_and_not_lines_that_nobody_has(home: Home) -> None:
+    before = home.files()
+    done = home("database", "add", "sales", "--host", "/nonexistent", "--roles", "some", "--max-rows", "0", "--no-test")
+    assert done.code == 3
+    assert "with this change the configuration is not in order:\n  databases.sales.roles: " in done.err
+    assert "\n  databases.sales.limits.max_rows: " in done.err
+    assert "nothing was written" in done.err
+    assert "config.yaml" not in done.err
+    assert unchanged(home, before)
+
+
+def test_the_form_of_the_file_stays(home: Home) -> None:
+    form = (
+        "---\r\n# ours\r\ndatabases:\r\n    first:\r\n        host: /nonexistent\r\n        roles: per_user\r\n"
+        "        settings:\r\n          - work_mem\r\n          - jit  # kept\r\n"
+    )
+    home.config.write_bytes(form.encode())
+    done = home("database", "add", "sales", "--host", "/nonexistent", "--no-test", "--max-rows", "5")
+    assert done.code == 0, done.err
+    added = "    sales:\r\n        host: /nonexistent\r\n        limits:\r\n            max_rows: 5\r\n"
+    assert home.config.read_bytes().decode() == form + added
+
+
 def test_a_second_name_of_a_tenants_database_is_known_by_what_answers(
     home: Home, newest_shop: site.Shop, tmp_path: Path
 ) -> None:

@@ -86,6 +86,17 @@ def test_what_could_mean_two_things_or_nothing_is_no_target(text: str) -> None:
         parse(text)
 
 
+@pytest.mark.parametrize(
+    "text, needed",
+    [("We ird", '"We ird"'), ("We ird.orders", '"We ird".orders'), ("sales.my table", 'sales."my table"')],
+)
+def test_a_name_with_a_blank_is_shown_in_quotes_as_a_whole(text: str, needed: str) -> None:
+    with pytest.raises(ValueError, match="has a blank") as caught:
+        parse(text)
+    assert str(caught.value).endswith(f": {needed}")
+    parse(needed)
+
+
 @given(NAMES)
 def test_a_name_as_sql_is_one_quoted_identifier(name: str) -> None:
     found = identifier(name)

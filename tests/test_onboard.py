@@ -71,6 +71,20 @@ def test_what_is_wrong_leaves_nothing(here: Place, more: tuple[str, ...], code: 
     assert made(here) == before
 
 
+def test_the_url_is_named_where_the_config_does_not_know_it(here: Place) -> None:
+    before = here.config.read_text()
+    here.config.write_text(before + "server: {port: 0}\n")
+    try:
+        done = onboard(here, "zoe")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "say --url" in done.stderr
+        done = onboard(here, "zoe", "--url", "http://127.0.0.1:4711/mcp")
+    finally:
+        here.config.write_text(before)
+    assert done.returncode == 0, done.stderr
+    assert '"url": "http://127.0.0.1:4711/mcp"' in done.stderr
+
+
 def test_a_folder_where_no_file_can_be_made_is_found_before_anything_is(here: Place, tmp_path: Path) -> None:
     before = (here.folder / "audit.jsonl").read_bytes()
     done = onboard(here, "eve", "--out", str(tmp_path / "no" / "eve.token"))

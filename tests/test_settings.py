@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import socket
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import psycopg
 import pytest
 
@@ -50,8 +52,8 @@ def ask(client: site.Client, tool: str, **arguments: Any) -> Any:
     return answer["structuredContent"]
 
 
-def change(client: site.Client, name: str, value: str | None) -> Any:
-    return ask(client, "set_pg_configuration", name=name, value=value)
+def change(client: site.Client, name: str, value: str | None, **more: Any) -> Any:
+    return ask(client, "set_pg_configuration", name=name, value=value, **more)
 
 
 def refusal(client: site.Client, tool: str, **arguments: Any) -> str:
@@ -241,6 +243,57 @@ def test_the_server_s_own_value_is_shown_and_not_that_of_mcpctl_s_connections(
     assert (shown["value"], shown["unit"], shown["source"]) == ("45000", "ms", "configuration file")
 
 
+@pytest.mark.parametrize("name", ["statement_timeout", "idle_session_timeout"])
+@pytest.mark.parametrize("before", [None, "50s"])
+def test_a_value_with_which_no_new_login_works_is_put_back(
+    here: site.Site, carol: site.Client, name: str, before: str | None
+) -> None:
+    old = change(carol, name, before)
+    said = refusal(carol, "set_pg_configuration", name=name, value="20ms")
+    assert "so the old one was put back" in said
+    assert "127.0.0.1" not in said
+    line = last_call(here)
+    assert line["reason"].startswith(f"ALTER SYSTEM {name}: {old['new_value']} ms → 20ms: with this value no new login")
+    assert line["outcome"] == "error"
+    assert in_a_new_session(here.shop, name) == (before or "0")
+    assert (name in auto_conf(here.shop)) == (before is not None)
+    assert change(carol, name, "70s")["in_force"] is True
+    assert last_call(here)["backend_pid"] != line["backend_pid"], "its connection had no timeouts"
+
+
+def test_a_value_with_which_no_new_login_works_is_put_back_though_the_client_has_gone(
+    here: site.Site, carol: site.Client
+) -> None:
+    change(carol, "statement_timeout", "50s")
+    body = carol.http.build_request(
+        "POST",
+        here.url,
+        json={
+            "jsonrpc": "2.0",
+            "id": 1,
+            "method": "tools/call",
+            "params": {"name": "set_pg_configuration", "arguments": {"name": "statement_timeout", "value": "90ms"}},
+        },
+    )
+    with here.shop.admin() as watching:
+        watching.execute("SET statement_timeout = 0")
+        gone = send(body)
+        tried = "SELECT FROM pg_stat_activity WHERE state = 'active' AND query ~ '^SELECT pg_catalog.pg_sleep'"
+        site.eventually(lambda: watching.execute(tried).rowcount)
+        gone.close()
+    line = site.eventually(lambda: line if "90ms" in (line := last_call(here))["reason"] else None)
+    assert "was put back" in line["reason"]
+    assert in_a_new_session(here.shop, "statement_timeout") == "50s"
+
+
+def send(request: httpx.Request) -> socket.socket:
+    """Send a request, and read no answer."""
+    connection = socket.create_connection((request.url.host, request.url.port))
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    connection.sendall(f"POST {request.url.path} HTTP/1.1\r\n{head}\r\n".encode() + request.content)
+    return connection
+
+
 def test_a_configuration_file_with_a_fault_is_told_of_instead_of_success(here: site.Site, carol: site.Client) -> None:
     file = here.shop.cluster.folder / "data" / "postgresql.conf"
     whole = file.read_bytes()
@@ -371,6 +424,32 @@ def test_nothing_is_changed_where_the_config_lists_nothing(own: site.Shop, make_
             refusal(client, "get_pg_configuration")
     finally:
         found.stop()
+
+
+def test_where_the_default_is_not_the_one_with_admin_access_that_one_is_named_and_the_log_says_what_was_tried(
+    own: site.Shop, make_site: settings_site.Make
+) -> None:
+    other = f"""  mine: {{host: {own.cluster.host}, port: {own.cluster.port}, dbname: postgres, user: {site.READER},
+    password_file: shop.password, default: true}}
+"""
+    found = with_carol(make_site, own, settings_site.config(("work_mem",), other), user="gina")
+    grant(found, user="gina")
+    found.start()
+    try:
+        with found.client(found.token("gina")[1]) as client:
+            assert "you have admin access in 'shop'" in refusal(client, "get_pg_configuration", name="WORK_MEM")
+            line = last_call(found)
+            assert (line["event"], line["database"]) == ("tool.refused", "mine")
+            assert line["reason"].startswith("WORK_MEM: you have admin access")
+            change(client, "work_mem", "5MB", database="shop")
+            said = refusal(client, "set_pg_configuration", name="fsync=a b", value="hush", database="host=x")
+            line = last_call(found)
+            assert "shop" not in said
+            assert "database" not in line
+            assert not re.search("fsync|hush|host=", str(line))
+    finally:
+        found.stop()
+        settings_site.reset(own)
 
 
 def test_a_member_of_pg_read_all_settings_sees_the_file_and_no_password(

@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Any
 
 from mcpctl.config import NAME, default_database
-from mcpctl.config_keys import Database, Settings
+from mcpctl.config_keys import PARAMETER, Database, Settings
 from mcpctl.errors import Error, ForbiddenError, NotFoundError, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.grants import ACCESSES
 from mcpctl.identity.own_databases import check_name
@@ -26,6 +26,7 @@ from mcpctl.postgres.token_pool import Session
 from mcpctl.recorder import Recorder
 from mcpctl.tools.definition import Databases, Result, Tool, UnknownArgumentError
 from mcpctl.tools.query import said, together
+from mcpctl.tools.settings import GET, SET
 from mcpctl.tools.table import TOOLS
 
 log = logging.getLogger("mcpctl.calls")
@@ -148,6 +149,8 @@ class Calls:
         except (UsageError, ForbiddenError, NotAQuestionError) as problem:
             told = _noted(problem) if isinstance(problem, UnknownArgumentError) else problem.message
             event, outcome, reason = "tool.refused", "refused", told
+            if not facts.sessions and facts.tool in (GET.name, SET.name):
+                reason = self._tried(principal, arguments or {}, facts) + told
             return _failed(problem)
         except UnknownToolError:
             event, outcome, reason = "tool.refused", "refused", "there is no such tool"
@@ -173,6 +176,15 @@ class Calls:
             self._recorder.call(
                 event, **base, **facts.values, elapsed_ms=elapsed(begun), outcome=outcome, reason=facts.reason(reason)
             )
+
+    def _tried(self, principal: Principal, arguments: Mapping[str, Any], facts: _Facts) -> str:
+        """Note the database that a call meant which never came there, and say the setting, as far as each has the form
+        of a name: what has not may be a connection string, or whatever the caller has sent."""
+        database, setting = arguments.get("database") or self._default_for(principal), arguments.get("name")
+        if isinstance(database, str) and NAME.fullmatch(database):
+            brought = principal.user is not None and self._own.has(principal.user, database)
+            facts.values.setdefault("database", OWN + database if brought else database)
+        return f"{setting}: " if isinstance(setting, str) and PARAMETER.fullmatch(setting.lower()) else ""
 
     def _find(self, principal: Principal, name: str) -> Tool:
         tool = TOOLS.get(name)
@@ -374,6 +386,13 @@ class Calls:
     def _database(self, principal: Principal, name: str | None, access: str) -> str:
         """The database that is meant, if the principal may use it so. One that it may not is as if it were not."""
         wanted = name or self._default_for(principal)
+        if name is None and access != "read" and (wanted is None or not self._has(principal, wanted, access)):
+            have = self.databases(principal, access)
+            if len(have) == 1:
+                raise UsageError(
+                    f"you have {access} access in {have[0]!r}, which is not the default database",
+                    f"name it as database: {have[0]}",
+                )
         if wanted is None:
             raise UsageError("there is no default database", "name one; list_databases shows those you may ask")
         named = NAME.fullmatch(wanted) is not None  # what is no name may be a connection string: it is not repeated

@@ -197,14 +197,15 @@ def permission(value: Any) -> str:
     return found
 
 
-_PARAMETER = re.compile(r"[a-z_][a-z0-9_.]{0,126}")
+PARAMETER = re.compile(r"[a-z_][a-z0-9_.]{0,126}")
+"""What has the form of a setting's name, in lower case."""
 
 
 def _parameters(value: Any) -> tuple[str, ...]:
     """Names of PostgreSQL's settings, in lower case, of which none opens the server to who may change it."""
     found = tuple(dict.fromkeys(_texts(value)))
     for name in found:
-        if not _PARAMETER.fullmatch(name):
+        if not PARAMETER.fullmatch(name):
             raise ValueError(f"names of PostgreSQL's settings in lower case, such as work_mem ({name[:80]!r} is none)")
         if reason := dangerous_settings.why(name):
             raise ValueError(f"no setting that {reason}: leave out {name}")

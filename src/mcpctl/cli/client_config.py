@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 NAME = "mcpctl"
 """What the snippets call the server; with -TENANT behind it, so that one person may have several."""
 PLACEHOLDER = "PUT-THE-TOKEN-HERE"
+UrlOption = Annotated[
+    str | None,
+    typer.Option("--url", metavar="URL", help="The server's URL. Default: server.public_url, or host and port."),
+]
 
 
 def variable(name: str) -> str:
@@ -95,10 +99,7 @@ def client_config(
     tenant: Annotated[
         str | None, typer.Option("--tenant", metavar="T", help="For a token of this tenant's users.")
     ] = None,
-    url: Annotated[
-        str | None,
-        typer.Option("--url", metavar="URL", help="The server's URL. Default: server.public_url, or host and port."),
-    ] = None,
+    url: UrlOption = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:

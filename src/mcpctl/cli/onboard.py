@@ -37,6 +37,7 @@ def onboard(
     print_sql: Annotated[
         bool, typer.Option("--print-sql", help="Print the SQL for a DBA instead of running it; needs --out.")
     ] = False,
+    url: client_config.UrlOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Make a user, let them read or write, give them a token, and say what their client needs: four commands in one.
@@ -56,6 +57,7 @@ def onboard(
         raise UsageError(f"--access takes read or write, not {access!r}", "say --access read")
     way, named = grant.Way(print_sql, not print_sql, False), (schema or [], table or [])
     files = files_of(context, config, needs_log=True)
+    url = url or client_config.url_of(files.settings)
     known = _checked(files, name, database, access, named, way, expiry, out)
     if known is not None and ((role and tuple(role) != known.roles) or (tenant and tenant != known.tenant)):
         raise UsageError(f"user {name} is there already, with another role or tenant", "leave out --role and --tenant")
@@ -72,7 +74,7 @@ def onboard(
             _left(context, files, made, new=known is None)
         raise
     with contextlib.redirect_stdout(sys.stderr):
-        client_config.client_config(context, client, None, files.granting().user(name).tenant, None, False, config)
+        client_config.client_config(context, client, None, files.granting().user(name).tenant, url, False, config)
     output.say(f"{name} is on board; see what they may do: mcpctl can {name}")
 
 
@@ -93,7 +95,6 @@ def _checked(
 
     granting = files.granting()
     expiry_of(files.settings, expiry, utcnow())
-    client_config.url_of(files.settings)
     granting.check(database, access)
     targets(*named)
     if way.apply:

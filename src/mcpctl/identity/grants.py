@@ -69,10 +69,13 @@ def parse(text: str) -> Target:
         if not found:
             raise ValueError(f"{text!r} is no name; write schema or schema.table, with double quotes where needed")
         plain: str | None = found[2]
+        rest = rest[found.end() :]
+        if rest[:1].isspace() and '"' not in text and text.isprintable():
+            needed = ".".join(map(quoted, text.split(".")))
+            raise ValueError(f"{text!r} is no name; what has a blank needs double quotes: {needed}")
         if plain is not None and plain != plain.lower():
             raise ValueError(f'{text!r} has upper case; PostgreSQL folds it unless it is quoted: "{plain}"')
         parts.append(found[1].replace('""', '"') if plain is None else plain)
-        rest = rest[found.end() :]
         if not rest:
             break
         if not rest.startswith(".") or len(parts) > 1:

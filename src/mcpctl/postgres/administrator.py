@@ -21,7 +21,17 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, ConflictError, Error, Failures, NotFoundError, UnavailableError
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import hba, roles
-from mcpctl.postgres.login import CONNECT_TIMEOUT, FIRM, KEYWORDS, SCRAM_ONLY, Login, firmly, same_place, secure
+from mcpctl.postgres.login import (
+    CONNECT_TIMEOUT,
+    FIRM,
+    KEYWORDS,
+    SCRAM_ONLY,
+    Login,
+    check_ports,
+    firmly,
+    same_place,
+    secure,
+)
 from mcpctl.postgres.trial import reason
 
 FILE = "admin.dsn"
@@ -80,6 +90,7 @@ def lines(path: Path) -> Lines:
                 f"{path}:{number}: names no host; the config cannot say where the administrator logs in",
                 "such as postgresql://admin@db.example.org/, or postgresql://admin@/?host=/run/postgresql",
             )
+        check_ports(known, f"{path}:{number}")
         if name in found:
             raise ConfigError(f"{path}:{number}: a second line for {name or 'all databases'}", "leave one of them")
         found[name] = number, text

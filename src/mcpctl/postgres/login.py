@@ -178,17 +178,22 @@ class Login:
             raise ConfigError(
                 f"{self._key('dsn')}: not taken: {', '.join(unknown)}", "leave out each of these keywords"
             )
-        for port in str(values.get("port", "")).split(","):
-            if port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-                raise ConfigError(  # it may be a password with a / or @ in it, which is not shown
-                    f"{self._key('dsn')}: its port is none", "1 to 65535; a / or @ in a password is %2F or %40"
-                )
+        check_ports(values, self._key("dsn"))
         return dict(values)
 
 
 def firmly(settings: Mapping[str, str]) -> dict[str, str]:
     """The keywords of libpq for a connection with these settings, and UTF-8."""
     return {"options": " ".join(f"-c {name}={value}" for name, value in settings.items()), "client_encoding": "UTF8"}
+
+
+def check_ports(values: Mapping[str, Any], where: str) -> None:
+    """See that each port is one. ConfigError names `where` the values are from."""
+    for port in str(values.get("port", "")).split(","):
+        if port and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+            raise ConfigError(  # it may be a password with a / or @ in it, which is not shown
+                f"{where}: its port is none", "1 to 65535; a / or @ in a password is %2F or %40"
+            )
 
 
 def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:

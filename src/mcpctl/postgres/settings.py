@@ -8,14 +8,20 @@ one has. PostgreSQL judges the value, and one that it does not take changes noth
     RESET ALL · sync · look · sync · ALTER SYSTEM · sync · pg_reload_conf() · sync · look · sync · look · …
 
 RESET ALL comes first, since a look must show the server's values, and not those that mcpctl gives its connections.
+
+With some values no new login would come to its first statement (`statement_timeout` of 1 ms), and nobody could take
+them back here. So a new connection of the same login is tried before a change is done; meanwhile no timeout ends this
+one, which puts the old value back where that fails.
 """
 
 import asyncio
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import monotonic
 
+import psycopg
 from psycopg import sql
 
 from mcpctl.errors import Error, UsageError
@@ -25,12 +31,15 @@ from mcpctl.postgres.statement import Exchange, StatementError
 from mcpctl.postgres.token_pool import Session
 from mcpctl.postgres.wire import Wire
 
+log = logging.getLogger("mcpctl.settings")
+
 LONGEST = 8000
 """Characters of a value. Every process of PostgreSQL reads it at each reload, in a time that grows with its square."""
 _NOTED = 1000
 """Characters of a value in the audit line."""
 _WAIT = 5.0
-"""Seconds that the new value has to show; a server reloads within milliseconds unless it is very busy."""
+"""Seconds that the new value has to show, and a login has to connect; a server reloads within milliseconds unless it is
+very busy."""
 _PAUSE = 0.02
 _LISTS_OF_NAMES = frozenset({"temp_tablespaces"})
 """Settings whose items ALTER SYSTEM takes one by one (GUC_LIST_QUOTE). PostgreSQL has five others, and the config
@@ -45,6 +54,8 @@ _CHANGED = f"""{_COLUMNS}source NOT IN ('default', 'override', 'client', 'sessio
 _MAY_RELOAD = b"SELECT pg_catalog.has_function_privilege('pg_catalog.pg_reload_conf()', 'EXECUTE')"
 _RELOAD = b"SELECT pg_catalog.pg_conf_load_time()::text, pg_catalog.pg_reload_conf()"
 _LOADED = b"SELECT pg_catalog.pg_conf_load_time()::text"
+_UNTIMED = b"""SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings
+ WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_session_timeout')"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,13 @@ class Setting:
     def __str__(self) -> str:
         return f"{self.value[:_NOTED]} {self.unit or ''}".rstrip()
 
+    @property
+    def again(self) -> str | None:
+        """What to set to have it as it is now; None where its entry in postgresql.auto.conf is to go. What stands in a
+        file is set again, since which file that is may not be seen."""
+        elsewhere = self.file is not None and not self.file.endswith("postgresql.auto.conf")
+        return None if self.source != "configuration file" or elsewhere else self.value
+
 
 @dataclass(frozen=True)
 class Changed:
@@ -84,7 +102,8 @@ async def look(session: Session, names: Sequence[str], bounds: Bounds) -> tuple[
 
 async def change(session: Session, name: str, value: str | None, bounds: Bounds) -> Changed:
     """Change a setting (its name in lower case); None takes out what an earlier change has written. Raises
-    StatementError with PostgreSQL's words where it does not take name or value, and then nothing is changed."""
+    StatementError with PostgreSQL's words where it does not take name or value, and then nothing is changed; Error
+    where no new login worked with it, which says whether the old value was put back."""
     if value is not None:
         statement.encode(value)
         if len(value) > LONGEST:
@@ -106,6 +125,11 @@ def items(value: str) -> list[str]:
 
 
 class _Settings(Exchange):
+    @property
+    def _wait(self) -> float:
+        """Seconds for each of the steps of a change, all of which are within the exchange's own time."""
+        return min(_WAIT, (self.bounds.seconds + 1) / 5)
+
     async def look(self, names: Sequence[str]) -> tuple[list[Setting], list[Setting]]:
         self._leaves_nothing = False  # the connection has lost its settings
         with Wire(self._pgconn, self._growth, self._at_once) as wire:
@@ -123,9 +147,49 @@ class _Settings(Exchange):
                     "the administrator grants admin access again: it comes with EXECUTE on pg_reload_conf()",
                 )
             self.session.did = _told(name, before, value)
+            async with self.session.pool.terminator.changing:
+                applied = asyncio.ensure_future(self._applied(wire, name, value, before))
+                try:
+                    loaded = await asyncio.shield(applied)
+                except asyncio.CancelledError:
+                    await statement.despite_cancel(applied)  # else what locks everybody out could stay
+                    raise
+            return Changed(before, next(iter(await self._named(wire, [name])), None), loaded)
+
+    async def _applied(self, wire: Wire, name: str, value: str | None, before: Setting | None) -> bool:
+        """Change it, have it read, and try a login; whether it was read. Ends within the exchange's own time."""
+        async with asyncio.timeout(5 * self._wait):
+            await self._one(wire, _UNTIMED)
             await self._one(wire, self._command(name, value))
             loaded = await self._loaded(wire)
-            return Changed(before, next(iter(await self._named(wire, [name])), None), loaded)
+            if loaded and (fault := await self._login_fault()) is not None:
+                await self._put_back(wire, name, before, fault)
+            await self._one(wire, b"RESET ALL")
+            return loaded
+
+    async def _login_fault(self) -> str | None:
+        """Why no new connection of this login comes to its first statement; None where one does."""
+        terminator = self.session.pool.terminator
+        try:
+            await terminator.try_anew(self._wait)
+        except (psycopg.Error, Error, TimeoutError, OSError) as problem:
+            log.warning("database %s: a login that was tried: %s", terminator.login.shown, problem)
+            return (isinstance(problem, psycopg.Error) and problem.diag.message_primary) or "no connection"
+        return None
+
+    async def _put_back(self, wire: Wire, name: str, before: Setting | None, fault: str) -> None:
+        try:
+            await self._one(wire, self._command(name, None if before is None else before.again))
+            done = await self._loaded(wire)
+        except Error:
+            done = False
+        said = f"with this value no new login could work ({fault})"
+        if not done:
+            raise Error(
+                f"{said}, and the old one could not be put back",
+                f"tell the administrator, at once: as a superuser, ALTER SYSTEM RESET {name}; SELECT pg_reload_conf()",
+            )
+        raise Error(f"{said}, so the old one was put back", "a timeout of a second or more lets a login work")
 
     def _command(self, name: str, value: str | None) -> bytes:
         """ALTER SYSTEM, quoted by libpq for this very connection."""
@@ -144,7 +208,7 @@ class _Settings(Exchange):
         except StatementError as problem:
             message = f"it is written to postgresql.auto.conf, and not applied: {problem.message}"
             raise StatementError(message, problem.fields) from None
-        until = monotonic() + min(_WAIT, self.bounds.seconds / 2)
+        until = monotonic() + self._wait
         while told == b"t" and monotonic() < until:
             if (await self._one(wire, _LOADED))[0][0] != since:
                 return True

@@ -14,7 +14,7 @@ rollback cannot undo goes with the connection, which is closed unless PostgreSQL
 
 import asyncio
 import random
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -104,15 +104,15 @@ async def guarded(exchange: "Exchange", work: Coroutine[Any, Any, T]) -> T:
         async with asyncio.timeout(exchange.bounds.seconds + _AFTER):
             done = await work
     except TimeoutError:
-        await _despite_cancel(exchange.stop())
+        await despite_cancel(exchange.stop())
         raise StatementError(
             f"canceling statement due to statement timeout ({exchange.bounds.seconds:g} s)", {"sqlstate": "57014"}
         ) from None
     except asyncio.CancelledError:
-        await _despite_cancel(exchange.stop())
+        await despite_cancel(exchange.stop())
         raise
     except TooLargeError:
-        await _despite_cancel(cutting.end(exchange.session))
+        await despite_cancel(cutting.end(exchange.session))
         raise
     except ConnectionLostError:
         exchange.session.close()
@@ -120,7 +120,7 @@ async def guarded(exchange: "Exchange", work: Coroutine[Any, Any, T]) -> T:
     except psycopg.Error as problem:  # libpq has nobody to say it to any more
         exchange.session.close()
         raise ConnectionLostError("the connection to the database was lost") from problem
-    except StatementError:
+    except Error:
         await exchange.leave()
         raise
     await exchange.leave()
@@ -137,7 +137,7 @@ def encode(text: str) -> bytes:
         raise StatementError(f"the statement is not valid Unicode at character {problem.start}", {}) from None
 
 
-async def _despite_cancel(work: Coroutine[Any, Any, None]) -> None:
+async def despite_cancel(work: Awaitable[Any]) -> None:
     """Finish `work` even when we are cancelled again meanwhile."""
     task = asyncio.ensure_future(work)
     while not task.done():

@@ -25,6 +25,8 @@ _LEAST = 0.05
 _SOON = 1.0
 """Seconds in which a host that is well has answered."""
 _GOODBYE = 0.5
+_SLOW = 0.1
+"""Seconds that a tried login does nothing, and that its first statement takes: so much a busy server may need."""
 _TERMINATE = """
 SELECT a.pid, CASE WHEN a.backend_start IS NOT NULL THEN pg_catalog.pg_terminate_backend(a.pid) END
 FROM pg_catalog.pg_stat_activity a,
@@ -49,6 +51,8 @@ class Terminator:
         self._opening: asyncio.Task[Exception | None] | None = None
         self._begun = 0.0
         self._asking: set[asyncio.Task[set[int] | None]] = set()
+        self.changing = asyncio.Lock()
+        """Held by whoever changes a setting: what is tried then is that one change."""
 
     async def ready(self) -> bool:
         """See that it is there; False where it was let go meanwhile, for somebody else's sake.
@@ -107,6 +111,19 @@ class Terminator:
             return _LetGo()  # who waits for it has not been cancelled
         self._opened()
         return None
+
+    async def try_anew(self, seconds: float) -> None:
+        """Make it anew, as a new login that has room for certain, and have it come to a first, slow statement; a step
+        may take that many seconds. Raises what goes wrong."""
+        await self.close()
+        async with asyncio.timeout(seconds):
+            await self.ready()
+        conn = self._conn
+        if conn is None:
+            raise UnavailableError("the connection was let go")
+        await asyncio.sleep(_SLOW)
+        with bounded(conn, seconds):
+            await conn.execute("SELECT pg_catalog.pg_sleep(%s)", (_SLOW,))
 
     async def terminate(self, backends: Sequence[Backend], patience: float) -> set[int] | None:
         """Tell these to end, within that many seconds; the pids of those that were still there, None when there is no

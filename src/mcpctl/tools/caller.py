@@ -35,7 +35,8 @@ def _whoami(principal: Principal, databases: Databases) -> Result:
     expires, permissions = principal.expires_at, databases.permissions
     if principal.tenant is not None or principal.databases is not None or principal.closed:
         # by the names that list_databases shows: to say which are closed would name another tenant's
-        permissions = within(permissions, ("tools:*", *(f"databases:{name}:*" for name in databases.described)))
+        there = (f"databases:{name}:{access}" for name, held in databases.access.items() for access in held)
+        permissions = within(permissions, ("tools:*", *there))
     return result(
         {
             "user": principal.user,

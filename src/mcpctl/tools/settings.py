@@ -144,15 +144,12 @@ def _note(value: str | None, done: Changed) -> str | None:
 
 
 def _undo(before: Setting | None, after: Setting | None) -> str:
-    """How to have it as it was. What stood in a file is set again, since which file that was may not be seen."""
+    """How to have it as it was."""
     restart = ", then restart the server" if after is not None and after.context == "postmaster" else ""
     if before is not None and len(before.value) >= settings.LONGEST:
         return "its old value is too long to be set here; it stands in the server's files"
-    if before is None or before.source != "configuration file":
-        return f"set_pg_configuration with the value null{restart}"
-    if before.file is not None and not before.file.endswith("postgresql.auto.conf"):
-        return f"set_pg_configuration with the value null{restart}"
-    return f"set_pg_configuration with the value {encode(before.value).decode()}{restart}"
+    again = before and before.again
+    return f"set_pg_configuration with the value {encode(again).decode()}{restart}"
 
 
 SET = Tool(
