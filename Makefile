@@ -11,7 +11,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@tests/clients/setup.sh || test $$? -eq 3
-	$(BIN)/python -m pytest $(or $(ARGS),-n 3 -q)
+	$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist worksteal -q)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/tenants.py $(ARGS)
