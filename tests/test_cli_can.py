@@ -28,7 +28,7 @@ class House:
     service: str
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def house(login_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> House:
     with login_shop.admin() as admin:
         admin.execute(

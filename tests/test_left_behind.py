@@ -189,6 +189,9 @@ def test_a_cluster_that_is_away_keeps_no_other_from_losing_its_logins(here: Plac
     here.grant(user, "read", "public.products")
     text = here.config.read_text()
     here.config.write_text(text + "  away: {host: /nonexistent, port: 1, dbname: x, roles: per_user}\n")
+    file = here.folder / "admin.dsn"
+    lines = file.read_text()
+    file.write_text(f"{lines}away: postgresql://postgres@/?host=/nonexistent&port=1\n")
     with here.users.edit() as entries:
         entries[user] = entries[user].with_grant(here.recorded(user).__class__("away", ("*",), passwords={"read": "x"}))
     try:
@@ -203,6 +206,7 @@ def test_a_cluster_that_is_away_keeps_no_other_from_losing_its_logins(here: Plac
         assert here.query("SELECT FROM pg_roles WHERE rolname = %s", f"mcp_{user}_r") == []
     finally:
         here.config.write_text(text)
+        file.write_text(lines)
         with here.users.edit() as entries:
             grants = {name: one for name, one in entries[user].grants.items() if name != "away"}
             entries[user] = entries[user].__class__(user, entries[user].created_at, grants=grants)

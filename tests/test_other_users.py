@@ -170,7 +170,7 @@ def _dsn(at: Site, name: str, access: str) -> str:
     return logins.of_user(name, _people(at)[name].grants["shop"], "shop", access).dsn()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def walls(login_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walls]:
     other = f"    default: true\n  hr:\n    host: {login_shop.cluster.host}\n    port: {login_shop.cluster.port}\n"
     other += "    dbname: postgres\n    roles: per_user\n"

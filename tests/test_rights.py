@@ -274,7 +274,7 @@ def _difference(said: Answer, done: Done, question: Question) -> str | None:
     return None
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def at(login_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Site:
     return site_of_rights(login_shop, tmp_path_factory.mktemp("rights") / "site")
 

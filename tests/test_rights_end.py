@@ -16,7 +16,7 @@ from site_of_mcpctl import Client, Shop, Site, eventually, in_background
 TOOLS = {"query_database": "query", "execute_statement": "statement"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def at(login_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A site with frank, who may write one table, and henry, whom nothing happens to. It has a second database."""
     with login_shop.admin() as admin:

@@ -16,7 +16,7 @@ from real_calls import case, did, site_of_rights, statement
 from site_of_mcpctl import Shop, Site, eventually
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def at(login_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Site:
     return site_of_rights(login_shop, tmp_path_factory.mktemp("rights") / "site")
 

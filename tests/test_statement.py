@@ -86,7 +86,7 @@ GRANT SELECT ON guarded, view_with_setting TO shop_reader;
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def traps(shop: Shop) -> None:
     """Functions that a careless owner may have left about, and that the reader may run."""
     bodies = {

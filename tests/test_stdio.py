@@ -129,7 +129,7 @@ def test_where_there_are_tenants_nobody_is_served_without_a_token(make_site: Mak
         assert "nobody is served without a token" in refused["error"]["message"]  # type: ignore[index]
         process.communicate(timeout=10)
     for way in (["--stdio"], ["--no-auth", "--port", "0"]):
-        done = at.run("serve", *way, check=False, stdin=subprocess.DEVNULL)
+        done = at.run("serve", *way, check=False)
         assert (done.returncode, "nobody is served without a token" in done.stderr) == (3, True)
 
 

@@ -84,7 +84,9 @@ class _Facts:
         """What was read; with the database's name before it where several were asked, whoever of them answered."""
         if not self.several:
             return next((session.relations for session in self.sessions.values()), None)
-        return tuple(f"{name}:{one}" for name, session in self.sessions.items() for one in session.relations or ())
+        return tuple(
+            f"{name}:{one}" for name, session in sorted(self.sessions.items()) for one in session.relations or ()
+        )
 
     def reason(self, reason: str | None) -> str | None:
         """What was done, where the line must say it, before how it ended."""

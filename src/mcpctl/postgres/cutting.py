@@ -19,7 +19,7 @@ GRACE = 0.1
 PATIENCE = 0.6
 """Seconds after which the sockets are closed whatever the backends do."""
 _LOOK = 0.5
-_BURST = 0.1
+_BURST = 0.2
 
 
 @dataclass
