@@ -74,3 +74,49 @@ def test_a_line_for_a_database_that_the_config_has_not_is_a_fault(here: Place) -
         file.write_text(before)
     told = f"{file}:{before.count(chr(10)) + 2}: there is no database shopp in the config"
     assert (done.returncode, told in done.stderr) == (3, True), done.stderr
+
+
+def test_what_a_dba_is_to_take_back_is_seen_to_be_gone_by_whoever_can_log_in(here: Place) -> None:
+    """A role that is gone is refused with the same words as one whose password somebody has changed."""
+    (here.folder / "admin.dsn").rename(here.folder / "aside")
+
+    def run(*command: str, code: int = 0) -> str:
+        done = here.site.run(*command, check=False)
+        assert done.returncode == code, done
+        return done.stdout + " ".join(done.stderr.split())
+
+    def grant(user: str) -> None:
+        wanted = ("--database", "other", "--schema", "public", "--access", "read")
+        here.psql(here.site.run("user", "grant", user, *wanted).stdout, "other")
+        assert f"{user} in other: confirmed" in run("grant", "diff", "--user", user)
+
+    ungrant = ("user", "ungrant", "alice", "--database", "other")
+    try:
+        grant("alice")
+        here.do("ALTER ROLE mcp_alice_r PASSWORD 'mine'")
+        script = here.site.run(*ungrant).stdout
+        unseen = "nobody can log in there and look; `mcpctl user ungrant … --done` where the DBA has run the SQL"
+        assert unseen in run("grant", "diff", "--user", "alice", code=1)
+        grant("bob")
+        assert "no read access is recorded" in run("grant", "diff", "--user", "alice", code=1)
+        assert "it is not so in PostgreSQL: mcp_alice_r: has rights here" in run(*ungrant, "--done", code=1)
+        here.psql(script, "other")
+        assert "alice in other: confirmed" in run("grant", "diff", "--user", "alice")
+        assert here.query("SELECT FROM pg_roles WHERE rolname ~ '^mcp_alice'") == []
+        here.psql(here.site.run("user", "ungrant", "bob", "--database", "other").stdout, "other")
+        assert unseen in run("grant", "diff", code=1)
+        assert run(*ungrant[:2], "bob", *ungrant[3:], "--done") == "bob in other: nothing\n"
+        assert "agree" in run("grant", "diff")
+        assert "is being taken back as a whole" in run(*ungrant, "--done", code=2)
+    finally:
+        (here.folder / "aside").rename(here.folder / "admin.dsn")
+
+
+def test_a_name_that_is_not_granted_cannot_be_taken_back_while_another_is_to_be_granted(here: Place) -> None:
+    here.site.run("user", "grant", "bob", "--database", "shop", "--table", "public.customers", "--access", "read")
+    done = here.site.run(
+        "user", "ungrant", "bob", "--database", "shop", "--table", "public.custmers", "--apply", check=False
+    )
+    assert (done.returncode, "bob has no grant on public.custmers in shop" in done.stderr) == (2, True)
+    assert here.query("SELECT FROM pg_roles WHERE rolname ~ '^mcp_bob'") == []
+    here.ungrant("bob")

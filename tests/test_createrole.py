@@ -11,6 +11,7 @@ import pytest
 import pg
 from mcpctl.errors import Error
 from place import Place, place
+from site_of_mcpctl import reload
 
 
 @pytest.fixture(scope="module", params=pg.oldest_and_newest(), ids=str)
@@ -180,3 +181,28 @@ def test_what_our_own_roles_own_is_no_part_of_a_grant_on_its_schema(here: Place,
     assert here.disagreements(other) == []
     here.do("DROP TABLE mine.own")
     here.granting().end(other, here.dsns)
+
+
+def test_the_lines_that_keep_the_login_roles_out_let_the_administrator_in(here: Place, dba: str) -> None:
+    """From 16 on, who makes a role is a member of it, and pg_hba.conf counts that."""
+    user = here.add(f"v{next(_COUNT)}")
+    grant = ("user", "grant", user, "--database", "shop", "--table", "mine.t", "--access", "read", "--apply")
+    member = here.cluster.version[0] >= 16
+    said = here.site.run(*grant).stderr
+    assert ('  local  all  "dba"  scram-sha-256\n' in said) is member
+    file = here.cluster.folder / "data" / "pg_hba.conf"
+    before = file.read_text()
+    try:
+        file.write_text(f"local all +mcp_logins reject\n{before}")
+        reload(here.cluster)
+        done = here.site.run(*grant, check=False)
+        assert (done.returncode, "a line of its own, before those of +mcp_logins" in done.stderr) == (
+            (1, True) if member else (0, False)
+        )
+        file.write_text(f'local  all  "dba"  scram-sha-256\nlocal all +mcp_logins reject\n{before}')
+        reload(here.cluster)
+        here.site.run(*grant)
+    finally:
+        file.write_text(before)
+        reload(here.cluster)
+    here.granting().end(user, here.dsns)

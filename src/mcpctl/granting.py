@@ -25,6 +25,8 @@ from mcpctl.postgres.parameters import Parameters
 from mcpctl.postgres.roles import GONE, Rights, Terms
 
 Change = Callable[[Grant], Grant]
+UNSEEN = "nobody can log in there and look; `mcpctl user ungrant … --done` where the DBA has run the SQL"
+"""What is said of a grant that was taken back by hand, perhaps."""
 
 
 @dataclass
@@ -323,23 +325,46 @@ class Granting:
         """Where PostgreSQL is not as the grant says, and what is still to be confirmed."""
         if grant.database not in self._settings.databases:
             return [f"users.yaml has a grant on {grant.database}, which is not in the config"]
+        found: list[str] = []
         connection = self.connection(user, grant, dsns)
-        if connection is None:
-            if grant.state == REVOKING and all(map(administrator.is_unknown, self._own(user, grant))):
-                return []
-            return [f"none of {user.name}'s login roles can log in"]
-        with connection:
-            found = differences(
-                connection,
-                user.name,
-                grant,
-                self.mark(user.name),
-                self.may_set(user, grant),
-                login=self._enabled(user.name),
-            )
+        if connection is None:  # a role that is gone is refused as one is whose password somebody has changed
+            connection = self._others(grant)
+            if grant.state != REVOKING:
+                found = [f"none of {user.name}'s login roles can log in"]
+            elif connection is None:
+                found = [UNSEEN]
+        if connection is not None:
+            with connection:
+                found += differences(
+                    connection,
+                    user.name,
+                    grant,
+                    self.mark(user.name),
+                    self.may_set(user, grant),
+                    login=self._enabled(user.name),
+                )
         if grant.state is not None and found:
             found.append(f"the grant is {grant.state}")
         return found
+
+    def _others(self, grant: Grant) -> Connection | None:
+        """A connection there as anybody else: the catalog is everybody's to read."""
+        logins = [*self.logins.own(grant.database), *self.logins.of_people(grant.database, self.people())]
+        return next(filter(None, map(administrator.connect_as, logins)), None)
+
+    def believe(self, name: str, database: str, dsns: Mapping[str, str]) -> None:
+        """Record that a DBA has taken a grant back, as somebody says, where nobody can log in there and look. Raises
+        UsageError where nothing is being taken back, and Error where PostgreSQL is seen to be otherwise."""
+        user = self.user(name)
+        grant = user.grants.get(database)
+        if grant is None or grant.state != REVOKING:
+            raise UsageError(
+                f"nothing of {name}'s in {database} is being taken back as a whole", f"mcpctl user show {name}"
+            )
+        found = self.disagreements(user, grant, dsns)
+        if found and UNSEEN not in found:
+            raise Error(f"it is not so in PostgreSQL: {'; '.join(found[:5])}", "have the SQL run, in that database")
+        self._confirm(name, grant)
 
     def settled(self, user: User, grant: Grant, dsns: Mapping[str, str]) -> bool:
         """Confirm in users.yaml what a DBA has done by hand meanwhile; whether it was."""

@@ -52,8 +52,26 @@ class Files:
 
         host, _ = granting.logins.host(database).place
         if host.startswith("/") or not host:
-            return hba.lines("local")
-        return hba.lines("ADDRESS-OF-THIS-MACHINE/32", tls=True) if not is_here(host) else hba.lines("127.0.0.1/32")
+            address = "local"
+        else:
+            address = "127.0.0.1/32" if is_here(host) else "ADDRESS-OF-THIS-MACHINE/32"
+        return [*self._own_line(database, granting), *hba.lines(address, tls=not is_here(host))]
+
+    def _own_line(self, database: str, granting: "Granting") -> list[str]:
+        """The line that keeps the administrator from being kept out with them: from 16 on, who makes a role is a member
+        of it, and so of the group, unless it is a superuser."""
+        from mcpctl.errors import Error
+        from mcpctl.postgres import administrator, hba
+
+        if database not in self.dsns:
+            return []
+        who = self.administrator(database, granting)
+        try:
+            with who.connected() as connection:
+                member = administrator.is_member(connection, hba.GROUP)
+        except Error:  # told where it matters
+            return []
+        return [f"{who.way}  scram-sha-256"] if member else []
 
     def remarks(self, database: str, granting: "Granting") -> list[tuple[str, str]]:
         """What is still open in a database, and whether its connections suffice: (what, what to do)."""

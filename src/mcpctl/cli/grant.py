@@ -116,6 +116,9 @@ def ungrant(
     table: TableOption = None,
     print_sql: PrintOption = False,
     apply: ApplyOption = False,
+    done: Annotated[
+        bool, typer.Option("--done", help="A DBA has run the SQL, and nobody can log in there and look.")
+    ] = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -124,18 +127,28 @@ def ungrant(
     The server refuses from now on, and running queries are cut; PostgreSQL's own rights end with the SQL.
     """
     from mcpctl.errors import UsageError
-    from mcpctl.identity.grants import ACCESSES, targets
+    from mcpctl.identity.grants import ACCESSES, Grant, targets
 
     if access not in (None, *ACCESSES):
         raise UsageError(f"--access takes read, write or admin, not {access!r}", "leave it out to take all back")
     _check_whole(access, schema, table)
     named = targets(schema or [], table or []) if schema or table else ()
     files = files_of(context, config, needs_log=False)
+    if done:
+        if access or named or print_sql or apply:
+            raise UsageError("--done goes with --database alone", "it is about what was taken back before, as a whole")
+        files.granting().believe(user, database, files.dsns)
+        note(files.settings, "grant.removed", user=user, database=database, reason=by_whom(context, "as a DBA says"))
+        if json:
+            output.put_json({"user": user, "database": database, **_shown(Grant(database))})
+        else:
+            output.put(f"{user} in {database}: nothing")
+        return
 
-    def change(old: "Grant") -> "Grant":
+    def change(old: Grant) -> Grant:
         have = {*old.read, *old.write}
         lacking = [one for one in named if one not in have]
-        if lacking and old.state is None:  # else an earlier run may have recorded it, and PostgreSQL still has it
+        if lacking and not old.closed:  # else an earlier run may have recorded it, and PostgreSQL still has it
             recorded = ", ".join(sorted(have)) or "none"
             hint = f"recorded: {recorded}; what is inside of a wider grant cannot be taken out of it"
             raise UsageError(f"{user} has no grant on {lacking[0]} in {database}", hint)
@@ -175,7 +188,7 @@ def _change(
     way: Way,
     event: str,
 ) -> None:
-    from mcpctl.errors import Error
+    from mcpctl.errors import Error, UnavailableError
     from mcpctl.granting import told
     from mcpctl.identity.grants import login_role
 
@@ -205,7 +218,10 @@ def _change(
         reason=by_whom(context, what),
     )
     if who is not None:
-        differences = granting.disagreements(granting.user(user), done, files.dsns)
+        try:
+            differences = granting.disagreements(granting.user(user), done, files.dsns)
+        except UnavailableError as problem:  # it is done, and recorded
+            differences = [f"{problem.message}; {problem.hint}"]
         told_there = [one for one in who.warnings if not any(more.startswith(one) for more in differences)]
         for text in (*told_there, *differences):
             output.warn(text)
@@ -261,8 +277,13 @@ def _say_what_follows(files: Files, database: str, granting: Any, lines: list[st
     output.say("pg_hba.conf should keep these logins to mcpctl, with these lines before all others that match:")
     for line in lines:
         output.say(f"  {line}")
-    for text, hint in files.remarks(database, granting):
-        output.warn(text, hint)
+    from mcpctl.errors import UnavailableError
+
+    try:
+        for text, hint in files.remarks(database, granting):
+            output.warn(text, hint)
+    except UnavailableError as problem:  # the grant is made
+        output.warn(problem.message, problem.hint)
 
 
 @app.callback()

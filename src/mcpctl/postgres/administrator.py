@@ -29,6 +29,7 @@ from mcpctl.postgres.login import (
     Login,
     check_ports,
     firmly,
+    is_here,
     same_place,
     secure,
 )
@@ -117,6 +118,17 @@ class Administrator:
             )
         return cls(login, dsn)
 
+    @property
+    def way(self) -> str:
+        """How pg_hba.conf names this login, and where it comes from: type, database, user and address."""
+        values = conninfo_to_dict(self.dsn)
+        user, host = f'"{values.get("user", "")}"', str(values.get("hostaddr") or values.get("host") or "")
+        if host.startswith("/"):
+            return f"local  all  {user}"
+        return (
+            f"host  all  {user}  127.0.0.1/32" if is_here(host) else f"hostssl  all  {user}  ADDRESS-OF-THIS-MACHINE/32"
+        )
+
     def _conninfo(self, dbname: str | None) -> str:
         values: dict[str, Any] = {"connect_timeout": CONNECT_TIMEOUT, **conninfo_to_dict(self.dsn)}
         if values.get("password"):  # it is not told in clear to whoever answers at that address
@@ -189,7 +201,12 @@ def _said(database: str) -> Iterator[None]:
     except psycopg.OperationalError as problem:
         if problem.sqlstate is None:
             said = f"the administrator cannot reach {database}: {reason(problem)}"
-            raise UnavailableError(said, f"see {FILE}") from None
+            hint = f"see {FILE}"
+            if "pg_hba.conf" in said:
+                hint += (
+                    f"; who makes a role is a member of it from 16 on: a line of its own, before those of +{hba.GROUP}"
+                )
+            raise UnavailableError(said, hint) from None
         raise translated(problem, database) from None
     except psycopg.Error as problem:
         raise translated(problem, database) from None
@@ -274,15 +291,6 @@ _AFTER_THE_PASSWORD = ("permission denied for database", "is not permitted to lo
 """What PostgreSQL refuses only after the password was right (its InitPostgres)."""
 
 
-def is_unknown(login: Login) -> bool:
-    """Whether PostgreSQL answers that it knows no such role, or another password; it says the same of both."""
-    try:
-        psycopg.connect(login.dsn()).close()
-    except psycopg.OperationalError as problem:
-        return "password authentication failed" in str(problem)
-    return False
-
-
 def connect_as(login: Login) -> Connection | None:
     """A connection as that login; None where PostgreSQL gives none."""
     try:
@@ -291,6 +299,16 @@ def connect_as(login: Login) -> Connection | None:
         return made
     except psycopg.Error:
         return None
+
+
+def is_member(connection: Connection, group: str) -> bool:
+    """Whether the login of a connection is a member of a role, as pg_hba.conf counts it; a superuser is none."""
+    query = (
+        "SELECT EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.rolname = %s"
+        " AND pg_catalog.pg_has_role(current_user, r.oid, 'MEMBER'))"
+        " AND NOT (SELECT s.rolsuper FROM pg_catalog.pg_roles s WHERE s.rolname = current_user)"
+    )
+    return connection.execute(query, (group,)).fetchone() == (True,)
 
 
 def may_use(connection: Connection, schema: str) -> bool:
