@@ -66,6 +66,15 @@ def test_two_databases_share_a_budget_that_has_room_for_one(make_site: MakeSite,
         client.http.close()
 
 
+def test_a_password_that_is_not_there_is_no_database_that_is_down(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop).start()
+    (at.folder / "shop.password").rename(at.folder / "aside")
+    with at.client(at.token()[1]) as a:
+        assert "database 'shop' cannot be used: mcpctl's own files are not in order" in a.error("select 1")
+        (at.folder / "aside").rename(at.folder / "shop.password")
+        assert a.rows("select 1") == [[1]]
+
+
 def test_a_token_is_well_again_after_more_failures_than_calls_may_wait(make_site: MakeSite, newest: object) -> None:
     with site.shop(newest) as shop:  # type: ignore[arg-type]
         at = make_site(shop, database="    pool: {max_waiting: 3}\n").start()

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 from psycopg import AsyncConnection, pq
 
-from mcpctl.errors import Error, UnavailableError
+from mcpctl.errors import ConfigError, Error, UnavailableError
 from mcpctl.postgres.login import Login
 
 log = logging.getLogger("mcpctl.pools")
@@ -216,6 +216,11 @@ async def _ended(theirs: socket.socket) -> None:
 def unreachable(login: Login, problem: BaseException) -> UnavailableError:
     """What a caller is told. The problem's words name hosts, logins and files, which are the administrator's."""
     log.warning("database %s: %s", login.shown, str(problem).strip() or type(problem).__name__)
+    if isinstance(problem, ConfigError):
+        return UnavailableError(
+            f"database {login.name!r} cannot be used: mcpctl's own files are not in order",
+            "your token is fine; tell the administrator",
+        )
     return UnavailableError(
         f"database {login.name!r} cannot be reached right now, or takes no further connection",
         "your token is fine; ask again in a moment, or tell the administrator",
