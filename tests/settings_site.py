@@ -13,6 +13,7 @@ ROLE = "mcp_carol_a"
 LISTED = (
     "work_mem", "log_line_prefix", "max_connections", "temp_tablespaces", "log_destination", "datestyle",
     "statement_timeout", "idle_session_timeout", "fsync", "block_size", "my.thing",
+    "application_name",
 )  # fmt: skip
 Make = Callable[..., site.Site]
 
@@ -90,3 +91,24 @@ def own_cluster(binaries: Any) -> Iterator[site.Shop]:
     """A cluster that nobody else's tests use: its settings are changed."""
     with site.shop(binaries) as found:
         yield found
+
+
+def ask(client: site.Client, tool: str, **arguments: Any) -> Any:
+    answer = client.call(tool, arguments).json()["result"]
+    assert not answer["isError"], answer["content"][0]["text"]
+    return answer["structuredContent"]
+
+
+def change(client: site.Client, name: str, value: str | None, **more: Any) -> Any:
+    return ask(client, "set_pg_configuration", name=name, value=value, **more)
+
+
+def refusal(client: site.Client, tool: str, **arguments: Any) -> str:
+    answer = client.call(tool, arguments).json()["result"]
+    assert answer["isError"], answer
+    text: str = answer["content"][0]["text"]
+    return text
+
+
+def last_call(here: site.Site) -> dict[str, Any]:
+    return [line for line in here.audit() if line["event"] in ("tool.called", "tool.refused")][-1]

@@ -12,7 +12,7 @@ import pytest
 import pg
 import settings_site
 import site_of_mcpctl as site
-from settings_site import ROLE, fact, grant, privileges, relist, with_carol
+from settings_site import ROLE, ask, change, fact, grant, privileges, relist, with_carol
 
 RELOADS = """SELECT count(*) FROM pg_proc p, aclexplode(p.proacl) a
  WHERE p.oid = 'pg_reload_conf()'::regprocedure AND a.grantee = to_regrole(%s)"""
@@ -278,3 +278,34 @@ def test_can_does_not_tell_of_what_the_role_was_granted_by_us(own: site.Shop, he
     with own.admin() as connection:
         connection.execute("REVOKE EXECUTE ON FUNCTION pg_export_snapshot() FROM PUBLIC")
     assert "hardening" not in here.run(*can).stdout
+
+
+def test_a_member_of_pg_read_all_settings_sees_the_file_and_no_password(
+    own: site.Shop, make_site: settings_site.Make
+) -> None:
+    more = settings_site.config(("work_mem",), "    read_all_settings: true\n")
+    found = with_carol(make_site, own, more, user="frank")
+    grant(found, user="frank")
+    with own.admin() as connection:
+        connection.execute("ALTER SYSTEM SET primary_conninfo = 'host=db password=hush'")
+        connection.execute("SELECT pg_reload_conf()")
+    found.start()
+    try:
+        with found.client(found.token("frank")[1]) as client:
+            done = change(client, "work_mem", "64MB")
+            assert done["source_file"].endswith("postgresql.auto.conf")
+            site.eventually(lambda: "primary_conninfo" in {one["name"] for one in changed(client)})
+            entry = next(one for one in changed(client) if one["name"] == "primary_conninfo")
+            assert "value" not in entry
+            assert entry["source_file"].endswith("postgresql.auto.conf")
+            assert entry["source_line"] > 0
+            assert "hush" not in client.call("get_pg_configuration").text
+            assert '"65536"' in change(client, "work_mem", "32MB")["undo"]
+    finally:
+        found.stop()
+        settings_site.reset(own)
+
+
+def changed(client: site.Client) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = ask(client, "get_pg_configuration")["changed"]
+    return found

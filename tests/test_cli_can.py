@@ -84,7 +84,7 @@ def test_a_yes_exits_0_and_tells_each_link_from_the_token_to_the_limits(house: H
 @pytest.mark.parametrize(
     "arguments, link, why",
     [
-        (("nora", "select", "cellar.wine"), "postgresql", "has_table_privilege(cellar.wine, SELECT) = no"),
+        (("nora", "select", "cellar.wine"), "postgresql", "has_schema_privilege(cellar, USAGE) = no"),
         (("nora", "update", "house.keys"), "postgresql", "has_table_privilege(house.keys, UPDATE) = no"),
         (("otto", "insert", "house.rooms"), "grant", "you have no write access in 'shop'"),
         (("pia", "select", "house.rooms"), "grant", "you have no read access in 'shop'"),

@@ -108,6 +108,8 @@ def test_a_wrong_password_stores_nothing(home: Home, newest_shop: site.Shop) -> 
     assert "password authentication failed" in done.error
     assert "wrong and secret" not in done.err
     assert unchanged(home, before)
+    done = add(home, newest_shop)
+    assert (done.code, "takes one with --ask-password, or --password-file FILE" in done.error) == (1, True)
     assert add(home, newest_shop, "--password-file", "-", "--no-test", stdin="not tried\n").code == 0
     assert sealed(home) == "not tried"
 

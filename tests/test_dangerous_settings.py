@@ -168,6 +168,13 @@ def test_a_setting_that_would_hand_the_server_over_is_refused_with_the_reason(na
     assert f"{reason}: leave out {name}" in problem.value.message
 
 
+def test_every_setting_that_is_refused_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as problem:
+        load(tmp_path, "[archive_command, Work_Mem, search_path, Odd]")
+    for said in ("leave out archive_command", "'Work_Mem' is none", "leave out search_path", "'Odd' is none"):
+        assert said in problem.value.message
+
+
 def test_the_usual_settings_may_be_listed(tmp_path: Path) -> None:
     assert load(tmp_path, f"[{', '.join(USUAL)}]") == tuple(USUAL)
 

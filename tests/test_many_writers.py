@@ -268,6 +268,22 @@ def test_root_that_works_on_the_services_files_is_root_no_more(service: Service)
 
 
 @needs_root
+def test_a_python_that_the_services_user_cannot_read_is_told_with_the_folder_that_is_closed(outside: Path) -> None:
+    (closed := outside / "closed").mkdir(mode=0o700)
+    work = (
+        "import os, sys; from mcpctl import errors; from mcpctl.cli import serve\nos.setuid(65534)\n"
+        "os.__file__ = sys.argv[1]\n"
+        "try:\n    serve._check_that_python_can_be_read()\n"
+        "except errors.ConfigError as problem:\n    print(problem.hint)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", work, str(closed / "lib" / "os.py")],
+        capture_output=True, text=True, env=environment(), timeout=60,
+    )  # fmt: skip
+    assert done.stdout.startswith(f"{closed} is closed to it: install mcpctl where"), done.stderr
+
+
+@needs_root
 def test_who_was_root_looks_for_certificates_in_the_services_home_and_not_in_roots(service: Service) -> None:
     import pwd
 
@@ -301,7 +317,13 @@ def test_an_out_file_that_the_services_user_may_not_make_is_an_error_before_ther
 ) -> None:
     done = service("token", "add", "--user", "alice", "--expiry", "1d", "--out", str(outside / "token"))
     assert (done.code, done.out) == (3, "")
-    assert "run as root, mcpctl works as the owner of its files" in done.error
+    import pwd
+
+    try:
+        user = pwd.getpwuid(service.uid).pw_name
+    except KeyError:
+        user = f"uid {service.uid}"
+    assert f"a folder that {user} may write; run as root, mcpctl works as the owner of its files" in done.error
     assert service("token", "list").good.count("\n") == 1
 
 

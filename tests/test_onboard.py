@@ -71,6 +71,20 @@ def test_what_is_wrong_leaves_nothing(here: Place, more: tuple[str, ...], code: 
     assert made(here) == before
 
 
+def test_the_token_s_file_is_named_as_it_is_called(here: Place, tmp_path: Path) -> None:
+    out = tmp_path / "my own.token"
+    done = onboard(here, "moe", "--schema", "public", "--out", str(out))
+    assert f"""the token: export MCP_TOKEN="$(cat '{out}')"\n""" in done.stderr
+    assert "that `token add --out FILE` wrote" in onboard(here, "max", "--schema", "public").stderr
+
+
+def test_the_command_that_opens_something_to_a_token_names_the_config(here: Place) -> None:
+    here.add("kim")
+    done = here.site.run("token", "add", "--user", "kim", "--expiry", "1d")
+    command = f"mcpctl user grant kim --database shop --access read --apply --config {here.config}"
+    assert f"mcpctl: hint: {command}\n" in done.stderr
+
+
 def test_the_url_is_named_where_the_config_does_not_know_it(here: Place) -> None:
     before = here.config.read_text()
     here.config.write_text(before + "server: {port: 0}\n")

@@ -16,7 +16,7 @@ import pg
 import settings_site
 import site_of_mcpctl as site
 from mcpctl.postgres import settings
-from settings_site import LISTED, fact, grant, relist, with_carol
+from settings_site import LISTED, ask, change, fact, grant, last_call, refusal, relist, with_carol
 
 
 @pytest.fixture(scope="module", params=pg.oldest_and_newest(), ids=str)
@@ -46,23 +46,6 @@ def carol(here: site.Site) -> Iterator[site.Client]:
         yield client
 
 
-def ask(client: site.Client, tool: str, **arguments: Any) -> Any:
-    answer = client.call(tool, arguments).json()["result"]
-    assert not answer["isError"], answer["content"][0]["text"]
-    return answer["structuredContent"]
-
-
-def change(client: site.Client, name: str, value: str | None, **more: Any) -> Any:
-    return ask(client, "set_pg_configuration", name=name, value=value, **more)
-
-
-def refusal(client: site.Client, tool: str, **arguments: Any) -> str:
-    answer = client.call(tool, arguments).json()["result"]
-    assert answer["isError"], answer
-    text: str = answer["content"][0]["text"]
-    return text
-
-
 def in_a_new_session(shop: site.Shop, name: str) -> str:
     found: str = fact(shop, "SELECT current_setting(%s)", name)
     return found
@@ -70,10 +53,6 @@ def in_a_new_session(shop: site.Shop, name: str) -> str:
 
 def auto_conf(shop: site.Shop) -> str:
     return str(fact(shop, "SELECT pg_read_file('postgresql.auto.conf')"))
-
-
-def last_call(here: site.Site) -> dict[str, Any]:
-    return [line for line in here.audit() if line["event"] in ("tool.called", "tool.refused")][-1]
 
 
 def test_a_changed_setting_is_in_force_and_the_answer_and_the_log_say_what_it_was(
@@ -261,6 +240,39 @@ def test_a_value_with_which_no_new_login_works_is_put_back(
     assert last_call(here)["backend_pid"] != line["backend_pid"], "its connection had no timeouts"
 
 
+def test_a_value_that_locks_out_is_put_back_where_the_database_has_another_one(
+    here: site.Site, carol: site.Client
+) -> None:
+    with here.shop.admin() as connection:
+        connection.execute("ALTER DATABASE shop SET statement_timeout = '30s'")
+    try:
+        assert "put back" in refusal(carol, "set_pg_configuration", name="statement_timeout", value=" 20 ms ")
+        assert "statement_timeout" not in auto_conf(here.shop)
+        done = change(carol, "statement_timeout", "45s")
+        assert (done["in_force"], done["source"]) == (False, "database")
+    finally:
+        with here.shop.admin() as connection:
+            connection.execute("ALTER DATABASE shop RESET statement_timeout")
+
+
+@pytest.mark.parametrize("value", [r"back\slash \' -c x", "\\", "x" * settings.LONGEST])
+def test_a_value_that_a_new_login_asks_for_arrives_as_it_is(here: site.Site, carol: site.Client, value: str) -> None:
+    change(carol, "application_name", value)  # mcpctl's own connections have another
+    assert in_a_new_session(here.shop, "application_name") == value[:63]
+
+
+def test_somebody_else_s_change_waits_until_a_value_has_been_tried(here: site.Site, carol: site.Client) -> None:
+    here.run("user", "add", "heidi", "--role", "mcp-admin")
+    grant(here, user="heidi")
+    wrong = {"name": "statement_timeout", "value": "90ms"}
+    with here.client(here.token("heidi")[1]) as heidi:
+        for size in ("5MB", "6MB", "7MB"):
+            trial = site.in_background(lambda: refusal(carol, "set_pg_configuration", **wrong))
+            site.eventually(lambda: "90ms" in auto_conf(here.shop))
+            assert change(heidi, "work_mem", size)["in_force"] is True
+            assert "put back" in trial.result()
+
+
 def test_a_value_with_which_no_new_login_works_is_put_back_though_the_client_has_gone(
     here: site.Site, carol: site.Client
 ) -> None:
@@ -437,10 +449,11 @@ def test_where_the_default_is_not_the_one_with_admin_access_that_one_is_named_an
     found.start()
     try:
         with found.client(found.token("gina")[1]) as client:
-            assert "you have admin access in 'shop'" in refusal(client, "get_pg_configuration", name="WORK_MEM")
+            said = refusal(client, "get_pg_configuration", name="WORK_MEM")
+            assert "no database was named, and you have admin access in 'shop' alone" in said
             line = last_call(found)
             assert (line["event"], line["database"]) == ("tool.refused", "mine")
-            assert line["reason"].startswith("WORK_MEM: you have admin access")
+            assert line["reason"].startswith("WORK_MEM: no database was named")
             change(client, "work_mem", "5MB", database="shop")
             said = refusal(client, "set_pg_configuration", name="fsync=a b", value="hush", database="host=x")
             line = last_call(found)
@@ -450,37 +463,6 @@ def test_where_the_default_is_not_the_one_with_admin_access_that_one_is_named_an
     finally:
         found.stop()
         settings_site.reset(own)
-
-
-def test_a_member_of_pg_read_all_settings_sees_the_file_and_no_password(
-    own: site.Shop, make_site: settings_site.Make
-) -> None:
-    more = settings_site.config(("work_mem",), "    read_all_settings: true\n")
-    found = with_carol(make_site, own, more, user="frank")
-    grant(found, user="frank")
-    with own.admin() as connection:
-        connection.execute("ALTER SYSTEM SET primary_conninfo = 'host=db password=hush'")
-        connection.execute("SELECT pg_reload_conf()")
-    found.start()
-    try:
-        with found.client(found.token("frank")[1]) as client:
-            done = change(client, "work_mem", "64MB")
-            assert done["source_file"].endswith("postgresql.auto.conf")
-            site.eventually(lambda: "primary_conninfo" in {one["name"] for one in changed(client)})
-            entry = next(one for one in changed(client) if one["name"] == "primary_conninfo")
-            assert "value" not in entry
-            assert entry["source_file"].endswith("postgresql.auto.conf")
-            assert entry["source_line"] > 0
-            assert "hush" not in client.call("get_pg_configuration").text
-            assert '"65536"' in change(client, "work_mem", "32MB")["undo"]
-    finally:
-        found.stop()
-        settings_site.reset(own)
-
-
-def changed(client: site.Client) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = ask(client, "get_pg_configuration")["changed"]
-    return found
 
 
 @pytest.mark.parametrize(

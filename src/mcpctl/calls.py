@@ -306,7 +306,7 @@ class Calls:
 
     @contextlib.asynccontextmanager
     async def _borrow(self, principal: Principal, login: Login, facts: _Facts) -> AsyncIterator[Session]:
-        async with self._pools.borrow(principal, login) as session:
+        async with self._pools.turn(login), self._pools.borrow(principal, login) as session:
             facts.session(session, login.name)
             try:
                 yield session
@@ -392,7 +392,7 @@ class Calls:
             have = self.databases(principal, access)
             if len(have) == 1:
                 raise UsageError(
-                    f"you have {access} access in {have[0]!r}, which is not the default database",
+                    f"no database was named, and you have {access} access in {have[0]!r} alone",
                     f"name it as database: {have[0]}",
                 )
         if wanted is None:

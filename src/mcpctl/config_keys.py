@@ -204,11 +204,13 @@ PARAMETER = re.compile(r"[a-z_][a-z0-9_.]{0,126}")
 def _parameters(value: Any) -> tuple[str, ...]:
     """Names of PostgreSQL's settings, in lower case, of which none opens the server to who may change it."""
     found = tuple(dict.fromkeys(_texts(value)))
+    wrong = [f"{name[:80]!r} is none" for name in found if not PARAMETER.fullmatch(name)]
+    faults = [f"names of PostgreSQL's settings in lower case, such as work_mem ({', '.join(wrong)})"] if wrong else []
     for name in found:
-        if not PARAMETER.fullmatch(name):
-            raise ValueError(f"names of PostgreSQL's settings in lower case, such as work_mem ({name[:80]!r} is none)")
         if reason := dangerous_settings.why(name):
-            raise ValueError(f"no setting that {reason}: leave out {name}")
+            faults.append(f"no setting that {reason}: leave out {name}")
+    if faults:
+        raise ValueError("; ".join(faults))
     return found
 
 

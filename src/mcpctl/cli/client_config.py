@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -107,6 +108,20 @@ def client_config(
 
     Example: mcpctl client-config cursor --token-id 1hrspjl1
     """
+    show(context, client, token_id, tenant, url, json, config)
+
+
+def show(
+    context: typer.Context,
+    client: str,
+    token_id: str | None,
+    tenant: str | None,
+    url: str | None,
+    json: bool,
+    config: Path | None,
+    token: Path | None = None,
+) -> None:
+    """What `client_config` prints; `token` is the file that holds the token, where that is known."""
     from mcpctl.errors import UsageError
     from mcpctl.identity import tenants, tokens, users
 
@@ -135,7 +150,8 @@ def client_config(
     if file:
         output.say(f"into: {file}")
     if client not in ("claude-desktop", "vscode"):
-        output.say(f'the token: export {held}="$(cat FILE)", with the file that `token add --out FILE` wrote')
+        which = "" if token else ", with the file that `token add --out FILE` wrote"
+        output.say(f'the token: export {held}="$(cat {shlex.quote(str(token or "FILE"))})"{which}')
     if entry is not None:
         ends = f"until {tokens.rfc3339(entry.expires_at)}" if entry.expires_at else "without an end"
         whose = f"{entry.user or 'a service'}{f', tenant {tenant}' if tenant is not None else ''}"

@@ -39,15 +39,21 @@ def invocation(config: Path | None) -> Invocation:
     """The invocation of this process."""
     import os
 
-    who = "somebody"
-    if hasattr(os, "getuid"):
-        who = f"uid {os.getuid()}"
-        with contextlib.suppress(ImportError, KeyError):
-            import pwd
-
-            who = pwd.getpwuid(os.getuid()).pw_name
-    sudo = os.environ.get("SUDO_USER")
+    who, sudo = user_name(), os.environ.get("SUDO_USER")
     return Invocation(config, f"{who} (SUDO_USER={sudo[:64]})" if sudo else who)
+
+
+def user_name() -> str:
+    """The system's user whom this process runs as now."""
+    import os
+
+    if not hasattr(os, "getuid"):
+        return "somebody"
+    with contextlib.suppress(ImportError, KeyError):
+        import pwd
+
+        return pwd.getpwuid(os.getuid()).pw_name
+    return f"uid {os.getuid()}"
 
 
 def config_flag(source: Path | None) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcpctl.cli import output
+from mcpctl.cli.common import config_flag, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +52,8 @@ def handing_over(out: Path | None) -> "Iterator[Callable[[Token, str, bool, date
         try:
             private_file.create(out, b"\n" * 80)  # its whole room, so that a full disk is known now
         except ConfigError as problem:
-            hint = "name a file in a folder of yours; run as root, mcpctl works as the owner of its files"
+            folder = f"name a file in a folder that {user_name()} may write"
+            hint = f"{folder}; run as root, mcpctl works as the owner of its files"
             raise ConfigError(problem.message, hint) from None
     given = False
 
@@ -221,7 +223,8 @@ def _tell_of_grants(found: "Settings", entry: "Token") -> None:
     if user is not None and per_user and named == per_user and not any(name in user.grants for name in per_user):
         which = next((name for name in per_user if tenants.grantable(places, user.tenant, name)), None)
         only = "" if which else " --schema S"  # of the others some schemas are tenants'
-        hint = f"mcpctl user grant {user.name} --database {which or per_user[0]}{only} --access read --apply"
+        command = f"mcpctl user grant {user.name} --database {which or per_user[0]}{only} --access read --apply"
+        hint = command + config_flag(found.source)
         output.warn(f"{user.name} has no grant in {', '.join(per_user)}, so the token opens nothing there", hint)
 
 

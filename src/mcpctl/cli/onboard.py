@@ -74,7 +74,7 @@ def onboard(
             _left(context, files, made, new=known is None)
         raise
     with contextlib.redirect_stdout(sys.stderr):
-        client_config.client_config(context, client, None, files.granting().user(name).tenant, url, False, config)
+        client_config.show(context, client, None, files.granting().user(name).tenant, url, False, config, out)
     output.say(f"{name} is on board; see what they may do: mcpctl can {name}")
 
 

@@ -105,16 +105,17 @@ def _check_connection_limits(found: "Settings", workers: int) -> None:
 def _check_that_python_can_be_read() -> None:
     """Started by root, the server becomes the owner of its files, and goes on importing as that user."""
     import os
-    import sys
 
     import mcpctl
     from mcpctl.errors import ConfigError
 
-    for file in (os.__file__, mcpctl.__file__):
+    for file in map(Path, (os.__file__, mcpctl.__file__)):
         if not os.access(file, os.R_OK):
+            closed = next((place for place in reversed(file.parents) if not os.access(place, os.X_OK)), file)
             raise ConfigError(
                 f"uid {os.geteuid()}, who owns mcpctl's files and whom the server becomes, cannot read {file}",
-                f"install mcpctl where that user may read it, such as /opt/mcpctl; {sys.prefix} is closed to it",
+                f"{closed} is closed to it: install mcpctl where that user may read it, such as /opt/mcpctl, with a "
+                "Python that it may read, too",
             )
 
 

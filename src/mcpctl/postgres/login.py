@@ -97,6 +97,11 @@ class Login:
         return self.name, self.role
 
     @property
+    def for_settings(self) -> bool:
+        """Whether it is a user's login for PostgreSQL's settings, and for nothing else."""
+        return self.role is not None and self.role.endswith(f"_{SUFFIXES['admin']}")
+
+    @property
     def shown(self) -> str:
         """How the audit log and the server's own call it; `name` is how its callers do."""
         return self.name
@@ -133,7 +138,7 @@ class Login:
             values["password"] = self._read_password(self.settings.password_file)
         values.setdefault("connect_timeout", CONNECT_TIMEOUT)
         if self.role is not None:  # that for settings runs no text of a caller's, and must see the server's own values
-            values |= firmly({"role": "none"} if self.role.endswith(f"_{SUFFIXES['admin']}") else FIRM)
+            values |= firmly({"role": "none"} if self.for_settings else FIRM)
         secure(values, self._key("sslmode"))
         return make_conninfo("", **values)
 

@@ -71,6 +71,7 @@ class Pools:
         self._valid = valid
         self._in_force = in_force
         self._pools: dict[tuple[str, int, tuple[str, str | None]], TokenPool] = {}
+        self._changing: dict[str, asyncio.Lock] = {}
         self._queue: list[TokenPool] = []
         self._freed = asyncio.Event()
         self._waiting: list[TokenPool] = []
@@ -92,6 +93,13 @@ class Pools:
         kept = {pool.terminator for pool in self._pools.values() if pool.count or pool is asking}
         kept.update(shared.terminator for shared in self._shared.values() if shared.terminator.open)
         return found + len(kept)
+
+    def turn(self, login: Login) -> contextlib.AbstractAsyncContextManager[None]:
+        """To be held around `borrow`: who sees to the settings of a database does so alone, since while a value is
+        tried no other login may work. For all other logins it is nothing."""
+        if not login.for_settings:
+            return contextlib.nullcontext()
+        return self._changing.setdefault(login.name, asyncio.Lock())
 
     @contextlib.asynccontextmanager
     async def borrow(self, principal: Principal, login: Login) -> AsyncIterator[Session]:

@@ -180,10 +180,12 @@ def _verdict(connection: Connection, action: str, target: Target) -> Verdict:
     some = some and action != "delete"
     only = tuple(granted or ()) if some and not whole else ()
     reasons = [f"has_schema_privilege({target.schema}, USAGE) = {_yes(usage)}"]
+    if not usage:
+        return Verdict(False, tuple(reasons))
     reasons.append(f"has_table_privilege({target}, {privilege}) = {_yes(whole)}")
     if only:
         reasons.append(f"on the columns {', '.join(only)} only")
-    if not usage or not (whole or some):
+    if not (whole or some):
         return Verdict(False, tuple(reasons))
     columns = _insertable(connection, oid) if action == "insert" else granted if action == "update" else only
     refusal, limits = _refusal(connection, action, target, columns or [])

@@ -10,8 +10,8 @@ one has. PostgreSQL judges the value, and one that it does not take changes noth
 RESET ALL comes first, since a look must show the server's values, and not those that mcpctl gives its connections.
 
 With some values no new login would come to its first statement (`statement_timeout` of 1 ms), and nobody could take
-them back here. So a new connection of the same login is tried before a change is done; meanwhile no timeout ends this
-one, which puts the old value back where that fails.
+them back here. So a new connection of the same login, which asks for the value itself, is tried before a change is
+done; meanwhile no timeout ends this one, which puts the old value back where that fails.
 """
 
 import asyncio
@@ -45,6 +45,8 @@ _LISTS_OF_NAMES = frozenset({"temp_tablespaces"})
 """Settings whose items ALTER SYSTEM takes one by one (GUC_LIST_QUOTE). PostgreSQL has five others, and the config
 refuses each of them (`dangerous_settings`)."""
 _ITEM = re.compile(r'\s*(?:"((?:[^"]|"")*)"|([^",]*))\s*(?:,|$)')
+_SPLITS = re.compile(r"[\s\\]")
+"""What libpq's options have with a backslash before it, where it is to stand in a value."""
 
 _COLUMNS = f"""SELECT name, pg_catalog.left(setting, {LONGEST}), unit, context, source,
  pg_catalog.left(boot_val, {LONGEST}), pending_restart, sourcefile, sourceline FROM pg_catalog.pg_settings WHERE """
@@ -147,13 +149,12 @@ class _Settings(Exchange):
                     "the administrator grants admin access again: it comes with EXECUTE on pg_reload_conf()",
                 )
             self.session.did = _told(name, before, value)
-            async with self.session.pool.terminator.changing:
-                applied = asyncio.ensure_future(self._applied(wire, name, value, before))
-                try:
-                    loaded = await asyncio.shield(applied)
-                except asyncio.CancelledError:
-                    await statement.despite_cancel(applied)  # else what locks everybody out could stay
-                    raise
+            applied = asyncio.ensure_future(self._applied(wire, name, value, before))
+            try:
+                loaded = await asyncio.shield(applied)
+            except asyncio.CancelledError:
+                await statement.despite_cancel(applied)  # else what locks everybody out could stay
+                raise
             return Changed(before, next(iter(await self._named(wire, [name])), None), loaded)
 
     async def _applied(self, wire: Wire, name: str, value: str | None, before: Setting | None) -> bool:
@@ -162,16 +163,17 @@ class _Settings(Exchange):
             await self._one(wire, _UNTIMED)
             await self._one(wire, self._command(name, value))
             loaded = await self._loaded(wire)
-            if loaded and (fault := await self._login_fault()) is not None:
+            if loaded and (fault := await self._login_fault(_option(name, value, before))) is not None:
                 await self._put_back(wire, name, before, fault)
             await self._one(wire, b"RESET ALL")
             return loaded
 
-    async def _login_fault(self) -> str | None:
-        """Why no new connection of this login comes to its first statement; None where one does."""
+    async def _login_fault(self, asked: str) -> str | None:
+        """Why no new connection of this login that asks for these options comes to its first statement; None where one
+        does."""
         terminator = self.session.pool.terminator
         try:
-            await terminator.try_anew(self._wait)
+            await terminator.try_anew(self._wait, asked)
         except (psycopg.Error, Error, TimeoutError, OSError) as problem:
             log.warning("database %s: a login that was tried: %s", terminator.login.shown, problem)
             return (isinstance(problem, psycopg.Error) and problem.diag.message_primary) or "no connection"
@@ -252,6 +254,15 @@ def _settings(rows: list[tuple[bytes | None, ...]]) -> list[Setting]:
             )
         )
     return found
+
+
+def _option(name: str, value: str | None, before: Setting | None) -> str:
+    """The value as an option of libpq's, which counts whatever the database or the role has made its own default by
+    ALTER: other databases have no such default. Only of what any login may set; the startup packet has 10 kB in all."""
+    if value is None or len(value) > _NOTED or before is None or before.context != "user":
+        return ""
+    escaped = _SPLITS.sub(r"\\\g<0>", value)
+    return f"-c {name}={escaped}"
 
 
 def _told(name: str, before: Setting | None, value: str | None) -> str:

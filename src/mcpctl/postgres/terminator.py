@@ -14,6 +14,7 @@ from typing import Any
 
 import psycopg
 from psycopg import AsyncConnection, pq
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from mcpctl.errors import ConfigError, Error, UnavailableError
 from mcpctl.postgres.login import Login
@@ -51,8 +52,8 @@ class Terminator:
         self._opening: asyncio.Task[Exception | None] | None = None
         self._begun = 0.0
         self._asking: set[asyncio.Task[set[int] | None]] = set()
-        self.changing = asyncio.Lock()
-        """Held by whoever changes a setting: what is tried then is that one change."""
+        self._asked = ""
+        """What a connection that is tried asks for at its start, beside what the login does: options of libpq's."""
 
     async def ready(self) -> bool:
         """See that it is there; False where it was let go meanwhile, for somebody else's sake.
@@ -102,8 +103,11 @@ class Terminator:
         self._conn = None
         try:
             async with asyncio.timeout(self.login.settings.pool.wait):
+                dsn = self.login.dsn()
+                if self._asked:
+                    dsn = make_conninfo(dsn, options=f"{conninfo_to_dict(dsn).get('options', '')} {self._asked}")
                 self._conn = await AsyncConnection.connect(
-                    self.login.dsn(), autocommit=True, prepare_threshold=None, application_name="mcpctl cut"
+                    dsn, autocommit=True, prepare_threshold=None, application_name="mcpctl cut"
                 )
         except (psycopg.Error, Error, TimeoutError, OSError) as problem:
             return problem
@@ -112,18 +116,26 @@ class Terminator:
         self._opened()
         return None
 
-    async def try_anew(self, seconds: float) -> None:
-        """Make it anew, as a new login that has room for certain, and have it come to a first, slow statement; a step
-        may take that many seconds. Raises what goes wrong."""
+    async def try_anew(self, seconds: float, asked: str = "") -> None:
+        """Make it anew, as a new login that has room for certain and asks for these options of libpq's, and have it
+        come to a first, slow statement; a step may take that many seconds. Raises what goes wrong; then it is closed.
+        """
         await self.close()
-        async with asyncio.timeout(seconds):
-            await self.ready()
-        conn = self._conn
-        if conn is None:
-            raise UnavailableError("the connection was let go")
-        await asyncio.sleep(_SLOW)
-        with bounded(conn, seconds):
-            await conn.execute("SELECT pg_catalog.pg_sleep(%s)", (_SLOW,))
+        self._asked = asked
+        try:
+            async with asyncio.timeout(seconds):
+                await self.ready()
+            conn = self._conn
+            if conn is None:
+                raise UnavailableError("the connection was let go")
+            await asyncio.sleep(_SLOW)
+            with bounded(conn, seconds):
+                await conn.execute("SELECT pg_catalog.pg_sleep(%s)", (_SLOW,))
+        except BaseException:
+            await self.close()  # what it asked for is put back nowhere else
+            raise
+        finally:
+            self._asked = ""
 
     async def terminate(self, backends: Sequence[Backend], patience: float) -> set[int] | None:
         """Tell these to end, within that many seconds; the pids of those that were still there, None when there is no

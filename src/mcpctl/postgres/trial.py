@@ -64,9 +64,11 @@ def log_in(login: Login) -> About:
         with psycopg.connect(conninfo, autocommit=True, application_name="mcpctl test") as connection:
             row = connection.execute(_ABOUT).fetchone()
     except psycopg.Error as problem:
-        raise Error(
-            f"{login.name}: {reason(problem)}", "see `mcpctl database list`; the server's own log says more"
-        ) from None
+        said = reason(problem)
+        hint = "see `mcpctl database list`; the server's own log says more"
+        if "no password supplied" in said:
+            hint = "`mcpctl database add` takes one with --ask-password, or --password-file FILE"
+        raise Error(f"{login.name}: {said}", hint) from None
     if row is None:
         raise Error(f"{login.name}: PostgreSQL gave no answer", "try again")
     return About(row[0], row[1], row[2], bool(row[3]), row[6], (monotonic() - begun) * 1000, (row[4], row[5]))
