@@ -96,16 +96,24 @@ def _files(patient: Patient) -> Iterator[Finding]:
     people = users.user_file(auth.user_file).current()
     for user in people.values():
         if user.tenant is not None and user.tenant not in places:
-            hint = "restore tenants.yaml, or: mcpctl tenant add"
+            hint = tenants.gone_hint(user)
             yield Finding("files", FAIL, f"{user.name} belongs to the tenant {user.tenant}, which is gone", hint)
+    for name, meant in dict.fromkeys(tenants.astray(places, people)):
+        hint = f"mend tenants.yaml; where it is right: mcpctl user ungrant {name} --database {meant.database} --apply"
+        what = f"{name}, of the tenant {meant.name}, has a grant in {meant.where}, which tenants.yaml does not give it"
+        yield Finding("files", FAIL, what, hint)
     for key, stranger in users.listed_strangers(auth, people):
         hint = "mend the name in the config, or take it out: whoever is made a user by that name is on the list, too"
         yield Finding("files", FAIL, f"{key} names {stranger}, and there is no such user", hint)
     for place in places.values():
         if place.database not in patient.settings.databases:
-            hint = f"mcpctl database add {place.database}, or: mcpctl tenant remove {place.name}"
+            hint = (
+                f"mend the name in tenants.yaml; or, where the database is gone from the config: mcpctl database add "
+                f"{place.database}, or: mcpctl tenant remove {place.name}"
+            )
             yield Finding("files", FAIL, f"the tenant {place.name} has {place.where}, which is not in the config", hint)
-        for name in tenants.strangers(place, people):
+        rightful = {name: one for name, one in people.items() if one.tenant is None or one.tenant in places}
+        for name in tenants.strangers(place, rightful):  # of the others it is said above what to do
             hint = f"mcpctl user ungrant {name} --database {place.database} --apply"
             yield Finding(
                 "files", FAIL, f"{name} has a grant in {place.where}, which is the tenant {place.name}'s", hint

@@ -76,7 +76,7 @@ class Granting(Departing):
 
     def confined(self, name: str, database: str, access: str, targets: tuple[str, ...]) -> tuple[str, ...]:
         """The targets of a grant, within the user's tenant. UsageError for what is outside of it; ConflictError where
-        the whole grant, with what it has already, would reach another tenant's place."""
+        the whole grant, with what it has already, would reach another tenant's place, or one that is meant to be."""
         user = self.user(name)
         tenant, old = user.tenant, user.grants.get(database, Grant(database))
         if access == "admin" and tenant is not None:
@@ -93,7 +93,14 @@ class Granting(Departing):
                     f"{name} has a grant on {text} in {database} from before, which is outside of the tenant {tenant}",
                     f"take it back first: mcpctl user ungrant {name} --database {database}",
                 )
-        self._check_strangers(places, replace(user, grants={database: old.more(access, targets)}))
+        wanted = replace(user, grants={database: old.more(access, targets)})
+        self._check_strangers(places, wanted)
+        for other, meant in tenants.astray(places, self.people()):
+            if tenants.strangers(meant, {"": wanted}):
+                raise ConflictError(
+                    f"{other}, of the tenant {meant.name}, has a grant in {meant.where}: is tenants.yaml right?",
+                    f"mend it there; where it is right: mcpctl user ungrant {other} --database {database}",
+                )
         return targets
 
     @staticmethod
