@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcpctl.cli import output, own_database
-from mcpctl.cli.administration import files_of
+from mcpctl.cli.administration import files_of, lines_of
 from mcpctl.cli.common import (
     ConfigOption,
     JsonOption,
@@ -22,7 +22,7 @@ from mcpctl.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Mapping
 
     from mcpctl.config_keys import Settings
     from mcpctl.keyring import Keyring
@@ -153,6 +153,8 @@ def _add(
         raise UsageError("that cannot be a database's name", "a-z first, then a-z 0-9 - _, at most 63")
     if name in found.databases:
         raise ConflictError(f"there is a database {name} already", "`mcpctl database list` shows all")
+    admin = found.source.parent / "admin.dsn"
+    lines = lines_of(admin) if test and values.get("roles") == "per_user" else {}
     source, own = found.source, found.auth.token_file.parent / f"{name}.password"
     if password is not None:
         values["service_password_file" if "service_dsn" in values else "password_file"] = str(own)
@@ -165,6 +167,8 @@ def _add(
             from mcpctl import rotation
             from mcpctl.identity import users
             from mcpctl.keyring import Keyring
+            from mcpctl.postgres import administrator
+            from mcpctl.postgres.logins import Logins
             from mcpctl.state import State
 
             keyring = Keyring(new.keyring.file)
@@ -178,6 +182,9 @@ def _add(
                     private_file.create(own, keyring.seal(password, beside).encode() + b"\n")
             try:
                 _try(new, name, keyring, test=test)
+                if test and not Logins({name: new.databases[name]}, keyring).own(name):
+                    mine = {one: line for one, line in lines.items() if one in ("", name)}  # others may come yet
+                    _look(new, name, administrator.by_database(admin, mine, new))
                 _check_twin(new, name, keyring, test=test)
             except BaseException:
                 if password is not None:
@@ -243,6 +250,19 @@ def _try(new: "Settings", name: str, keyring: "Keyring", *, test: bool) -> None:
     logins = Logins({name: new.databases[name]}, keyring)
     for login in logins.own(name) if test else ():
         trial.log_in(login).check(login)
+
+
+def _look(new: "Settings", name: str, dsns: "Mapping[str, str]") -> None:
+    """Where nobody can log in yet: whether the administrator gets into that database; else warns that nobody looked."""
+    from mcpctl.keyring import Keyring
+    from mcpctl.postgres.administrator import Administrator
+    from mcpctl.postgres.logins import Logins
+
+    if name in dsns:
+        login = Logins({name: new.databases[name]}, Keyring(new.keyring.file)).host(name)
+        Administrator.of(dsns, login).connect().close()
+    else:
+        output.warn(f"nobody has looked whether {name} is there", "the first grant needs it; is no name a typo?")
 
 
 @app.command("list")
