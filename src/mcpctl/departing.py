@@ -79,6 +79,11 @@ class Departing:
 
     def _everywhere(self, user: User, dsns: Mapping[str, str], warnings: list[str]) -> list[Administrator]:
         """One for each cluster in which the user has a login role, recorded or left over from an earlier grant."""
+        warnings += [
+            f"{user.name} has a grant in {one}, which is not in the config; whether a login role is there was not seen"
+            for one in user.grants
+            if one not in self._settings.databases
+        ]
         found = self._administrators(user.grants, dsns)
         known = {who.login.place for who in found}
         for who in self._administrators(filter(self.logins.per_user, self._settings.databases), dsns):
@@ -91,10 +96,11 @@ class Departing:
                 warnings.append(f"{problem.message}; whether {user.name} has left a role there was not seen")
         return found
 
-    def set_login(self, name: str, dsns: Mapping[str, str], *, on: bool) -> Iterator[str]:
+    def set_login(self, name: str, dsns: Mapping[str, str], warnings: list[str], *, on: bool) -> Iterator[str]:
         """Give the user's login roles LOGIN or NOLOGIN, which also ends their connections; each role, when it is so.
-        Neither a cluster that cannot be reached nor a role keeps others from it; the Error comes at the end."""
-        return self._set_login(name, self._administrators(self.user(name).grants, dsns), on=on)
+        Neither a cluster that cannot be reached nor a role keeps others from it; the Error comes at the end. What was
+        not seen goes into `warnings`."""
+        return self._set_login(name, self._everywhere(self.user(name), dsns, warnings), on=on)
 
     def _set_login(self, name: str, administrators: list[Administrator], *, on: bool) -> Iterator[str]:
         failed = Failures()
