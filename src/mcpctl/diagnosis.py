@@ -166,17 +166,14 @@ def _answering(patient: Patient, granting: Granting, name: str) -> tuple[str, in
 
 def _keys(patient: Patient) -> Iterator[Finding]:
     ring = Keyring(patient.settings.keyring.file)
-    count = 0
     with closing(State(patient.settings.server.state_file)) as state:
-        for store in rotation.stores(patient.settings, state):
-            for text, what in store.sealed():
-                ring.open(text, what)
-                count += 1
+        everything = [item for store in rotation.stores(patient.settings, state) for item in store.sealed()]
+    rotation.check_opens(ring, everything)
     if not ring.path.exists():
         yield Finding("keys", WARN, f"there is no {ring.path}, and nothing is sealed", "`mcpctl key rotate` makes it")
         return
     old = len(ring.keys()) - 1
-    yield Finding("keys", OK, f"{count} sealed passwords open with {ring.path}")
+    yield Finding("keys", OK, f"{len(everything)} sealed passwords open with {ring.path}")
     if old:
         what = "an old key is still there: a rotation was interrupted, or you have put it there"
         yield Finding("keys", WARN, what, "mcpctl key rotate")
