@@ -1,4 +1,4 @@
-"""A typo in tenants.yaml: what would open a tenant's place to others is said, and no hint would open it."""
+"""What a tenant's sysadmin is told: a typo in tenants.yaml by its name, and nothing of places that are others'."""
 
 from __future__ import annotations
 
@@ -70,3 +70,14 @@ def test_a_grant_outside_of_a_tenants_schema_keeps_others_out_of_that_schema(hom
         done = home("user", "grant", "bob", "--database", "spare", "--schema", schema, "--access", "read")
         assert done.code == code, done.err
     assert any(one.startswith("nora, of the tenant north, has a grant in the schema north") for one in _failures(home))
+
+
+def test_a_new_token_is_told_of_the_databases_alone_that_tenants_let_it_use(home: Home) -> None:
+    home.config.write_text(home.config.read_text() + "limits: {connections: 10}\n")
+    assert home("tenant", "add", "south", "--database", "spare", "--schema", "south").code == 0
+    assert home("tenant", "add", "acme", "--database", "shop").code == 0
+    made = home("token", "add", "--user", "globex-ann", "--expiry", "1d")
+    assert "could want" not in made.err
+    home.config.write_text(home.config.read_text().replace(_MORE, _MORE + "  open: {host: /x, roles: per_user}\n"))
+    made = home("token", "add", "--user", "bob", "--expiry", "1d")
+    assert "bob has no grant in open, so the token opens nothing there" in made.err

@@ -200,18 +200,21 @@ def _add(
 
 def _check_twin(new: "Settings", name: str, keyring: "Keyring", *, test: bool) -> None:
     """Refuses a second name for a database that is a tenant's: whoever may use that one would be in it."""
+    from dataclasses import replace
+
     from mcpctl.errors import ConflictError
     from mcpctl.identity import tenants, users
     from mcpctl.postgres.logins import Logins
 
     every = tenants.tenant_file(new.auth.tenant_file).current()  # one may have lost its database, which this brings
     tenants.check_members(new.auth.tenant_file, every, users.user_file(new.auth.user_file).current())
-    logins = Logins(new.databases, keyring)
     places = [one for one in every.values() if one.database != name]
     there = {one.database for one in places if one.database in new.databases}
-    same = {one for one in there if logins.same(name, one)} or (
-        one_answers(new, logins, name, there) if test else set()
-    )
+    apart = {**new.databases, name: replace(new.databases[name], roles="shared")}  # else Logins refuses it
+    same = {one for one in there if Logins(apart, keyring).same(name, one)}
+    if not same:
+        logins = Logins(new.databases, keyring)
+        same = one_answers(new, logins, name, there) if test else set()
     for place in places:
         if place.database in same:
             raise ConflictError(
