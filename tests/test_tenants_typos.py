@@ -81,3 +81,18 @@ def test_a_new_token_is_told_of_the_databases_alone_that_tenants_let_it_use(home
     home.config.write_text(home.config.read_text().replace(_MORE, _MORE + "  open: {host: /x, roles: per_user}\n"))
     made = home("token", "add", "--user", "bob", "--expiry", "1d")
     assert "bob has no grant in open, so the token opens nothing there" in made.err
+
+
+def test_doctor_shows_a_message_of_several_lines_as_one(home: Home) -> None:
+    path = home.folder / "tenants.yaml"
+    path.write_text("version: 1\ntenants:\n  a: {database: 5}\n  b: {database: 5}\n")
+    (said,) = (line for line in home("doctor").out.splitlines() if line.startswith("fail\tfiles\t"))
+    assert "tenants.yaml:3: a: database: is missing" in said
+    assert f" {path}:4: b: database: is missing" in said
+    assert "x0a" not in said
+
+
+def test_where_a_tenant_has_all_of_a_database_nothing_is_outside_of_it(home: Home) -> None:
+    refused = home("user", "grant", "bob", "--database", "globex", "--access", "read")
+    assert refused.code == 5
+    assert "mcpctl: hint: make a user who belongs to the tenant: user add --tenant\n" in refused.err

@@ -108,10 +108,10 @@ class Granting(Departing):
         """Refuses a grant that reaches into the place of a tenant whom the user does not belong to."""
         for place in places.values():
             if tenants.strangers(place, {"": user}):
+                outside = "grant what is outside of it, taking back what is not, or " if place.schema else ""
                 raise ConflictError(
                     f"{place.where} is the tenant {place.name}'s alone",
-                    "grant what is outside of it, taking back what is not, or make a user who belongs to the tenant: "
-                    "user add --tenant",
+                    f"{outside}make a user who belongs to the tenant: user add --tenant",
                 )
 
     def worst(self, database: str) -> int:
