@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mcpctl.config_keys import Settings
-from mcpctl.errors import Error, Failures, NotFoundError, UnavailableError
+from mcpctl.errors import Error, Failures, NotFoundError
 from mcpctl.identity import users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.identity.grants import ACCESSES, identifier, login_role
@@ -77,24 +77,28 @@ class Departing:
         wanted = [login_role(name, access) for access in ACCESSES]
         return [role for role in wanted if role in found and found[role].mark == self.mark(name)]
 
-    def _everywhere(self, user: User, dsns: Mapping[str, str], warnings: list[str]) -> list[Administrator]:
-        """One for each cluster in which the user has a login role, recorded or left over from an earlier grant."""
+    def _everywhere(self, user: User, dsns: Mapping[str, str], warnings: list[str]) -> Iterator[Administrator]:
+        """One for each cluster in which the user has a login role: recorded, and then what is left over from an earlier
+        grant. What was not seen goes into `warnings`."""
         warnings += [
             f"{user.name} has a grant in {one}, which is not in the config; whether a login role is there was not seen"
             for one in user.grants
             if one not in self._settings.databases
         ]
-        found = self._administrators(user.grants, dsns)
-        known = {who.login.place for who in found}
+        recorded = self._administrators(user.grants, dsns)
+        yield from recorded
+        known = {who.login.place for who in recorded}
         for who in self._administrators(filter(self.logins.per_user, self._settings.databases), dsns):
             if who.login.place in known:
                 continue
             try:
                 with who.connected() as connection:
-                    found += [who] if self._there(connection, user.name) else []
-            except UnavailableError as problem:
+                    left = self._there(connection, user.name)
+            except Error as problem:
                 warnings.append(f"{problem.message}; whether {user.name} has left a role there was not seen")
-        return found
+                continue
+            if left:
+                yield who
 
     def set_login(self, name: str, dsns: Mapping[str, str], warnings: list[str], *, on: bool) -> Iterator[str]:
         """Give the user's login roles LOGIN or NOLOGIN, which also ends their connections; each role, when it is so.
@@ -102,7 +106,7 @@ class Departing:
         not seen goes into `warnings`."""
         return self._set_login(name, self._everywhere(self.user(name), dsns, warnings), on=on)
 
-    def _set_login(self, name: str, administrators: list[Administrator], *, on: bool) -> Iterator[str]:
+    def _set_login(self, name: str, administrators: Iterable[Administrator], *, on: bool) -> Iterator[str]:
         failed = Failures()
         for who in administrators:
             with failed, who.connected() as connection:
@@ -114,7 +118,7 @@ class Departing:
         not. The user's entry is not touched.
         Where it fails half-way, the Error says what was done; what is left is done by the next run."""
         done, locked, failed = Removed(), list[str](), Failures()
-        administrators = self._everywhere(self.user(name), dsns, done.warnings)
+        administrators = list(self._everywhere(self.user(name), dsns, done.warnings))
         with failed:
             for role in self._set_login(name, administrators, on=False):
                 locked.append(role)

@@ -98,7 +98,7 @@ def _files(patient: Patient) -> Iterator[Finding]:
         if user.tenant is not None and user.tenant not in places:
             hint = tenants.gone_hint(user)
             yield Finding("files", FAIL, f"{user.name} belongs to the tenant {user.tenant}, which is gone", hint)
-        for name in user.grants.keys() - patient.settings.databases.keys():
+        for name in sorted(user.grants.keys() - patient.settings.databases.keys()):
             what, hint = f"{user.name} has a grant in {name}, which is not in the config", "put the database back"
             yield Finding("files", FAIL, what, f"{hint}, or: mcpctl user remove {user.name}")
     for name, meant in dict.fromkeys(tenants.astray(places, people)):

@@ -145,6 +145,7 @@ def _add(
     from mcpctl import config as configuration
     from mcpctl import config_file, private_file
     from mcpctl.errors import ConflictError, NotFoundError, UsageError
+    from mcpctl.postgres import administrator
 
     found = loaded(context, config)
     if found.source is None:
@@ -153,7 +154,7 @@ def _add(
         raise UsageError("that cannot be a database's name", "a-z first, then a-z 0-9 - _, at most 63")
     if name in found.databases:
         raise ConflictError(f"there is a database {name} already", "`mcpctl database list` shows all")
-    admin = found.source.parent / "admin.dsn"
+    admin = found.source.parent / administrator.FILE
     lines = lines_of(admin) if test and values.get("roles") == "per_user" else {}
     source, own = found.source, found.auth.token_file.parent / f"{name}.password"
     if password is not None:
@@ -167,7 +168,6 @@ def _add(
             from mcpctl import rotation
             from mcpctl.identity import users
             from mcpctl.keyring import Keyring
-            from mcpctl.postgres import administrator
             from mcpctl.postgres.logins import Logins
             from mcpctl.state import State
 
