@@ -59,6 +59,22 @@ def test_disable_takes_the_login_ends_its_connections_and_enable_gives_it_back(h
     here.connect(user).close()
 
 
+def test_disable_finds_a_role_whose_database_is_no_longer_in_the_config(here: Place, user: str) -> None:
+    here.grant(user, "read", "public.orders")
+    text = here.config.read_text()
+    here.config.write_text(text.replace("  shop:\n", "  renamed:\n"))
+    try:
+        for word in ("disable", "enable"):
+            said = here.site.run("user", word, user).stderr
+            assert f"{user} has a grant in shop, which is not in the config" in said
+            assert f"LOGIN: mcp_{user}_r" in said
+            assert here.query("SELECT rolcanlogin FROM pg_roles WHERE rolname = %s", f"mcp_{user}_r") == [
+                (word == "enable",)
+            ]
+    finally:
+        here.config.write_text(text)
+
+
 def test_a_grant_to_a_disabled_user_by_another_name_of_the_host_keeps_the_password(here: Place, user: str) -> None:
     here.grant(user, "read", "public.orders")
     here.site.run("user", "disable", user)

@@ -101,6 +101,22 @@ def test_what_doctor_says_of_a_plain_password_leads_to_a_sealed_one(home: Home, 
     assert sealed(home) == PASSWORD
 
 
+def test_a_database_without_a_login_yet_is_looked_for_by_the_administrator(home: Home, newest_shop: site.Shop) -> None:
+    cluster = newest_shop.cluster
+    per_user = ["--host", cluster.host, "--port", str(cluster.port), "--roles", "per_user", "--dbname"]
+    blind = home("database", "add", "sales", *per_user, "shopp")
+    assert (blind.code, "nobody has looked whether sales is there" in blind.err) == (0, True)
+    assert home("database", "remove", "sales", "--yes").code == 0
+    admin = f"{cluster.dsn_for('postgres', cluster.superuser_password, 'postgres')}\n"
+    private_file.create(home.folder / "admin.dsn", f"sales: {admin}later: {admin}".encode())
+    before = home.files()
+    refused = home("database", "add", "sales", *per_user, "shopp")
+    assert (refused.code, 'database "shopp" does not exist' in refused.error) == (1, True)
+    assert unchanged(home, before)
+    seen = home("database", "add", "sales", *per_user, "shop")
+    assert (seen.code, "nobody has looked" in seen.err) == (0, False), seen.err
+
+
 def test_a_wrong_password_stores_nothing(home: Home, newest_shop: site.Shop) -> None:
     before = home.files()
     done = add(home, newest_shop, "--password-file", "-", stdin="wrong and secret\n")

@@ -291,6 +291,14 @@ def test_a_grant_that_is_pending_or_for_no_database_fails(doctor: Doctor, here: 
 
     doctor.appears(FAIL, "the grant is pending", printed, forgotten)
 
+    def elsewhere() -> None:
+        record(here.users, user, Grant("gone", read=("public",)))
+
+    def removed() -> None:
+        record(here.users, user, Grant("gone"))
+
+    doctor.appears(FAIL, f"{user} has a grant in gone, which is not in the config", elsewhere, removed)
+
 
 def test_functions_that_a_users_role_alone_may_execute_are_told(doctor: Doctor, here: Place, user: str) -> None:
     here.site.run("database", "harden", "shop", "--apply")

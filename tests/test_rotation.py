@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.identity import users
 from mcpctl.identity.grants import Grant
+from mcpctl.identity.own_databases import OwnDatabase, OwnDatabases
 from mcpctl.keyring import Keyring
+from mcpctl.state import State
 from site_of_mcpctl import environment, eventually, in_background, record
 
 PASSWORDS = {f"{user}:{access}": f"{user}-{access}-secret" for user in ("alice", "bob") for access in ("read", "write")}
@@ -188,6 +192,23 @@ def test_what_cannot_be_opened_stops_a_rotation_before_it_changes_anything(home:
     assert done.code == 3
     assert "two.password" in done.error
     assert {name: data for name, data in home.files().items() if "audit" not in name} == before
+
+
+def test_what_is_sealed_with_a_lost_key_is_named_with_what_takes_it_away(home: Home) -> None:
+    with closing(State(settings(home).server.state_file)) as state:
+        people = users.user_file(home.folder / "users.yaml")
+        row = OwnDatabase("alice", "lab", "h", "10.0.0.1", 5432, "d", "u", "", users.rfc3339(datetime.now(UTC)))
+        OwnDatabases(state, Keyring(home.folder / "secret.key"), people).add(row, "secret", 3)
+        with people.edit() as entries:
+            entries |= {name: replace(one, grants={}) for name, one in entries.items()}
+    (home.folder / "secret.key").unlink()
+    refused = home("key", "rotate")
+    said = "sealed with it are: the password of alice's own database lab; the password in "
+    assert (refused.code, said in refused.error, "database unregister U NAME" in refused.err) == (3, True, True)
+    assert said in home("doctor").out
+    assert home("database", "unregister", "alice", "lab").code == 0
+    assert [home("database", "remove", name, "--yes").code for name in FILES] == [0, 0]
+    assert home("key", "rotate").code == 0
 
 
 def test_a_password_that_is_not_in_the_config_yet_is_sealed_again_too(home: Home) -> None:

@@ -347,7 +347,7 @@ def test_adding_a_tenant_says_what_it_does_not_hide(home: Home) -> None:
 
 
 def test_a_tenants_database_gets_no_second_name(tmp_path: Path) -> None:
-    home = Home(tmp_path / "home", "  again: {host: /nonexistent, dbname: shop, user: other}\n")
+    home = Home(tmp_path / "home", f"{_TWO}  again: {{host: /nonexistent, dbname: shop, user: other}}\n")
     refused = home("tenant", "add", "acme", "--database", "shop")
     assert (refused.code, "shop is in PostgreSQL the same as again" in refused.error) == (5, True)
     text = home.config.read_text()
@@ -357,6 +357,12 @@ def test_a_tenants_database_gets_no_second_name(tmp_path: Path) -> None:
     refused = home("database", "add", "again", *again)
     assert (refused.code, "where the tenant acme has the database shop" in refused.error) == (5, True)
     assert "again" not in home.config.read_text()
+    assert home("tenant", "add", "wid", "--database", "both").code == 0
+    refused = home("database", "add", "again", *again[:2], "--dbname", "both", "--roles", "per_user", "--no-test")
+    assert (refused.code, "where the tenant wid has the database both" in refused.error) == (5, True)
+    assert home("tenant", "remove", "wid", "--yes").code == 0
+    refused = home("database", "add", "again", *again[:2], "--dbname", "both", "--roles", "per_user", "--no-test")
+    assert (refused.code, "where no tenant is, give one a login" in refused.err) == (3, True)
     assert home("database", "add", "else", *again[:3], "else", *again[4:]).code == 0
     home.config.write_text(text)
     for command in (("config", "check"), ("serve", "--port", "0")):

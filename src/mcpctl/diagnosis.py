@@ -77,7 +77,7 @@ def examine(patient: Patient) -> list[Finding]:
         found += _tried(f"database {name}", partial(_database, patient, name))
         if patient.settings.databases[name].roles == "per_user":
             found += _tried(f"database {name}", partial(_grants, patient, name))
-    return found
+    return list(dict.fromkeys(found))  # of several logins and users some are the same
 
 
 def _tried(check: str, work: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -96,16 +96,27 @@ def _files(patient: Patient) -> Iterator[Finding]:
     people = users.user_file(auth.user_file).current()
     for user in people.values():
         if user.tenant is not None and user.tenant not in places:
-            hint = "restore tenants.yaml, or: mcpctl tenant add"
+            hint = tenants.gone_hint(user)
             yield Finding("files", FAIL, f"{user.name} belongs to the tenant {user.tenant}, which is gone", hint)
+        for name in sorted(user.grants.keys() - patient.settings.databases.keys()):
+            what, hint = f"{user.name} has a grant in {name}, which is not in the config", "put the database back"
+            yield Finding("files", FAIL, what, f"{hint}, or: mcpctl user remove {user.name}")
+    for name, meant in dict.fromkeys(tenants.astray(places, people)):
+        hint = f"mend tenants.yaml; where it is right: mcpctl user ungrant {name} --database {meant.database} --apply"
+        what = f"{name}, of the tenant {meant.name}, has a grant in {meant.where}, which tenants.yaml does not give it"
+        yield Finding("files", FAIL, what, hint)
     for key, stranger in users.listed_strangers(auth, people):
         hint = "mend the name in the config, or take it out: whoever is made a user by that name is on the list, too"
         yield Finding("files", FAIL, f"{key} names {stranger}, and there is no such user", hint)
     for place in places.values():
         if place.database not in patient.settings.databases:
-            hint = f"mcpctl database add {place.database}, or: mcpctl tenant remove {place.name}"
+            hint = (
+                f"mend the name in tenants.yaml; or, where the database is gone from the config: mcpctl database add "
+                f"{place.database}, or: mcpctl tenant remove {place.name}"
+            )
             yield Finding("files", FAIL, f"the tenant {place.name} has {place.where}, which is not in the config", hint)
-        for name in tenants.strangers(place, people):
+        rightful = {name: one for name, one in people.items() if one.tenant is None or one.tenant in places}
+        for name in tenants.strangers(place, rightful):  # of the others it is said above what to do
             hint = f"mcpctl user ungrant {name} --database {place.database} --apply"
             yield Finding(
                 "files", FAIL, f"{name} has a grant in {place.where}, which is the tenant {place.name}'s", hint
@@ -155,17 +166,14 @@ def _answering(patient: Patient, granting: Granting, name: str) -> tuple[str, in
 
 def _keys(patient: Patient) -> Iterator[Finding]:
     ring = Keyring(patient.settings.keyring.file)
-    count = 0
     with closing(State(patient.settings.server.state_file)) as state:
-        for store in rotation.stores(patient.settings, state):
-            for text, what in store.sealed():
-                ring.open(text, what)
-                count += 1
+        everything = [item for store in rotation.stores(patient.settings, state) for item in store.sealed()]
+    rotation.check_opens(ring, everything)
     if not ring.path.exists():
         yield Finding("keys", WARN, f"there is no {ring.path}, and nothing is sealed", "`mcpctl key rotate` makes it")
         return
     old = len(ring.keys()) - 1
-    yield Finding("keys", OK, f"{count} sealed passwords open with {ring.path}")
+    yield Finding("keys", OK, f"{len(everything)} sealed passwords open with {ring.path}")
     if old:
         what = "an old key is still there: a rotation was interrupted, or you have put it there"
         yield Finding("keys", WARN, what, "mcpctl key rotate")
@@ -314,7 +322,6 @@ def _open_still(
 
 def _grants(patient: Patient, name: str) -> Iterator[Finding]:
     check, granting = f"database {name}", patient.granting()
-    shown: list[Finding] = []
     asked: set[str] = set()
     for user in granting.people().values():
         grant = user.grants.get(name)
@@ -335,10 +342,7 @@ def _grants(patient: Patient, name: str) -> Iterator[Finding]:
             for access in ACCESSES:
                 role = login_role(user.name, access)
                 if grant.has(access) and f"{role}: is not there" not in wrong:
-                    for finding in _open_still(check, name, connection, role, functions=access not in asked):
-                        if finding not in shown:
-                            shown.append(finding)
-                            yield finding
+                    yield from _open_still(check, name, connection, role, functions=access not in asked)
                     asked.add(access)
     for database, sentence in granting.strays(patient.dsns, name):
         everybodys = sentence.startswith((f"{hba.GROUP}:", f"{roles.HEIR}:"))

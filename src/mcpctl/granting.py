@@ -4,15 +4,15 @@ What takes a right away is recorded first, and the server refuses whoever could 
 refuse too; what gives one is recorded as pending, which the server honours as far as PostgreSQL lets the role in.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from mcpctl.config import check_database
 from mcpctl.config_keys import Settings
-from mcpctl.errors import ConflictError, Error, Failures, NotFoundError, UnavailableError, UsageError
+from mcpctl.departing import Departing
+from mcpctl.errors import ConflictError, Error, Failures, NotFoundError, UsageError
 from mcpctl.identity import tenants, users
-from mcpctl.identity.entry_file import EntryFile
-from mcpctl.identity.grants import ACCESSES, REVOKING, Grant, identifier, login_role
+from mcpctl.identity.grants import ACCESSES, REVOKING, Grant, login_role
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.users import User
 from mcpctl.keyring import Keyring
@@ -20,7 +20,6 @@ from mcpctl.postgres import administrator, hba, parameters, roles, scram
 from mcpctl.postgres.administrator import Administrator, Connection
 from mcpctl.postgres.differences import BY_HAND, differences, of_group
 from mcpctl.postgres.login import Login
-from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.parameters import Parameters
 from mcpctl.postgres.roles import GONE, Rights, Terms
 
@@ -29,33 +28,13 @@ UNSEEN = "nobody can log in there and look; `mcpctl user ungrant … --done` whe
 """What is said of a grant that was taken back by hand, perhaps."""
 
 
-@dataclass
-class Removed:
-    """What the end of a user took along: login roles, and what they owned by database; what PostgreSQL warned of."""
-
-    roles: list[str] = field(default_factory=list)
-    owned: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-class Granting:
+class Granting(Departing):
     """The grants of one installation. `installation` marks its roles; see `audit.installation`."""
 
     def __init__(self, settings: Settings, keyring: Keyring, installation: str) -> None:
-        self._settings = settings
+        super().__init__(settings, keyring, installation)
         self._keyring = keyring
-        self._installation = installation
-        self._file: EntryFile[User] = users.user_file(settings.auth.user_file)
         self._tenants = tenants.tenant_file(settings.auth.tenant_file)
-        self.logins = Logins(settings.databases, keyring)
-
-    def user(self, name: str) -> User:
-        """The user's entry, or NotFoundError (exit 4)."""
-        return users.find(self._file.current(), name)
-
-    def people(self) -> Mapping[str, User]:
-        """All users."""
-        return self._file.current()
 
     def check(self, database: str, access: str | None = None) -> None:
         """Raises where no grant can be made in a database: it is not in the config, all share one login there, or the
@@ -71,10 +50,6 @@ class Granting:
                 f"in the database {database} nobody may change settings: the config lists none",
                 f"name those that may be changed, such as databases.{database}.settings: [work_mem]",
             )
-
-    def mark(self, user: str) -> str:
-        """The COMMENT of the user's login roles."""
-        return roles.mark(self._installation, user)
 
     def terms(self, user: str, database: str) -> Terms:
         """What the user's login roles are given in a database, besides rights."""
@@ -101,7 +76,7 @@ class Granting:
 
     def confined(self, name: str, database: str, access: str, targets: tuple[str, ...]) -> tuple[str, ...]:
         """The targets of a grant, within the user's tenant. UsageError for what is outside of it; ConflictError where
-        the whole grant, with what it has already, would reach another tenant's place."""
+        the whole grant, with what it has already, would reach another tenant's place, or one that is meant to be."""
         user = self.user(name)
         tenant, old = user.tenant, user.grants.get(database, Grant(database))
         if access == "admin" and tenant is not None:
@@ -118,7 +93,14 @@ class Granting:
                     f"{name} has a grant on {text} in {database} from before, which is outside of the tenant {tenant}",
                     f"take it back first: mcpctl user ungrant {name} --database {database}",
                 )
-        self._check_strangers(places, replace(user, grants={database: old.more(access, targets)}))
+        wanted = replace(user, grants={database: old.more(access, targets)})
+        self._check_strangers(places, wanted)
+        for other, meant in tenants.astray(places, self.people()):
+            if tenants.strangers(meant, {"": wanted}):
+                raise ConflictError(
+                    f"{other}, of the tenant {meant.name}, has a grant in {meant.where}: is tenants.yaml right?",
+                    f"mend it there; where it is right: mcpctl user ungrant {other} --database {database}",
+                )
         return targets
 
     @staticmethod
@@ -126,10 +108,10 @@ class Granting:
         """Refuses a grant that reaches into the place of a tenant whom the user does not belong to."""
         for place in places.values():
             if tenants.strangers(place, {"": user}):
+                outside = "grant what is outside of it, taking back what is not, or " if place.schema else ""
                 raise ConflictError(
                     f"{place.where} is the tenant {place.name}'s alone",
-                    "grant what is outside of it, taking back what is not, or make a user who belongs to the tenant: "
-                    "user add --tenant",
+                    f"{outside}make a user who belongs to the tenant: user add --tenant",
                 )
 
     def worst(self, database: str) -> int:
@@ -396,111 +378,6 @@ class Granting:
                     if ours and role.name not in wanted:
                         found.setdefault(role.name, (database, f"{role.name}: is there, and no grant needs it"))
         return list(found.values())
-
-    # -- the end of a user -----------------------------------------------------------------------------------------
-
-    def check_administrators(self, user: User, dsns: Mapping[str, str]) -> None:
-        """Raises NotFoundError where no administrator reaches some of the user's login roles."""
-        if lacking := self.unreached(user, dsns):
-            raise NotFoundError(
-                f"there is no administrator for the database {next(iter(lacking))}, where {user.name} has a grant",
-                f"put a connection string into {administrator.FILE}; or have a DBA run what `mcpctl user ungrant "
-                f"{user.name} --database {next(iter(lacking))} --print-sql` prints, and then: mcpctl grant diff, and "
-                f"mcpctl user remove {user.name}",
-            )
-
-    def unreached(self, user: User, dsns: Mapping[str, str]) -> dict[str, list[str]]:
-        """The user's login roles that no administrator reaches, by a database of their cluster."""
-        reached = {one.login.place for one in self._administrators(user.grants, dsns)}
-        return {
-            name: [login_role(user.name, access) for access in ACCESSES if access in grant.passwords]
-            for name, grant in user.grants.items()
-            if name in self._settings.databases and self.logins.host(name).place not in reached
-        }
-
-    def _administrators(self, databases: Iterable[str], dsns: Mapping[str, str]) -> list[Administrator]:
-        """One for each cluster of these databases, as far as there are any."""
-        known = [one for one in databases if one in self._settings.databases and one in dsns]
-        places = {self.logins.host(one).place: one for one in known}
-        return [Administrator.of(dsns, self.logins.host(one)) for one in places.values()]
-
-    def _there(self, connection: Connection, name: str) -> list[str]:
-        """The user's login roles in that cluster; one that somebody else made is none of them."""
-        found = administrator.login_roles(connection)
-        wanted = [login_role(name, access) for access in ACCESSES]
-        return [role for role in wanted if role in found and found[role].mark == self.mark(name)]
-
-    def _everywhere(self, user: User, dsns: Mapping[str, str], warnings: list[str]) -> list[Administrator]:
-        """One for each cluster in which the user has a login role, recorded or left over from an earlier grant."""
-        found = self._administrators(user.grants, dsns)
-        known = {who.login.place for who in found}
-        for who in self._administrators(filter(self.logins.per_user, self._settings.databases), dsns):
-            if who.login.place in known:
-                continue
-            try:
-                with who.connected() as connection:
-                    found += [who] if self._there(connection, user.name) else []
-            except UnavailableError as problem:
-                warnings.append(f"{problem.message}; whether {user.name} has left a role there was not seen")
-        return found
-
-    def set_login(self, name: str, dsns: Mapping[str, str], *, on: bool) -> Iterator[str]:
-        """Give the user's login roles LOGIN or NOLOGIN, which also ends their connections; each role, when it is so.
-        Neither a cluster that cannot be reached nor a role keeps others from it; the Error comes at the end."""
-        return self._set_login(name, self._administrators(self.user(name).grants, dsns), on=on)
-
-    def _set_login(self, name: str, administrators: list[Administrator], *, on: bool) -> Iterator[str]:
-        failed = Failures()
-        for who in administrators:
-            with failed, who.connected() as connection:
-                yield from administrator.set_login(who, connection, self._there(connection, name), failed, on=on)
-        failed.check()
-
-    def end(self, name: str, dsns: Mapping[str, str]) -> Removed:
-        """Take every login role of a user away, in all databases of each cluster, whether a grant is recorded there or
-        not. The user's entry is not touched.
-        Where it fails half-way, the Error says what was done; what is left is done by the next run."""
-        done, locked, failed = Removed(), list[str](), Failures()
-        administrators = self._everywhere(self.user(name), dsns, done.warnings)
-        with failed:
-            for role in self._set_login(name, administrators, on=False):
-                locked.append(role)
-        for who in administrators:
-            with failed, who.connected() as connection:
-                for role in self._there(connection, name):
-                    with failed:
-                        self._end_role(who, role, name, done)
-                done.warnings += who.warnings
-        try:
-            failed.check()
-        except Error as problem:
-            left = [one for one in locked if one not in done.roles]
-            raise Error(
-                f"{problem.message}; dropped so far: {', '.join(done.roles) or 'no role'}; without LOGIN, and still "
-                f"there: {', '.join(left) or 'none'}",
-                f"{problem.hint or 'see doctor'}; then mcpctl user remove {name} --yes again, which goes on from there",
-                exit_code=problem.exit_code,
-            ) from None
-        return done
-
-    def _end_role(self, who: Administrator, role: str, name: str, done: Removed) -> None:
-        with who.connected() as connection:
-            administrator.check_gone(connection, role)  # it would outlive the role
-        for dbname in who.databases_of(role):
-            with who.connected(dbname) as connection:
-                done.owned += [f"{role} owned {one} in {dbname}" for one in administrator.owned(connection, role)]
-                connection.execute(roles.leave_here(role, self.mark(name)).encode())
-        with who.connected() as connection:
-            if role in administrator.login_roles(connection):
-                shut = administrator.shut_with(connection, role)
-                why = [f"it has something in the database {one}, which allows no connections" for one in shut]
-                raise Error(
-                    f"role {role} has no LOGIN any more, and stays: {'; '.join(why or who.warnings) or 'see doctor'}",
-                    f"ALTER DATABASE {identifier(shut[0])} ALLOW_CONNECTIONS true"
-                    if shut
-                    else "take from it what others have granted",
-                )
-        done.roles.append(role)
 
 
 def told(grant: Grant) -> str:

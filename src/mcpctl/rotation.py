@@ -6,7 +6,7 @@ go, and the comment with them. Whoever seals meanwhile does so under the lock of
 state.db; both are held for the last look and the dropping.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from mcpctl.identity.users import User
 from mcpctl.keyring import Keyring
 from mcpctl.state import State
 
+_MANY = 5
 Again = Callable[[str, str], str]
 """(sealed, what it is) → the same, sealed with the newest key."""
 
@@ -133,8 +134,7 @@ def _rotate(settings: Settings, state: State, known_by_servers: Callable[[str], 
         key = keyring.new_key()
         private_file.create(path, key.encode() + b"\n")
         return keyring.key_id(key), 0, False
-    for text, what in everything:
-        ring.open(text, what)
+    check_opens(ring, everything)
     newest, made_before = _add_key(path)
     if ignorant := known_by_servers(keyring.key_id(newest)):
         raise Error(
@@ -162,6 +162,21 @@ def _rotate(settings: Settings, state: State, known_by_servers: Callable[[str], 
             raise Error(f"{left[0]} was sealed with an old key meanwhile; no key was dropped", "run it again")
         _drop_others(path, newest)
     return keyring.key_id(newest), count, made_before
+
+
+def check_opens(ring: Keyring, everything: Sequence[tuple[str, str]]) -> None:
+    """ConfigError (exit 3) where one of these, (sealed, what it is), cannot be opened; where the key file is gone it
+    names the first few, and how they are taken away."""
+    if everything and not ring.path.exists():
+        more = f" and {len(everything) - _MANY} more" if len(everything) > _MANY else ""
+        raise ConfigError(
+            f"there is no key file {ring.path}, and sealed with it are: "
+            f"{'; '.join(what for _, what in everything[:_MANY])}{more}",
+            "restore it from your backup; if it is lost, take these away: mcpctl user remove U, mcpctl database "
+            "unregister U NAME, mcpctl database remove D; then mcpctl key rotate makes a new one",
+        )
+    for text, what in everything:
+        ring.open(text, what)
 
 
 def _add_key(path: Path) -> tuple[str, bool]:

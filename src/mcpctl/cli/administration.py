@@ -12,7 +12,7 @@ from mcpctl.cli import common
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
     from mcpctl.granting import Granting
-    from mcpctl.postgres.administrator import Administrator
+    from mcpctl.postgres.administrator import Administrator, Lines
     from mcpctl.postgres.logins import Logins
 
 
@@ -105,6 +105,16 @@ class Files:
         return found
 
 
+def lines_of(admin: Path) -> "Lines":
+    """What the administrator's file says; nothing where it is not there, or root's, and we are not."""
+    from mcpctl.postgres import administrator
+
+    try:
+        return administrator.lines(admin) if admin.exists() else {}
+    except PermissionError:
+        return {}
+
+
 def files_of(context: typer.Context, config: Path | None, *, needs_log: bool) -> Files:
     """The installation; root reads the administrator's file before it becomes the owner of the others."""
     import os
@@ -114,10 +124,7 @@ def files_of(context: typer.Context, config: Path | None, *, needs_log: bool) ->
 
     source = configuration.find(config or context.find_root().obj.config, os.environ)
     admin = source.parent / administrator.FILE if source is not None else None
-    try:
-        lines = administrator.lines(admin) if admin is not None and admin.exists() else {}
-    except PermissionError:  # it is root's, and we are not: as if there were none
-        lines = {}
+    lines = lines_of(admin) if admin is not None else {}
     found = common.settings(context, config, needs_log=needs_log)
     dsns = administrator.by_database(admin, lines, found) if admin is not None else {}
     return Files(found, dsns, admin)

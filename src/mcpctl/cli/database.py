@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcpctl.cli import output, own_database
-from mcpctl.cli.administration import files_of
+from mcpctl.cli.administration import files_of, lines_of
 from mcpctl.cli.common import (
     ConfigOption,
     JsonOption,
@@ -22,7 +22,7 @@ from mcpctl.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Mapping
 
     from mcpctl.config_keys import Settings
     from mcpctl.keyring import Keyring
@@ -145,6 +145,7 @@ def _add(
     from mcpctl import config as configuration
     from mcpctl import config_file, private_file
     from mcpctl.errors import ConflictError, NotFoundError, UsageError
+    from mcpctl.postgres import administrator
 
     found = loaded(context, config)
     if found.source is None:
@@ -153,6 +154,8 @@ def _add(
         raise UsageError("that cannot be a database's name", "a-z first, then a-z 0-9 - _, at most 63")
     if name in found.databases:
         raise ConflictError(f"there is a database {name} already", "`mcpctl database list` shows all")
+    admin = found.source.parent / administrator.FILE
+    lines = lines_of(admin) if test and values.get("roles") == "per_user" else {}
     source, own = found.source, found.auth.token_file.parent / f"{name}.password"
     if password is not None:
         values["service_password_file" if "service_dsn" in values else "password_file"] = str(own)
@@ -165,6 +168,7 @@ def _add(
             from mcpctl import rotation
             from mcpctl.identity import users
             from mcpctl.keyring import Keyring
+            from mcpctl.postgres.logins import Logins
             from mcpctl.state import State
 
             keyring = Keyring(new.keyring.file)
@@ -178,6 +182,9 @@ def _add(
                     private_file.create(own, keyring.seal(password, beside).encode() + b"\n")
             try:
                 _try(new, name, keyring, test=test)
+                if test and not Logins({name: new.databases[name]}, keyring).own(name):
+                    mine = {one: line for one, line in lines.items() if one in ("", name)}  # others may come yet
+                    _look(new, name, administrator.by_database(admin, mine, new))
                 _check_twin(new, name, keyring, test=test)
             except BaseException:
                 if password is not None:
@@ -193,18 +200,21 @@ def _add(
 
 def _check_twin(new: "Settings", name: str, keyring: "Keyring", *, test: bool) -> None:
     """Refuses a second name for a database that is a tenant's: whoever may use that one would be in it."""
+    from dataclasses import replace
+
     from mcpctl.errors import ConflictError
     from mcpctl.identity import tenants, users
     from mcpctl.postgres.logins import Logins
 
     every = tenants.tenant_file(new.auth.tenant_file).current()  # one may have lost its database, which this brings
     tenants.check_members(new.auth.tenant_file, every, users.user_file(new.auth.user_file).current())
-    logins = Logins(new.databases, keyring)
     places = [one for one in every.values() if one.database != name]
     there = {one.database for one in places if one.database in new.databases}
-    same = {one for one in there if logins.same(name, one)} or (
-        one_answers(new, logins, name, there) if test else set()
-    )
+    apart = {**new.databases, name: replace(new.databases[name], roles="shared")}  # else Logins refuses it
+    same = {one for one in there if Logins(apart, keyring).same(name, one)}
+    if not same:
+        logins = Logins(new.databases, keyring)
+        same = one_answers(new, logins, name, there) if test else set()
     for place in places:
         if place.database in same:
             raise ConflictError(
@@ -243,6 +253,19 @@ def _try(new: "Settings", name: str, keyring: "Keyring", *, test: bool) -> None:
     logins = Logins({name: new.databases[name]}, keyring)
     for login in logins.own(name) if test else ():
         trial.log_in(login).check(login)
+
+
+def _look(new: "Settings", name: str, dsns: "Mapping[str, str]") -> None:
+    """Where nobody can log in yet: whether the administrator gets into that database; else warns that nobody looked."""
+    from mcpctl.keyring import Keyring
+    from mcpctl.postgres.administrator import Administrator
+    from mcpctl.postgres.logins import Logins
+
+    if name in dsns:
+        login = Logins({name: new.databases[name]}, Keyring(new.keyring.file)).host(name)
+        Administrator.of(dsns, login).connect().close()
+    else:
+        output.warn(f"nobody has looked whether {name} is there", "the first grant needs it; is no name a typo?")
 
 
 @app.command("list")

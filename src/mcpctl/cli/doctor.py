@@ -25,8 +25,8 @@ def doctor(context: typer.Context, json: JsonOption = False, config: ConfigOptio
         findings = [{"check": one.check, "status": one.status, "what": one.what, "hint": one.hint} for one in found]
         output.put_json({"ok": healthy, "findings": findings})
     else:
-        output.put_table(
-            ["STATUS", "CHECK", "WHAT", "WHAT TO DO"], [(one.status, one.check, one.what, one.hint) for one in found]
-        )
+        rows = [(one.status, one.check, one.what, one.hint) for one in found]
+        shown = [[" ".join((cell or "").split("\n")) for cell in row] for row in rows]  # some have lines
+        output.put_table(["STATUS", "CHECK", "WHAT", "WHAT TO DO"], shown)
     if not healthy:
         raise typer.Exit(1)

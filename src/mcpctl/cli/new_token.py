@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from mcpctl.config_keys import Settings
+    from mcpctl.identity.tenants import Tenant
     from mcpctl.identity.tokens import Token
     from mcpctl.identity.users import User
 
@@ -182,6 +183,7 @@ def permission_of(found: "Settings", text: str) -> str:
 def tell(found: "Settings", entry: "Token", entries: Any) -> None:
     """The facts of a new token, on stderr."""
     from mcpctl.config import covers
+    from mcpctl.identity import tenants, users
     from mcpctl.identity.tokens import rfc3339, utcnow
 
     whose = f"user {entry.user}" if entry.user else "a service"
@@ -194,16 +196,14 @@ def tell(found: "Settings", entry: "Token", entries: Any) -> None:
         if not any(covers(pattern, wanted) for pattern in entry.permissions for wanted in asked):
             hint = "add --permission 'databases:*:read'"
             output.warn("this token's permissions name no database, so it can ask none", hint)
-    _tell_of_grants(found, entry)
+    everybody, places = users.user_file(found.auth.user_file).current(), tenants.checked(found)
+    named = _usable(found, entry, everybody, places)
+    _tell_of_grants(found, everybody.get(entry.user or ""), places, named)
     now = utcnow()
     living = [token for token in entries.values() if token.status(now) in ("active", "expiring")]
-    worst = sum(
-        database.pool.max_size
-        for token in living
-        for name, database in found.databases.items()
-        if token.databases is None or name in token.databases
-    )
-    _tell_of_limits(found, entry, living)
+    wanted = [name for token in living for name in _usable(found, token, everybody, places)]
+    worst = sum(found.databases[name].pool.max_size for name in wanted)
+    _tell_of_limits(found, entry, named, living)
     if worst > found.limits.connections:
         output.say(
             f"note: the {len(living)} living tokens could want {worst} connections at once, and the server has "
@@ -211,24 +211,32 @@ def tell(found: "Settings", entry: "Token", entries: Any) -> None:
         )
 
 
-def _tell_of_grants(found: "Settings", entry: "Token") -> None:
-    """Whether the user could ask nothing with it: in a database whose roles are per user a grant is needed."""
-    from mcpctl.identity import tenants, users
+def _usable(
+    found: "Settings", token: "Token", everybody: "Mapping[str, User]", places: "Mapping[str, Tenant]"
+) -> list[str]:
+    """The databases that a token is for, without those that tenants keep it from."""
+    from mcpctl.identity import tenants
 
-    user, places = users.user_file(found.auth.user_file).current().get(entry.user or ""), tenants.checked(found)
+    user = everybody.get(token.user or "")
     own, closed = places.get((user and user.tenant) or ""), tenants.closed(places, user)
-    named = [name for name in found.databases if entry.databases is None or name in entry.databases]
-    named = [name for name in named if name not in closed and (own is None or name == own.database)]
+    named = [name for name in found.databases if token.databases is None or name in token.databases]
+    return [name for name in named if name not in closed and (own is None or name == own.database)]
+
+
+def _tell_of_grants(found: "Settings", user: "User | None", places: "Mapping[str, Tenant]", named: list[str]) -> None:
+    """Whether the user could ask nothing with it: in a database whose roles are per user a grant is needed."""
+    from mcpctl.identity import tenants
+
     per_user = [name for name in named if found.databases[name].roles == "per_user"]
     if user is not None and per_user and named == per_user and not any(name in user.grants for name in per_user):
-        which = next((name for name in per_user if tenants.grantable(places, user.tenant, name)), None)
-        only = "" if which else " --schema S"  # of the others some schemas are tenants'
-        command = f"mcpctl user grant {user.name} --database {which or per_user[0]}{only} --access read --apply"
+        whole = [name for name in per_user if tenants.grantable(places, user.tenant, name)]
+        only, most = "" if whole else " --schema S", whole or per_user  # of the others some schemas are tenants'
+        command = f"mcpctl user grant {user.name} --database {most[0]}{only} --access read --apply"
         hint = command + config_flag(found.source)
-        output.warn(f"{user.name} has no grant in {', '.join(per_user)}, so the token opens nothing there", hint)
+        output.warn(f"{user.name} has no grant in {', '.join(most)}, so the token opens nothing there", hint)
 
 
-def _tell_of_limits(found: "Settings", entry: "Token", living: "list[Token]") -> None:
+def _tell_of_limits(found: "Settings", entry: "Token", named: list[str], living: "list[Token]") -> None:
     """Whether the user's tokens could want more than their login role may have, or the server more than PostgreSQL."""
     from mcpctl.errors import Error
     from mcpctl.keyring import Keyring
@@ -237,9 +245,8 @@ def _tell_of_limits(found: "Settings", entry: "Token", living: "list[Token]") ->
 
     own = sum(token.user == entry.user for token in living) if entry.user is not None else 0
     logins = Logins(found.databases, Keyring(found.keyring.file))
-    for name, database in found.databases.items():
-        if entry.databases is not None and name not in entry.databases:
-            continue
+    for name in named:
+        database = found.databases[name]
         most = database.pool.max_per_user
         if database.roles == "per_user" and own * database.pool.max_size > most:
             output.say(

@@ -268,15 +268,17 @@ def _switch(context: typer.Context, name: str, reason: str | None, json: bool, c
     if changed:
         note(found, f"user.{word}", user=name, reason=by_whom(context, reason))
     words, values = proof_of_user(found, name) if off else ("", None)
-    locked: list[str] = []
+    locked, unseen = list[str](), list[str]()
     failed: Error | None = None
     if user.grants:
         granting = files.granting()
         try:
-            for role in granting.set_login(name, files.dsns, on=not off):
+            for role in granting.set_login(name, files.dsns, unseen, on=not off):
                 locked.append(role)
         except Error as problem:
             failed = problem
+        for text in unseen:
+            output.warn(text, f"put the database back into the config, and then: mcpctl user {word[:-1]} {name} again")
         for database, roles in granting.unreached(user, files.dsns).items():
             script = " ".join(switch_login(roles, on=not off))
             output.warn(f"{database}: no administrator to {word[:-1]} the login roles; a DBA runs: {script}")

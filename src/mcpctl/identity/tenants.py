@@ -164,8 +164,16 @@ def check_members(path: Path, entries: Mapping[str, Tenant], people: Mapping[str
         if user.tenant is not None and user.tenant not in entries:
             raise ConfigError(
                 f"{path}: there is no tenant {user.tenant}, and the user {user.name} belongs to it",
-                f"put it back: mcpctl tenant add {user.tenant}; or: mcpctl user remove {user.name}",
+                gone_hint(user),
             )
+
+
+def gone_hint(user: User) -> str:
+    """What to do where the tenant that a user belongs to is not there."""
+    return (
+        f"mend the name in tenants.yaml, or put it back: mcpctl tenant add {user.tenant}; or: mcpctl user remove "
+        f"{user.name}"
+    )
 
 
 def closed(entries: Mapping[str, Tenant], user: User | None) -> dict[str, str]:
@@ -189,6 +197,20 @@ def grantable(entries: Mapping[str, Tenant], tenant: str | None, database: str) 
 def strangers(tenant: Tenant, people: Mapping[str, User]) -> list[str]:
     """The users outside of a tenant who were granted something in its place."""
     return [user.name for user in people.values() if user.tenant != tenant.name and _enters(user, tenant)]
+
+
+def astray(entries: Mapping[str, Tenant], people: Mapping[str, User]) -> Iterator[tuple[str, Tenant]]:
+    """Each user of a tenant who has a grant outside of its place, with the tenant as it would be if it had that one:
+    where the file has a typo, that one is meant, and open to others."""
+    for user in people.values():
+        if (place := entries.get(user.tenant or "")) is None:
+            continue
+        for grant in user.grants.values():
+            for one in (*grant.read, *grant.write):
+                if place.database != grant.database or place.outside([one]):
+                    whole = place.schema is None or one == grants.EVERYTHING
+                    schema = None if whole else grants.quoted(grants.parse(one).schema)
+                    yield user.name, replace(place, database=grant.database, schema=schema)
 
 
 def _enters(user: User, tenant: Tenant) -> bool:

@@ -45,7 +45,7 @@ class Logins:
                 raise ConfigError(
                     f"databases.{other} and databases.{name} are the same database of PostgreSQL, and each would "
                     "take away what the other grants",
-                    "leave one of them, or give one a login of its own with roles: shared",
+                    "leave one of them; or, where no tenant is, give one a login of its own with roles: shared",
                 )
             self.twins |= {name: other, other: name}
         for name, login in self._services.items():
