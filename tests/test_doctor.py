@@ -119,6 +119,24 @@ def test_a_second_name_of_a_tenants_database_fails_by_config_or_by_what_answers(
     doctor.appears(WARN, "nobody could see whether another database is", of("other"), lost)
 
 
+def test_a_tenants_schema_that_everybody_may_use_fails(doctor: Doctor, here: Place) -> None:
+    file = here.folder / "tenants.yaml"
+    text = file.read_text()
+    here.do("CREATE SCHEMA north")
+    file.write_text(
+        "version: 1\ntenants:\n  north: {created_at: '2026-11-20T12:00:00Z', database: shop, schema: north}\n"
+    )
+    try:
+        doctor.appears(
+            FAIL, "PUBLIC may use the schema north of shop, and so may every tenant",
+            lambda: here.do("GRANT USAGE ON SCHEMA north TO PUBLIC"),
+            lambda: here.do("REVOKE USAGE ON SCHEMA north FROM PUBLIC"),
+        )  # fmt: skip
+    finally:
+        file.write_text(text)
+        here.do("DROP SCHEMA north")
+
+
 def test_a_name_in_the_configs_lists_that_no_user_has_is_told(doctor: Doctor, here: Place, user: str) -> None:
     text = here.config.read_text()
     listed = f"auth: {{admin_users: [{user}], read_only_users: [typo]}}\n"

@@ -86,7 +86,7 @@ def test_a_registered_database_is_asked_by_its_name_like_any_other(at: Site, sho
     do(carol, "query_database", query="select count(*) from orders", databases=["shop", "lab"])
     asked = lines(at, tool="query_database")
     assert [line["database"] for line in asked] == ["own:lab", "shop,own:lab", "shop,own:lab"]
-    assert asked[-1]["relations"] == ["shop:public.orders", "own:lab:public.orders"]
+    assert asked[-1]["relations"] == ["own:lab:public.orders", "shop:public.orders"]
     assert {line["database"] for line in lines(at, event="pool.opened")} == {"shop", "own:lab"}
     (registered,) = lines(at, tool="register_database")
     assert registered["database"] == "own:lab"

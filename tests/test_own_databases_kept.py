@@ -383,3 +383,27 @@ def test_a_user_s_end_does_not_wait_for_a_store_that_is_broken(make_site: MakeSi
     checked = at.run("config", "check", check=False)
     assert checked.returncode == 3
     assert "server.state_file" in checked.stderr
+
+
+def test_no_login_role_of_mcpctls_own_is_brought(make_site: MakeSite, newest_shop: Shop) -> None:
+    """pg_hba.conf lets them in from here; one whose password its user has changed would outlive the user's token."""
+    at = users_of(make_site(newest_shop, extra=ON, tcp=True)).start()
+    with newest_shop.admin() as admin:
+        admin.execute("CREATE ROLE mcp_logins; CREATE ROLE mcp_kim_w LOGIN PASSWORD 'hacked' IN ROLE mcp_logins")
+        admin.execute("GRANT CONNECT ON DATABASE shop TO mcp_kim_w")
+    try:
+        with at.client(at.token("carol")[1]) as carol:
+            cluster = newest_shop.cluster
+            theirs = f"postgresql://mcp_kim_w:hacked@127.0.0.1:{cluster.port}/shop"
+            said = refused(carol, "register_database", name="kims", dsn=theirs)
+            assert "that login is one of mcpctl's own" in said
+            assert do(carol, "list_my_databases")["databases"] == []
+    finally:
+        with newest_shop.admin() as admin:
+            admin.execute("DROP OWNED BY mcp_kim_w; DROP ROLE mcp_kim_w, mcp_logins")
+
+
+def test_a_connection_string_in_the_place_of_a_table_is_neither_repeated_nor_logged(at: Site, carol: Client) -> None:
+    for wrong in ({"table": "postgresql://u:CANARY@h/d"}, {"schema": "host=h password=CANARY"}):
+        assert "of that name" in refused(carol, "get_schema_info", **wrong)
+    assert b"CANARY" not in (at.folder / "audit.jsonl").read_bytes()

@@ -365,7 +365,15 @@ def _administered(patient: Patient, granting: Granting, name: str, check: str) -
             check, OK if enough else WARN, f"all grants could hold {worst} connections, and it has {room} to give",
             None if enough else f"lower databases.{name}.pool.max_per_user, or raise max_connections",
         )  # fmt: skip
+        places = tenants.tenant_file(patient.settings.auth.tenant_file).current().values()
+        theirs = [one for one in places if one.database == name and one.own]
+        public = [one for one in theirs if administrator.public_may_use(connection, one.own or "")]
         kept = administrator.keeps_logins_here(connection, name)
+    for place in public:
+        yield Finding(
+            check, FAIL, f"PUBLIC may use {place.where}, and so may every tenant",
+            f"REVOKE ALL ON SCHEMA {place.schema} FROM PUBLIC",
+        )  # fmt: skip
     if kept is not None:
         yield Finding(check, WARN, kept.message, kept.hint)
     elif not who.warnings:

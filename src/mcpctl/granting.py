@@ -170,7 +170,8 @@ class Granting(Departing):
         What is made is what users.yaml says when it is our turn: another command may have recorded more meanwhile, and
         finds it made."""
         before, after = self._recorded(name, database, change)
-        undo = not after.empty and before.recorded <= after.recorded
+        nothing = before.empty and before.state is None
+        undo = nothing or (not after.empty and before.recorded <= after.recorded)
         try:
             with who.connected() as connection:
                 connection.execute(f"BEGIN; {roles.TURN}".encode())

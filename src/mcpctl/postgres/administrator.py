@@ -317,6 +317,14 @@ def may_use(connection: Connection, schema: str) -> bool:
     return connection.execute(query, (schema,)).fetchone() == (True,)
 
 
+def public_may_use(connection: Connection, schema: str) -> bool:
+    """Whether everybody may use the schema of that name, as it stands in the catalog."""
+    query = (
+        "SELECT pg_catalog.has_schema_privilege('public', oid, 'USAGE') FROM pg_catalog.pg_namespace WHERE nspname = %s"
+    )
+    return connection.execute(query, (schema,)).fetchone() == (True,)
+
+
 def is_schema(connection: Connection, schema: str) -> bool:
     """Whether there is a schema of that name, as it stands in the catalog."""
     query = "SELECT FROM pg_catalog.pg_namespace WHERE nspname = %s"

@@ -56,7 +56,7 @@ async def tables(session: Session, schema: str | None, bounds: Bounds) -> Rows:
     found = await statement.run(session, _TABLES, bounds, [_param(schema)])
     if schema is not None and not found.rows:
         raise NotFoundError(
-            f"there is no schema {schema!r} with a table that you may read", "leave out `schema` to see all"
+            f"there is no schema {_said(schema)} with a table that you may read", "leave out `schema` to see all"
         )
     return found
 
@@ -72,11 +72,16 @@ async def table(session: Session, schema: str | None, name: str, bounds: Bounds)
         )
     if not found.rows:
         raise NotFoundError(
-            f"there is no table {name!r}{f' in {schema!r}' if schema else ''} that you may read",
+            f"there is no table {_said(name)}{f' in {_said(schema)}' if schema else ''} that you may read",
             "get_schema_info without arguments lists those there are",
         )
     described: dict[str, Any] = found.rows[0][0]
     return described
+
+
+def _said(name: str) -> str:
+    """A name that was not found, in words that are logged, too: what may be a connection string is not repeated."""
+    return "of that name" if "://" in name or "=" in name else repr(name)
 
 
 def _param(text: str | None) -> bytes | None:

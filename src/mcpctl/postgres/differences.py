@@ -59,10 +59,18 @@ SELECT pg_catalog.shobj_description(r.oid, 'pg_authid'), r.rolcanlogin,
         JOIN pg_catalog.pg_roles g ON g.oid = m.roleid WHERE m.member = r.oid
           AND g.rolname <> 'mcp_logins' AND (g.rolname <> 'pg_read_all_settings' OR r.rolname !~ '_a$'))
 FROM pg_catalog.pg_roles r WHERE r.rolname = %s"""
-_OTHER = """
-SELECT CASE i.type WHEN 'parameter ACL' THEN 'PARAMETER' WHEN 'aggregate' THEN 'FUNCTION'
+_NAMED = """CASE i.type WHEN 'parameter ACL' THEN 'PARAMETER' WHEN 'aggregate' THEN 'FUNCTION'
          WHEN 'foreign-data wrapper' THEN 'FOREIGN DATA WRAPPER' WHEN 'server' THEN 'FOREIGN SERVER' ELSE i.type END
-       || ' ' || i.identity FROM pg_catalog.pg_shdepend s
+       || ' ' || i.identity"""
+_OWNED = f"""
+SELECT {_NAMED} FROM pg_catalog.pg_shdepend s
+  JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid AND s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass,
+  pg_catalog.pg_identify_object(s.classid, s.objid, s.objsubid) i
+WHERE r.rolname = %s AND s.deptype = 'o' AND s.classid <> 'pg_catalog.pg_default_acl'::pg_catalog.regclass
+  AND s.dbid IN (0, (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()))
+ORDER BY 1"""
+_OTHER = f"""
+SELECT {_NAMED} FROM pg_catalog.pg_shdepend s
   JOIN pg_catalog.pg_roles r ON r.oid = s.refobjid AND s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass,
   pg_catalog.pg_identify_object(s.classid, s.objid, s.objsubid) i
 WHERE r.rolname = %s AND s.deptype = 'a'
@@ -75,6 +83,14 @@ SELECT pg_catalog.split_part(one, '=', 1) FROM pg_catalog.pg_db_role_setting s
 WHERE r.rolname = %s AND s.setdatabase IN
   (0, (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()))
   AND pg_catalog.split_part(one, '=', 1) <> ALL (%s) ORDER BY 1"""
+_MEMBERS = """
+SELECT u.rolname::text FROM pg_catalog.pg_auth_members m JOIN pg_catalog.pg_roles r ON r.oid = m.roleid
+  JOIN pg_catalog.pg_roles u ON u.oid = m.member
+WHERE r.rolname = %s
+  AND coalesce((pg_catalog.to_jsonb(m) ->> 'inherit_option')::bool OR (pg_catalog.to_jsonb(m) ->> 'set_option')::bool,
+    true)
+ORDER BY 1"""
+"""Who has a login role's rights, too. From 16 on who makes a role is a member of it who has not."""
 _COMPARED = ["pg_class", "pg_namespace", "pg_default_acl", "pg_database"]
 """Where `_HELD` looks for rights."""
 _GROUP = """
@@ -124,6 +140,12 @@ def differences(
             found += [f"{role}: is not there"] if targets else []
             continue
         held = _held(connection, role)
+        found += _owned(connection, role)
+        found += [
+            f"{role}: {quoted(one)} is a member of it, and has its rights"
+            f"{BY_HAND}REVOKE {identifier(role)} FROM {identifier(one)}"
+            for (one,) in connection.execute(_MEMBERS, (role,)).fetchall()
+        ]
         if access == "admin" and (targets or held):
             found += parameters.differences(connection, role, may_set, here=bool(targets))
         if not targets:
@@ -141,6 +163,14 @@ def differences(
     return found
 
 
+def _owned(connection: Connection, role: str) -> list[str]:
+    """What a role owns: who owns something may do everything with it, and let others do so."""
+    return [
+        f"{role}: owns {what}, which is not recorded{BY_HAND}ALTER {what} OWNER TO pg_database_owner"
+        for (what,) in connection.execute(_OWNED, (role,)).fetchall()
+    ]
+
+
 def of_group(connection: Connection, name: str) -> list[str]:
     """What the group of all login roles, or the heir of what they owned, has and must not: all of its members have it
     too, or all that runs as it."""
@@ -150,6 +180,10 @@ def of_group(connection: Connection, name: str) -> list[str]:
     more, others = row
     found = [f"{name}: has been made more than a group"] if more else []
     found += [f"{name}: is a member of {quoted(one)}, and with it everybody in it" for one in others or ()]
+    if name == GROUP:  # the heir is there to own
+        found += [
+            f"{name}: owns {what[0]}, and so does everybody in it" for what in connection.execute(_OWNED, (name,))
+        ]
     return found + [f"{name}: has a right on {what}, and with it everybody in it" for what in _other(connection, name)]
 
 

@@ -64,9 +64,12 @@ BEGIN
       RESET ROLE;
     END IF;
   END LOOP;
-  FOR policy IN SELECT p.polname, p.polrelid::regclass AS what FROM pg_policy p WHERE p.polroles = ARRAY[it.oid] LOOP
-    RAISE WARNING 'the policy %% on %% is for %% alone, and is dropped: a later grant is without it',
-      policy.polname, policy.what, it.rolname;
+  FOR policy IN SELECT p.polname, p.polrelid::regclass AS what,
+      CASE cardinality(p.polroles) WHEN 1 THEN 'alone, and is dropped' ELSE 'among others, and no longer' END AS how
+    FROM pg_policy p WHERE it.oid = ANY (p.polroles)
+  LOOP
+    RAISE WARNING 'the policy %% on %% is for %% %%: a later grant is without it',
+      policy.polname, policy.what, it.rolname, policy.how;
   END LOOP;
   EXECUTE format('DROP OWNED BY %%I', it.rolname);
   SELECT count(*) > 0 AS found INTO left_over FROM pg_shdepend

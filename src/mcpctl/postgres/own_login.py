@@ -21,6 +21,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from mcpctl.config_keys import Network, OwnDatabases, host_name
 from mcpctl.errors import ConfigError, Error, ForbiddenError, UnavailableError, UsageError
 from mcpctl.identity.own_databases import OwnDatabase
+from mcpctl.postgres.hba import GROUP
 from mcpctl.postgres.login import CONNECT_TIMEOUT, OWN, Login
 from mcpctl.postgres.terminator import bounded
 
@@ -44,8 +45,10 @@ multicast, what is reserved, the metadata services of clouds, and IPv6 that stan
 _NOT_TO_BE_SET = {"service", "servicefile"}
 _SENT_ANYWAY = ("PGSERVICE", "PGSERVICEFILE", "PGTZ", "PGDATESTYLE", "PGGEQO")
 """Variables that libpq heeds whatever the connection string says."""
-_LOOK = """SELECT (SELECT rolsuper OR rolbypassrls OR rolreplication FROM pg_catalog.pg_roles
- WHERE rolname = session_user)"""
+_LOOK = f"""SELECT (SELECT rolsuper OR rolbypassrls OR rolreplication FROM pg_catalog.pg_roles
+ WHERE rolname = session_user),
+ EXISTS (SELECT FROM pg_catalog.pg_roles g WHERE g.rolname = '{GROUP}'
+  AND pg_catalog.pg_has_role(session_user, g.oid, 'MEMBER'))"""
 
 
 # -- the DSN ---------------------------------------------------------------------------------------------------------
@@ -273,6 +276,8 @@ async def check(login: OwnLogin) -> None:
             "that login is a superuser, bypasses row security, or may replicate",
             "make a login role that can only read, and register it with that",
         )
+    if row[1]:  # pg_hba.conf lets it in from here, and it would outlive its user's token
+        raise ForbiddenError("that login is one of mcpctl's own", "register the database with a login of its own")
 
 
 _REASONS = (
