@@ -488,6 +488,9 @@ def test_a_schema_that_service_tokens_reach_becomes_no_tenants(newest_shop: Shop
             assert (typo.returncode, "there is no schema north_55 in shop" in typo.stderr) == (4, True)
             assert failures() == []
             connection.execute(b"GRANT USAGE ON SCHEMA north_5 TO PUBLIC")
-            assert failures() == [f"{READER} may use the schema north_5 of shop, which is the tenant north's"]
+            assert failures() == [
+                f"{READER} may use the schema north_5 of shop, which is the tenant north's",
+                "PUBLIC may use the schema north_5 of shop, and so may every tenant",
+            ]
         finally:
             connection.execute(b"DROP SCHEMA north_5")

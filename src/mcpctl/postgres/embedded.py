@@ -115,9 +115,14 @@ def _unprivileged() -> tuple[str, int, int] | None:
 
 
 def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that nobody listens on, below those that the system gives to whoever connects somewhere (32768 and up on
+    Linux): such a one could be gone when a server that was stopped wants it back."""
+    for _ in range(100):
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise Error("no port is free", hint="is the machine full of servers?")
 
 
 def _kill_with_children(process: subprocess.Popen[bytes]) -> None:
