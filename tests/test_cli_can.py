@@ -309,7 +309,7 @@ def test_a_database_that_is_down_is_an_error_and_hides_no_other(login_shop: Shop
     down = "mcpctl: error: the database gone cannot be reached: "
     for command in (("who-can",), ("can", "rita")):
         out, error = run(*command, "select", "s.t", "--database", "gone")
-        assert (out, "nobody" in error) == ([], False)
+        assert (out, "nobody" in error.replace(str(tmp_path), "")) == ([], False)  # it may be nobody's own folder
         assert down in error
     out, error = run("can", "rita")
     assert "shop\tpublic.orders\tselect" in out
