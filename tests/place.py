@@ -13,7 +13,8 @@ from typing import Any
 import psycopg
 
 import site_of_mcpctl as site
-from mcpctl import audit, config
+from mcpctl import config
+from mcpctl.audit import log as audit_log
 from mcpctl.granting import Granting
 from mcpctl.identity import users
 from mcpctl.identity.grants import Grant, parse
@@ -77,8 +78,8 @@ class Place:
 
     def granting(self) -> Granting:
         found = self.settings()
-        key = audit.read_key(found.audit.key_file)
-        return Granting(found, Keyring(found.keyring.file), audit.installation(key))
+        key = audit_log.read_key(found.audit.key_file)
+        return Granting(found, Keyring(found.keyring.file), audit_log.installation(key))
 
     @property
     def dsns(self) -> dict[str, str]:

@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chain import KEY, lines, verify
-from mcpctl import audit, private_file
-from mcpctl.audit import AuditLog
+from mcpctl import private_file
+from mcpctl.audit import log as audit_log
+from mcpctl.audit.log import AuditLog
 from mcpctl.errors import ConfigError, UnavailableError
 from site_of_mcpctl import environment, eventually
 
@@ -71,7 +72,7 @@ def test_an_event_or_a_field_that_there_is_not_is_a_mistake_of_ours(log: AuditLo
 
 @given(text=st.text(alphabet=st.characters(), max_size=50))
 def test_whatever_a_statement_holds_the_line_is_printable_ascii_and_reads_back_the_same(text: str) -> None:
-    body = AuditLog(Path("x"), KEY, lambda: NOW)._line(audit._End(0, 0, 0, audit.FIRST), {"statement": text})[0]
+    body = AuditLog(Path("x"), KEY, lambda: NOW)._line(audit_log._End(0, 0, 0, audit_log.FIRST), {"statement": text})[0]
     assert all(0x20 <= byte < 0x7F for byte in body[:-1])
     assert body.endswith(b"\n")
     whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")  # two halves of a pair are one
@@ -140,7 +141,7 @@ _MANY = """
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from mcpctl.audit import AuditLog
+from mcpctl.audit.log import AuditLog
 
 log = AuditLog(Path(sys.argv[1]), bytes(range(32)), lambda: datetime.now(UTC))
 print("ready", flush=True)
@@ -184,7 +185,7 @@ _UNTIL = """
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from mcpctl.audit import AuditLog
+from mcpctl.audit.log import AuditLog
 
 log = AuditLog(Path(sys.argv[1]), bytes(range(32)), lambda: datetime.now(UTC))
 count = 0
@@ -341,7 +342,7 @@ _FULL = """
 import resource, signal, sys
 from datetime import UTC, datetime
 from pathlib import Path
-from mcpctl.audit import AuditLog
+from mcpctl.audit.log import AuditLog
 from mcpctl.errors import UnavailableError
 
 path = Path(sys.argv[1])
@@ -413,9 +414,9 @@ def test_a_log_that_cannot_be_trusted_is_not_written_and_is_again_when_mended(pa
 
 def test_the_key_is_64_hex_digits_in_a_private_file_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "audit.key"
-    private_file.create(path, audit.new_key())
-    assert len(audit.read_key(path)) == 32
+    private_file.create(path, audit_log.new_key())
+    assert len(audit_log.read_key(path)) == 32
     for content in (b"", b"x" * 64, b"00" * 31, b"00" * 33, b"\xff" * 64):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="does not hold 64 hex digits"):
-            audit.read_key(path)
+            audit_log.read_key(path)

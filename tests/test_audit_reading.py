@@ -14,8 +14,8 @@ import pytest
 
 from chain import KEY
 from command_line import Home
-from mcpctl import audit
-from mcpctl.audit import AuditLog
+from mcpctl.audit import files as audit_files
+from mcpctl.audit.log import AuditLog
 
 
 @pytest.fixture
@@ -37,16 +37,16 @@ def test_a_line_that_cannot_be_read_is_told_as_such(log: AuditLog, path: Path) -
     write(log, 1)
     with path.open("ab") as file:
         file.write(b"\xff\x1b[31m\n[1]\n\n{}")
-    assert [line.get("event") for line in audit.read_back(path)] == [None, *["unreadable"] * 3, "tool.called"]
+    assert [line.get("event") for line in audit_files.read_back(path)] == [None, *["unreadable"] * 3, "tool.called"]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 300, 4096, 1 << 20])
 def test_a_log_is_read_from_its_end(log: AuditLog, path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     path.touch(0o600)
-    assert list(audit.read_back(path)) == []
+    assert list(audit_files.read_back(path)) == []
     write(log, 5)
-    monkeypatch.setattr(audit, "_CHUNK", chunk)
-    assert [line["seq"] for line in audit.read_back(path)] == [5, 4, 3, 2, 1]
+    monkeypatch.setattr(audit_files, "_CHUNK", chunk)
+    assert [line["seq"] for line in audit_files.read_back(path)] == [5, 4, 3, 2, 1]
 
 
 def test_the_files_before_are_known_by_where_they_end(log: AuditLog, path: Path) -> None:
@@ -56,7 +56,7 @@ def test_the_files_before_are_known_by_where_they_end(log: AuditLog, path: Path)
     path.with_name("audit.jsonl.2.gz").write_bytes(gzip.compress(b"older"))
     path.with_name("audit.jsonl.empty").touch(0o600)
     write(log, 1)
-    files, packed = audit.older(path)
+    files, packed = audit_files.older(path)
     assert [file.name for file in files] == ["audit.jsonl.1", "audit.jsonl-20261119", "audit.jsonl.9"]
     assert [file.name for file in packed] == ["audit.jsonl.2.gz", "audit.jsonl.empty"]
 
@@ -96,7 +96,7 @@ def test_what_lies_beside_the_log_stops_neither_reading_nor_writing(tmp_path: Pa
     assert [row.split("\t")[3] for row in done.good.splitlines()] == ["alice", "bob"]
     assert "not read here: audit.jsonl.folder, audit.jsonl.link, audit.jsonl.notes" in done.err
     home("user", "add", "carol")
-    assert [line["seq"] for line in audit.read_back(log)] == [3]
+    assert [line["seq"] for line in audit_files.read_back(log)] == [3]
 
 
 def test_following_tells_what_was_moved_away_between_two_looks(log: AuditLog, path: Path) -> None:
@@ -113,7 +113,7 @@ def test_following_tells_what_was_moved_away_between_two_looks(log: AuditLog, pa
 
     told: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        for line in audit.follow(path, twice_moved):
+        for line in audit_files.follow(path, twice_moved):
             told.append(line["seq"])
     assert told == [3, 4, 5, 6]
 
@@ -125,7 +125,7 @@ def test_following_begins_though_the_log_was_moved_away_just_now(log: AuditLog, 
     def once(_: float) -> None:
         write(log, 1)
 
-    newer = audit.follow(path, once)
+    newer = audit_files.follow(path, once)
     assert next(newer)["seq"] == 3
 
 
@@ -148,14 +148,14 @@ def followed(path: Path, script: list[Callable[[], object]]) -> list[Any]:
 
     told = []
     with pytest.raises(Stopped):
-        for line in audit.follow(path, pause):
+        for line in audit_files.follow(path, pause):
             told.append(line.get("seq", line["event"]))
     return told
 
 
 def test_follow_tells_what_is_written_from_the_call_on_over_two_rotations(log: AuditLog, path: Path) -> None:
     write(log, 2)
-    newer = audit.follow(path, lambda _: pytest.fail("it waited"))
+    newer = audit_files.follow(path, lambda _: pytest.fail("it waited"))
     write(log, 1)
     assert next(newer)["seq"] == 3
     script: list[Callable[[], object]] = [

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 
 from mcpctl import private_file
-from mcpctl.config_keys import network
+from mcpctl.config_values import network
 from mcpctl.errors import UnauthorizedError, UnavailableError
 from mcpctl.identity import authenticate, tokens, users
 from mcpctl.identity.authenticate import WINDOW, WRONG_SECRETS, Authenticator

@@ -16,7 +16,7 @@ import pytest
 
 from chain import verify
 from command_line import Done, Home, run
-from mcpctl import audit
+from mcpctl.audit import log as audit_log
 from mcpctl.identity import tokens, users
 from site_of_mcpctl import Shop, Site, environment
 
@@ -103,7 +103,7 @@ class Service(Home):
         now = tokens.utcnow()
         users.add(users.user_file(folder / "users.yaml"), "alice", None, now)
         tokens.add(tokens.token_file(folder / "tokens.yaml"), tokens.Wanted(), now)
-        log = audit.AuditLog(folder / "audit.jsonl", audit.read_key(folder / "audit.key"), tokens.utcnow)
+        log = audit_log.AuditLog(folder / "audit.jsonl", audit_log.read_key(folder / "audit.key"), tokens.utcnow)
         log.append("user.added", user="alice")
         log.close()
         for path in (folder, *folder.iterdir()):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from chain import KEY, lines, verify
-from mcpctl.audit import AuditLog
+from mcpctl.audit.log import AuditLog
 from mcpctl.errors import UnavailableError
 from mcpctl.recorder import AGAIN, ALTOGETHER, IN_FULL, Recorder
 

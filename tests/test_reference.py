@@ -18,7 +18,8 @@ import pytest
 import typer
 import yaml
 
-from mcpctl import audit, config, errors
+from mcpctl import config, errors
+from mcpctl.audit import log as audit_log
 from mcpctl.cli.main import app
 from mcpctl.config_keys import Database, Settings
 from mcpctl.errors import ConfigError
@@ -337,7 +338,7 @@ def test_the_reference_has_a_tool_s_exact_schemas(name: str) -> None:
 # -- the audit log --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("chapter", "names"), [("Fields", audit.FIELDS), ("Events", audit.EVENTS)])
+@pytest.mark.parametrize(("chapter", "names"), [("Fields", audit_log.FIELDS), ("Events", audit_log.EVENTS)])
 def test_the_reference_lists_exactly_what_an_audit_line_may_hold(chapter: str, names: tuple[str, ...]) -> None:
     assert [row[0].strip("`") for row in rows(chapters(page("audit.md"))[chapter])] == list(names)
 
@@ -365,7 +366,7 @@ def test_the_reference_s_example_of_a_chain_is_what_the_log_writes(tmp_path: Pat
     assert key
     lines = blocks(text, "json")[0].encode()
     times = iter([datetime.fromisoformat(json.loads(line)["time"]) for line in lines.splitlines()])
-    log = audit.AuditLog(tmp_path / "written.jsonl", bytes.fromhex(key[0]), lambda: next(times))
+    log = audit_log.AuditLog(tmp_path / "written.jsonl", bytes.fromhex(key[0]), lambda: next(times))
     for line in lines.splitlines():
         values = {name: value for name, value in json.loads(line).items() if name not in CHAIN}
         log.append(values.pop("event"), **values)
@@ -379,7 +380,7 @@ def test_the_reference_s_example_of_a_chain_is_what_the_log_writes(tmp_path: Pat
 @pytest.mark.parametrize("change", ["change", "remove", "reorder", "add", "forge"])
 def test_the_reference_s_verification_finds_a_line_that_was_tampered_with(change: str, tmp_path: Path) -> None:
     key = "5a" * 32
-    log = audit.AuditLog(tmp_path / "written.jsonl", bytes.fromhex(key), lambda: datetime.now(UTC))
+    log = audit_log.AuditLog(tmp_path / "written.jsonl", bytes.fromhex(key), lambda: datetime.now(UTC))
     for name in ("alice", "bob", "carol"):
         log.append("user.added", user=name, reason='says ","hash":" in a text')
     log.close()

@@ -17,7 +17,8 @@ import psycopg
 import pytest
 
 import site_of_mcpctl as site
-from mcpctl import audit, config
+from mcpctl import config
+from mcpctl.audit import log as audit_log
 from mcpctl.config_keys import Settings
 from mcpctl.granting import Granting
 from mcpctl.identity import tokens, users
@@ -180,8 +181,8 @@ class World:
 
     def _granted(self) -> None:
         """Users, their roles, and what `mcpctl user grant --apply` makes of random grants."""
-        key = audit.read_key(self.settings.audit.key_file)
-        granting = Granting(self.settings, Keyring(self.settings.keyring.file), audit.installation(key))
+        key = audit_log.read_key(self.settings.audit.key_file)
+        granting = Granting(self.settings, Keyring(self.settings.keyring.file), audit_log.installation(key))
         who = Administrator.of({"shop": self.at.admin_dsn()}, granting.logins.host("shop"))
         self.people = [f"{name}-{self.seed}" for name in ("ann", "ben", "cy", "dot")]
         for name in self.people:

@@ -143,7 +143,7 @@ def test_a_revoked_token_stays_so_when_the_clock_is_set_back() -> None:
 
 
 def test_what_is_added_is_read_back_whole_and_the_secret_is_nowhere_in_the_file(file: TokenFile) -> None:
-    from mcpctl.config_keys import network
+    from mcpctl.config_values import network
 
     wanted = Wanted(
         user="alice",
@@ -303,7 +303,7 @@ def test_an_overlap_beyond_all_dates_is_a_usage_error_and_changes_nothing(file: 
 def test_a_token_is_good_from_its_networks_alone(
     networks: tuple[str, ...] | None, address: str | None, allowed: bool
 ) -> None:
-    from mcpctl.config_keys import network
+    from mcpctl.config_values import network
 
     entry = Token("ab12cd34", None, HASH, NOW, allow_ips=networks and tuple(map(network, networks)))
     if networks == ():

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
-from mcpctl.config import NAME, default_database
-from mcpctl.config_keys import PARAMETER, Database, Settings
+from mcpctl.config import NAME
+from mcpctl.config_keys import Database, Settings
+from mcpctl.config_values import PARAMETER
 from mcpctl.errors import Error, ForbiddenError, NotFoundError, UnauthorizedError, UnavailableError, UsageError
-from mcpctl.identity.grants import ACCESSES
 from mcpctl.identity.own_databases import check_name
 from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
@@ -23,8 +23,9 @@ from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import NarrowedError, Pools
 from mcpctl.postgres.statement import NotAQuestionError, StatementError, elapsed
 from mcpctl.postgres.token_pool import Session
+from mcpctl.reach import Reach
 from mcpctl.recorder import Recorder
-from mcpctl.tools.definition import Databases, Result, Tool, UnknownArgumentError
+from mcpctl.tools.definition import Result, Tool, UnknownArgumentError
 from mcpctl.tools.query import said, together
 from mcpctl.tools.settings import GET, SET
 from mcpctl.tools.table import TOOLS
@@ -100,11 +101,10 @@ class Calls:
     def __init__(self, settings: Settings, logins: Logins, own: Own, pools: Pools, recorder: Recorder) -> None:
         self._settings = settings
         self._access = Access(settings.auth)
-        self._logins = logins
         self._own = own
         self._pools = pools
         self._recorder = recorder
-        self._default = default_database(settings)
+        self._reach = Reach(settings, self._access, logins, own)
         self._running: set[tuple[Principal, Request, asyncio.Task[Any]]] = set()
 
     def tools(self, principal: Principal) -> list[Tool]:
@@ -114,7 +114,7 @@ class Calls:
             tool
             for tool in TOOLS.values()
             if self._access.may(principal, tool.permission).allowed
-            and (tool.access == "read" or self.databases(principal, tool.access))
+            and (tool.access == "read" or self._reach.databases(principal, tool.access))
             and (tool.own is None or self._brings(principal))
         ]
 
@@ -182,7 +182,7 @@ class Calls:
     def _tried(self, principal: Principal, arguments: Mapping[str, Any], facts: _Facts) -> str:
         """Note the database that a call meant which never came there, and say the setting, as far as each has the form
         of a name: what has not may be a connection string, or whatever the caller has sent."""
-        database, setting = arguments.get("database") or self._default_for(principal), arguments.get("name")
+        database, setting = arguments.get("database") or self._reach.default(principal), arguments.get("name")
         if isinstance(database, str) and NAME.fullmatch(database):
             brought = principal.user is not None and self._own.has(principal.user, database)
             facts.values.setdefault("database", OWN + database if brought else database)
@@ -208,7 +208,7 @@ class Calls:
     ) -> Result:
         checked = tool.check(arguments)
         if tool.tell is not None:
-            return tool.tell(principal, self._databases(principal))
+            return tool.tell(principal, self._reach.known(principal))
         if tool.own is not None:
             return await self._run_own(tool, principal, checked, facts)
         if tool.ask is None:
@@ -216,11 +216,11 @@ class Calls:
         one, several = checked.pop("database", None), checked.pop("databases", None)
         try:
             if several is None:
-                return await self._ask(tool, principal, self._database(principal, one, tool.access), checked, facts)
+                return await self._ask(tool, principal, self._reach.one(principal, one, tool.access), checked, facts)
             if one is not None:
                 raise UsageError(f"{tool.name} takes database or databases, not both", "leave one of them out")
-            names = [self._database(principal, name, tool.access) for name in dict.fromkeys(several)]
-            facts.values["database"] = ",".join(self._shown(name) for name in names)
+            names = [self._reach.one(principal, name, tool.access) for name in dict.fromkeys(several)]
+            facts.values["database"] = ",".join(self._reach.shown(name) for name in names)
             facts.several = len(names) > 1
             return await self._ask_several(tool, principal, names, checked, facts)
         finally:
@@ -254,8 +254,8 @@ class Calls:
         """Ask one database; `share` is how many of them the answer's bytes are for."""
         if tool.ask is None:
             raise TypeError(f"{tool.name} asks nothing")
-        facts.values.setdefault("database", self._shown(database))
-        login = self._login(principal, database, tool.access)
+        facts.values.setdefault("database", self._reach.shown(database))
+        login = self._reach.login(principal, database, tool.access)
         bounds = self._bounds(login.settings)
         async with self._borrow(principal, login, facts) as session:
             result = await tool.ask(session, dict(arguments), replace(bounds, bytes=bounds.bytes // share))
@@ -271,7 +271,7 @@ class Calls:
         async def ask(name: str) -> Result | Error:
             seconds = _LATER
             try:
-                seconds += self._bounds(self._login(principal, name, tool.access).settings).seconds
+                seconds += self._bounds(self._reach.login(principal, name, tool.access).settings).seconds
                 async with asyncio.timeout(seconds):
                     return await self._ask(tool, principal, name, arguments, facts, len(names))
             except UnauthorizedError:
@@ -288,9 +288,11 @@ class Calls:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            facts.sessions = {self._shown(name): session for name, session in facts.sessions.items()}
+            facts.sessions = {self._reach.shown(name): session for name, session in facts.sessions.items()}
         results = {name: self._still(principal, name, one) for name, one in zip(names, found, strict=True)}
-        failed = [f"{self._shown(name)}: {_noted(one)}" for name, one in results.items() if isinstance(one, Error)]
+        failed = [
+            f"{self._reach.shown(name)}: {_noted(one)}" for name, one in results.items() if isinstance(one, Error)
+        ]
         facts.outcome = "ok" if not failed else "partial" if len(failed) < len(names) else "error"
         done = together(results)
         done.command = "; ".join(failed) or None
@@ -334,87 +336,6 @@ class Calls:
         except Error as problem:
             return problem
         return NarrowedError(f"the database {login.name!r} was removed while the call ran")
-
-    def databases(self, principal: Principal, access: str) -> list[str]:
-        """The databases in which a principal has that access: by its roles and its token, and by a login there."""
-        brought = self._own.names(principal.user) if access == "read" else []
-        return [name for name in (*self._settings.databases, *brought) if self._has(principal, name, access)]
-
-    def _has(self, principal: Principal, database: str, access: str) -> bool:
-        if not self._access.may(principal, f"databases:{database}:{access}").allowed:
-            return False
-        try:
-            self._login(principal, database, access)
-        except (ForbiddenError, NotFoundError):
-            return False
-        return True
-
-    def _login(self, principal: Principal, database: str, access: str) -> Login:
-        """Who logs in: as the config says, or as the user has who brought the database. Raises ForbiddenError or
-        NotFoundError."""
-        if database in self._settings.databases:
-            return self._logins.of(principal, database, access)
-        if principal.user is None or not self._own.on:
-            raise NotFoundError(f"there is no database {database[:63]!r}")
-        login = self._own.login(principal.user, database)
-        if access != "read":
-            raise ForbiddenError(f"{database!r} is a database of your own, which is only read here")
-        return login
-
-    def _shown(self, database: str) -> str:
-        """How the audit log calls a database: with own: before the name of one that a user has brought."""
-        return database if database in self._settings.databases else OWN + database
-
-    def _databases(self, principal: Principal) -> Databases:
-        found: dict[str, list[str]] = {}
-        for access in ACCESSES:
-            for name in self.databases(principal, access):
-                found.setdefault(name, []).append(access)
-        config = self._settings.databases
-        described = {name: config[name].description if name in config else None for name in found}
-        own = frozenset(found.keys() - config.keys())
-        return Databases(described, found, self._default_for(principal), self._access.patterns(principal), own)
-
-    def _default_for(self, principal: Principal) -> str | None:
-        if principal.within is not None:
-            return principal.within.database
-        if principal.databases is not None and len(principal.databases) == 1:
-            return principal.databases[0]
-        if self._default is not None:
-            return self._default
-        readable = self.databases(principal, "read")
-        return readable[0] if len(readable) == 1 else None
-
-    def _database(self, principal: Principal, name: str | None, access: str) -> str:
-        """The database that is meant, if the principal may use it so. One that it may not is as if it were not."""
-        wanted = name or self._default_for(principal)
-        if name is None and access != "read" and (wanted is None or not self._has(principal, wanted, access)):
-            have = self.databases(principal, access)
-            if len(have) == 1:
-                raise UsageError(
-                    f"no database was named, and you have {access} access in {have[0]!r} alone",
-                    f"name it as database: {have[0]}",
-                )
-        if wanted is None:
-            raise UsageError("there is no default database", "name one; list_databases shows those you may ask")
-        named = NAME.fullmatch(wanted) is not None  # what is no name may be a connection string: it is not repeated
-        meant = f"database {wanted!r}" if named else "database of such a name"
-        none = ForbiddenError(
-            f"there is no {meant if name else 'default database'} for you", "list_databases shows those you may ask"
-        )
-        if not named or not self._access.may(principal, f"databases:{wanted}:{access}").allowed:
-            raise none
-        try:
-            self._login(principal, wanted, access)
-        except NotFoundError:
-            raise none from None
-        except ForbiddenError:  # why not is for those who may do something else there
-            own = principal.user is not None and self._own.has(principal.user, wanted)
-            config = wanted in self._settings.databases and not own
-            if config and not any(self._has(principal, wanted, one) for one in ACCESSES):
-                raise none from None
-            raise
-        return wanted
 
     def _bounds(self, database: Database) -> Bounds:
         every, own = self._settings.limits, database.limits

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from mcpctl import plain_yaml, private_file
-from mcpctl.config_keys import Reader, Settings
+from mcpctl.config_keys import Settings
+from mcpctl.config_values import Reader
 from mcpctl.errors import ConfigError, NotFoundError
 from mcpctl.plain_yaml import Branch, Value
 

@@ -26,7 +26,7 @@ class Removed:
 
 class Departing:
     """The users of one installation, and their login roles wherever they are. `installation` marks its roles; see
-    `audit.installation`."""
+    `audit_log.installation`."""
 
     def __init__(self, settings: Settings, keyring: Keyring, installation: str) -> None:
         self._settings = settings

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import mcpctl
-from mcpctl import audit, keyring, private_file, rotation
+from mcpctl import keyring, private_file, rotation
+from mcpctl.audit import log as audit_log
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.granting import Granting
@@ -55,8 +56,8 @@ class Patient:
 
     def granting(self) -> Granting:
         """Its grants."""
-        key = audit.read_key(self.settings.audit.key_file)
-        return Granting(self.settings, Keyring(self.settings.keyring.file), audit.installation(key))
+        key = audit_log.read_key(self.settings.audit.key_file)
+        return Granting(self.settings, Keyring(self.settings.keyring.file), audit_log.installation(key))
 
 
 def examine(patient: Patient) -> list[Finding]:
@@ -91,7 +92,7 @@ def _files(patient: Patient) -> Iterator[Finding]:
     auth = patient.settings.auth
     places = tenants.tenant_file(auth.tenant_file).current()
     counted = len(tokens.token_file(auth.token_file).current()), len(users.user_file(auth.user_file).current())
-    audit.read_key(patient.settings.audit.key_file)
+    audit_log.read_key(patient.settings.audit.key_file)
     yield Finding("files", OK, f"{counted[0]} tokens, {counted[1]} users; owners and modes are as they must be")
     people = users.user_file(auth.user_file).current()
     for user in people.values():

@@ -29,7 +29,7 @@ UNSEEN = "nobody can log in there and look; `mcpctl user ungrant … --done` whe
 
 
 class Granting(Departing):
-    """The grants of one installation. `installation` marks its roles; see `audit.installation`."""
+    """The grants of one installation. `installation` marks its roles; see `audit_log.installation`."""
 
     def __init__(self, settings: Settings, keyring: Keyring, installation: str) -> None:
         super().__init__(settings, keyring, installation)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from mcpctl.audit import AuditLog
+from mcpctl.audit.log import AuditLog
 from mcpctl.errors import UnavailableError
 
 log = logging.getLogger("mcpctl.audit")

@@ -33,11 +33,12 @@ class Files:
 
     def granting(self) -> "Granting":
         """The grants of this installation."""
-        from mcpctl import audit, granting
+        from mcpctl import granting
+        from mcpctl.audit import log as audit_log
         from mcpctl.keyring import Keyring
 
-        key = audit.read_key(self.settings.audit.key_file)
-        return granting.Granting(self.settings, Keyring(self.settings.keyring.file), audit.installation(key))
+        key = audit_log.read_key(self.settings.audit.key_file)
+        return granting.Granting(self.settings, Keyring(self.settings.keyring.file), audit_log.installation(key))
 
     def administrator(self, database: str, granting: "Granting") -> "Administrator":
         """Who may make roles in a database; NotFoundError where admin.dsn names nobody."""

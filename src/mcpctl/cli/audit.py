@@ -50,14 +50,14 @@ def tail(
     """Show the end of the audit log; columns on a terminal. With --json each line as it is in the log."""
     from itertools import islice
 
-    from mcpctl import audit
+    from mcpctl.audit import files as audit_files
 
     begin = _since(since)
     _check_event(event)
     found = settings(context, config)
     before = _last_number(found.audit.file) if follow else 0
     # opened at the end before the old lines are read, so that none between is lost
-    newer = audit.follow(found.audit.file) if follow else None
+    newer = audit_files.follow(found.audit.file) if follow else None
 
     def wanted(line: dict[str, Any]) -> bool:
         return (
@@ -74,9 +74,9 @@ def tail(
     heard = _show(known, json)
     if newer is None or not heard:
         return
-    last = max((audit.number(line) for line in known), default=0)
+    last = max((audit_files.number(line) for line in known), default=0)
     for line in newer:
-        number = audit.number(line)
+        number = audit_files.number(line)
         if number and number <= before:
             output.warn(f"the chain begins anew, at number {number} after {before}: was the log removed?")
             last = 0
@@ -87,24 +87,24 @@ def tail(
 
 def _last_number(path: "Path") -> int:
     """The number of the log's last line; 0 where there is none."""
-    from mcpctl import audit
+    from mcpctl.audit import files as audit_files
     from mcpctl.errors import NotFoundError
 
     try:
-        return audit.number(next(audit.read_back(path), {}))
+        return audit_files.number(next(audit_files.read_back(path), {}))
     except NotFoundError:
         return 0
 
 
 def _all_lines(path: "Path", begin: "datetime | None") -> "Iterator[dict[str, Any]]":
     """The log's lines from the last to the first, through the files that were moved away, as far back as is asked."""
-    from mcpctl import audit
+    from mcpctl.audit import files as audit_files
     from mcpctl.errors import NotFoundError
 
-    files, others = audit.older(path)
-    ends = {end[1]: one for one in files if (end := audit.end_of(one)) is not None}
+    files, others = audit_files.older(path)
+    ends = {end[1]: one for one in files if (end := audit_files.end_of(one)) is not None}
     try:
-        for line in audit.read_back(path):
+        for line in audit_files.read_back(path):
             ends.pop(str(line.get("hash")), None)  # a copy of what is shown here
             yield line
     except NotFoundError:  # moved away, and nothing has been written since
@@ -113,7 +113,7 @@ def _all_lines(path: "Path", begin: "datetime | None") -> "Iterator[dict[str, An
     for one in files:
         if one not in ends.values():
             continue
-        for index, line in enumerate(audit.read_older(one)):
+        for index, line in enumerate(audit_files.read_older(one)):
             if index == 0 and begin is not None and not _after(line.get("time"), begin):
                 return
             if index:
@@ -126,7 +126,7 @@ def _all_lines(path: "Path", begin: "datetime | None") -> "Iterator[dict[str, An
 def _since(text: str | None) -> "datetime | None":
     from datetime import UTC, datetime, timedelta
 
-    from mcpctl.config_keys import duration
+    from mcpctl.config_values import duration
     from mcpctl.errors import UsageError
 
     if text is None:
@@ -153,10 +153,10 @@ def _after(text: Any, begin: "datetime") -> bool:
 def _check_event(wanted: str | None) -> None:
     import difflib
 
-    from mcpctl import audit
+    from mcpctl.audit import log as audit_log
     from mcpctl.errors import UsageError
 
-    known = [*audit.EVENTS, *sorted({f"{name.partition('.')[0]}.*" for name in audit.EVENTS}), "unreadable"]
+    known = [*audit_log.EVENTS, *sorted({f"{name.partition('.')[0]}.*" for name in audit_log.EVENTS}), "unreadable"]
     if wanted is not None and wanted not in known:
         close = difflib.get_close_matches(wanted, known, 1)
         hint = f"did you mean {close[0]}?" if close else "docs/reference/audit.md has them all"

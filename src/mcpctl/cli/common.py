@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from mcpctl.audit import AuditLog
+    from mcpctl.audit.log import AuditLog
     from mcpctl.config_keys import Settings
     from mcpctl.identity.tokens import Token
 
@@ -203,12 +203,12 @@ def note_all(found: "Settings", events: list[tuple[str, dict[str, Any]]]) -> Non
 
 @contextlib.contextmanager
 def _audit_log(found: "Settings") -> "Iterator[AuditLog]":
-    from mcpctl import audit
+    from mcpctl.audit import log as audit_log
     from mcpctl.identity.tokens import utcnow
 
     if found.by_root:
         _refuse_links_of_log(found)
-    log = audit.AuditLog(found.audit.file, audit.read_key(found.audit.key_file), utcnow)
+    log = audit_log.AuditLog(found.audit.file, audit_log.read_key(found.audit.key_file), utcnow)
     try:
         yield log
     finally:

@@ -129,14 +129,15 @@ def _set_up(stack: ExitStack, port: int) -> "tuple[Cluster, Path, str]":
 
 def _grant(folder: Path) -> None:
     """The user's own login role, as `mcpctl user grant demo --database shop --access read --apply` makes it."""
-    from mcpctl import audit, config
+    from mcpctl import config
+    from mcpctl.audit import log as audit_log
     from mcpctl.granting import Granting
     from mcpctl.keyring import Keyring
     from mcpctl.postgres import administrator
 
     settings = config.load(folder / "config.yaml", {})
-    key = audit.read_key(settings.audit.key_file)
-    granting = Granting(settings, Keyring(settings.keyring.file), audit.installation(key))
+    key = audit_log.read_key(settings.audit.key_file)
+    granting = Granting(settings, Keyring(settings.keyring.file), audit_log.installation(key))
     file = folder / administrator.FILE
     dsns = administrator.by_database(file, administrator.lines(file), settings)
     who = administrator.Administrator.of(dsns, granting.logins.host("shop"))

@@ -60,7 +60,8 @@ def make(folder: Path, text: str) -> list[str]:
     """The files of a new installation, all or none; refused (exit 5) where one of them is there already."""
     import os
 
-    from mcpctl import audit, keyring, private_file
+    from mcpctl import keyring, private_file
+    from mcpctl.audit import log as audit_log
     from mcpctl.errors import ConfigError, ConflictError
     from mcpctl.identity import tenants, tokens, users
 
@@ -69,7 +70,7 @@ def make(folder: Path, text: str) -> list[str]:
         "tokens.yaml": tokens.token_file(folder / "tokens.yaml").render({}),
         "users.yaml": users.user_file(folder / "users.yaml").render({}),
         "tenants.yaml": tenants.tenant_file(folder / "tenants.yaml").render({}),
-        "audit.key": audit.new_key(),
+        "audit.key": audit_log.new_key(),
         "secret.key": keyring.new_key().encode() + b"\n",
     }
     try:

@@ -174,7 +174,7 @@ def check_places(found: "Settings", user: "User | None", databases: "tuple[str, 
 def permission_of(found: "Settings", text: str) -> str:
     """A pattern that covers something that there is. ValueError for any other."""
     from mcpctl.config import check_permission
-    from mcpctl.config_keys import permission
+    from mcpctl.config_values import permission
 
     check_permission(permission(text), found.databases)
     return text

@@ -160,7 +160,8 @@ def _stdio(found: "Settings") -> None:
     import os
     import signal
 
-    from mcpctl import audit, private_file
+    from mcpctl import private_file
+    from mcpctl.audit import log as audit_log
     from mcpctl.server import stdio
     from mcpctl.server.parts import running
 
@@ -168,7 +169,7 @@ def _stdio(found: "Settings") -> None:
     if found.source is None and not found.audit.key_file.exists():
         before = os.umask(0o077)
         found.audit.key_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        private_file.create(found.audit.key_file, audit.new_key())
+        private_file.create(found.audit.key_file, audit_log.new_key())
         os.umask(before)
 
     async def main() -> None:

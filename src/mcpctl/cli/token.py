@@ -62,7 +62,7 @@ def add(
     Example: mcpctl token add --user alice --expiry 90d --note "laptop"
     """
     from mcpctl.config import check_database, default_database
-    from mcpctl.config_keys import network
+    from mcpctl.config_values import network
     from mcpctl.errors import UsageError
     from mcpctl.identity import tokens, users
 
@@ -117,7 +117,7 @@ def list_(
     """List all tokens. No secret is in the file, so none is shown."""
     from datetime import timedelta
 
-    from mcpctl.config_keys import duration
+    from mcpctl.config_values import duration
     from mcpctl.errors import UsageError
     from mcpctl.identity import tokens
 
@@ -191,7 +191,7 @@ def rotate(
     """
     from datetime import timedelta
 
-    from mcpctl.config_keys import duration
+    from mcpctl.config_values import duration
     from mcpctl.errors import ConflictError, UsageError
     from mcpctl.identity import tokens, users
 

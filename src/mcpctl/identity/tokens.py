@@ -19,7 +19,7 @@ from typing import Any
 import argon2
 from argon2.exceptions import InvalidHashError
 
-from mcpctl.config_keys import Network, duration, network, permission
+from mcpctl.config_values import Network, duration, network, permission
 from mcpctl.errors import ConflictError, NotFoundError, UsageError
 from mcpctl.identity.entry_file import EntryFile, Shape
 from mcpctl.identity.users import NAME as USER_NAME

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mcpctl.config_keys import Auth, text
+from mcpctl.config_keys import Auth
+from mcpctl.config_values import text
 from mcpctl.errors import ConflictError, NotFoundError, UsageError
 from mcpctl.identity import grants
 from mcpctl.identity.entry_file import EntryFile, Shape

@@ -18,7 +18,8 @@ import psycopg
 from psycopg import AsyncConnection, pq
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from mcpctl.config_keys import Network, OwnDatabases, host_name
+from mcpctl.config_keys import OwnDatabases
+from mcpctl.config_values import Network, host_name
 from mcpctl.errors import ConfigError, Error, ForbiddenError, UnavailableError, UsageError
 from mcpctl.identity.own_databases import OwnDatabase
 from mcpctl.postgres.hba import GROUP

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from mcpctl.config_keys import Network, Settings
+from mcpctl.config_keys import Settings
+from mcpctl.config_values import Network
 from mcpctl.errors import Error, UnauthorizedError, UsageError
 
 Headers = Sequence[tuple[bytes, bytes]]

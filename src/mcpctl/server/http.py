@@ -5,10 +5,9 @@ the request's task is cancelled, and with it the statement.
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -24,22 +23,14 @@ from mcpctl.identity.principal import Principal
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.pools import reachable
 from mcpctl.recorder import Recorder
-from mcpctl.server import credentials, encoding, messages
+from mcpctl.server import credentials, encoding, exchange, messages
 from mcpctl.server.credentials import Gatekeeper
+from mcpctl.server.exchange import App, Caller, Message, Receive, Scope, Send
 from mcpctl.server.express import Express
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
 log = logging.getLogger("mcpctl.http")
-_JSON = b"application/json"
 _READY_FOR = 2.0
 _BODY_SECONDS = 30.0
-_PIECE = 64 << 10
-_LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
 _CANCELLED = "The call was cancelled: by its client, or because the server stops"
 _INVALID_REQUEST, _INTERNAL = -32600, -32603
 
@@ -98,7 +89,9 @@ class Http:
             await self._refuse(scope, receive, send, problem, request_id)
         except Exception:
             log.exception("request %s failed", request_id)
-            await _json(send, 500, encoding.rpc_error(_INTERNAL, f"Internal error. Request {request_id}."), request_id)
+            await exchange.answer(
+                send, 500, encoding.rpc_error(_INTERNAL, f"Internal error. Request {request_id}."), request_id
+            )
 
     # -- /mcp ----------------------------------------------------------------------------------------------------
 
@@ -106,11 +99,11 @@ class Http:
         address, principal = await self._admit(scope, request_id)
         if scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
-        _negotiate(scope)
+        exchange.negotiate(scope)
         body = await self._body(scope, receive)
         task = asyncio.current_task()
         gone = asyncio.Event()
-        watcher = asyncio.create_task(_watch(receive, task, gone))
+        watcher = asyncio.create_task(exchange.watch(receive, task, gone))
         request = Request(request_id, address, "http", None, task)
         try:
             status, answer, headers = await self._answer(scope, principal, request, body)
@@ -126,7 +119,9 @@ class Http:
             watcher.cancel()
         if not self._parts.authenticator.still_valid(principal):
             raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
-        await _json(send, status, answer, request_id, headers, wanted=lambda: self._may_leave(principal, request))
+        await exchange.answer(
+            send, status, answer, request_id, headers, wanted=lambda: self._may_leave(principal, request)
+        )
 
     def _may_leave(self, principal: Principal, request: Request) -> bool:
         """Whether an answer may still leave: its caller has the rights that it was made with."""
@@ -201,7 +196,7 @@ class Http:
             return 400, encoding.rpc_error(problem.code, problem.said, request=problem.request), []
         await self._cancelled(principal, message, scope["headers"])
         scope["mcpctl"] = Caller(principal, request)
-        return await _through(self._parts.sdk, scope, body)
+        return await exchange.through(self._parts.sdk, scope, body)
 
     async def _cancelled(self, principal: Principal, message: Any, headers: credentials.Headers) -> None:
         """An older client's `notifications/cancelled` ends the one call of that token and number, if it is one. The
@@ -219,30 +214,30 @@ class Http:
     # -- what else there is --------------------------------------------------------------------------------------
 
     async def _health(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
-        _only_get(scope)
-        await _json(send, 200, b'{"status":"ok"}', request_id)
+        exchange.only_get(scope)
+        await exchange.answer(send, 200, b'{"status":"ok"}', request_id)
 
     async def _is_ready(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         """Whether every database marked `required` takes connections; looked at every 2 s at most."""
-        _only_get(scope)
+        exchange.only_get(scope)
         async with self._asking:  # however many ask, the databases are asked once
             if self._ready is None or monotonic() - self._ready[0] > _READY_FOR:
                 names = [name for name, database in self._parts.settings.databases.items() if database.required]
                 found = await asyncio.gather(*(reachable(self._parts.logins.host(name)) for name in names))
                 self._ready = (monotonic(), all(found))
         ready = self._ready[1]
-        await _json(send, 200 if ready else 503, encoding.encode({"ready": ready}), request_id)
+        await exchange.answer(send, 200 if ready else 503, encoding.encode({"ready": ready}), request_id)
 
     async def _metadata(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         """Protected resource metadata (RFC 9728)."""
-        _only_get(scope)
+        exchange.only_get(scope)
         self._parts.gatekeeper.check(scope["headers"])
         found = {
             "resource": f"{self._base(scope)}/mcp",
             "bearer_methods_supported": ["header"],
             "resource_name": "mcpctl",
         }
-        await _json(send, 200, encoding.encode(found), request_id)
+        await exchange.answer(send, 200, encoding.encode(found), request_id)
 
     def _base(self, scope: Scope) -> str:
         """What clients call this server by."""
@@ -287,7 +282,7 @@ class Http:
         if self._parts.sse is None or scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
         address, principal = await self._admit(scope, request_id)
-        _check_content_type(scope["headers"])
+        exchange.check_content_type(scope["headers"])
         body = await self._body(scope, receive)
         try:
             messages.read(body)
@@ -295,14 +290,14 @@ class Http:
         except (messages.NotAMessageError, ValueError):
             raise UsageError("the body is no JSON-RPC message", "post one message in JSON") from None
         scope["mcpctl"] = Caller(principal, Request(request_id, address, "sse", None, None))
-        status, _, _ = await _captured(self._parts.sse, scope, body)
+        status, _, _ = await exchange.captured(self._parts.sse, scope, body)
         if status == 404:
             raise Error(
                 "there is no such session", "open /sse first, and post to the address that it names", status=404
             )
         if status != 202:
             raise UsageError("the session_id in the URL is none", "post to the address that /sse names")
-        await _json(send, 202, b"", request_id)
+        await exchange.answer(send, 202, b"", request_id)
 
     def end_streams(self) -> int:
         """End the open streams of tokens that are no longer valid; how many there were."""
@@ -341,7 +336,7 @@ class Http:
         data = {"hint": hint} if hint and problem.status < 500 else None
         body = encoding.rpc_error(_INVALID_REQUEST, message, data)
         unread = receive if problem.status == 413 else None
-        await _json(send, problem.status, body, request_id, headers, unread=unread)
+        await exchange.answer(send, problem.status, body, request_id, headers, unread=unread)
 
 
 def outside(problem: Error) -> str:
@@ -351,126 +346,3 @@ def outside(problem: Error) -> str:
         if problem.status == 503
         else "Internal error"
     )
-
-
-@dataclass
-class Caller:
-    """Who an SDK request comes from; put into the scope. `problem` comes back where the transport has to answer."""
-
-    principal: Principal
-    request: Request
-    problem: Error | None = None
-
-
-async def _watch(receive: Receive, task: "asyncio.Task[Any] | None", gone: asyncio.Event) -> None:
-    """Cancel the request's task when the client closes the connection."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    gone.set()
-    if task is not None:
-        task.cancel()
-
-
-async def _through(app: App, scope: Scope, body: bytes) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
-    """The SDK's answer to a request as ours: (status, body, the headers that are its own)."""
-    status, answer, kept = await _captured(app, scope, body)
-    caller: Caller = scope["mcpctl"]
-    if caller.problem is not None:
-        raise caller.problem
-    return status, encoding.again(answer), kept
-
-
-async def _captured(app: App, scope: Scope, body: bytes) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
-    status, kept, chunks = 500, [], []
-
-    async def send(message: Message) -> None:
-        nonlocal status, kept
-        if message["type"] == "http.response.start":
-            status = message["status"]
-            kept = [(key, value) for key, value in message["headers"] if key.lower() == b"allow"]
-        elif message["type"] == "http.response.body":
-            chunks.append(message.get("body", b""))
-
-    await app(scope, _replay(body), send)
-    return status, b"".join(chunks), kept
-
-
-def _replay(body: bytes) -> Receive:
-    """A `receive` that gives this body, and then waits: whether the client is there, the outer watcher knows."""
-    given = False
-
-    async def receive() -> Message:
-        nonlocal given
-        if not given:
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-        await asyncio.Event().wait()
-        return {"type": "http.disconnect"}
-
-    return receive
-
-
-def _negotiate(scope: Scope) -> None:
-    """JSON comes and JSON goes, or the request is refused; afterwards both lanes see one line of each header."""
-    headers = scope["headers"]
-    _check_content_type(headers)
-    accepted = b",".join(value for key, value in headers if key == b"accept").decode("latin-1").lower()
-    kinds = {part.partition(";")[0].strip() for part in accepted.split(",")}
-    if not kinds & {"application/json", "application/*", "*/*"}:
-        raise Error("the answer is JSON", "send Accept: application/json, text/event-stream", status=406)
-    kept = [(key, value) for key, value in headers if key not in (b"accept", b"content-type")]
-    scope["headers"] = [*kept, (b"accept", b"application/json, text/event-stream"), (b"content-type", _JSON)]
-
-
-def _check_content_type(headers: credentials.Headers) -> None:
-    given = (credentials.header(headers, b"content-type") or "").partition(";")[0].strip().lower()
-    if given != "application/json":
-        raise Error("the body is to be JSON", "send Content-Type: application/json", status=415)
-
-
-def _only_get(scope: Scope) -> None:
-    if scope["method"] not in ("GET", "HEAD"):
-        raise Error("only GET is answered here", status=405)
-
-
-async def _json(
-    send: Send,
-    status: int,
-    body: bytes,
-    request_id: str,
-    headers: list[tuple[bytes, bytes]] | None = None,
-    *,
-    unread: Receive | None = None,
-    wanted: Callable[[], bool] = lambda: True,
-) -> None:
-    """Answer. `unread`: the request's body is still coming, and the connection will be closed. `wanted`: whether the
-    rest of a long answer may still leave; else the connection is closed under it."""
-    own = encoding.headers(body, request_id) + (headers or [])
-    await send({"type": "http.response.start", "status": status, "headers": own})
-    whole = memoryview(body)
-    while len(whole) > _PIECE:
-        await send({"type": "http.response.body", "body": bytes(whole[:_PIECE]), "more_body": True})
-        whole = whole[_PIECE:]
-        if not wanted():
-            return
-    body = bytes(whole)
-    if unread is not None:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-        await _linger(unread)
-        body = b""
-    await send({"type": "http.response.body", "body": body})
-
-
-async def _linger(receive: Receive) -> None:
-    """Read on for a moment: closed at once, the answer would be lost to a reset (RFC 9112, section 9.6)."""
-    left = _LINGER_BYTES
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_LINGER_SECONDS):
-            while left > 0:
-                message = await receive()
-                left -= len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
-
-
-__all__ = ["Caller", "Http", "Parts"]

@@ -7,7 +7,8 @@ import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from mcpctl import __version__, audit, control
+from mcpctl import __version__, control
+from mcpctl.audit import log as audit_log
 from mcpctl.calls import Calls
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError
@@ -58,8 +59,8 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
         logins.check_sealed(authenticator.read().people)
     else:
         authenticator.local()
-    key = audit.read_key(settings.audit.key_file)
-    book = audit.AuditLog(settings.audit.file, key, utcnow)
+    key = audit_log.read_key(settings.audit.key_file)
+    book = audit_log.AuditLog(settings.audit.file, key, utcnow)
     recorder = Recorder(book, settings.audit.statements, refuse=settings.audit.on_failure == "refuse")
     large_blocks_apart()
     pools = Pools(

@@ -30,7 +30,8 @@ from mcpctl.identity.tokens import utcnow
 from mcpctl.server import credentials, http, protocol, tls
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.door import Door, Visitor
-from mcpctl.server.http import Caller, Http, Parts
+from mcpctl.server.exchange import App, Caller, Receive, Scope, Send
+from mcpctl.server.http import Http, Parts
 from mcpctl.server.parts import Core, running
 
 log = logging.getLogger("mcpctl")
@@ -255,11 +256,11 @@ def _caller(context: protocol.Context) -> Caller:
     return caller
 
 
-def _old_clients(server: Server[Any], checked: TransportSecuritySettings) -> http.App:
+def _old_clients(server: Server[Any], checked: TransportSecuritySettings) -> App:
     """/sse and /messages of the revision 2024-11-05, through the SDK."""
     transport = SseServerTransport("/messages/", checked)
 
-    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
         caller: Caller = scope["mcpctl"]
         owner = caller.principal.token or "local"  # the SDK lets nobody else post to this one's stream
         scope["user"] = AuthenticatedUser(AccessToken(token="", client_id=owner, scopes=[], subject=owner))

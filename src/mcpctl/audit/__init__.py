@@ -1,0 +1,1 @@
+"""The log of who did what: chained lines, and what can be read from them."""
