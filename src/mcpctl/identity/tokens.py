@@ -103,8 +103,12 @@ def mint(taken: Iterable[str] = ()) -> tuple[str, str]:
         name = "".join(secrets.choice("0123456789abcdefghijklmnopqrstuvwxyz") for _ in range(8))
         if name not in taken:
             break
-    body = f"mcp_{name}_{_base62(secrets.randbits(256), 43)}"
-    return name, f"{body}_{_checksum(body)}"
+    return name, signed(f"mcp_{name}_{_base62(secrets.randbits(256), 43)}")
+
+
+def signed(body: str) -> str:
+    """A token's text from what stands before its checksum."""
+    return f"{body}_{_checksum(body)}"
 
 
 def token_id(text: str) -> str | None:
