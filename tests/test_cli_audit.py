@@ -7,12 +7,14 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from chain import verify
 from command_line import Home, on_a_terminal
+from mcpctl.audit.log import AuditLog, read_key
 from site_of_mcpctl import COMMAND, environment
 
 
@@ -110,3 +112,44 @@ def test_an_interrupt_exits_130_without_a_word(busy: tuple[Home, str]) -> None:
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20)[1].strip() == ""
     assert process.returncode == 130
+
+
+def test_audit_tail_shows_statements_as_blocks_and_one_address_alone(alice: Home) -> None:
+    log = AuditLog(alice.folder / "audit.jsonl", read_key(alice.folder / "audit.key"), lambda: datetime.now(UTC))
+    for address, statement in (("192.0.2.1", "select 1\nfrom x\x1b[2J"), ("192.0.2.2", "select 2")):
+        log.append("tool.called", user="alice", client_ip=address, tool="query_database", statement=statement, rows=3)
+    log.append("tool.called", user="alice", client_ip="192.0.2.2", tool="execute_statement", statement_hmac="ab12")
+    log.close()
+    shown = alice("audit", "tail", "--sql").good.split("\n\n")
+    assert [part.split("\n")[1:] for part in shown[:3]] == [
+        ["    select 1", "    from x\\x1b[2J"], ["    select 2"], ["    (not kept; HMAC ab12)"],
+    ]  # fmt: skip
+    assert shown[1].split("\n")[0].endswith("  alice  192.0.2.2  query_database  3")
+    assert alice("audit", "tail", "--sql", "--ip", "192.0.2.1").good.count("query_database") == 1
+    assert len(alice("audit", "tail", "--ip", "192.0.2.2").good.splitlines()) == 2
+
+
+def test_audit_top_counts_calls_and_refusals_by_what_is_asked(alice: Home) -> None:
+    log = AuditLog(alice.folder / "audit.jsonl", read_key(alice.folder / "audit.key"), lambda: datetime.now(UTC))
+    call = {"user": "alice", "token": "abcd1234", "client_ip": "192.0.2.1", "tool": "query_database"}
+    for rows in (1, 2):
+        log.append("tool.called", **call, database="shop", relations=["public.a", "public.b"], rows=rows)
+    log.append("tool.refused", **call, reason="no grant")
+    for _ in range(2):
+        log.append("auth.refused", client_ip="203.0.113.9", reason="no such token\x1b")
+    log.append("auth.refused", client_ip="203.0.113.9", reason="40 more within a minute")
+    log.close()
+
+    def top(by: str, *arguments: str) -> list[list[str]]:
+        return [row.split("\t")[:4] for row in alice("audit", "top", "--by", by, *arguments).good.splitlines()]
+
+    assert top("user") == [["alice", "3", "1", "3"]]
+    assert top("ip") == [["203.0.113.9", "42", "42", "0"], ["192.0.2.1", "3", "1", "3"]]
+    assert top("ip", "-n", "1") == [["203.0.113.9", "42", "42", "0"]]
+    assert top("table") == [["shop:public.a", "2", "0", "3"], ["shop:public.b", "2", "0", "3"]]
+    assert [row[:2] for row in top("reason")] == [
+        ["more within a minute, counted", "40"], ["no such token\\x1b", "2"], ["no grant", "1"],
+    ]  # fmt: skip
+    assert top("ip", "--since", "2999-01-01") == []
+    assert json.loads(alice("audit", "top", "--by", "tool", "--json").good)["top"][0]["key"] == "query_database"
+    assert "say one of user, token" in alice("audit", "top", "--by", "weather").error

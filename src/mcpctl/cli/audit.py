@@ -38,12 +38,14 @@ def tail(
     ] = None,
     user: Annotated[str | None, typer.Option("--user", metavar="U", help="Only this user's.")] = None,
     token: Annotated[str | None, typer.Option("--token", metavar="ID", help="Only this token's.")] = None,
+    ip: Annotated[str | None, typer.Option("--ip", metavar="ADDRESS", help="Only from this address.")] = None,
     event: Annotated[
         str | None, typer.Option("--event", metavar="E", help="Only this event, or family such as token.*")
     ] = None,
     since: Annotated[
         str | None, typer.Option("--since", metavar="WHEN", help="Only from then on: 2h, 7d, or a time.")
     ] = None,
+    sql: Annotated[bool, typer.Option("--sql", help="Only statements, each in full as a block of its own.")] = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -52,7 +54,7 @@ def tail(
 
     from mcpctl.audit import files as audit_files
 
-    begin = _since(since)
+    begin = moment("--since", since)
     _check_event(event)
     found = settings(context, config)
     before = _last_number(found.audit.file) if follow else 0
@@ -63,6 +65,8 @@ def tail(
         return (
             (user is None or line.get("user") == user)
             and (token is None or line.get("token") == token)
+            and (ip is None or line.get("client_ip") == ip)
+            and (not sql or "statement" in line or "statement_hmac" in line)
             and (event is None or _is_event(str(line.get("event", "")), event))
             and (begin is None or _after(line.get("time"), begin))
         )
@@ -71,7 +75,7 @@ def tail(
         lines = 10
     most = None if lines is None else min(lines, sys.maxsize)
     known = list(islice(filter(wanted, _all_lines(found.audit.file, begin)), most))[::-1]
-    heard = _show(known, json)
+    heard = _show(known, json, sql)
     if newer is None or not heard:
         return
     last = max((audit_files.number(line) for line in known), default=0)
@@ -81,7 +85,7 @@ def tail(
             output.warn(f"the chain begins anew, at number {number} after {before}: was the log removed?")
             last = 0
         before = number or before
-        if wanted(line) and (number > last or not number) and not _show([line], json, with_head=False):
+        if wanted(line) and (number > last or not number) and not _show([line], json, sql, with_head=False):
             return
 
 
@@ -123,7 +127,8 @@ def _all_lines(path: "Path", begin: "datetime | None") -> "Iterator[dict[str, An
         output.warn(f"older lines may be in what is not read here: {', '.join(one.name for one in others)}")
 
 
-def _since(text: str | None) -> "datetime | None":
+def moment(option: str, text: str | None) -> "datetime | None":
+    """When an option means: a time, or that long ago."""
     from datetime import UTC, datetime, timedelta
 
     from mcpctl.config_values import duration
@@ -137,7 +142,7 @@ def _since(text: str | None) -> "datetime | None":
         try:
             when = datetime.fromisoformat(text)
         except (ValueError, OverflowError):
-            raise UsageError(f"--since {text!r} is no time", "say 2h, 7d, or 2027-01-31T12:00:00Z") from None
+            raise UsageError(f"{option} {text!r} is no time", "say 2h, 7d, or 2027-01-31T12:00:00Z") from None
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
@@ -167,10 +172,21 @@ def _is_event(found: str, wanted: str) -> bool:
     return found == wanted or (wanted.endswith(".*") and found.startswith(wanted[:-1]))
 
 
-def _show(lines: list[dict[str, Any]], json: bool, *, with_head: bool = True) -> bool:
+def block(line: dict[str, Any]) -> str:
+    """One statement: a line of who and when, and its text, each line of it set in, so that it can pass for no other."""
+    names = ("time", "user", "token", "client_ip", "database", "tool", "outcome", "rows", "reason")
+    head = "  ".join(output.clean(line[name]) for name in names if line.get(name) is not None)
+    kept = line.get("statement")
+    text = f"(not kept; HMAC {line.get('statement_hmac')})" if kept is None else str(kept)
+    return "\n".join([head, *(f"    {part}" for part in text.split("\n"))])
+
+
+def _show(lines: list[dict[str, Any]], json: bool, sql: bool, *, with_head: bool = True) -> bool:
     """Show the lines; False where nobody reads them any more."""
     if json:
         return all(output.put_json(line) for line in lines)
+    if sql:
+        return all(output.put(block(line) + "\n") for line in lines)
     rows = []
     for line in lines:
         what = line.get("statement") or line.get("reason") or line.get("statement_hmac") or ""

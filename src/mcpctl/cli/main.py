@@ -11,6 +11,7 @@ import typer
 from mcpctl import __version__
 from mcpctl.cli import (
     audit,
+    audit_read,  # noqa: F401 - its commands join those of audit
     can,
     client_config,
     config,

@@ -202,7 +202,8 @@ class Exchange:
             verdict = await self._planned(wire, text) if question else Verdict(False, None, False)
             self._verdicts.remember(key, verdict)
         self.session.described = True
-        self.session.relations = verdict.relations or self.session.relations
+        if verdict.relations is not None:  # none at all is something that is known, too
+            self.session.relations = verdict.relations
         return verdict
 
     def _sync(self) -> None:
