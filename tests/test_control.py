@@ -96,6 +96,14 @@ def test_everybody_is_asked_and_one_that_hangs_costs_the_others_nothing(tmp_path
     assert time.monotonic() - begun < 10
 
 
+def test_a_long_answer_arrives_whole_and_who_is_silent_can_be_named(tmp_path: Path) -> None:
+    sessions = ["x" * 100] * 5000
+    line = json.dumps({"sessions": sessions}).encode() + b"\n"
+    with process(tmp_path, "17.ab", line), process(tmp_path, "4.cd", None):
+        answers = control.ask_each(tmp_path, {"do": "sessions"}, 1.0)
+    assert answers == [(17, {"sessions": sessions}), (4, {"error": "no answer in time"})]
+
+
 def test_what_dead_processes_left_is_swept_and_who_lives_is_not(tmp_path: Path) -> None:
     with process(tmp_path, "dead", b"{}\n"):
         pass

@@ -19,7 +19,8 @@ from typing import Any
 from mcpctl.errors import ConfigError
 
 LONGEST_PATH = 100
-_LINE = 65536
+_CHUNK = 65536
+_LONGEST_ANSWER = 16 << 20
 
 
 def folder_of(runtime_dir: Path | None, token_file: Path) -> Path:
@@ -85,13 +86,27 @@ def sweep(folder: Path) -> None:
 
 
 def ask_all(folder: Path, request: dict[str, Any], seconds: float = 2.0) -> list[dict[str, Any]]:
-    """Every serving process's answer; one that does not answer in time says {"error": …}.
+    """Every serving process's answer; one that does not answer in time says {"error": …}."""
+    return [answer for _, answer in ask_each(folder, request, seconds)]
+
+
+def ask_each(folder: Path, request: dict[str, Any], seconds: float = 2.0) -> list[tuple[int, dict[str, Any]]]:
+    """(pid, answer) of every serving process, as `ask_all` has it. The pid is that of the socket's name.
 
     All are asked before the first answer is waited for: one that hangs costs the others nothing.
     """
     deadline = monotonic() + seconds
-    asked = [_send(found, request) for path in sockets(folder) if (found := _connect(path, seconds)) is not None]
-    return [found if isinstance(found, dict) else _receive(found, deadline) for found in asked]
+    asked = [
+        (_pid(path), _send(found, request))
+        for path in sockets(folder)
+        if (found := _connect(path, seconds)) is not None
+    ]
+    return [(pid, found if isinstance(found, dict) else _receive(found, deadline)) for pid, found in asked]
+
+
+def _pid(path: Path) -> int:
+    name = path.name.split(".")[1]
+    return int(name) if name.isascii() and name.isdigit() else 0
 
 
 def _connect(path: Path, seconds: float) -> "socket.socket | dict[str, Any] | None":
@@ -120,12 +135,12 @@ def _send(found: "socket.socket | dict[str, Any]", request: dict[str, Any]) -> "
 
 
 def _receive(made: socket.socket, deadline: float) -> dict[str, Any]:
-    line = b""
+    line = bytearray()
     with made:
         try:
-            while not line.endswith(b"\n") and len(line) < _LINE:
+            while not line.endswith(b"\n") and len(line) < _LONGEST_ANSWER:
                 made.settimeout(max(0.05, deadline - monotonic()))
-                chunk = made.recv(_LINE)
+                chunk = made.recv(_CHUNK)
                 if not chunk:
                     break
                 line += chunk

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,6 +19,7 @@ from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
 from mcpctl.recorder import Recorder
+from mcpctl.server.answers import Answers
 
 log = logging.getLogger("mcpctl.watch")
 TICK = 0.2
@@ -52,8 +52,8 @@ class Watch:
         self._recorder = recorder
         self._folder = folder
         self.end_streams = end_streams
-        self._keys = keys
         self._databases = own
+        self.answers = Answers(self._settle, calls, own, keys)
         self._cuts: dict[str, asyncio.Task[Cut]] = {}
         self._warned: dict[str, int] = {}
         self._broken: str | None = None
@@ -161,7 +161,7 @@ class Watch:
         try:
             async with asyncio.timeout(5):
                 request = json.loads(await reader.readline())
-                answer = await self._answer(request)
+                answer = await self.answers(request)
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
         except (ValueError, KeyError, TypeError, TimeoutError, OSError) as problem:
@@ -169,26 +169,7 @@ class Watch:
         finally:
             writer.close()
 
-    async def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        match request["do"]:
-            case "ping":
-                return {"pid": os.getpid()}
-            case "keys":
-                return {"pid": os.getpid(), "keys": self._keys()}
-            case "settle":
-                return await self._settle([str(token) for token in request["tokens"]])
-            case "settle_own":
-                own = self._databases
-                return _values(await own.settle(str(request["user"]), str(request["name"])) if own else Cut())
-            case "matching":
-                return {"matching": self._calls.matching(request["token"], request["id"])}
-            case "cancel":
-                self._calls.cancel(request["token"], request["id"])
-                return {}
-            case other:
-                return {"error": f"unknown request {other!r}"}
-
-    async def _settle(self, tokens: list[str]) -> dict[str, Any]:
+    async def _settle(self, tokens: list[str]) -> Cut:
         """Take note of the files, and wait until what ended is cut: what was done for these tokens."""
         self._look()
         done = Cut()
@@ -201,18 +182,16 @@ class Watch:
                 done.lingering += found.lingering
                 if not found.backends_left:
                     self._cuts.pop(token, None)  # told once: whoever revokes it again has cut nothing
-        return _values(done)
+        return done
 
     async def cancel_elsewhere(self, token: str | None, number: str | int, here: int) -> None:
         """End the one call of that token and number, wherever it runs; not when there is more than one."""
-        others = [path for path in control.sockets(self._folder) if path != self._own]
+        others = self._others()
         if not others:
             if here == 1:
                 self._calls.cancel(token, number)
             return
-        found = await asyncio.gather(
-            *(self._ask(path, {"do": "matching", "token": token, "id": number}) for path in others)
-        )
+        found = await self._ask_them(others, {"do": "matching", "token": token, "id": number})
         if here + sum(answer.get("matching", 0) for answer in found) != 1:
             return
         if here == 1:
@@ -221,18 +200,24 @@ class Watch:
             if answer.get("matching"):
                 await self._ask(path, {"do": "cancel", "token": token, "id": number})
 
+    async def ask_others(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """What the other processes that serve these files answer; {} of one that does not within a second."""
+        return await self._ask_them(self._others(), request)
+
+    def _others(self) -> list[Path]:
+        return [path for path in control.sockets(self._folder) if path != self._own]
+
+    async def _ask_them(self, others: list[Path], request: dict[str, Any]) -> list[dict[str, Any]]:
+        return await asyncio.gather(*(self._ask(path, request) for path in others))
+
     async def _ask(self, path: Path, request: dict[str, Any]) -> dict[str, Any]:
         try:
             async with asyncio.timeout(1):
                 with control.short(path) as name:
-                    reader, writer = await asyncio.open_unix_connection(name)
+                    reader, writer = await asyncio.open_unix_connection(name, limit=_REQUEST)
                 writer.write(json.dumps(request).encode() + b"\n")
                 answer = json.loads(await reader.readline())
                 writer.close()
                 return answer if isinstance(answer, dict) else {}
         except (OSError, ValueError, TimeoutError):
             return {}
-
-
-def _values(done: Cut) -> dict[str, Any]:
-    return {"queries": done.queries, "backends_left": done.backends_left, "lingering": done.lingering}
