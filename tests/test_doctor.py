@@ -10,9 +10,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import trustme
 
 import pg
 from mcpctl import diagnosis, keyring, private_file
+from mcpctl.config_keys import Server, Settings, Tls
 from mcpctl.diagnosis import FAIL, OK, WARN, Patient
 from mcpctl.identity import tokens, users
 from mcpctl.identity.grants import Grant
@@ -22,6 +24,7 @@ from site_of_mcpctl import PASSWORD, READER, eventually, record
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
 NOBODY = 65534
+END = datetime(2035, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
@@ -409,3 +412,22 @@ def test_who_could_change_the_program_is_told(here: Place) -> None:
     finally:
         for path in everything:
             os.chown(path, 0, 0)
+
+
+def test_the_certificate_is_looked_at(tmp_path: Path) -> None:
+    issued, other = trustme.CA().issue_cert("localhost", not_after=END), trustme.CA().issue_cert("localhost")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    issued.cert_chain_pems[0].write_to_path(cert)
+    key.touch(0o600)
+    settings = Settings(server=Server(tls=Tls(cert, key)))
+
+    def found(now: datetime, right: bool = True) -> diagnosis.Finding:
+        (issued if right else other).private_key_pem.write_to_path(key)
+        (one,) = diagnosis._tried("certificate", lambda: diagnosis._certificate(Patient(settings, {}, None, now, {})))
+        return one
+
+    assert found(END - timedelta(days=31)).status == OK
+    assert (found(END - timedelta(days=29)).status, found(END).what) == (WARN, f"{cert} ends on {END.date()}")
+    assert "clients refuse it" in found(END + timedelta(days=1)).what
+    assert found(END + timedelta(days=1)).status == found(datetime(1990, 1, 1, tzinfo=UTC)).status == FAIL
+    assert "cannot be used" in found(END - timedelta(days=31), right=False).what

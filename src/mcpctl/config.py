@@ -274,6 +274,8 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
         fault("server.tls", "cert and key go together")
     if "chain" in tls and "cert" not in tls:
         fault("server.tls.chain", "goes with cert and key")
+    if settings.server.tls.client_certificate is not None and settings.server.tls.client_ca is None:
+        fault("server.tls.client_certificate", "goes with client_ca")
     if settings.server.sse and settings.server.workers > 1:
         fault("server.sse", "its sessions live in one process; it goes with workers: 1 only")
     if settings.limits.connections < 2 * settings.server.workers:

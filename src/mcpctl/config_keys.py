@@ -30,6 +30,12 @@ class Tls:
     chain: Path | None = setting(
         None, values.optional(values.path), "intermediate certificates in PEM, where `cert` has only its own"
     )
+    client_ca: Path | None = setting(
+        None, values.optional(values.path), "CA in PEM; clients need a certificate that it signed, beside their token"
+    )
+    client_certificate: str | None = setting(
+        None, values.optional(values.choice("required", "optional")), "with client_ca; default: required"
+    )
 
 
 @dataclass(frozen=True)

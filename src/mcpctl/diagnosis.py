@@ -8,12 +8,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 
 import mcpctl
-from mcpctl import keyring, private_file, rotation
+from mcpctl import certificates, keyring, private_file, rotation
 from mcpctl.audit import log as audit_log
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
@@ -69,6 +69,7 @@ def examine(patient: Patient) -> list[Finding]:
         "keys": _keys,
         "own databases": _own,
         "secrets": _secrets,
+        "certificate": _certificate,
         "program": _program,
         "tokens": _tokens,
     }
@@ -233,6 +234,21 @@ def _secrets(patient: Patient) -> Iterator[Finding]:
                     f"to seal it: move it to another FILE; mcpctl database remove {name}{only}; "
                     f"mcpctl database add {name} … --password-file FILE",
                 )  # fmt: skip
+
+
+def _certificate(patient: Patient) -> Iterator[Finding]:
+    """Whether the certificate, its key and its chain fit together, and for how long they count."""
+    if patient.settings.server.tls.cert is None:
+        return
+    pair = certificates.read(patient.settings.server.tls)
+    pair.context()
+    end, path = pair.own.not_valid_after_utc, patient.settings.server.tls.cert
+    if wrong := pair.out_of_date(patient.now):
+        yield Finding("certificate", FAIL, wrong, "renew it; a server that runs takes the new files by itself")
+    elif end - patient.now < timedelta(days=30):
+        yield Finding("certificate", WARN, f"{path} ends on {end.date()}", "renew it, and see why nothing has")
+    else:
+        yield Finding("certificate", OK, f"{path} and its key fit together, and count until {end.date()}")
 
 
 def _program(patient: Patient) -> Iterator[Finding]:

@@ -68,6 +68,8 @@ def serve(
     tls = replace(server.tls, cert=tls_cert, key=tls_key, chain=tls_chain) if tls_cert is not None else server.tls
     if tls_chain is not None and tls.cert is None:
         raise UsageError("--tls-chain goes with --tls-cert and --tls-key", "give all three")
+    if tls.client_ca is not None and tls.cert is None:
+        raise UsageError("server.tls.client_ca goes with a certificate", "give --tls-cert and --tls-key")
     server = replace(
         server,
         host=host or server.host,

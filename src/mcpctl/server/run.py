@@ -181,6 +181,8 @@ async def _worker(
     is gone."""
     settings = listening.settings
     async with running(settings, files=not listening.no_auth, workers=workers) as core, _app(listening, core) as app:
+        held = tls.Certificates(settings, core.recorder.note) if listening.tls else None
+        watching = asyncio.create_task(held.watch()) if held is not None else None
         config = uvicorn.Config(
             app,
             # h11, which strips header values on both sides (RFC 9110); httptools leaves the end
@@ -193,12 +195,14 @@ async def _worker(
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=_DRAIN,
-            ssl_context_factory=(lambda config, default: tls.context(settings)) if listening.tls else None,
+            ssl_context_factory=(lambda config, default: held.live) if held is not None else None,
         )
         server = _Uvicorn(config, started)
         if lifeline is not None:
             asyncio.get_running_loop().add_reader(lifeline, lambda: setattr(server, "should_exit", True))
         await server.serve(sockets=[bound])
+        if watching is not None:
+            watching.cancel()
     return server.captured
 
 

@@ -1,85 +1,132 @@
-"""HTTPS: the certificate, its chain and its key, which have to fit together."""
+"""HTTPS while it runs: a renewed certificate is taken for new connections, and its end is told in time."""
 
-import contextlib
-import os
+import asyncio
+import logging
 import ssl
-import tempfile
-from collections.abc import Iterator
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from time import monotonic
+from typing import Any
 
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-
+from mcpctl import certificates
+from mcpctl.certificates import Pair, context, expires, out_of_date
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError
+from mcpctl.identity.tokens import utcnow
+
+__all__ = ["Certificates", "context", "expires", "out_of_date"]
+log = logging.getLogger("mcpctl.tls")
+_LOOK = 1.0
+"""Seconds between two looks at the files. A change is taken at the second look that finds the files the same: whoever
+renews writes them one after the other."""
+_PATIENCE = 10.0
+"""Seconds after which files that do not fit together are no longer a renewal under way."""
+REMINDERS = (1, 7, 14, 30)
+"""Days before a certificate's end at which it is told."""
+RENEWED = "config.certificate_renewed"
 
 
-def context(settings: Settings) -> ssl.SSLContext:
-    """TLS 1.2 at least, with the certificate, its chain and key. Raises ConfigError where they don't fit together."""
-    tls = settings.server.tls
-    if tls.cert is None or tls.key is None:
-        raise ConfigError("TLS needs a certificate and its key", "give --tls-cert and --tls-key")
-    if os.name == "posix" and tls.key.exists() and tls.key.stat().st_mode & 0o007:
-        raise ConfigError(f"the private key {tls.key} can be read by anybody", f"chmod o= {tls.key}")
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    made.minimum_version = ssl.TLSVersion.TLSv1_2
-    own = _certificates(tls.cert, "certificate")
-    if tls.chain is not None:
-        _belongs(own[-1], tls.chain)
-    try:
-        with _with_chain(tls.cert, tls.chain) as cert:
-            made.load_cert_chain(cert, tls.key, password=lambda: "")
-    except (OSError, ssl.SSLError) as problem:
-        reason = getattr(problem, "reason", None) or problem.strerror or str(problem)
-        raise ConfigError(
-            f"the certificate {tls.cert} and key {tls.key} cannot be used: {reason}",
-            "both in PEM, the key without a passphrase and belonging to the certificate",
-        ) from None
-    return made
+class _Live(ssl.SSLContext):
+    """What the listening socket is given: each new connection gets the context of its moment, whole. To load another
+    pair into a context in use would leave an RSA certificate there beside an ECDSA one."""
+
+    current: ssl.SSLContext
+
+    def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
+        """Begin a connection."""
+        return self.current.wrap_bio(*arguments, **named)
 
 
-def out_of_date(settings: Settings, now: datetime) -> str | None:
-    """What is to be said of a certificate that clients refuse for its dates; None where there is nothing."""
-    tls = settings.server.tls
-    if tls.cert is None:
-        return None
-    own = _certificates(tls.cert, "certificate")[0]
-    if own.not_valid_before_utc <= now <= own.not_valid_after_utc:
-        return None
-    begin, end = own.not_valid_before_utc.date(), own.not_valid_after_utc.date()
-    return f"the certificate {tls.cert} counts from {begin} to {end}: clients refuse it"
+class Certificates:
+    """The pair that a process serves with, and the eye on its files. `note` writes audit lines; `tells`: whether this
+    process is the one that tells the administrator, of several that do the same."""
 
+    def __init__(
+        self,
+        settings: Settings,
+        note: Callable[..., None],
+        *,
+        tells: bool = True,
+        now: Callable[[], datetime] = utcnow,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.note = note
+        self._tells = tells
+        self._now = now
+        self._clock = clock
+        self._told: tuple[str, int] | None = None
+        self.live = _Live(ssl.PROTOCOL_TLS_SERVER)
+        pair = certificates.read(settings.server.tls)
+        self.use(pair, pair.context())
 
-def _certificates(path: Path, what: str) -> list[x509.Certificate]:
-    try:
-        return x509.load_pem_x509_certificates(path.read_bytes())
-    except OSError as problem:
-        reason = problem.strerror
-    except ValueError:
-        reason = "there is no certificate in PEM in it, or a broken one"
-    raise ConfigError(f"the {what} {path} cannot be used: {reason}", "certificates in PEM, and nothing else") from None
+    def use(self, pair: Pair, made: ssl.SSLContext) -> None:
+        """Serve new connections with it from now on; open ones keep what they have."""
+        self._pair = pair
+        self.live.current = made
+        self._done: object = None  # the files may have changed since they were read
+        self._before: object = None
+        self._since: float | None = None
+        self._warned = False
 
+    async def watch(self) -> None:
+        """Look after the files and the dates, for ever."""
+        while True:
+            try:
+                self.look()
+                self.remind()
+            except Exception:
+                log.exception("looking after the certificate failed; it is tried again")
+            await asyncio.sleep(_LOOK)
 
-def _belongs(last: x509.Certificate, chain: Path) -> None:
-    """Refuse a chain that does not go on from the certificate: clients would get to no root that they know."""
-    for issuer in _certificates(chain, "chain"):
-        with contextlib.suppress(ValueError, TypeError, InvalidSignature):
-            last.verify_directly_issued_by(issuer)
+    def look(self) -> None:
+        """Take what the files hold now, where that is new, at rest, and fits together; else keep what there is."""
+        tls = self._pair.tls
+        seen = certificates.stamps(tls)
+        if seen == self._done:
             return
-    raise ConfigError(
-        f"the chain {chain} does not hold {last.issuer.rfc4514_string()}, who issued the certificate",
-        "take the chain that came with the certificate",
-    )
+        if seen != self._before:
+            self._before = seen
+            return
+        try:
+            pair = certificates.read(tls)
+            made = pair.context()
+            if (wrong := pair.out_of_date(self._now())) and not self._pair.out_of_date(self._now()):
+                raise ConfigError(wrong, "put a certificate there that counts now")
+        except ConfigError as problem:
+            self._wait(problem)
+            return
+        changed = [part for part in certificates.PARTS if pair.contents.get(part) != self._pair.contents.get(part)]
+        if changed:
+            self.use(pair, made)
+            said = f"{', '.join(changed)} of server.tls; counts until {pair.own.not_valid_after_utc.date()}"
+            if self._tells:
+                log.info("renewed: %s, SHA-256 %s…", said, pair.digest)
+                self.note(RENEWED, reason=f"{said}, SHA-256 {pair.digest}…")
+        self._done, self._since, self._warned = seen, None, False
 
+    def _wait(self, problem: ConfigError) -> None:
+        """Say once that the files do not fit together, and once more when that lasts."""
+        if not self._tells:
+            return
+        if self._since is None:
+            self._since = self._clock()
+            log.info("the certificate's files have changed, and are not in order yet: %s", problem.message)
+        elif not self._warned and self._clock() - self._since > _PATIENCE:
+            self._warned = True
+            log.warning("the earlier certificate is served on: %s (%s)", problem.message, problem.hint)
 
-@contextlib.contextmanager
-def _with_chain(cert: Path, chain: Path | None) -> Iterator[Path]:
-    """The certificate's file, or one that has its chain behind it, as OpenSSL wants them."""
-    if chain is None:
-        yield cert
-        return
-    with tempfile.NamedTemporaryFile(suffix=".pem") as both:
-        both.write(cert.read_bytes().rstrip() + b"\n" + chain.read_bytes())
-        both.flush()
-        yield Path(both.name)
+    def remind(self) -> None:
+        """Warn 30, 14, 7 and 1 days before the certificate ends, and when it has, once each. One that lives no longer
+        than that is not warned of so early."""
+        if not self._tells:
+            return
+        own = self._pair.own
+        begin, end = own.not_valid_before_utc, own.not_valid_after_utc
+        left = end - self._now()
+        days = next((days for days in (0, *REMINDERS) if left <= timedelta(days=days)), None)
+        told = (self._pair.digest, days or 0)
+        if days is None or self._told == told or end - begin <= timedelta(days=days):
+            return
+        self._told = told
+        when = f"ends within {days} days, on {end.date()}" if days else f"has ended on {end.date()}: clients refuse it"
+        log.warning("the certificate %s %s", self._pair.tls.cert, when)
