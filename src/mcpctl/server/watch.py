@@ -53,6 +53,7 @@ class Watch:
         self._folder = folder
         self.end_streams = end_streams
         self._keys = keys
+        self.audit_end: Callable[[], dict[str, Any]] = dict
         self._databases = own
         self._cuts: dict[str, asyncio.Task[Cut]] = {}
         self._warned: dict[str, int] = {}
@@ -180,6 +181,8 @@ class Watch:
             case "settle_own":
                 own = self._databases
                 return _values(await own.settle(str(request["user"]), str(request["name"])) if own else Cut())
+            case "audit_end":
+                return self.audit_end()
             case "matching":
                 return {"matching": self._calls.matching(request["token"], request["id"])}
             case "cancel":
