@@ -15,6 +15,7 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/tenants.py $(ARGS)
+	$(BIN)/python benchmarks/audit.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -98,12 +98,21 @@ class _Facts:
 class Calls:
     """Everything a call needs, built once."""
 
-    def __init__(self, settings: Settings, logins: Logins, own: Own, pools: Pools, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        logins: Logins,
+        own: Own,
+        pools: Pools,
+        recorder: Recorder,
+        answering: Callable[[], Awaitable[None]],
+    ) -> None:
         self._settings = settings
         self._access = Access(settings.auth)
         self._own = own
         self._pools = pools
         self._recorder = recorder
+        self._answering = answering
         self._reach = Reach(settings, self._access, logins, own)
         self._running: set[tuple[Principal, Request, asyncio.Task[Any]]] = set()
 
@@ -178,6 +187,7 @@ class Calls:
             self._recorder.call(
                 event, **base, **facts.values, elapsed_ms=elapsed(begun), outcome=outcome, reason=facts.reason(reason)
             )
+            await self._answering()
 
     def _tried(self, principal: Principal, arguments: Mapping[str, Any], facts: _Facts) -> str:
         """Note the database that a call meant which never came there, and say the setting, as far as each has the form

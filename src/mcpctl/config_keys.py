@@ -244,6 +244,10 @@ class Audit:
     on_failure: str = setting(
         "refuse", values.choice("refuse", "warn"), "what happens to calls while the log cannot be written"
     )
+    sync: float = setting(1.0, values.sync, "a line is on disk before its `answer` leaves, or after this long at most")
+    anchor_file: Path | None = setting(
+        None, values.optional(values.path), "where anchors are kept, beside the server's log, 0600; on another disk"
+    )
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,17 @@ def positive_duration(value: Any) -> float:
     return seconds
 
 
+def sync(value: Any) -> float:
+    """`answer`, which is 0, or a duration of 10 s at most."""
+    try:
+        found = 0.0 if value == "answer" else positive_duration(value)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= 10:
+        raise ValueError("answer, or a duration of 10s at most")
+    return found
+
+
 def statement_timeout(value: Any) -> float:
     """A duration that PostgreSQL takes as a timeout."""
     found = positive_duration(value)

@@ -2,9 +2,11 @@
 
 import contextlib
 import glob
+import gzip
 import json
 import os
 import re
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -12,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import private_file
-from mcpctl.errors import ConfigError, NotFoundError
+from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError
 
 _DIGEST = re.compile("[0-9a-f]{64}")
-_BEGINNING = b'{"seq":'
+BEGINNING = b'{"seq":'
+"""How every line begins."""
 _FIRST_LOOK = 64 << 10
 _CHUNK = 4 << 20
 
 
-def _open_moved(path: Path) -> int | None:
+def open_moved(path: Path) -> int | None:
     """A file that was moved away, whatever group may read it by now; None where it cannot be the log of before."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -34,7 +37,7 @@ def _open_moved(path: Path) -> int | None:
 
 def end_of(path: Path) -> "tuple[int, str] | None":
     """Number and hash of the last line of a file that was moved away; None where there is none of ours."""
-    fd = _open_moved(path)
+    fd = open_moved(path)
     if fd is None:
         return None
     try:
@@ -53,7 +56,8 @@ def older(path: Path) -> tuple[list[Path], list[Path]]:
     return sorted(ends, key=lambda one: ends[one], reverse=True), sorted(set(beside) - set(ends))
 
 
-def _read_at(fd: int, size: int, start: int) -> bytes:
+def read_at(fd: int, size: int, start: int) -> bytes:
+    """Up to so many bytes from there on."""
     os.lseek(fd, start, os.SEEK_SET)  # pread(2) is POSIX's alone
     return os.read(fd, size)
 
@@ -64,10 +68,10 @@ def last_line(fd: int, size: int, path: Path) -> "tuple[tuple[int, str] | None, 
     while start > 0 and tail[: tail.rfind(b"\n") + 1].rstrip(b"\n").count(b"\n") < 1:
         step = min(start, max(_FIRST_LOOK, len(tail)))
         start -= step
-        tail = _read_at(fd, step, start) + tail
+        tail = read_at(fd, step, start) + tail
     whole = tail.rfind(b"\n") + 1
     half = tail[whole:]
-    if not (half.startswith(_BEGINNING) or _BEGINNING.startswith(half)):
+    if not (half.startswith(BEGINNING) or BEGINNING.startswith(half)):
         raise ConfigError(f"{path} does not end with a line of mcpctl's", "is it the right file? it is left as it is")
     line = tail[:whole].rstrip(b"\n").rpartition(b"\n")[2]
     if not line:
@@ -88,7 +92,7 @@ def read_back(path: Path) -> Iterator[dict[str, Any]]:
 
 def read_older(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file that `older` found, likewise."""
-    fd = _open_moved(path)
+    fd = open_moved(path)
     return iter(()) if fd is None else _back(fd)
 
 
@@ -99,7 +103,7 @@ def _back(fd: int) -> Iterator[dict[str, Any]]:
         while start > 0:
             step = min(start, _CHUNK)
             start -= step
-            rest, *whole = (_read_at(fd, step, start) + rest).split(b"\n")
+            rest, *whole = (read_at(fd, step, start) + rest).split(b"\n")
             if start + step == size and whole and not whole[-1]:
                 whole.pop()  # what stands behind the last line's end is no line
             yield from map(_parse, reversed(whole))
@@ -118,7 +122,7 @@ def follow(path: Path, pause: Callable[[float], None] = time.sleep) -> Iterator[
         fd = private_file.open_checked(path, os.O_RDONLY)
     except NotFoundError:
         found, _ = older(path)  # moved away just now
-        moved = _open_moved(found[0]) if found else None
+        moved = open_moved(found[0]) if found else None
         if moved is None:
             raise
         fd = moved
@@ -134,7 +138,7 @@ def _follow(path: Path, fd: int, done: int, seq: int, pause: Callable[[float], N
         while True:
             now = private_file.fingerprint(path)
             about = os.fstat(fd)
-            if about.st_size < done or (done and _read_at(fd, 1, done - 1) != b"\n"):
+            if about.st_size < done or (done and read_at(fd, 1, done - 1) != b"\n"):
                 done = 0  # emptied under us: what a crash left half written is not counted in `done`
                 missed = list(_since(path, seq)) if seq else []  # written since our last look, and in the copy now
                 seq = max([seq, *map(number, missed)])
@@ -170,6 +174,32 @@ def _since(path: Path, seq: int) -> Iterator[dict[str, Any]]:
             yield line
 
 
+def pack(moved: Path) -> Path:
+    """Pack a file that was moved away; the packed one takes its place only when the same can be read from it."""
+    packed = moved.with_name(moved.name + ".gz")
+    beside = moved.with_name(f".{packed.name}.tmp")
+    if os.path.lexists(packed):
+        raise ConflictError(f"{packed} exists already", "both are left as they are; remove one of them")
+    beside.unlink(missing_ok=True)
+    private_file.create(beside, b"")
+    try:
+        with moved.open("rb") as file, beside.open("wb") as to, gzip.GzipFile("", "wb", fileobj=to, mtime=0) as smaller:
+            shutil.copyfileobj(file, smaller, _CHUNK)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        with moved.open("rb") as file, gzip.open(beside, "rb") as same:
+            while chunk := file.read(_CHUNK):
+                if same.read(len(chunk)) != chunk:
+                    raise Error(f"{packed} cannot be read back", "is the disk in order?")
+        shutil.copystat(moved, beside)
+        beside.rename(packed)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    moved.unlink()
+    return packed
+
+
 def number(line: dict[str, Any]) -> int:
     """A line's `seq`; 0 where it has none."""
     found = line.get("seq")
@@ -179,7 +209,7 @@ def number(line: dict[str, Any]) -> int:
 def _whole_lines(fd: int, start: int) -> bytes:
     """The next whole lines from there on; a last one without its end is left for later."""
     data = b""
-    while chunk := _read_at(fd, _CHUNK, start + len(data)):
+    while chunk := read_at(fd, _CHUNK, start + len(data)):
         data += chunk
         if b"\n" in chunk:
             break

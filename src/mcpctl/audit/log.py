@@ -40,13 +40,13 @@ EVENTS = (
     "grant.printed", "grant.added", "grant.removed", "database.registered", "database.unregistered", "config.created",
     "config.database_added", "config.database_removed", "config.database_hardened", "config.key_rotated",
     "config.certificate_renewed",
-    "server.started", "server.stopped",
+    "server.started", "server.stopped", "audit.rotated",
 )  # fmt: skip
 _ROOM = 64 << 10
 
 
-@dataclass
-class _End:
+@dataclass(frozen=True)
+class End:
     """Where the chain ends: the file's identity and size, the last line's number and hash."""
 
     inode: int
@@ -57,19 +57,28 @@ class _End:
 
 _PATIENCE = 0.25
 """Seconds to wait for another writer, who holds the lock for a tenth of a millisecond unless it has stopped."""
+Sync = Callable[[int], None]
+_fdatasync: Sync = getattr(os, "fdatasync", os.fsync)  # macOS and Windows have only the other
 
 
 class AuditLog:
     """Appends to one log. Not for threads; processes may share the file."""
 
-    def __init__(self, path: Path, key: bytes, now: Callable[[], datetime]) -> None:
+    def __init__(self, path: Path, key: bytes, now: Callable[[], datetime], sync: Sync = _fdatasync) -> None:
         self.path = path
-        self._key = key
-        self.key_id = hashlib.sha256(key).hexdigest()[:8]
+        self.key = key
+        self.key_id = key_id(key)
+        self.written: End | None = None
+        """Where the chain ended after the last line that this process has written."""
+        self.synced = 0
+        """The number of the last line of this process's that is known to be on disk."""
         self._now = now
+        self._sync = sync
         self._lock = -1
         self._file = -1
-        self._end: _End | None = None
+        self._end: End | None = None
+        self._doubtful = False
+        self._named = 0
 
     def close(self) -> None:
         """Let go of the files."""
@@ -81,7 +90,7 @@ class AuditLog:
 
     def statement_hmac(self, statement: str) -> str:
         """The keyed digest that stands for a statement whose text is not kept."""
-        return hmac.new(self._key, b"statement\0" + statement.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+        return hmac.new(self.key, b"statement\0" + statement.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
     def append(self, event: str, **fields: Any) -> None:
         """Write one line. Raises UnavailableError when it could not be written whole; then nothing was."""
@@ -90,16 +99,21 @@ class AuditLog:
         if unknown := fields.keys() - set(FIELDS):
             raise ValueError(f"no such audit fields: {sorted(unknown)}")
         with self._locked():
-            self._write({"time": _stamp(self._now()), "event": event, **fields})
+            self._write({"time": stamp(self._now()), "event": event, **fields})
 
     def check(self) -> None:
         """Raises UnavailableError where a line could not be appended now."""
         with self._locked():
             self._find_end()
-            if hasattr(os, "fstatvfs"):
-                disk = os.fstatvfs(self._file)
-                if disk.f_bavail * disk.f_frsize < _ROOM:
-                    raise self._full()
+            if self._doubtful:
+                self._sync_file(self._file)
+            self._check_room()
+
+    def _check_room(self) -> None:
+        if hasattr(os, "fstatvfs"):
+            disk = os.fstatvfs(self._file)
+            if disk.f_bavail * disk.f_frsize < _ROOM:
+                raise self._full()
 
     def _full(self) -> Error:
         return UnavailableError(f"the audit log {self.path} cannot be written: the disk is full", "make room")
@@ -113,10 +127,7 @@ class AuditLog:
             finally:
                 private_file.unlock(self._lock)
         except OSError as problem:
-            raise UnavailableError(
-                f"the audit log {self.path} cannot be written: {problem.strerror}",
-                "check its owner, its mode and the disk",
-            ) from None
+            raise self._unwritable(problem) from None
         except UnavailableError:
             raise
         except Error as problem:
@@ -135,32 +146,96 @@ class AuditLog:
 
     def _write(self, fields: dict[str, Any]) -> None:
         end = self._find_end()
+        if self._doubtful:
+            self._sync_file(self._file)
         line, digest = self._line(end, fields)
         written = os.write(self._file, line)
         if written != len(line):  # a full disk takes a part: take it back, so that every line there is whole
             os.ftruncate(self._file, end.size)
             raise self._full()
-        self._end = _End(end.inode, end.size + len(line), end.seq + 1, digest)
+        self._end = self.written = End(end.inode, end.size + len(line), end.seq + 1, digest)
 
-    def _line(self, end: _End, fields: dict[str, Any]) -> tuple[bytes, str]:
+    def sync(self) -> None:
+        """Return when all that this process has written is on disk. Raises UnavailableError."""
+        with self._locked(), self.syncing() as work:
+            work()
+
+    @contextlib.contextmanager
+    def syncing(self) -> Iterator[Callable[[], None]]:
+        """What brings all that is written by now onto the disk, for a thread to do while others append; believed when
+        the block ends. Raises UnavailableError; then no line counts as written until a later one has come there."""
+        end = self.written
+        if self._file < 0 or end is None:
+            yield lambda: None
+            return
+        try:
+            fd = os.dup(self._file)  # a rotation may close ours meanwhile
+            try:
+                yield lambda: self._sync_file(fd)
+            finally:
+                os.close(fd)
+        except OSError as problem:
+            self._doubtful = True
+            raise self._unwritable(problem) from None
+        self.synced = max(self.synced, end.seq)
+
+    def _sync_file(self, fd: int) -> None:
+        self._sync(fd)
+        inode = os.fstat(fd).st_ino
+        if inode != self._named:  # a new file is there after a crash only if its folder knows it (fsync(2))
+            private_file._sync_folder(self.path.parent)
+            self._named = inode
+        self._doubtful = False
+
+    def _unwritable(self, problem: OSError) -> Error:
+        return UnavailableError(
+            f"the audit log {self.path} cannot be written: {problem.strerror}", "check its owner, its mode and the disk"
+        )
+
+    def rotate(self, reason: str) -> Path | None:
+        """Move the file away, to a name that ends with the time, and begin a new one, which goes on from its last hash.
+        Returns the new name; None where there is nothing in it. Raises UnavailableError: nothing is lost then."""
+        with self._locked():
+            if not (os.path.lexists(self.path) and self._find_end().size):
+                return None
+            private_file.refuse_link(self.path)  # only the link would be moved
+            self._check_room()
+            self._sync_file(self._file)
+            moved = self._free_name()
+            self.path.rename(moved)  # under the lock: nobody else of ours takes the name meanwhile
+            stamped = {"time": stamp(self._now()), "event": "audit.rotated", "transport": "cli"}
+            self._write({**stamped, "reason": f"{moved.name}{reason}"})
+            return moved
+
+    def _free_name(self) -> Path:
+        when = self._now().strftime("%Y%m%dT%H%M%SZ")
+        for number in range(1, 1000):
+            moved = self.path.with_name(f"{self.path.name}.{when}{f'-{number}' if number > 1 else ''}")
+            if not (os.path.lexists(moved) or os.path.lexists(f"{moved}.gz")):
+                return moved
+        raise UnavailableError(f"there is no free name for {self.path}.{when}", "look what fills its folder")
+
+    def _line(self, end: End, fields: dict[str, Any]) -> tuple[bytes, str]:
         """The line that comes next, in printable ASCII alone, and its hash."""
         values = {"seq": end.seq + 1, **fields, "key_id": self.key_id, "prev": end.hash}
         ordered = {name: values[name] for name in FIELDS if values.get(name) is not None}
         text = json.dumps(ordered, ensure_ascii=True, separators=(",", ":")).replace("\x7f", "\\u007f")
         body = text.encode("ascii")[:-1]
-        digest = chain_hash(self._key, end.hash, body)
+        digest = chain_hash(self.key, end.hash, body)
         return body + b',"hash":"' + digest.encode("ascii") + b'"}\n', digest
 
-    def _find_end(self) -> _End:
+    def _find_end(self) -> End:
         """The chain's end, under the lock. Opens the file again where it has been moved away."""
         try:
             found = os.stat(self.path)
         except FileNotFoundError:
             found = None
-        here = found is not None and (found.st_ino, found.st_size)
+        here = (found.st_ino, found.st_size) if found is not None else (0, 0)
         if self._file >= 0 and self._end is not None and here == (self._end.inode, self._end.size):
             return self._end
         if self._file >= 0:
+            if self.written is not None and self.synced < self.written.seq and os.fstat(self._file).st_ino != here[0]:
+                self._sync_file(self._file)  # moved away: whoever syncs from now on has the new one
             os.close(self._file)
             self._file = -1
         self._file = private_file.open_checked(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
@@ -176,7 +251,7 @@ class AuditLog:
         seq, digest = last or (0, FIRST)
         if self._end is not None and self._end.seq > seq:
             seq, digest = self._end.seq, self._end.hash  # moved away and packed, or cut: we still know where we were
-        self._end = _End(found.st_ino, size, seq, digest)
+        self._end = End(found.st_ino, size, seq, digest)
         return self._end
 
     def _before_rotation(self) -> "tuple[int, str] | None":
@@ -190,7 +265,13 @@ def chain_hash(key: bytes, prev: str, body: bytes) -> str:
     return hmac.new(key, prev.encode("ascii") + body, hashlib.sha256).hexdigest()
 
 
-def _stamp(when: datetime) -> str:
+def key_id(key: bytes) -> str:
+    """What a line says of the key that its hash was made with."""
+    return hashlib.sha256(key).hexdigest()[:8]
+
+
+def stamp(when: datetime) -> str:
+    """A time as a line has it."""
     return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

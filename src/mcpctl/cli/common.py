@@ -197,6 +197,7 @@ def note_all(found: "Settings", events: list[tuple[str, dict[str, Any]]]) -> Non
         with _audit_log(found) as log:
             for event, fields in events:
                 log.append(event, transport="cli", **fields)
+            log.sync()
     except Error as problem:
         output.warn(f"done, but not in the audit log: {problem.message}", problem.hint)
 

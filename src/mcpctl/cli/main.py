@@ -12,6 +12,7 @@ from mcpctl import __version__
 from mcpctl.cli import (
     audit,
     audit_read,  # noqa: F401 - its commands join those of audit
+    audit_verify,
     can,
     client_config,
     config,
@@ -48,6 +49,8 @@ app.command("client-config")(client_config.client_config)
 app.command("can")(can.can)
 app.command("who-can")(can.who_can)
 user.app.command("onboard")(onboard.onboard)
+audit.app.command("verify")(audit_verify.verify)
+audit.app.command("rotate")(audit_verify.rotate)
 app.add_typer(token.app, name="token")
 app.add_typer(user.app, name="user")
 app.add_typer(tenant.app, name="tenant")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from mcpctl import __version__, control
 from mcpctl.audit import log as audit_log
+from mcpctl.audit.anchors import Anchors
+from mcpctl.audit.durable import Durable
 from mcpctl.calls import Calls
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError
@@ -62,6 +64,8 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
     key = audit_log.read_key(settings.audit.key_file)
     book = audit_log.AuditLog(settings.audit.file, key, utcnow)
     recorder = Recorder(book, settings.audit.statements, refuse=settings.audit.on_failure == "refuse")
+    anchors = Anchors(book, settings.audit.anchor_file, utcnow)
+    durable = Durable(book, anchors, settings.audit.sync, refuse=settings.audit.on_failure == "refuse")
     large_blocks_apart()
     pools = Pools(
         max(2, settings.limits.connections // workers),
@@ -75,25 +79,29 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
     logins.brought = own.has
     if files:
         own.start()
-    calls = Calls(settings, logins, own, pools, recorder)
+    calls = Calls(settings, logins, own, pools, recorder, durable.answering)
     folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
     watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own)
+    watch.answers.add({"audit_end": durable.end})
     core = Core(settings, authenticator, logins, pools, calls, recorder, watch)
-    looking = None
+    tasks = []
     try:
         async with contextlib.AsyncExitStack() as stack:
             if files:
                 await stack.enter_async_context(watch.listening())
-                looking = asyncio.create_task(watch.run())
+                tasks.append(asyncio.create_task(watch.run()))
             recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
+            await durable.mark()
+            tasks.append(asyncio.create_task(durable.run()))
             yield core
     finally:
-        if looking is not None:
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await pools.close()
         recorder.flush(everything=True)
         recorder.note("server.stopped", reason=f"pid {os.getpid()}")
+        await durable.close()
         authenticator.close()
         own.close()
         book.close()

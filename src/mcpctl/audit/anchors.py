@@ -1,0 +1,148 @@
+"""Anchors: short lines, kept elsewhere, that say where the log ended at a time.
+
+A tail that was cut off leaves no trace in the log itself. So the server says every few seconds where the chain ends: on
+stderr, which under systemd is the journal, and in `audit.anchor_file`. `verify` holds the log against them. An anchor
+carries an HMAC under the audit key, so that whoever lacks it can only withhold one.
+"""
+
+import hmac
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from time import monotonic
+
+from mcpctl import private_file
+from mcpctl.audit.log import AuditLog, key_id, stamp
+from mcpctl.errors import Error
+
+log = logging.getLogger("mcpctl.audit")
+EVERY = 10.0
+"""Seconds between two anchors of one process, at least."""
+MOST = 100_000
+"""Anchors that are held against the log: the newest. Older ones say nothing more, since the chain goes through all."""
+_DOMAIN = b"mcpctl audit anchor\0"  # no chain hash and no statement's HMAC is of a text that begins so
+_FORM = re.compile(
+    rb"mcpctl audit anchor seq=([0-9]{1,18}) hash=([0-9a-f]{64}) time=([0-9TZ:.+-]{1,40}) key_id=([0-9a-f]{8})"
+    rb" hmac=([0-9a-f]{64})"
+)
+_LONGEST = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """The line `seq` had this `hash` (hex) at that time (None: now); `source` is who says so."""
+
+    seq: int
+    hash: bytes
+    time: str | None
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.source} ({self.time})" if self.time else self.source
+
+
+def text(key: bytes, seq: int, digest: str, when: str) -> str:
+    """An anchor as one line, without its end."""
+    proof = _proof(key, f"{seq} {digest} {when}".encode("ascii"))
+    return f"mcpctl audit anchor seq={seq} hash={digest} time={when} key_id={key_id(key)} hmac={proof}"
+
+
+def _proof(key: bytes, said: bytes) -> str:
+    return hmac.digest(key, _DOMAIN + said, "sha256").hex()
+
+
+def read(key: bytes, lines: Iterable[bytes], source: str) -> tuple[list[Anchor], list[str]]:
+    """The anchors in any text, such as a journal's, the newest MOST; and what is to be said of those that are none."""
+    found: dict[tuple[int, bytes], Anchor] = {}
+    forged: list[int] = []
+    for number, line in enumerate(lines, 1):
+        for seq, digest, when, _, proof in _FORM.findall(line):
+            if not hmac.compare_digest(_proof(key, b"%s %s %s" % (seq, digest, when)).encode("ascii"), proof):
+                forged.append(number)
+                continue
+            found.pop((int(seq), digest), None)
+            found[int(seq), digest] = Anchor(int(seq), digest, when.decode("ascii"), f"an anchor in {source}")
+            if len(found) > MOST:
+                del found[next(iter(found))]
+    said = []
+    if forged:
+        many = "is forged, or another key's" if len(forged) == 1 else "are forged, or another key's"
+        first = f"{'line' if len(forged) == 1 else f'{len(forged)} anchors, first in line'} {forged[0]}"
+        said.append(f"{source}: {first} {many}, and ignored")
+    return list(found.values()), said
+
+
+def read_file(key: bytes, path: Path) -> tuple[list[Anchor], list[str]]:
+    """The anchors in `audit.anchor_file`."""
+    with os.fdopen(private_file.open_checked(path, os.O_RDONLY), "rb") as file:
+        return read(key, iter(lambda: file.readline(_LONGEST), b""), path.name)
+
+
+class Anchors:
+    """Writes one process's anchors: of what it has itself written last."""
+
+    def __init__(
+        self,
+        audit: AuditLog,
+        path: Path | None,
+        now: Callable[[], datetime],
+        clock: Callable[[], float] = monotonic,
+        say: "Callable[[str], None] | None" = None,
+    ) -> None:
+        self._audit = audit
+        self._path = path
+        self._now = now
+        self._clock = clock
+        self._say = say or _to_stderr
+        self._written = (0, 0)
+        self._at = clock()
+        self._failing = False
+
+    @property
+    def due(self) -> bool:
+        """Whether there is something new to say, and the last was a while ago or about a file that was moved away."""
+        end = self._audit.written
+        if end is None or end.seq == self._written[0]:
+            return False
+        return self._clock() - self._at >= EVERY or end.inode != self._written[1]
+
+    def write(self) -> None:
+        """Write one now, if there is something new to say. It may wait for a disk, and so is for a thread. What fails
+        is a warning."""
+        end = self._audit.written
+        if end is None or end.seq == self._written[0]:
+            return
+        self._written, self._at = (end.seq, end.inode), self._clock()
+        line = text(self._audit.key, end.seq, end.hash, stamp(self._now()))
+        self._say(line)
+        if self._path is not None:
+            self._keep(self._path, line)
+
+    def _keep(self, path: Path, line: str) -> None:
+        try:
+            fd = private_file.open_checked(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            try:
+                os.write(fd, line.encode("ascii") + b"\n")
+            finally:
+                os.close(fd)
+        except (Error, OSError) as problem:
+            if not self._failing:
+                log.warning("audit.anchor_file: %s", getattr(problem, "message", problem))
+            self._failing = True
+            return
+        self._failing = False
+
+
+def _to_stderr(line: str) -> None:
+    """Whatever the level of the log is. Not to a terminal, which keeps nothing."""
+    try:
+        if sys.stderr is not None and not sys.stderr.isatty():
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+    except (OSError, ValueError):  # whoever kept it is gone, and so is every other way to tell
+        return

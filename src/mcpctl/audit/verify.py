@@ -1,0 +1,355 @@
+"""Is the log whole? Walks the chain through all its files, and names the first line where it breaks.
+
+A line's hash is over the hash before it, so one comparison a line is all that a whole log needs. Only where it fails
+the lines behind are looked at, to tell what was done. A line that is authentic (its hash is that of its text and of
+the `prev` that it names) was written by somebody with the key, and stands in the wrong place. Any other was changed or
+added.
+"""
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import os
+import re
+import zlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import islice, takewhile
+from pathlib import Path
+
+from mcpctl import private_file
+from mcpctl.audit import files
+from mcpctl.audit.anchors import Anchor
+from mcpctl.audit.log import FIRST, key_id
+from mcpctl.errors import ConfigError, Error, NotFoundError
+
+_CHUNK = 1 << 20
+_PATIENCE = 2.0
+_TAIL = 75
+"""Bytes of `,"hash":"…"}`, with which a line ends."""
+_FORM = re.compile(
+    rb'\{"seq":([0-9]{1,18}),"time":"([^"]*)",.*"key_id":"([0-9a-f]{8})","prev":"([0-9a-f]{64})","hash":"([0-9a-f]{64})"\}'
+)
+_FIRST = FIRST.encode("ascii")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The first thing that is wrong. `kind`: changed, removed, added, reordered; missing (what the log began with), cut
+    (what it ended with)."""
+
+    kind: str
+    file: str
+    line: int
+    seq: int | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}{f' (seq {self.seq})' if self.seq else ''}: {self.reason}"
+
+
+@dataclass
+class Report:
+    """What was found. `anchors` is how many agree, `anchored` the last line that one of them vouches for."""
+
+    files: list[str]
+    lines: int = 0
+    first: int = 0
+    last: int = 0
+    hash: str = FIRST
+    anchors: int = 0
+    anchored: int = 0
+    fault: Fault | None = None
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Part:
+    """One of the log's files, open, up to where it ended when all of them were looked at."""
+
+    path: Path
+    fd: int
+    size: int
+    packed: bool
+    half: bytes = b""
+    count: int = 0
+    order: tuple[int, bytes] = (0, b"")
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def lines(self) -> Iterator[bytes]:
+        """Its whole lines, without their ends; `count` is then how many, and `half` what stands behind the last."""
+        rest, self.count = b"", 0
+        for chunk in self._unpacked() if self.packed else self._chunks():
+            whole = (rest + chunk).split(b"\n")
+            rest = whole.pop()
+            self.count += len(whole)
+            yield from whole
+        self.half = rest
+
+    def _chunks(self) -> Iterator[bytes]:
+        done = 0
+        while done < self.size and (chunk := files.read_at(self.fd, min(_CHUNK, self.size - done), done)):
+            done += len(chunk)
+            yield chunk
+
+    def _unpacked(self) -> Iterator[bytes]:
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        try:
+            with os.fdopen(os.dup(self.fd), "rb") as file, gzip.GzipFile(fileobj=file) as unpacked:
+                while chunk := unpacked.read(_CHUNK):
+                    yield chunk
+        except (OSError, EOFError, zlib.error) as problem:
+            raise Error(f"{self.path} cannot be unpacked: {problem}", "restore it from a backup") from None
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What an authentic line says of its place."""
+
+    seq: int
+    time: str
+    prev: bytes
+
+
+def _hasher(key: bytes) -> Callable[[bytes, bytes], bytes]:
+    """HMAC-SHA-256(key, prev ‖ body) in hex, as RFC 2104 makes it. With both keyed states made once it takes half of
+    the time of hmac.digest()."""
+    padded = key.ljust(64, b"\0")
+    inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in padded))
+    outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in padded))
+
+    def digest(prev: bytes, body: bytes) -> bytes:
+        one, two = inner.copy(), outer.copy()
+        one.update(prev + body)
+        two.update(one.digest())
+        return two.hexdigest().encode("ascii")
+
+    return digest
+
+
+def verify(path: Path, key: bytes, anchors: Iterable[Anchor] = (), kept_since: datetime | None = None) -> Report:
+    """Walk the log at `path` and the files that it was before. `kept_since`: older lines may be gone, since they are
+    removed on purpose. The anchors are to be read before this is called: the log may grow meanwhile, but not shrink.
+
+    Raises NotFoundError where there is no log, ConfigError where it is another key's.
+    """
+    with contextlib.ExitStack() as stack:
+        parts = _open(path, stack)
+        walk = _Walk(key, anchors, kept_since)
+        chosen, remarks = walk.in_order(parts, path)
+        walk.report = Report([part.name for part in chosen], remarks=remarks)
+        walk.report.fault = walk.through(chosen)
+        return walk.report
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> list[_Part]:
+    """All the files, each once, as they are at one moment. The lock is held only as long as that takes."""
+    parts: dict[int, _Part] = {}
+
+    def add(one: Path, fd: int) -> None:
+        stack.callback(os.close, fd)
+        about = os.fstat(fd)
+        parts.setdefault(about.st_ino, _Part(one, fd, about.st_size, one.suffix == ".gz"))
+
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(NotFoundError):  # of a copy elsewhere there is none, and nobody writes to it
+            lock = private_file.open_checked(path.with_name(path.name + ".lock"), os.O_RDONLY)
+            held.callback(os.close, lock)
+            private_file.lock(lock, _PATIENCE)
+        with contextlib.suppress(NotFoundError):
+            add(path, private_file.open_checked(path, os.O_RDONLY))
+        for one in sorted(path.parent.glob(glob.escape(path.name) + "[.-]*")):
+            if one.suffix != ".lock" and (fd := files.open_moved(one)) is not None:
+                add(one, fd)
+    if not parts:
+        raise NotFoundError(f"there is no audit log {path}", "is audit.file right? nothing may have been written yet")
+    return list(parts.values())
+
+
+class _Walk:
+    """One walk through the chain."""
+
+    def __init__(self, key: bytes, anchors: Iterable[Anchor], kept_since: datetime | None) -> None:
+        self.report = Report([])
+        self._key_id = key_id(key)
+        self._digest = _hasher(key)
+        self._anchors = sorted(anchors, key=lambda one: one.seq)
+        self._kept_since = kept_since
+
+    def _authentic(self, line: bytes) -> _Line | None:
+        found = _FORM.fullmatch(line)
+        if found is None or self._digest(found[4], line[:-_TAIL]) != found[5]:
+            return None
+        return _Line(int(found[1]), found[2].decode("utf-8", "replace"), found[4])
+
+    # -- the files -----------------------------------------------------------------------------------------------
+
+    def in_order(self, parts: list[_Part], path: Path) -> tuple[list[_Part], list[str]]:
+        """The files in the order of the chain, without copies; and what is to be said of the others."""
+        remarks, known = [], []
+        for part in parts:
+            if self._place(part) or part.path == path:
+                known.append(part)
+            elif part.size:
+                remarks.append(f"not read, since it holds no line of this log: {part.name}")
+        chosen: dict[bytes, _Part] = {}
+        for part in sorted(known, key=lambda one: (one.path != path, -one.size)):
+            other = chosen.setdefault(part.order[1] or part.name.encode(), part)
+            if other is not part:
+                remarks.append(f"not read, since it begins as {other.name} does: {part.name}")
+        return sorted(chosen.values(), key=lambda one: (one.path == path, one.order[0])), remarks
+
+    def _place(self, part: _Part) -> bool:
+        """Find a file's place in the chain: by the middle one of its first three lines, so that no single line that was
+        changed, added or moved changes the order of the files."""
+        first = list(islice(part.lines(), 3))
+        found = [(one.seq, line) for line in first if (one := self._authentic(line)) is not None]
+        if not found:
+            found = [(int(form[1]), line) for line in first if (form := _FORM.fullmatch(line)) is not None][:1]
+        if found:
+            part.order = sorted(found)[len(found) // 2]
+        return bool(found)
+
+    # -- the chain -----------------------------------------------------------------------------------------------
+
+    def through(self, parts: list[_Part]) -> Fault | None:
+        """The first fault; None where the chain is whole up to its end, and that is where it should be."""
+        report, digest = self.report, self._digest
+        lines = _all(parts)
+        prev, seq, waiting = _FIRST, 0, self._next_anchor(0)
+        for part, number, line in lines:
+            made = digest(prev, line[:-_TAIL])
+            if line[-_TAIL:] != b',"hash":"%b"}' % made or not line.startswith(b'{"seq":%d,' % (seq + 1)):
+                begun = self._begin(part, line) if not report.lines else None
+                if begun is None:
+                    return self._diagnose(prev, seq, (part, number, line), lines)
+                if isinstance(begun, Fault):
+                    return begun
+                seq, waiting = begun - 1, self._next_anchor(begun - 1)
+                made = line[-66:-2]
+            prev, seq = made, seq + 1
+            report.lines += 1
+            report.first = report.first or seq
+            report.last, report.hash = seq, prev.decode("ascii")
+            if seq == waiting:
+                if fault := self._held_against(part, number, seq, prev):
+                    return fault
+                waiting = self._next_anchor(seq)
+        return self._half(parts) or self._end(parts)
+
+    def _begin(self, part: _Part, line: bytes) -> int | Fault | None:
+        """The number that the log may begin with, where older lines were removed on purpose; None where this is not
+        what is wrong with its first line."""
+        found = self._authentic(line)
+        if found is None or found.seq == 1 or self._kept_since is None:
+            return None
+        if datetime.fromisoformat(found.time) <= self._kept_since:
+            return found.seq
+        reason = f"the log begins here, at {found.time}, and older lines than that are to be kept"
+        return Fault("missing", part.name, 1, found.seq, reason)
+
+    def _diagnose(self, prev: bytes, seq: int, at: "_At", rest: "Iterator[_At]") -> Fault:
+        """What was done where the line at `at` does not follow the one before it, number `seq` with the hash `prev`."""
+        part, number, line = at
+        found = self._authentic(line)
+        if found is None:
+            kind, reason = self._not_authentic(prev, line, rest)
+            return Fault(kind, part.name, number, seq + 1, reason)
+        if found.seq > seq + 1:
+            kind, reason = self._too_early(seq + 1, found.seq, line, rest)
+        elif found.seq == seq + 1:
+            kind, reason = "removed", "the line that it was written behind is not the one before it"
+        elif found.prev == _FIRST:
+            kind, reason = "added", f"a chain begins anew here, behind seq {seq}: was the log removed, and put back?"
+        else:
+            kind, reason = "added", "a line with this number stands before it already"
+        return Fault(kind, part.name, number, seq + 1 if kind in ("removed", "missing") else found.seq, reason)
+
+    def _not_authentic(self, prev: bytes, line: bytes, rest: "Iterator[_At]") -> tuple[str, str]:
+        after = next((one for _, _, other in rest if (one := self._authentic(other)) is not None), None)
+        if after is not None and after.prev == prev:
+            return (
+                "added",
+                "it was added by somebody without the key: the chain goes on behind it as if it were not there",
+            )
+        form = _FORM.fullmatch(line)
+        other_key = form[3].decode("ascii") if form is not None and form[3].decode("ascii") != self._key_id else None
+        if after is None and not self.report.lines and other_key:
+            raise ConfigError(
+                f"the log was written with another key: its lines say key_id {other_key}, and audit.key_file holds "
+                f"{self._key_id}",
+                "restore the key of this log from the backup",
+            )
+        if after is None:
+            return "changed", "it was changed, or added by somebody without the key: its hash is not that of its text"
+        return "changed", "it was changed: its hash is not that of its text"
+
+    def _too_early(self, wanted: int, seq: int, line: bytes, rest: "Iterator[_At]") -> tuple[str, str]:
+        """An authentic line stands where number `wanted` should: is that one gone, or somewhere else?"""
+        start, place = b'{"seq":%d,' % wanted, None
+        for part, number, other in rest:
+            if other == line:
+                return "added", f"it stands in its own place, too: {part.name}, line {number}"
+            if place is None and other.startswith(start) and self._authentic(other):
+                place = f"{part.name}, line {number}"
+        if place is not None:
+            return "reordered", f"seq {wanted} should stand here, which is found at {place}"
+        gone = f"seq {wanted}" if seq == wanted + 1 else f"{seq - wanted} lines, seq {wanted} to {seq - 1},"
+        if self.report.lines:
+            return "removed", f"{gone} should stand here, and {'is' if seq == wanted + 1 else 'are'} gone"
+        return "missing", f"the log begins here, with seq {seq}, and what was written before is not there"
+
+    def _half(self, parts: list[_Part]) -> Fault | None:
+        """What stands behind the last whole line of a file: a crash leaves the beginning of one."""
+        for part in parts:
+            if not part.half:
+                continue
+            if not (part.half.startswith(files.BEGINNING) or files.BEGINNING.startswith(part.half)):
+                reason = "it is no line of mcpctl's, and has no end"
+                return Fault("added", part.name, part.count + 1, None, reason)
+            self.report.remarks.append(
+                f"{part.name} ends with the half of a line, as a crash leaves it: no answer has left for it"
+            )
+        return None
+
+    # -- what is known from elsewhere ----------------------------------------------------------------------------
+
+    def _next_anchor(self, after: int) -> int:
+        """The number of the first line behind that one that there is an anchor of; 0 where there is none."""
+        at = bisect_right(self._anchors, after, key=lambda one: one.seq)
+        return self._anchors[at].seq if at < len(self._anchors) else 0
+
+    def _held_against(self, part: _Part, number: int, seq: int, digest: bytes) -> Fault | None:
+        at = bisect_left(self._anchors, seq, key=lambda one: one.seq)
+        for anchor in takewhile(lambda one: one.seq == seq, self._anchors[at:]):
+            if anchor.hash != digest:
+                reason = f"another line stood here, says {anchor}: the log was cut off before it, and written on"
+                return Fault("changed", part.name, number, seq, reason)
+            self.report.anchors += 1
+            self.report.anchored = seq
+        return None
+
+    def _end(self, parts: list[_Part]) -> Fault | None:
+        last = self.report.last
+        if not self._anchors or self._anchors[-1].seq <= last:
+            return None
+        far, end = self._anchors[-1], parts[-1]
+        many = "1 line" if far.seq == last + 1 else f"{far.seq - last} lines"
+        reason = f"the tail is cut off: {many} after seq {last}, says {far}"
+        return Fault("cut", end.name, end.count + 1, last + 1, reason)
+
+
+_At = tuple[_Part, int, bytes]
+"""A line and where it stands: its file and its number there."""
+
+
+def _all(parts: list[_Part]) -> Iterator[_At]:
+    for part in parts:
+        for number, line in enumerate(part.lines(), 1):
+            yield part, number, line
