@@ -88,13 +88,15 @@ class Reading:
         self._from = stamp(self.begin).encode() if self.begin else b""
         self._to = stamp(self.end).encode() if self.end else b"~"
 
-    def lines(self, wanted: Callable[[bytes], bool]) -> Iterator[dict[str, Any]]:
-        """The lines of that time whose bytes are `wanted`, the oldest first. Raises NotFoundError where there is no
-        log at all."""
+    def lines(
+        self, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any] = msgspec.json.decode
+    ) -> Iterator[Any]:
+        """The lines of that time whose bytes are `wanted`, the oldest first, as dicts or what `decode` makes of them.
+        Raises NotFoundError where there is no log at all."""
         with contextlib.ExitStack() as stack:
             for path, file in self._all(stack):
                 try:
-                    yield from self._of(path.name, file, wanted)
+                    yield from self._of(path.name, file, wanted, decode)
                 except _UNREADABLE as problem:
                     self._fault(f"{path.name} cannot be read to its end: {problem}")
 
@@ -145,7 +147,9 @@ class Reading:
         self._skipped = True
         return True
 
-    def _of(self, name: str, file: io.BufferedIOBase, wanted: Callable[[bytes], bool]) -> Iterator[dict[str, Any]]:
+    def _of(
+        self, name: str, file: io.BufferedIOBase, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any]
+    ) -> Iterator[Any]:
         first, broken, done = b"", 0, 0
         last, before = self._last
         try:
@@ -168,7 +172,7 @@ class Reading:
                 self.read += 1
                 if wanted(line):
                     try:
-                        yield msgspec.json.decode(line)
+                        yield decode(line)
                     except (msgspec.DecodeError, RecursionError):
                         broken += 1
         finally:
