@@ -15,6 +15,7 @@ from pathlib import Path
 import mcpctl
 from mcpctl import certificates, keyring, private_file, rotation
 from mcpctl.audit import log as audit_log
+from mcpctl.audit import usage
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.granting import Granting
@@ -72,6 +73,7 @@ def examine(patient: Patient) -> list[Finding]:
         "certificate": _certificate,
         "program": _program,
         "tokens": _tokens,
+        "token use": _token_use,
     }
     for name, check in own.items():
         found += _tried(name, partial(check, patient))
@@ -280,10 +282,21 @@ def _tokens(patient: Patient) -> Iterator[Finding]:
     yield Finding("tokens", OK, f"{len(living)} are alive")
     if never:
         yield Finding("tokens", WARN, f"never expire: {_some(never)}", "mcpctl token rotate ID --expiry 90d")
+    if old := tokens.aged(living, patient.now):
+        yield Finding("tokens", WARN, f"older than a year: {_some(old)}", "mcpctl token rotate ID")
     if orphans:
         yield Finding("tokens", WARN, f"their user is gone: {_some(orphans)}", "mcpctl token revoke ID")
     if lost:
         yield Finding("tokens", WARN, f"for no database that there is: {_some(lost)}", "mcpctl token revoke ID")
+
+
+def _token_use(patient: Patient) -> Iterator[Finding]:
+    """Tokens that several people seem to use."""
+    for name, places in usage.shared(patient.settings.audit.file, patient.now).items():
+        yield Finding(
+            "token use", WARN, f"{name} came from {places} addresses within a day: is it shared?",
+            f"give each their own; `mcpctl incident report --token {name} --since 1d` shows from where",
+        )  # fmt: skip
 
 
 def _database(patient: Patient, name: str) -> Iterator[Finding]:

@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import io
 import itertools
-import json
 import os
 import re
 import stat
@@ -14,8 +13,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from mcpctl import private_file
 from mcpctl.audit import files
@@ -24,6 +26,7 @@ from mcpctl.errors import NotFoundError
 _HEAD = re.compile(rb'\{"seq":([0-9]{1,18}),"time":"([0-9TZ:.-]{20,32})"')
 _LONGEST = 16 << 20
 """Bytes of a line beyond which it is none of ours: a statement has 1 MiB at most."""
+_SHOWN = 8000
 _TAIL = 64 << 10
 _TOLD = 20
 _UNREADABLE = (OSError, EOFError, zlib.error)
@@ -46,6 +49,14 @@ class Tally:
         self.rows += rows if isinstance(rows, int) else 0
         self.first = min(self.first or when, when)
         self.last = max(self.last, when)
+
+
+def shortened(line: dict[str, Any]) -> dict[str, Any]:
+    """A line as many of them can be kept: of a long statement the beginning, and how long it is."""
+    text = line.get("statement")
+    if not isinstance(text, str) or len(text) <= _SHOWN:
+        return line
+    return {**line, "statement": f"{text[:_SHOWN]}… ({len(text)} characters)"}
 
 
 def stamp(when: datetime) -> str:
@@ -77,13 +88,15 @@ class Reading:
         self._from = stamp(self.begin).encode() if self.begin else b""
         self._to = stamp(self.end).encode() if self.end else b"~"
 
-    def lines(self, wanted: Callable[[bytes], bool]) -> Iterator[dict[str, Any]]:
-        """The lines of that time whose bytes are `wanted`, the oldest first. Raises NotFoundError where there is no
-        log at all."""
+    def lines(
+        self, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any] = msgspec.json.decode
+    ) -> Iterator[Any]:
+        """The lines of that time whose bytes are `wanted`, the oldest first, as dicts or what `decode` makes of them.
+        Raises NotFoundError where there is no log at all."""
         with contextlib.ExitStack() as stack:
             for path, file in self._all(stack):
                 try:
-                    yield from self._of(path.name, file, wanted)
+                    yield from self._of(path.name, file, wanted, decode)
                 except _UNREADABLE as problem:
                     self._fault(f"{path.name} cannot be read to its end: {problem}")
 
@@ -134,45 +147,46 @@ class Reading:
         self._skipped = True
         return True
 
-    def _of(self, name: str, file: io.BufferedIOBase, wanted: Callable[[bytes], bool]) -> Iterator[dict[str, Any]]:
+    def _of(
+        self, name: str, file: io.BufferedIOBase, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any]
+    ) -> Iterator[Any]:
         first, broken, done = b"", 0, 0
-        while line := file.readline(_LONGEST):
-            head = _HEAD.match(line)
-            if head is None or not line.endswith(b"}\n"):
-                broken += line.endswith(b"\n") or len(line) == _LONGEST  # else it is being written just now
-                continue
-            number, when = int(head[1]), head[2]
-            if not first:
-                first = line
-                done = self._copies.get(first, 0)
-            if number <= done:
-                continue  # in a copy of a file that was read already
-            if self._follows(name, number, when) and wanted(line):
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    broken += 1
-        if first:
-            self._copies[first] = max(self._last[0], done)
-        if broken:
-            self._fault(f"{name}: {broken} lines cannot be read")
-
-    def _follows(self, name: str, number: int, when: bytes) -> bool:
-        """Look whether a line follows the one before, and say whether it is of the time that was asked for."""
         last, before = self._last
-        self._last = number, when
-        if self.starts is None:
-            self.starts = number, when.decode()
-        if last and number != last + 1 and when >= self._from and before <= self._to:
-            self._fault(
-                f"lines {last + 1} to {number - 1} are missing, between {before.decode()} and {when.decode()}"
-                if number > last
-                else f"{name}: after line {last} comes line {number}: the log was begun anew, or tampered with"
-            )
-        if not self._from <= when < self._to:
-            return False
-        self.read += 1
-        return True
+        try:
+            for line in iter(partial(file.readline, _LONGEST), b""):
+                head = _HEAD.match(line)
+                if head is None or line[-2:] != b"}\n":
+                    broken += line.endswith(b"\n") or len(line) == _LONGEST  # else it is being written just now
+                    continue
+                number, when = int(head[1]), head[2]
+                if not first:
+                    first, done = line, self._copies.get(line, 0)
+                    self.starts = self.starts or (number, when.decode())
+                if number <= done:
+                    continue  # in a copy of a file that was read already
+                if number != last + 1 and last and when >= self._from and before <= self._to:
+                    self._gap(name, last, before.decode(), number, when.decode())
+                last, before = number, when
+                if not self._from <= when < self._to:
+                    continue
+                self.read += 1
+                if wanted(line):
+                    try:
+                        yield decode(line)
+                    except (msgspec.DecodeError, RecursionError):
+                        broken += 1
+        finally:
+            self._last = last, before
+            if first:
+                self._copies[first] = max(last, done)
+            if broken:
+                self._fault(f"{name}: {broken} lines cannot be read")
+
+    def _gap(self, name: str, last: int, before: str, number: int, when: str) -> None:
+        if number > last:
+            self._fault(f"lines {last + 1} to {number - 1} are missing, between {before} and {when}")
+        else:
+            self._fault(f"{name}: after line {last} comes line {number}: the log was begun anew, or tampered with")
 
 
 def _buffered(fd: int) -> io.BufferedReader:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mcpctl.audit.reading import Reading, Tally
+from mcpctl.audit.reading import Reading, Tally, shortened
 from mcpctl.errors import UsageError
 from mcpctl.identity import grants
 
@@ -93,7 +93,7 @@ def search(reading: Reading, target: Target, kept: int = KEPT) -> Found:
             who = (line.get("user"), line.get("token"), database)
             found.who.setdefault(who, Tally()).add(line)
             found.more += len(found.statements) == kept
-            found.statements.append({**line, "database": database})
+            found.statements.append({**shortened(line), "database": database})
     return found
 
 

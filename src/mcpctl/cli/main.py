@@ -20,6 +20,7 @@ from mcpctl.cli import (
     demo,
     doctor,
     grant,
+    incident,
     init,
     key,
     onboard,
@@ -57,6 +58,7 @@ app.add_typer(tenant.app, name="tenant")
 app.add_typer(database.app, name="database")
 app.add_typer(grant.app, name="grant")
 app.add_typer(audit.app, name="audit")
+app.add_typer(incident.app, name="incident")
 app.add_typer(key.app, name="key")
 app.add_typer(config.app, name="config")
 

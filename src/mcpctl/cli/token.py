@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcpctl.cli import output
+from mcpctl.cli import output, usage
 from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, confirm, note, note_all, proof, ready_to_note, settings
 from mcpctl.cli.new_token import (
     bounded,
@@ -111,6 +111,9 @@ def list_(
         str | None, typer.Option("--expiring", metavar="14d", help="Only those that end within this time.")
     ] = None,
     expired: Annotated[bool, typer.Option("--expired", help="Only those that have expired.")] = False,
+    used: Annotated[
+        bool, typer.Option("--usage", help="With last use, calls, rows and addresses, by the log of 30 days.")
+    ] = False,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -140,10 +143,14 @@ def list_(
         entries = [token for token in entries if token.status(now) == "expired"]
     known = people(found)
     values = [record(token, tokens.standing(token, known, now)) for token in entries]
+    if used:
+        usage.add(found, values, now)
+    usage.warn_of_age([token for token in entries if token.status(now) in ("active", "expiring")], now)
     if json:
         output.put_json({"tokens": values})
         return
-    names = ("id", "user", "databases", "permissions", "created_at", "expires_at", "status", "note")
+    names = ["id", "user", "databases", "permissions", "created_at", "expires_at", "status", "note"]
+    names += usage.COLUMNS if used else ()
     output.put_table([name.upper() for name in names], [[_cell(value[name]) for name in names] for value in values])
 
 
@@ -231,6 +238,9 @@ def revoke(
     context: typer.Context,
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="The tokens' ids.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every token there is.")] = False,
+    but: Annotated[
+        list[str] | None, typer.Option("--except", metavar="ID", help="With --all: not this one. Repeatable.")
+    ] = None,
     reason: Annotated[str | None, typer.Option("--reason", metavar="T", help="Why, for the audit log.")] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
@@ -244,8 +254,10 @@ def revoke(
 
     if bool(ids) == all_:
         raise UsageError("name the tokens to revoke, or say --all", "`mcpctl token list` shows the ids")
+    if but and not all_:
+        raise UsageError("--except goes with --all", "else name the tokens to revoke")
     found = settings(context, config, needs_log=False)
-    done = tokens.revoke(tokens.token_file(found.auth.token_file), None if all_ else ids, tokens.utcnow())
+    done = tokens.revoke(tokens.token_file(found.auth.token_file), None if all_ else ids, tokens.utcnow(), but or ())
     fresh = [entry for entry, alive in done if alive]
     why = by_whom(context, reason)
     # The servers see the file by themselves meanwhile; whoever interrupts the wait for their proof leaves a record.

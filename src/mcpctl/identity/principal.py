@@ -13,10 +13,10 @@ from mcpctl.identity.users import EVERYWHERE
 class Principal:
     """An authenticated caller.
 
-    `token` is the token's id (None for the one local user of stdio or --no-auth), `pool` the name of its own
-    pools: SHA-256 of the stored hash in hex, of which logs show the first 12. `databases` and `permissions` are
-    what the token is limited to; None means all that its user has. `roles` are its user's own (None: the default ones),
-    `grants` its user's by database; `within` is its tenant's place, beyond which it sees nothing, and
+    `token` is the token's id (None for the one local user of stdio or --no-auth). No secret: PostgreSQL sees it in
+    application_name. `pool` is the name of its own pools: SHA-256 of the stored hash in hex. `databases` and
+    `permissions` are what the token is limited to; None means all that its user has. `roles` are its user's own (None:
+    the default ones), `grants` its user's by database; `within` is its tenant's place, beyond which it sees nothing;
     `closed` are the databases that other tenants keep it out of, with why. `edition` grows when its token's rights have
     become fewer, and `narrowed` by database when its user's have: what was opened under an earlier edition is over,
     whatever else is equal.

@@ -29,6 +29,8 @@ from mcpctl.identity.users import rfc3339 as rfc3339
 # The secret has 256 random bits: nobody guesses it, so a hash that costs .02 ms is as good as one that costs 500.
 CHEAP_ARGON2ID = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1, hash_len=32, salt_len=16)
 EXPIRING = timedelta(days=14)
+OLD = timedelta(days=365)
+"""The age from which a token that was never rotated is warned of."""
 _HASH = re.compile(r"\$argon2id\$v=19\$m=8,t=1,p=1\$[A-Za-z0-9+/]{22}\$[A-Za-z0-9+/]{43}")
 _TOKEN = re.compile(r"mcp_([0-9a-z]{8})_[0-9A-Za-z]{43}_[0-9A-Za-z]{6}")
 _ID = re.compile(r"[0-9a-z]{8}")
@@ -77,6 +79,11 @@ def standing(token: Token, people: Mapping[str, User] | None, now: datetime) -> 
     user = people.get(token.user)
     gone = user is None or user.created_at > token.created_at
     return "blocked" if user is None or gone else own if user.disabled_at is None else "disabled"
+
+
+def aged(living: Iterable[Token], now: datetime) -> list[str]:
+    """The ids of those that are OLD."""
+    return [one.id for one in living if now - one.created_at >= OLD]
 
 
 def utcnow() -> datetime:
@@ -325,14 +332,18 @@ def rotate(
     return old, new, text
 
 
-def revoke(file: EntryFile[Token], names: Iterable[str] | None, now: datetime) -> list[tuple[Token, bool]]:
-    """End tokens now (all of them for None), keeping their record: [(entry, whether it was alive until now)].
+def revoke(
+    file: EntryFile[Token], names: Iterable[str] | None, now: datetime, but: Iterable[str] = ()
+) -> list[tuple[Token, bool]]:
+    """End tokens now (all of them for None, `but` those), keeping their record: [(entry, whether it was alive until
+    now)].
 
     An unknown id is NotFoundError and then nothing is changed. Revoking twice is fine.
     """
     done = []
     with file.edit(though_full=True) as entries:
-        for name in list(entries) if names is None else dict.fromkeys(names):
+        spared = {_find(entries, name).id for name in but}
+        for name in [one for one in entries if one not in spared] if names is None else dict.fromkeys(names):
             entry = _find(entries, name)
             alive = entry.revoked_at is None
             if alive:

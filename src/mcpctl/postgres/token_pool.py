@@ -99,7 +99,7 @@ class TokenPool:
         self.terminator = terminator
         self.principal = principal
         self.verdicts = verdicts
-        self.short = principal.pool[:12]
+        self.short = principal.token or principal.pool
         self.sessions: dict[_Login, Session] = {}
         self.out: set[Session] = set()
         self.last_used = monotonic()

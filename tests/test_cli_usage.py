@@ -1,0 +1,94 @@
+"""Use and age of tokens: token list --usage, its warnings and the doctor's; revoke --all --except."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import Home
+from mcpctl.audit import usage
+from mcpctl.audit.log import AuditLog, read_key
+from mcpctl.identity import tokens
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+def write(home: Home, *lines: dict[str, Any], ago: timedelta = timedelta()) -> None:
+    log = AuditLog(home.folder / "audit.jsonl", read_key(home.folder / "audit.key"), lambda: datetime.now(UTC) - ago)
+    for line in lines:
+        log.append(line.pop("event", "tool.called"), **line)
+    log.close()
+
+
+def made(home: Home, name: str, ago: timedelta) -> None:
+    """Have a token been made that long ago."""
+    file = home.folder / "tokens.yaml"
+    now = json.loads(home("token", "show", name, "--json").good)["created_at"]
+    file.write_text(file.read_text().replace(now, tokens.rfc3339(datetime.now(UTC) - ago)))
+
+
+def test_token_list_tells_how_each_is_used_by_the_log_of_30_days(home: Home) -> None:
+    write(home, {"token": "x" * 8, "rows": 9, "client_ip": "192.0.2.77"}, ago=timedelta(days=31))
+    one, other = home.token()[0], home.token()[0]
+    for address in ("192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2"):
+        write(home, {"token": one, "rows": 5, "client_ip": address})
+    write(home, {"event": "tool.refused", "token": one, "client_ip": "192.0.2.1"}, {"token": "y" * 8, "rows": 7})
+    done = home("token", "list", "--usage", "--json")
+    found = {row["id"]: row for row in json.loads(done.good)["tokens"]}
+    assert [found[one][key] for key in ("calls", "rows", "addresses")] == [5, 20, 3]
+    assert found[one]["last_used"].startswith(str(datetime.now(UTC).year))
+    assert [found[other][key] for key in ("calls", "rows", "addresses", "last_used")] == [0, 0, 0, None]
+    assert "used: by the log since " in done.err
+    assert [len(row.split("\t")) for row in home("token", "list", "--usage").good.splitlines()] == [12, 12]
+    assert "calls" not in home("token", "list", "--json").good
+    path = home.folder / "audit.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[2:]))
+    assert "the log here begins with line 3" in home("token", "list", "--usage").err
+
+
+def test_old_tokens_and_those_that_never_end_are_warned_of(home: Home) -> None:
+    never = home("token", "add", "--expiry", "never").good.split("_")[1]
+    old, young = home.token()[0], home.token()[0]
+    made(home, old, tokens.OLD + timedelta(minutes=1))
+    made(home, young, tokens.OLD - timedelta(minutes=1))
+    shown = home("token", "list").err
+    assert f"never expire: {never}\n" in shown
+    assert f"are older than a year: {old}\n" in shown
+    assert f"older than a year: {old}\t" in home("doctor").out
+    home("token", "revoke", never, old)
+    assert home("token", "list").err == ""
+    assert "older than a year" not in home("doctor").out
+
+
+def test_the_doctor_names_a_token_that_comes_from_many_addresses_within_a_day(home: Home) -> None:
+    log = home.folder / "audit.jsonl"
+    assert usage.shared(log, datetime.now(UTC)) == {}
+    seen = [f"192.0.2.{n}" for n in range(usage.MANY_ADDRESSES)]
+    write(home, *({"event": "auth.ok", "token": "a" * 8, "client_ip": one} for one in seen), ago=timedelta(days=2))
+    write(home, *({"event": "auth.ok", "token": "b" * 8, "client_ip": one} for one in seen[1:]))
+    write(home, *({"event": "auth.refused", "token": "b" * 8, "client_ip": f"198.51.100.{n}"} for n in range(9)))
+    write(home, *({"event": "auth.ok", "token": "c" * 8, "client_ip": f"2001:db8::{n}"} for n in range(20)))
+    assert usage.shared(log, datetime.now(UTC)) == {}
+    write(home, {"event": "auth.ok", "token": "b" * 8, "client_ip": seen[0]})
+    assert usage.shared(log, datetime.now(UTC)) == {"b" * 8: usage.MANY_ADDRESSES}
+    assert f"{'b' * 8} came from {usage.MANY_ADDRESSES} addresses within a day" in home("doctor").out
+
+
+def test_all_tokens_but_some_are_revoked_at_once(home: Home) -> None:
+    keep, one, two = (home.token()[0] for _ in range(3))
+    before = home.files()
+    assert home("token", "revoke", "--all", "--except", keep, "--except", "nosuchid").code == 4
+    assert home("token", "revoke", one, "--except", keep).code == 2
+    assert home.files() == before
+    done = home("token", "revoke", "--all", "--except", keep, "--reason", "leaked").good
+    assert done == f"{one} revoked\n{two} revoked\nno server runs\n"
+    assert {row["id"]: row["status"] for row in json.loads(home("token", "list", "--json").good)["tokens"]} == {
+        keep: "active", one: "revoked", two: "revoked",
+    }  # fmt: skip
