@@ -129,10 +129,15 @@ def test_refused_sign_ins_are_told_on_stderr_with_the_address_last_and_boundedly
     for _ in range(100):
         recorder.auth_refused("2001:db8::7", "wrong secret")
     recorder.auth_refused("192.0.2.9", "not from this address (192.0.2.9)")
+    recorder.auth_refused("192.0.2.9", "no credential")
     lines = [record.getMessage() for record in caplog.records]
+    page = (Path(__file__).parent.parent / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    pattern = re.findall(r"^failregex = (.*)$", page, flags=re.MULTILINE)[0].replace("<HOST>", "(?P<host>[0-9a-f.:]+)")
+    found = [re.search(pattern, line) for line in lines]
+    assert [one["host"] if one else None for one in found] == ["2001:db8::7"] * 10 + ["192.0.2.9", None]
     assert lines[0] == "Unauthorized: wrong secret client=2001:db8::7"
-    assert lines[-1] == "Unauthorized: not from this address (192.0.2.9) client=192.0.2.9"
-    assert len(lines) == 11
+    assert lines[-2] == "Unauthorized: not from this address (192.0.2.9) client=192.0.2.9"
+    assert len(lines) == 12
 
 
 def test_the_last_minute_forgets_what_is_older() -> None:

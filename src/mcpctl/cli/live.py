@@ -59,13 +59,13 @@ def ago(seconds: float) -> str:
 
 
 def status(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> int:
-    """How the running server is. Exits 0 where one runs, and 1 where none does.
+    """How the running server is. Exits 0 where one answers, and 1 where none runs, or none answers.
 
     Example: mcpctl status && echo up
     """
     found = settings(context, config, needs_log=False)
     answers, silent = ask_if_any(found, {"do": "status"})
-    up = bool(answers or silent)
+    up = bool(answers)
     servers: dict[str, list[dict[str, Any]]] = {}
     for answer in answers:
         servers.setdefault(answer["server"], []).append(answer)
@@ -75,7 +75,8 @@ def status(context: typer.Context, json: JsonOption = False, config: ConfigOptio
         output.put_json({"up": up, "servers": told, "silent": silent, "audit_seq": last})
         return 0 if up else 1
     if not up:
-        output.put(f"no server runs (looked in {_folder(found)})")
+        hangs = f"none of the server's processes answers: {', '.join(map(str, silent))}"
+        output.put(hangs if silent else f"no server runs (looked in {_folder(found)})")
         return 1
     for one in told:
         output.put_table(["WHAT", "IS"], _facts(one, last))
@@ -143,21 +144,26 @@ def _facts(one: dict[str, Any], last: int | None) -> Rows:
         rows.append(["certificate", f"ends {when(one['tls_not_after'])}, {f'in {ago(left)}' if left > 0 else 'ENDED'}"])
     for name, about in one["databases"].items():
         reached = {True: "takes connections", False: "DOES NOT TAKE CONNECTIONS", None: "a user's own"}[about["up"]]
-        rows.append([f"database {name}", f"{reached}; {about['pools']} pools, {about['connections']} connections"])
+        open_ = f"{_count(about['pools'], 'pool')}, {_count(about['connections'], 'connection')}"
+        rows.append([f"database {name}", f"{reached}; {open_}"])
     rows.append(["connections", f"{one['connections']} of {one['budget']}"])
     counts = one["tokens"]
     shown = ", ".join(f"{count} {status}" for status, count in (counts or {}).items() if count) or "none"
     rows += [
         ["tokens", "THE TOKEN OR USER FILE IS BROKEN: nobody is let in" if counts is None else shown],
-        ["running", f"{one['running']} calls"],
+        ["running", _count(one["running"], "call")],
         [
             "last minute",
-            f"{minute['calls']} calls, {minute['failed']} failed, {minute['refused']} refused, "
-            f"{minute['strangers']} credentials refused",
+            f"{_count(minute['calls'], 'call')}, {minute['failed']} failed, {minute['refused']} refused; "
+            f"{_count(minute['strangers'], 'credential')} refused",
         ],
         ["audit log", f"{one['audit'] or 'can be written'}; last line {last or 'none'}"],
     ]
     return rows
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def top(

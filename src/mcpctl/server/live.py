@@ -58,7 +58,6 @@ class Live:
         recorder: Recorder,
         metrics: Metrics,
     ) -> None:
-        self.settings = settings
         self.place = place
         self._authenticator = authenticator
         self._logins = logins
@@ -68,8 +67,14 @@ class Live:
         self._metrics = metrics
         self.lag: Callable[[], float] = lambda: 0.0
         self._begun = time.time()
-        self._config = fingerprint(settings.source) if settings.source is not None else None
+        self.config_taken(settings)
         self._reached: tuple[float, dict[str, bool]] | None = None
+
+    def config_taken(self, settings: Settings) -> None:
+        """These settings are in force from now on."""
+        self.settings = settings
+        self._config_since = time.time()
+        self._config = fingerprint(settings.source) if settings.source is not None else None
 
     def answers(self) -> Mapping[str, Answer]:
         """What can be asked, by name."""
@@ -89,7 +94,7 @@ class Live:
             "version": __version__,
             "since": self._begun,
             "config": str(self.settings.source) if self.settings.source is not None else None,
-            "config_since": self._begun,
+            "config_since": self._config_since,
             "config_changed": self.config_changed,
             "tls_not_after": self.tls_not_after(),
             "databases": await self._databases(),
@@ -222,7 +227,7 @@ class Live:
             ("mcpctl_calls_running", [], len(self._calls.running())),
             ("mcpctl_audit_failing", [], float(self._recorder.failing)),
             ("mcpctl_connection_budget", [], self._pools.budget),
-            ("mcpctl_config_loaded_timestamp_seconds", [], self._begun),
+            ("mcpctl_config_loaded_timestamp_seconds", [], self._config_since),
             ("process_start_time_seconds", [], self._begun),
             ("process_cpu_seconds", [], time.process_time()),
             ("mcpctl_event_loop_lag_seconds", [], self.lag()),
