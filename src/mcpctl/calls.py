@@ -95,6 +95,18 @@ class _Facts:
         return ": ".join(did + ([reason] if reason is not None else [])) or None
 
 
+@dataclass(frozen=True, eq=False)
+class Running:
+    """A call that has not ended. `begun` is of the monotonic clock, `arguments` are as they came."""
+
+    principal: Principal
+    request: Request
+    task: "asyncio.Task[Any]"
+    facts: _Facts
+    arguments: Mapping[str, Any]
+    begun: float
+
+
 class Calls:
     """Everything a call needs, built once."""
 
@@ -114,7 +126,7 @@ class Calls:
         self._recorder = recorder
         self._answering = answering
         self._reach = Reach(settings, self._access, logins, own)
-        self._running: set[tuple[Principal, Request, asyncio.Task[Any]]] = set()
+        self._running: set[Running] = set()
 
     def tools(self, principal: Principal) -> list[Tool]:
         """The tools that a principal may call, in a fixed order: with a right on one database at least, where the tool
@@ -138,8 +150,8 @@ class Calls:
         ended meanwhile) and UnavailableError (no audit log) are raised."""
         begun = monotonic()
         task = request.task or asyncio.current_task()
-        entry = (principal, request, task) if task is not None else None
         facts = _Facts(name if name in TOOLS else "(unknown)")
+        entry = Running(principal, request, task, facts, arguments or {}, begun) if task is not None else None
         base = {"request_id": request.id, "token": principal.token, "user": principal.user, "tenant": principal.tenant,
                 "client_ip": request.client_ip, "transport": request.transport, "tool": facts.tool}  # fmt: skip
         self._recorder.before_call()
@@ -324,20 +336,20 @@ class Calls:
                 yield session
             except Error:
                 if session.cut:
-                    raise self._ended(principal, login) from None
+                    raise self._ended(principal, login, session) from None
                 raise
             except asyncio.CancelledError:
                 if session.cut and self._removed(principal) and _uncancelled():
-                    raise self._ended(principal, login) from None
+                    raise self._ended(principal, login, session) from None
                 raise
             if session.cut:
-                raise self._ended(principal, login)
+                raise self._ended(principal, login, session)
 
     def _removed(self, principal: Principal) -> bool:
         """Whether what was cut is this one database's alone: neither the token nor the server ends."""
         return self._pools.valid(principal) and not self._pools.closed
 
-    def _ended(self, principal: Principal, login: Login) -> Error:
+    def _ended(self, principal: Principal, login: Login, session: Session) -> Error:
         """Why a session was cut under its call."""
         if self._pools.closed:
             return UnavailableError("the server is stopping", "ask again in a moment")
@@ -345,7 +357,7 @@ class Calls:
             self._pools.check(principal, login.name)
         except Error as problem:
             return problem
-        return NarrowedError(f"the database {login.name!r} was removed while the call ran")
+        return NarrowedError(session.pool.ended or f"the database {login.name!r} was removed while the call ran")
 
     def _bounds(self, database: Database) -> Bounds:
         every, own = self._settings.limits, database.limits
@@ -359,10 +371,23 @@ class Calls:
         """End all that a token has open where it has no longer the rights that it had, running calls included. What it
         was let in for since, with the rights that it has now, goes on."""
         done = await self._pools.cut(token, reason)
-        for principal, _, task in list(self._running):
-            if principal.token == token and not self._pools.valid(principal):
-                task.cancel()
+        for one in list(self._running):
+            if one.principal.token == token and not self._pools.valid(one.principal):
+                one.task.cancel()
         return done
+
+    async def end(self, token: str, reason: str) -> Cut:
+        """End all that a token has open now, running calls included, although it stays valid: its next call begins
+        anew. `reason` is what its calls are told."""
+        victims = [one for one in self._running if one.principal.token == token]
+        done = await self._pools.end(token, reason)
+        for one in self._running.intersection(victims):
+            one.task.cancel()
+        return done
+
+    def running(self) -> list[Running]:
+        """What runs now, the longest first."""
+        return sorted(self._running, key=lambda one: one.begun)
 
     def matching(self, token: str | None, rpc_id: str | int) -> int:
         """How many calls of that token and client's number run here."""
@@ -375,9 +400,11 @@ class Calls:
 
     def _same(self, token: str | None, rpc_id: str | int) -> list[asyncio.Task[Any]]:
         return [
-            task
-            for principal, request, task in self._running
-            if principal.token == token and request.rpc_id == rpc_id and type(request.rpc_id) is type(rpc_id)
+            one.task
+            for one in self._running
+            if one.principal.token == token
+            and one.request.rpc_id == rpc_id
+            and type(one.request.rpc_id) is type(rpc_id)
         ]
 
 

@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 from mcpctl import plain_yaml, private_file
 from mcpctl.config_keys import Settings
-from mcpctl.config_values import Reader
+from mcpctl.config_values import Reader, is_loopback
 from mcpctl.errors import ConfigError, NotFoundError
 from mcpctl.plain_yaml import Branch, Value
 
@@ -276,6 +276,8 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
         fault("server.tls.chain", "goes with cert and key")
     if settings.server.tls.client_certificate is not None and settings.server.tls.client_ca is None:
         fault("server.tls.client_certificate", "goes with client_ca")
+    if settings.metrics.port is not None and not (settings.metrics.allow_remote or is_loopback(settings.metrics.host)):
+        fault("metrics.host", "is not this machine's alone, and /metrics asks for no token; metrics.allow_remote: true")
     if settings.server.sse and settings.server.workers > 1:
         fault("server.sse", "its sessions live in one process; it goes with workers: 1 only")
     if settings.limits.connections < 2 * settings.server.workers:

@@ -251,6 +251,19 @@ class Audit:
 
 
 @dataclass(frozen=True)
+class Metrics:
+    """metrics"""
+
+    host: str = setting("127.0.0.1", values.text, "address that /metrics listens on")
+    port: int | None = setting(
+        None, values.optional(values.number(0, 65535)), "port of /metrics, which is off without one; 0 takes a free one"
+    )
+    allow_remote: bool = setting(
+        False, values.truth, "listen on another address than loopback: whoever reaches it reads names, without a token"
+    )
+
+
+@dataclass(frozen=True)
 class Log:
     """log"""
 
@@ -271,6 +284,7 @@ class Settings:
     own_databases: OwnDatabases = section(OwnDatabases, "databases that users bring themselves")
     limits: Limits = section(Limits, "what one call, and all of them, may take")
     audit: Audit = section(Audit, "the log of who did what")
+    metrics: Metrics = section(Metrics, "numbers for Prometheus")
     log: Log = section(Log, "the server's own messages")
     source: Path | None = None
     by_root: bool = False

@@ -251,3 +251,13 @@ def named_hosts(value: Any) -> tuple[str, ...]:
                 f"hosts such as db.example.org, 10.1.2.3 or 10.0.0.0/8 (number {number} is none)"
             ) from None
     return tuple(found)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is this machine's alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

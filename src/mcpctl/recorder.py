@@ -3,7 +3,7 @@
 import ipaddress
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any
 
@@ -20,18 +20,27 @@ ALTOGETHER = 120
 """Refusals in a minute that are written in full, whoever asks: beyond, one line counts them. A stranger may have as
 many addresses as he likes, and cannot fill the disk."""
 _CREDENTIALS = 10_000
+Count = Callable[[str, Mapping[str, Any], "bool | None"], None]
 
 
 class Recorder:
-    """Writes events. `refuse` is whether a call may be answered while the log cannot be written."""
+    """Writes events. `refuse` is whether a call may be answered while the log cannot be written. `count(event, fields,
+    written)` hears of each event, and whether its line is in the log; of each refused credential, with None there."""
 
     def __init__(
-        self, audit: AuditLog, statements: str, *, refuse: bool, clock: Callable[[], float] = monotonic
+        self,
+        audit: AuditLog,
+        statements: str,
+        *,
+        refuse: bool,
+        clock: Callable[[], float] = monotonic,
+        count: Count = lambda event, fields, written: None,
     ) -> None:
         self._audit = audit
         self._statements = statements
         self._refuse = refuse
         self._clock = clock
+        self._count = count
         self._failing = False
         self._greeted: OrderedDict[tuple[str | None, str | None], float] = OrderedDict()
         self._refused: dict[str | None, tuple[float, int]] = {}
@@ -48,6 +57,20 @@ class Recorder:
             if not self._failing:
                 log.error("%s%s", problem.message, f" ({problem.hint})" if problem.hint else "")
             self._failing = True
+        self._count(event, fields, not self._failing)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last line could not be written."""
+        return self._failing
+
+    def fault(self) -> str | None:
+        """Why a line could not be written now; None where it could."""
+        try:
+            self._audit.check()
+        except UnavailableError as problem:
+            return problem.message
+        return None
 
     def call(self, event: str, **fields: Any) -> None:
         """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
@@ -88,6 +111,7 @@ class Recorder:
 
     def auth_refused(self, address: str | None, reason: str, **fields: Any) -> None:
         """The first of an address and minute in full, the others counted: see `flush`."""
+        self._count("auth.refused", {"reason": reason}, None)
         self.flush()
         source = _source(address)
         since, count = self._refused.get(source, (self._clock(), 0))
@@ -98,6 +122,9 @@ class Recorder:
         if count < IN_FULL:
             self._left -= 1
             self.note("auth.refused", client_ip=address, reason=reason, **fields)
+            log.warning(
+                "Unauthorized: %s client=%s", reason, address or "-"
+            )  # the address last: see docs/monitoring.md
 
     def flush(self, *, everything: bool = False) -> None:
         """Write one counted line for each address whose minute is over."""

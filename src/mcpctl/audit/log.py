@@ -34,7 +34,8 @@ FIELDS = (
 
 EVENTS = (
     "auth.ok", "auth.refused", "token.added", "token.revoked", "token.expired", "token.removed", "token.rotated",
-    "pool.opened", "pool.closed", "query.cancelled", "tool.called", "tool.refused", "user.added", "user.roles",
+    "pool.opened", "pool.closed", "session.closed", "query.cancelled", "tool.called", "tool.refused",
+    "user.added", "user.roles",
     "user.removed",
     "user.disabled", "user.enabled", "tenant.added", "tenant.removed",
     "grant.printed", "grant.added", "grant.removed", "database.registered", "database.unregistered", "config.created",

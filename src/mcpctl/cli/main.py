@@ -23,8 +23,10 @@ from mcpctl.cli import (
     incident,
     init,
     key,
+    live,
     onboard,
     serve,
+    session,
     tenant,
     token,
     user,
@@ -45,6 +47,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("init")(init.init)
 app.command("serve")(serve.serve)
+app.command("status")(live.status)
+app.command("top")(live.top)
 app.command("doctor")(doctor.doctor)
 app.command("client-config")(client_config.client_config)
 app.command("can")(can.can)
@@ -57,6 +61,7 @@ app.add_typer(user.app, name="user")
 app.add_typer(tenant.app, name="tenant")
 app.add_typer(database.app, name="database")
 app.add_typer(grant.app, name="grant")
+app.add_typer(session.app, name="session")
 app.add_typer(audit.app, name="audit")
 app.add_typer(incident.app, name="incident")
 app.add_typer(key.app, name="key")

@@ -51,7 +51,8 @@ class _Shared:
 class Pools:
     """All pools of this process. `told(event, **fields)` hears of each opening and closing; `valid(principal)` says
     whether a principal's token still opens something, `in_force(principal, database)` whether it has all the rights in
-    that database that it had when its request came in."""
+    that database that it had when its request came in. `failed(database)` hears of each connection that could not be
+    made."""
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class Pools:
         self._finishing: set[asyncio.Task[None]] = set()
         self._cutting = 0
         self._closed = False
+        self.failed: Callable[[str], None] = lambda database: None
 
     def _counted(self, asking: TokenPool, more: int) -> int:
         """Connections, as they would be with `more` of that pool's and the one that is kept for its login.
@@ -129,6 +131,7 @@ class Pools:
         self.check(principal, login.name)
         shared = self._shared.get(login.key) or self._shared.setdefault(login.key, _Shared.of(login))
         shared.terminator.login = login  # its password may be another one by now
+        shared.terminator.failed = self.failed
         key = (principal.pool, principal.edition_in(login.name), login.key)
         pool = self._pools.get(key)
         if pool is None:
@@ -148,6 +151,21 @@ class Pools:
     def closed(self) -> bool:
         """Whether the server is stopping."""
         return self._closed
+
+    @property
+    def budget(self) -> int:
+        """The most connections that this process may have."""
+        return self._budget
+
+    @property
+    def all(self) -> list[TokenPool]:
+        """All pools."""
+        return list(self._pools.values())
+
+    @property
+    def kept(self) -> list[str]:
+        """The databases of the logins for each of which a connection is kept to end the others with."""
+        return [shared.terminator.login.shown for shared in self._shared.values() if shared.terminator.open]
 
     def valid(self, principal: Principal) -> bool:
         """Whether a principal's token still opens something."""
@@ -371,6 +389,13 @@ class Pools:
         what was done; see `cutting`."""
         ending = [pool for pool in self._pools.values() if pool.principal.token == token]
         victims = [pool for pool in ending if self._closed or not self._in_force(pool.principal, pool.login.name)]
+        return await self._cut(victims, token, reason)
+
+    async def end(self, token: str, reason: str) -> Cut:
+        """End all that a token has open, as `cut` does, although the token stays as it is."""
+        victims = [pool for pool in self._pools.values() if pool.principal.token == token]
+        for pool in victims:
+            pool.ended = reason
         return await self._cut(victims, token, reason)
 
     async def cut_login(self, key: tuple[str, str | None], reason: str) -> Cut:

@@ -43,11 +43,12 @@ class _LetGo(Exception):
 
 class Terminator:
     """One a login and process. Opened before the login's first session, closed with the login's last pool. `opened()`
-    is told each time: it may be another PostgreSQL by now that answers there."""
+    is told each time: it may be another PostgreSQL by now that answers there. `failed(database)` hears of failures."""
 
     def __init__(self, login: Login, opened: Callable[[], None] = lambda: None) -> None:
         self.login = login
         self._opened = opened
+        self.failed: Callable[[str], None] = lambda database: None
         self._conn: AsyncConnection[Any] | None = None
         self._opening: asyncio.Task[Exception | None] | None = None
         self._begun = 0.0
@@ -110,6 +111,7 @@ class Terminator:
                     dsn, autocommit=True, prepare_threshold=None, application_name="mcpctl cut"
                 )
         except (psycopg.Error, Error, TimeoutError, OSError) as problem:
+            self.failed(self.login.shown)
             return problem
         except asyncio.CancelledError:
             return _LetGo()  # who waits for it has not been cancelled

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import psycopg
@@ -85,7 +85,8 @@ class Session:
 
 
 class TokenPool:
-    """See the module. `make_room(pool)` is awaited before each new connection, and adds one to its `connecting`."""
+    """See the module. `make_room(pool)` is awaited before each new connection, and adds one to its `connecting`.
+    `ended` says why it was ended, where its token was not."""
 
     def __init__(
         self,
@@ -103,6 +104,8 @@ class TokenPool:
         self.sessions: dict[_Login, Session] = {}
         self.out: set[Session] = set()
         self.last_used = monotonic()
+        self.opened = time()
+        self.ended: str | None = None
         self._timeout = timeout
         self._make_room = make_room
         self.connecting = 0
@@ -175,6 +178,11 @@ class TokenPool:
         return bool(self._waiting)
 
     @property
+    def waiting(self) -> int:
+        """How many wait for a connection of it."""
+        return len(self._waiting)
+
+    @property
     def closed(self) -> bool:
         """Whether it has been closed."""
         return self._pool.closed
@@ -204,6 +212,7 @@ class TokenPool:
     def _failed(self, problem: Exception) -> None:
         """A connection that there was room for could not be made."""
         self.connecting -= 1
+        self.terminator.failed(self.login.shown)
         self._refused(problem)
 
     def _refused(self, problem: Exception) -> None:

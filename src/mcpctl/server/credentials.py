@@ -9,6 +9,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 from mcpctl.config_keys import Settings
 from mcpctl.config_values import Network
+from mcpctl.config_values import is_loopback as is_loopback
 from mcpctl.errors import Error, UnauthorizedError, UsageError
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -169,13 +170,3 @@ def _hop(text: str) -> str | None:
 def forwarded(headers: Headers) -> bool:
     """Whether a proxy had the request before us."""
     return any(_FORWARDING.search(key) for key, _ in headers)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is this machine's alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -17,12 +18,14 @@ from mcpctl.errors import ConfigError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.tokens import utcnow
 from mcpctl.keyring import Keyring, place
+from mcpctl.metrics import Metrics
 from mcpctl.policy.access import Access
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
 from mcpctl.postgres.wire import large_blocks_apart
 from mcpctl.recorder import Recorder
+from mcpctl.server.live import Live, Place
 from mcpctl.server.watch import Watch
 
 log = logging.getLogger("mcpctl")
@@ -39,11 +42,15 @@ class Core:
     calls: Calls
     recorder: Recorder
     watch: Watch
+    live: Live
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings, *, files: bool, workers: int = 1) -> AsyncIterator[Core]:
-    """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all."""
+async def running(
+    settings: Settings, *, files: bool, workers: int = 1, here: Place | None = None
+) -> AsyncIterator[Core]:
+    """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all; `here`:
+    which process of which server this is, where it is one of several."""
     if not settings.databases:
         raise ConfigError("the config names no database", "add one below `databases:`; config.example.yaml shows how")
     keyring = Keyring(place(settings.keyring.file))
@@ -63,9 +70,11 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
         authenticator.local()
     key = audit_log.read_key(settings.audit.key_file)
     book = audit_log.AuditLog(settings.audit.file, key, utcnow)
-    recorder = Recorder(book, settings.audit.statements, refuse=settings.audit.on_failure == "refuse")
+    refuse = settings.audit.on_failure == "refuse"
     anchors = Anchors(book, settings.audit.anchor_file, utcnow)
-    durable = Durable(book, anchors, settings.audit.sync, refuse=settings.audit.on_failure == "refuse")
+    durable = Durable(book, anchors, settings.audit.sync, refuse=refuse)
+    metrics = Metrics(settings.databases)
+    recorder = Recorder(book, settings.audit.statements, refuse=refuse, count=metrics.count)
     large_blocks_apart()
     pools = Pools(
         max(2, settings.limits.connections // workers),
@@ -75,6 +84,7 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
         authenticator.in_force,
         workers,
     )
+    pools.failed = metrics.connection_failed
     own = Own(settings, keyring, pools)
     logins.brought = own.has
     if files:
@@ -83,7 +93,11 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
     folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
     watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own)
     watch.answers.add({"audit_end": durable.end})
-    core = Core(settings, authenticator, logins, pools, calls, recorder, watch)
+    watch.was_cut = metrics.cut
+    here = here or Place(f"{os.getpid()}-{secrets.token_hex(4)}")
+    live = Live(settings, here, authenticator, logins, pools, calls, recorder, metrics)
+    watch.answers.add(live.answers())
+    core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live)
     tasks = []
     try:
         async with contextlib.AsyncExitStack() as stack:

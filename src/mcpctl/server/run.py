@@ -5,6 +5,7 @@ import contextlib
 import errno
 import logging
 import os
+import secrets
 import select
 import signal
 import socket
@@ -27,11 +28,12 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, Error
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import utcnow
-from mcpctl.server import credentials, http, protocol, tls
+from mcpctl.server import credentials, http, metrics, protocol, tls
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.door import Door, Visitor
 from mcpctl.server.exchange import App, Caller, Receive, Scope, Send
 from mcpctl.server.http import Http, Parts
+from mcpctl.server.live import Place
 from mcpctl.server.parts import Core, running
 
 log = logging.getLogger("mcpctl")
@@ -41,11 +43,13 @@ _DRAIN = 5
 
 @dataclass(frozen=True)
 class Listening:
-    """Where and how to listen: the config's `server` with the command line's flags over it."""
+    """Where and how to listen: the config's `server` with the command line's flags over it; `metrics` is the socket
+    that /metrics is asked for at."""
 
     settings: Settings
     behind_proxy: bool = False
     no_auth: bool = False
+    metrics: socket.socket | None = None
 
     @property
     def tls(self) -> bool:
@@ -91,7 +95,8 @@ def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
     bound = _bind(settings.server.host, settings.server.port)
     port = bound.getsockname()[1]
     settings = replace(settings, server=replace(settings.server, port=port))
-    listening = replace(listening, settings=settings)
+    scraped = metrics.bind(settings.metrics) if settings.metrics.port is not None else None
+    listening = replace(listening, settings=settings, metrics=scraped)
     shown = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
     url = settings.server.public_url or f"{'https' if listening.tls else 'http'}://{shown}:{port}"
     if listening.no_auth:
@@ -100,13 +105,16 @@ def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
     else:
         log.info("Connection isolation: ENABLED (per-token database connections)")
     bound.most = _all_descriptors(settings.limits.connections)
+    place = Place(f"{os.getpid()}-{secrets.token_hex(4)}", f"{url}/mcp", 0, settings.server.workers)
     try:
         if settings.server.workers == 1:
-            told = asyncio.run(_worker(listening, bound, lambda: ready(f"{url}/mcp"), None, 1))
+            told = asyncio.run(_worker(listening, bound, lambda: ready(f"{url}/mcp"), None, place))
         else:
-            told = _supervise(listening, bound, lambda: ready(f"{url}/mcp"))
+            told = _supervise(listening, bound, lambda: ready(f"{url}/mcp"), place)
     finally:
         bound.close()
+        if scraped is not None:
+            scraped.close()
     for number in told[:1]:
         signal.raise_signal(number)  # so that the exit status tells what ended it
 
@@ -175,12 +183,16 @@ class _Uvicorn(uvicorn.Server):
 
 
 async def _worker(
-    listening: Listening, bound: socket.socket, started: Callable[[], None], lifeline: int | None, workers: int
+    listening: Listening, bound: socket.socket, started: Callable[[], None], lifeline: int | None, place: Place
 ) -> list[int]:
     """One process's server; returns the signals that ended it. `lifeline`: a pipe whose end says that the supervisor
     is gone."""
     settings = listening.settings
-    async with running(settings, files=not listening.no_auth, workers=workers) as core, _app(listening, core) as app:
+    async with (
+        running(settings, files=not listening.no_auth, workers=place.workers, here=place) as core,
+        _app(listening, core) as app,
+        metrics.listening(listening.metrics, core.live, core.watch.ask_others),
+    ):
         held = tls.Certificates(settings, core.recorder.note) if listening.tls else None
         watching = asyncio.create_task(held.watch()) if held is not None else None
         config = uvicorn.Config(
@@ -280,14 +292,14 @@ def _old_clients(server: Server[Any], checked: TransportSecuritySettings) -> App
 # -- several workers -----------------------------------------------------------------------------------------------
 
 
-def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], None]) -> list[int]:
+def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], None], place: Place) -> list[int]:
     """Fork the workers, start again those that die, and pass on the signal to stop; returns the signals that came."""
     if not hasattr(os, "fork"):
         raise ConfigError("several workers need fork, which this system has not", "set server.workers to 1")
-    workers = listening.settings.server.workers
+    workers = place.workers
     told_read, told_write = os.pipe()
     lifeline_read, lifeline_write = os.pipe()
-    children: set[int] = set()
+    children: dict[int, int] = {}  # pid → the number of its place, which its successor takes over
     stop: list[int] = []
 
     def told(number: int, _: Any) -> None:
@@ -296,19 +308,21 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
-    def fork() -> None:
+    def fork(worker: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid:
-            children.add(pid)
+            children[pid] = worker
             return
         status = 1
         try:
             for number in _STOPPING:
                 signal.signal(number, signal.SIG_DFL)
             os.close(lifeline_write)
-            asyncio.run(_worker(listening, bound, lambda: _tell(told_write), lifeline_read, workers))
+            asyncio.run(
+                _worker(listening, bound, lambda: _tell(told_write), lifeline_read, replace(place, worker=worker))
+            )
             status = 0
         except Error as problem:
             log.error("%s", problem.message)
@@ -321,8 +335,8 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
 
     for number in _STOPPING:
         signal.signal(number, told)
-    for _ in range(workers):
-        fork()
+    for worker in range(workers):
+        fork(worker)
     up = 0
     failed = 0
     os.set_blocking(told_read, False)
@@ -334,7 +348,9 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
                 ready()
         pid, _ = os.waitpid(-1, os.WNOHANG)
         if pid:
-            children.discard(pid)
+            worker = children.pop(pid, -1)
+            if worker < 0:
+                continue  # none of ours: as the first process of a container we get everybody's orphans
             if not stop and up < workers:
                 failed += 1
                 stop.append(0)
@@ -342,7 +358,7 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
             elif not stop:
                 log.error("worker %d died; another takes its place", pid)
                 time.sleep(0.2)  # one that dies at once must not keep a core busy
-                fork()
+                fork(worker)
             continue
         select.select([], [], [], 0.05)
     os.close(lifeline_write)

@@ -33,7 +33,8 @@ _REQUEST = 4 << 20
 
 class Watch:
     """One per process. `end_streams` ends what is open over HTTP of tokens that are no longer valid; `keys` are the ids
-    of the keys that it opens passwords with, `own` the databases that users have brought."""
+    of the keys that it opens passwords with, `own` the databases that users have brought. `was_cut(reason,
+    queries, backends left)` hears of each cut."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class Watch:
         self.end_streams = end_streams
         self._databases = own
         self.answers = Answers(self._settle, calls, own, keys)
+        self.was_cut: Callable[[str, int, int], None] = lambda reason, queries, left: None
         self._cuts: dict[str, asyncio.Task[Cut]] = {}
         self._warned: dict[str, int] = {}
         self._broken: str | None = None
@@ -71,6 +73,7 @@ class Watch:
         self.end_streams()
         done = await self._calls.cut(token, reason)
         log.info("token %s: %s: cut: %s", token, reason, done)
+        self.was_cut(reason, done.queries, done.backends_left)
         if done.queries:
             self._recorder.note("query.cancelled", token=token, reason=f"{reason}: {done}")
         if reason == "expired":

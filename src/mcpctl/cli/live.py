@@ -1,0 +1,295 @@
+"""mcpctl status and mcpctl top: how the running server is, and what it does."""
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mcpctl.cli import output
+from mcpctl.cli.common import ConfigOption, JsonOption, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mcpctl.config_keys import Settings
+
+Answered = list[dict[str, Any]]
+Rows = list[list[object]]
+_RUNNING = ("SECONDS", "USER", "TOKEN", "TOOL", "DATABASE", "BACKEND", "ADDRESS")
+_USED = ("USER", "TOKEN", "CALLS", "FAILED", "REFUSED", "ROWS", "BYTES", "SECONDS", "ADDRESSES")
+
+
+def ask_if_any(found: "Settings", request: dict[str, Any], *, warn: bool = True) -> tuple[Answered, list[int]]:
+    """What the serving processes answer within 2 s, and the pids of those that do not."""
+    from mcpctl import control
+
+    answers = control.ask_each(control.folder_of(found.server.runtime_dir, found.auth.token_file), request)
+    silent = [(pid, answer["error"]) for pid, answer in answers if "error" in answer]
+    for pid, error in silent if warn else ():
+        output.warn(f"process {pid}: {error}", f"`ps -p {pid}` shows it; what it serves is missing here")
+    return [answer for _, answer in answers if "error" not in answer], [pid for pid, _ in silent]
+
+
+def ask(found: "Settings", request: dict[str, Any], *, warn: bool = True) -> tuple[Answered, list[int]]:
+    """As `ask_if_any`; Error (exit 1) where no server runs."""
+    from mcpctl.errors import Error
+
+    answers, silent = ask_if_any(found, request, warn=warn)
+    if not answers and not silent:
+        raise Error("no server runs", f"`mcpctl serve` starts one; looked in {_folder(found)}")
+    return answers, silent
+
+
+def _folder(found: "Settings") -> str:
+    from mcpctl import control
+
+    return str(control.folder_of(found.server.runtime_dir, found.auth.token_file))
+
+
+def ago(seconds: float) -> str:
+    """A time as its two largest units: `3 d 4 h`, `12 s`."""
+    rest = max(0, int(seconds))
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, length)
+        if count or parts or unit == "s":
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2])
+
+
+def status(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> int:
+    """How the running server is. Exits 0 where one answers, and 1 where none runs, or none answers.
+
+    Example: mcpctl status && echo up
+    """
+    found = settings(context, config, needs_log=False)
+    answers, silent = ask_if_any(found, {"do": "status"})
+    up = bool(answers)
+    servers: dict[str, list[dict[str, Any]]] = {}
+    for answer in answers:
+        servers.setdefault(answer["server"], []).append(answer)
+    told = [_server(sorted(workers, key=lambda one: one["worker"])) for workers in servers.values()]
+    last = _last_number(found)
+    if json:
+        output.put_json({"up": up, "servers": told, "silent": silent, "audit_seq": last})
+        return 0 if up else 1
+    if not up:
+        hangs = f"none of the server's processes answers: {', '.join(map(str, silent))}"
+        output.put(hangs if silent else f"no server runs (looked in {_folder(found)})")
+        return 1
+    for one in told:
+        output.put_table(["WHAT", "IS"], _facts(one, last))
+    return 0
+
+
+def _last_number(found: "Settings") -> int | None:
+    """The number of the audit log's last line; None where there is none that can be read."""
+    from mcpctl.audit import files
+    from mcpctl.errors import Error
+
+    try:
+        return files.number(next(files.read_back(found.audit.file), {})) or None
+    except (Error, OSError):
+        return None
+
+
+def _server(workers: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the workers of one server say, together. What each has of its own is added up."""
+    first = workers[0]
+    databases: dict[str, dict[str, Any]] = {}
+    for one in workers:
+        for name, about in one["databases"].items():
+            there = databases.setdefault(name, {"up": about["up"], "pools": 0, "connections": 0})
+            there["up"] = there["up"] and about["up"]
+            there["pools"] += about["pools"]
+            there["connections"] += about["connections"]
+    return {
+        **{name: value for name, value in first.items() if name not in ("worker", "pid")},
+        "pids": [one["pid"] for one in workers],
+        "since": min(one["since"] for one in workers),
+        "config_since": min(one["config_since"] for one in workers),
+        "config_changed": any(one["config_changed"] for one in workers),
+        "databases": databases,
+        "connections": sum(about["connections"] for about in databases.values()),
+        "budget": sum(one["budget"] for one in workers),
+        "running": sum(one["running"] for one in workers),
+        "minute": {name: sum(one["minute"][name] for one in workers) for name in first["minute"]},
+        "audit": next((one["audit"] for one in workers if one["audit"]), None),
+    }
+
+
+def _facts(one: dict[str, Any], last: int | None) -> Rows:
+    import time
+    from datetime import UTC, datetime
+
+    now, minute = time.time(), one["minute"]
+
+    def when(seconds: float) -> str:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+    answering = len(one["pids"])
+    rows: Rows = [
+        ["server", f"up {ago(now - one['since'])}, version {one['version']}"],
+        ["serving at", one["url"] or "stdin and stdout"],
+        ["processes", f"{answering} of {one['workers']} answer: {', '.join(map(str, one['pids']))}"],
+        ["config", f"{one['config'] or 'environment'}, in force since {when(one['config_since'])}"],
+    ]
+    if one["config_changed"]:
+        rows.append(["config", "the file has changed since"])
+    if one.get("lockdown"):
+        rows.append(["lockdown", f"ON: {one['lockdown']}"])
+    if one["tls_not_after"] is not None:
+        left = one["tls_not_after"] - now
+        rows.append(["certificate", f"ends {when(one['tls_not_after'])}, {f'in {ago(left)}' if left > 0 else 'ENDED'}"])
+    for name, about in one["databases"].items():
+        reached = {True: "takes connections", False: "DOES NOT TAKE CONNECTIONS", None: "a user's own"}[about["up"]]
+        open_ = f"{_count(about['pools'], 'pool')}, {_count(about['connections'], 'connection')}"
+        rows.append([f"database {name}", f"{reached}; {open_}"])
+    rows.append(["connections", f"{one['connections']} of {one['budget']}"])
+    counts = one["tokens"]
+    shown = ", ".join(f"{count} {status}" for status, count in (counts or {}).items() if count) or "none"
+    rows += [
+        ["tokens", "THE TOKEN OR USER FILE IS BROKEN: nobody is let in" if counts is None else shown],
+        ["running", _count(one["running"], "call")],
+        [
+            "last minute",
+            f"{_count(minute['calls'], 'call')}, {minute['failed']} failed, {minute['refused']} refused; "
+            f"{_count(minute['strangers'], 'credential')} refused",
+        ],
+        ["audit log", f"{one['audit'] or 'can be written'}; last line {last or 'none'}"],
+    ]
+    return rows
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def top(
+    context: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="Print it once, also on a terminal.")] = False,
+    lines: Annotated[
+        int, typer.Option("-n", "--lines", metavar="N", min=1, help="How many of each kind. Default: 20.")
+    ] = 20,
+    interval: Annotated[
+        float, typer.Option("--interval", metavar="N", min=0.2, max=3600, help="Seconds between two looks. Default: 2.")
+    ] = 2,
+    sql: Annotated[bool, typer.Option("--sql", help="With the statements, where the config keeps them.")] = False,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """What runs now, and who used most in the last minute. On a terminal it goes on until q or Ctrl-C."""
+    from mcpctl.errors import UsageError
+
+    found = settings(context, config, needs_log=False)
+    if sql and found.audit.statements != "full":
+        raise UsageError(
+            "--sql shows statements, and the config keeps none in full", "audit.statements: full would keep them"
+        )
+    if json or once or not sys.stdout.isatty():
+        running, used, silent = _look(found, lines, sql)
+        if json:
+            output.put_json({"running": running, "last_minute": used, "silent": silent})
+            return
+        head = [*_RUNNING, *(["STATEMENT"] if sql else [])]
+        if sys.stdout.isatty():
+            output.put_table(head, _running_rows(running, sql))
+            output.put_table(_USED, _used_rows(used))
+        else:
+            output.put_table([], [["running", *row] for row in _running_rows(running, sql)])
+            output.put_table([], [["last_minute", *row] for row in _used_rows(used)])
+        return
+    _watch(found, lines, sql, interval)
+
+
+def _look(
+    found: "Settings", most: int, sql: bool, *, warn: bool = True
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[int]]:
+    """What runs, the longest first; what each token used in the last minute, the most seconds first; and the pids of
+    processes that are silent."""
+    answers, silent = ask(found, {"do": "running", "sql": sql}, warn=warn)
+    running = sorted((one for answer in answers for one in answer["running"]), key=lambda one: -one["seconds"])
+    used: dict[str, dict[str, Any]] = {}
+    for answer in answers:
+        for token, one in answer["minute"].items():
+            there = used.setdefault(token, {"token": token, **dict.fromkeys(one, 0), "addresses": []})
+            there["user"] = one["user"]
+            there["addresses"] = sorted({*there["addresses"], *one["addresses"]})
+            for name in ("calls", "failed", "refused", "rows", "bytes", "seconds"):
+                there[name] += one[name]
+    return running[:most], sorted(used.values(), key=lambda one: -one["seconds"])[:most], silent
+
+
+def _running_rows(running: list[dict[str, Any]], sql: bool) -> Rows:
+    names = ("user", "token", "tool", "database", "backend_pid", "client_ip")
+    return [
+        [f"{one['seconds']:.1f}", *(one[name] for name in names)] + ([_one_line(one)] if sql else []) for one in running
+    ]
+
+
+def _one_line(one: dict[str, Any]) -> str:
+    """A statement as one line. One of which PostgreSQL describes no columns may hold a password."""
+    text = one.get("statement", "")
+    return "(not shown)" if text is None else " ".join(text.split())
+
+
+def _used_rows(used: list[dict[str, Any]]) -> Rows:
+    names = ("user", "token", "calls", "failed", "refused", "rows", "bytes")
+    return [[*(one[name] for name in names), f"{one['seconds']:.1f}", ",".join(one["addresses"])] for one in used]
+
+
+def _watch(found: "Settings", lines: int, sql: bool, interval: float) -> None:
+    """Show it again and again, on the whole terminal."""
+    import os
+    import select
+    import time
+
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    def table(head: "tuple[str, ...] | list[str]", rows: Rows) -> Table:
+        made = Table(box=None, pad_edge=False, expand=False)
+        for name in head:
+            made.add_column(name, overflow="ellipsis", no_wrap=True)
+        for row in rows:
+            made.add_row(*(Text(output.clean(cell)) for cell in row))
+        return made
+
+    def look() -> Group:
+        running, used, silent = _look(found, lines, sql, warn=False)
+        told = f"; no answer from {', '.join(map(str, silent))}" if silent else ""
+        return Group(
+            Text(f"{time.strftime('%H:%M:%S')}  {len(running)} calls run{told}; q ends"),
+            table([*_RUNNING, *(["STATEMENT"] if sql else [])], _running_rows(running, sql)),
+            Text("\nin the last minute"),
+            table(_USED, _used_rows(used)),
+        )
+
+    keys = [sys.stdin] if sys.stdin.isatty() else []
+    with _keys(), Live(look(), console=Console(highlight=False), screen=True, auto_refresh=False) as shown:
+        while True:
+            ready, _, _ = select.select(keys, [], [], interval)
+            if ready and os.read(sys.stdin.fileno(), 1) in (b"q", b"Q", b"\x04", b""):
+                return
+            if not ready:
+                shown.update(look(), refresh=True)
+
+
+@contextlib.contextmanager
+def _keys() -> "Iterator[None]":
+    """Have each key as soon as it is hit, unseen."""
+    import termios
+    import tty
+
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    try:
+        tty.setcbreak(sys.stdin)
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

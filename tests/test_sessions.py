@@ -1,0 +1,126 @@
+"""mcpctl session: what each token has open in the running server, and its end while the token lives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from command_line import on_a_terminal
+from site_of_mcpctl import Shop, Site, eventually, in_background
+
+
+@pytest.fixture
+def site(newest_shop: Shop, make_site: Callable[..., Site]) -> Iterator[Site]:
+    return make_site(newest_shop).start()
+
+
+def sessions(site: Site) -> dict[str, dict[str, Any]]:
+    found = json.loads(site.run("session", "list", "--json").stdout)
+    assert found["silent"] == []
+    return {one["id"]: one for one in found["sessions"]}
+
+
+def test_a_session_is_what_a_token_has_open(site: Site) -> None:
+    (alice, token), (bob, other) = site.token("alice"), site.token("bob")
+    assert sessions(site) == {}
+    with site.client(token) as client, site.client(other) as second:
+        client.rows("select 1")
+        second.call("whoami")  # opens nothing
+        assert set(sessions(site)) == {alice}
+        running = in_background(second.call, "query_database", {"query": "select pg_sleep(20)"})
+        eventually(lambda: site.shop.backends("state = 'active'"))
+        found = sessions(site)
+        assert set(found) == {alice, bob}
+        assert (found[alice]["user"], found[alice]["running"], found[bob]["running"]) == ("alice", 0, 1)
+        assert found[bob]["pools"] == ["shop"]
+        assert found[bob]["addresses"] == ["127.0.0.1"]
+        pids = {pid for pid, *_ in site.shop.backends("application_name <> 'mcpctl cut'")}
+        assert {*found[alice]["backends"], *found[bob]["backends"]} <= pids
+        assert len(found[bob]["backends"]) == 1
+        assert found[alice]["since"] <= found[alice]["last_call"] <= found[bob]["last_call"]
+        line = site.run("session", "list").stdout.splitlines()[-1].split("\t")
+        assert (line[0], line[1], line[4], line[5]) == (bob, "bob", "1", "shop")
+        site.run("session", "revoke", bob)
+        running.result()
+
+
+def test_an_ended_session_cuts_what_runs_and_the_next_call_begins_anew(site: Site) -> None:
+    (alice, token), (_, other) = site.token("alice"), site.token("bob")
+    with site.client(token) as client, site.client(other) as second:
+        running = in_background(client.call, "query_database", {"query": "select pg_sleep(30)"})
+        others = in_background(second.rows, "select pg_sleep(2), 'bob'")
+        eventually(lambda: len(site.shop.backends("state = 'active'")) == 2)
+        done = site.run("session", "revoke", alice, "--reason", "runaway report")
+        assert done.stdout == f"{alice}: closed\n"
+        assert done.stderr.startswith("cut: 1 query, 0 backends left\n")
+        assert "still valid" in done.stderr
+        answer = running.result(10).json()["result"]
+        assert answer["isError"]
+        assert "your session was ended by an administrator" in answer["content"][0]["text"]
+        assert others.result()[0][1] == "bob"
+        assert client.rows("select 7") == [[7]]
+    lines = site.audit()
+    closed = [line for line in lines if line["event"] == "session.closed"]
+    assert [(line["token"], line["user"], line["transport"]) for line in closed] == [(alice, "alice", "cli")]
+    assert closed[0]["reason"].startswith("runaway report; by ")
+    cut = [line for line in lines if line.get("outcome") == "cut"]
+    assert [(line["event"], line["token"]) for line in cut] == [("tool.refused", alice)]
+    assert next(line["token"] for line in lines if line["event"] == "pool.closed") == alice
+
+
+def test_a_call_that_will_not_be_cancelled_ends_with_its_session(site: Site) -> None:
+    name, token = site.token()
+    stubborn = "select count(*) from generate_series(1, 1000000000) a, generate_series(1, 1000) b"
+    with site.client(token) as client:
+        running = in_background(client.call, "query_database", {"query": stubborn})
+        eventually(lambda: site.shop.backends("state = 'active'"))
+        values = json.loads(site.run("session", "revoke", name, "--json").stdout)
+        assert (values["closed"], values["cut"]["queries"], values["cut"]["backends_left"]) == ([name], 1, 0)
+        running.result(10)
+        assert site.shop.backends("state = 'active'") == []
+
+
+def test_what_has_nothing_open_is_said_and_an_unknown_id_ends_nothing(site: Site) -> None:
+    (name, token), (idle, _) = site.token("alice"), site.token("bob")
+    with site.client(token) as client:
+        client.rows("select 1")
+        done = site.run("session", "revoke", name, "zzzzzzzz", check=False)
+        assert (done.returncode, done.stdout) == (4, "")
+        assert "there is no token zzzzzzzz" in done.stderr
+        assert set(sessions(site)) == {name}
+        assert site.run("session", "revoke", idle).stdout == f"{idle}: had nothing open\n"
+        assert [line for line in site.audit() if line["event"] == "session.closed"] == []
+
+
+def test_all_workers_end_their_part(newest_shop: Shop, make_site: Callable[..., Site]) -> None:
+    site = make_site(newest_shop).start("--workers", "2")
+    name, token = site.token()
+
+    def spread() -> bool:
+        with site.client(token) as client:
+            client.rows("select 1")
+        return len(sessions(site)[name]["backends"]) >= 2
+
+    eventually(spread, 30)
+    assert json.loads(site.run("session", "revoke", name, "--json").stdout)["closed"] == [name]
+    assert sessions(site) == {}
+
+
+def test_without_a_server_there_are_no_sessions(newest_shop: Shop, make_site: Callable[..., Site]) -> None:
+    site = make_site(newest_shop)
+    for arguments in (("list",), ("revoke", "abcdefgh")):
+        done = site.run("session", *arguments, check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "mcpctl: error: no server runs" in done.stderr
+
+
+def test_a_terminal_shows_a_table(site: Site) -> None:
+    name, token = site.token()
+    with site.client(token) as client:
+        client.rows("select 1")
+        shown = on_a_terminal(["--config", str(site.config), "session", "list"]).out
+    assert "LAST CALL" in shown
+    assert name in shown
