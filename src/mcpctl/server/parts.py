@@ -37,11 +37,14 @@ class Core:
     calls: Calls
     recorder: Recorder
     watch: Watch
+    quiet: bool = False
+    """Whether its end is not the server's: another one has taken its place."""
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings, *, files: bool, workers: int = 1) -> AsyncIterator[Core]:
-    """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all."""
+async def running(settings: Settings, *, files: bool, workers: int = 1, again: bool = False) -> AsyncIterator[Core]:
+    """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all.
+    `again`: the server runs already, and reads its config anew."""
     if not settings.databases:
         raise ConfigError("the config names no database", "add one below `databases:`; config.example.yaml shows how")
     keyring = Keyring(place(settings.keyring.file))
@@ -85,7 +88,8 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
             if files:
                 await stack.enter_async_context(watch.listening())
                 looking = asyncio.create_task(watch.run())
-            recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
+            if not again:
+                recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
             yield core
     finally:
         if looking is not None:
@@ -93,7 +97,8 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
             await asyncio.gather(looking, return_exceptions=True)
         await pools.close()
         recorder.flush(everything=True)
-        recorder.note("server.stopped", reason=f"pid {os.getpid()}")
+        if not core.quiet:
+            recorder.note("server.stopped", reason=f"pid {os.getpid()}")
         authenticator.close()
         own.close()
         book.close()

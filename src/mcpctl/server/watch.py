@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ log = logging.getLogger("mcpctl.watch")
 TICK = 0.2
 """Seconds between two looks at the files; a request looks as well, so this bounds only what runs unattended."""
 _SWEEP = 5.0
+RELOAD = 60.0
+"""Seconds that a command may wait for a reload of the config."""
 _ASKED_FOR = 10.0
 """Seconds in which a command may ask what was cut."""
 _REMEMBERED = 100_000
@@ -33,7 +35,8 @@ _REQUEST = 4 << 20
 
 class Watch:
     """One per process. `end_streams` ends what is open over HTTP of tokens that are no longer valid; `keys` are the ids
-    of the keys that it opens passwords with, `own` the databases that users have brought."""
+    of the keys that it opens passwords with, `own` the databases that users have brought. `reload` has the config read
+    again."""
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Watch:
         self._folder = folder
         self.end_streams = end_streams
         self._keys = keys
+        self.reload: Callable[[str], Awaitable[Any]] | None = None
         self._databases = own
         self._cuts: dict[str, asyncio.Task[Cut]] = {}
         self._warned: dict[str, int] = {}
@@ -159,8 +163,10 @@ class Watch:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(5) as bound:
                 request = json.loads(await reader.readline())
+                if request["do"] == "reload":
+                    bound.reschedule(asyncio.get_running_loop().time() + RELOAD)
                 answer = await self._answer(request)
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
@@ -185,6 +191,9 @@ class Watch:
             case "cancel":
                 self._calls.cancel(request["token"], request["id"])
                 return {}
+            case "reload" if self.reload is not None:
+                outcome = await self.reload(str(request["id"]))
+                return {"pid": os.getpid(), "ok": outcome.ok, "said": outcome.said, "hint": outcome.hint}
             case other:
                 return {"error": f"unknown request {other!r}"}
 
