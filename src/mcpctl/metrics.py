@@ -112,11 +112,15 @@ class Metrics:
     """What one process counts. `databases` are the names of the config's."""
 
     def __init__(self, databases: Iterable[str] = (), minute: LastMinute | None = None) -> None:
-        self._databases = frozenset(databases)
+        self._databases: frozenset[str] = frozenset(databases)
         self._values: dict[tuple[str, tuple[str, ...]], float] = {}
         self._calls: dict[tuple[str, str | None, str, str | None], list[float]] = {}
         self._seconds: dict[str, list[float]] = {}
         self.minute = minute or LastMinute()
+
+    def know(self, databases: Iterable[str]) -> None:
+        """Take note of the databases of a config that comes into force: each has a series of its own."""
+        self._databases |= frozenset(databases)
 
     def _add(self, name: str, labels: tuple[str, ...], value: float = 1) -> None:
         key = (name, labels)

@@ -40,7 +40,7 @@ EVENTS = (
     "user.disabled", "user.enabled", "tenant.added", "tenant.removed",
     "grant.printed", "grant.added", "grant.removed", "database.registered", "database.unregistered", "config.created",
     "config.database_added", "config.database_removed", "config.database_hardened", "config.key_rotated",
-    "config.certificate_renewed",
+    "config.certificate_renewed", "config.reloaded", "config.reload_refused",
     "server.started", "server.stopped", "audit.rotated",
 )  # fmt: skip
 _ROOM = 64 << 10

@@ -1,4 +1,4 @@
-"""mcpctl config: is the configuration in order?"""
+"""mcpctl config: is the configuration in order? Have it read again."""
 
 from typing import TYPE_CHECKING
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from mcpctl.identity.users import User
     from mcpctl.keyring import Keyring
 
-app = typer.Typer(help="Check the configuration.", no_args_is_help=True)
+app = typer.Typer(help="Check the configuration, and have it read again.", no_args_is_help=True)
 
 
 @app.callback()
 def group() -> None:
-    """Check the configuration."""
+    """Check the configuration, and have it read again."""
 
 
 @app.command("check")
@@ -101,6 +101,32 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         output.put(
             f"ok: {found.source or 'the environment'}, {len(found.databases)} database(s): {', '.join(found.databases)}"
         )
+
+
+@app.command("reload")
+def reload(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> None:
+    """Have the server that runs read its config again, as HUP does, and say what became of it. Exits 1 where it kept
+    the old one."""
+    import secrets
+
+    from mcpctl import control
+    from mcpctl.errors import Error
+
+    found = settings(context, config, needs_log=False)
+    folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
+    answers = control.ask_all(folder, {"do": "reload", "id": secrets.token_hex(8)}, 60)
+    if not answers:
+        raise Error("no server runs", "the config is read when one starts")
+    told = [answer for answer in answers if "ok" in answer]
+    if not told:
+        raise Error(f"no server here has read its config again: {answers[0].get('error')}", "restart it")
+    for answer in told:
+        if not answer["ok"]:
+            raise Error(f"what was in force stays: {answer['said']}", answer["hint"])
+    if json:
+        output.put_json({"ok": True, "said": told[0]["said"]})
+    else:
+        output.put(told[0]["said"])
 
 
 def _people(found: "Settings") -> "Mapping[str, User]":

@@ -49,6 +49,7 @@ def demo(
     """
     from mcpctl import config
     from mcpctl.server import run
+    from mcpctl.server.listening import Listening
     from mcpctl.server.logs import set_up
 
     set_up("warning")
@@ -72,7 +73,7 @@ def demo(
                 _explain(url, token, settings)
 
         output.say("starting the server …")
-        run.serve(run.Listening(settings), ready)
+        run.serve(Listening(settings), ready)
 
 
 @contextmanager

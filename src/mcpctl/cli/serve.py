@@ -1,5 +1,6 @@
 """mcpctl serve: the server."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ from mcpctl.cli.common import ConfigOption, settings
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
+    from mcpctl.server.listening import Listening
 
 
 def serve(
@@ -42,7 +44,7 @@ def serve(
     On stdio the caller is the token in MCPCTL_TOKEN; without one, the local user. MCPCTL_DATABASE_URL alone is
     enough there. Anything but loopback needs --tls-cert and --tls-key, or --behind-proxy.
     """
-    from dataclasses import replace
+    from functools import partial
 
     from mcpctl.errors import UsageError
 
@@ -50,6 +52,7 @@ def serve(
         raise UsageError("--stdio and --http exclude each other", "choose one")
     found = settings(context, config)
     _check_that_python_can_be_read()
+    from mcpctl.server.hangup import Hangup
     from mcpctl.server.logs import set_up
 
     set_up(found.log.level)
@@ -62,20 +65,51 @@ def serve(
         _check_administrator(found, public=False, http=False)
         _stdio(found)
         return
-    if (tls_cert is None) != (tls_key is None):
+    hangup = Hangup()  # before what takes long to import: who sends it means the config as it is then
+    flags = _Flags(host, port, tls_cert, tls_key, tls_chain, behind_proxy, workers, no_auth)
+    listening = _listening(found, flags)
+    from mcpctl.server import run
+
+    read = partial(_read_again, found, flags)
+    run.serve(listening, lambda url: output.say(f"serving at {url}"), read, hangup)
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """What the command line says over the config."""
+
+    host: str | None
+    port: int | None
+    tls_cert: Path | None
+    tls_key: Path | None
+    tls_chain: Path | None
+    behind_proxy: bool
+    workers: int | None
+    no_auth: bool
+
+
+def _listening(found: "Settings", flags: _Flags) -> "Listening":
+    """The config with the flags over it, checked as far as the command line can."""
+    from dataclasses import replace
+
+    from mcpctl.errors import UsageError
+    from mcpctl.server.listening import Listening
+
+    if (flags.tls_cert is None) != (flags.tls_key is None):
         raise UsageError("--tls-cert and --tls-key go together", "give both")
-    server = found.server
-    tls = replace(server.tls, cert=tls_cert, key=tls_key, chain=tls_chain) if tls_cert is not None else server.tls
-    if tls_chain is not None and tls.cert is None:
+    server, tls = found.server, found.server.tls
+    if flags.tls_cert is not None:
+        tls = replace(tls, cert=flags.tls_cert, key=flags.tls_key, chain=flags.tls_chain)
+    if flags.tls_chain is not None and tls.cert is None:
         raise UsageError("--tls-chain goes with --tls-cert and --tls-key", "give all three")
     if tls.client_ca is not None and tls.cert is None:
         raise UsageError("server.tls.client_ca goes with a certificate", "give --tls-cert and --tls-key")
     server = replace(
         server,
-        host=host or server.host,
-        port=server.port if port is None else port,
-        workers=workers or server.workers,
-        tls=replace(tls, chain=tls_chain or tls.chain),
+        host=flags.host or server.host,
+        port=server.port if flags.port is None else flags.port,
+        workers=flags.workers or server.workers,
+        tls=replace(tls, chain=flags.tls_chain or tls.chain),
     )
     if server.sse and server.workers > 1:
         raise UsageError("server.sse goes with one worker only", "say --workers 1")
@@ -86,11 +120,18 @@ def serve(
             f"say --workers {max(1, found.limits.connections // 2)}, or raise limits.connections",
         )
     _check_connection_limits(found, server.workers)
-    from mcpctl.server import run
+    made = Listening(replace(found, server=server), behind_proxy=flags.behind_proxy, no_auth=flags.no_auth)
+    _check_administrator(found, public=made.public)
+    return made
 
-    listening = run.Listening(replace(found, server=server), behind_proxy=behind_proxy, no_auth=no_auth)
-    _check_administrator(found, public=listening.public)
-    run.serve(listening, lambda url: output.say(f"serving at {url}"))
+
+def _read_again(before: "Settings", flags: _Flags) -> "Listening":
+    """The config as it is now, with the flags over it."""
+    from dataclasses import replace
+
+    from mcpctl import config
+
+    return _listening(replace(config.load(before.source), by_root=before.by_root), flags)
 
 
 def _check_connection_limits(found: "Settings", workers: int) -> None:

@@ -41,38 +41,42 @@ class Place:
     workers: int = 1
 
 
+class Process:
+    """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.metrics = Metrics()
+        self.lag: Callable[[], float] = lambda: 0.0
+        self.begun = time.time()
+
+
 class Live:
-    """One a process. What it answers is for the server's own user and root, on the control socket. `lag()` is how many
-    seconds the event loop was late."""
+    """One for each config that comes into force. What it answers is for the server's own user and root, on the control
+    socket."""
 
     def __init__(
         self,
         settings: Settings,
-        place: Place,
+        process: Process,
         authenticator: Authenticator,
         logins: Logins,
         pools: Pools,
         calls: Calls,
         recorder: Recorder,
-        metrics: Metrics,
     ) -> None:
-        self.place = place
+        self._process = process
+        self.place = process.place
         self._authenticator = authenticator
         self._logins = logins
         self._pools = pools
         self._calls = calls
         self._recorder = recorder
-        self._metrics = metrics
-        self.lag: Callable[[], float] = lambda: 0.0
-        self._begun = time.time()
-        self.config_taken(settings)
-        self._reached: tuple[float, dict[str, bool]] | None = None
-
-    def config_taken(self, settings: Settings) -> None:
-        """These settings are in force from now on."""
+        self._metrics = process.metrics
         self.settings = settings
         self._config_since = time.time()
         self._config = fingerprint(settings.source) if settings.source is not None else None
+        self._reached: tuple[float, dict[str, bool]] | None = None
 
     def answers(self) -> Mapping[str, Answer]:
         """What can be asked, by name."""
@@ -90,7 +94,7 @@ class Live:
             **asdict(self.place),
             "pid": os.getpid(),
             "version": __version__,
-            "since": self._begun,
+            "since": self._process.begun,
             "config": str(self.settings.source) if self.settings.source is not None else None,
             "config_since": self._config_since,
             "config_changed": self.config_changed,
@@ -221,9 +225,9 @@ class Live:
             ("mcpctl_audit_failing", [], float(self._recorder.failing)),
             ("mcpctl_connection_budget", [], self._pools.budget),
             ("mcpctl_config_loaded_timestamp_seconds", [], self._config_since),
-            ("process_start_time_seconds", [], self._begun),
+            ("process_start_time_seconds", [], self._process.begun),
             ("process_cpu_seconds", [], time.process_time()),
-            ("mcpctl_event_loop_lag_seconds", [], self.lag()),
+            ("mcpctl_event_loop_lag_seconds", [], self._process.lag()),
             *_connections(self._pools),
             *_process(),
         ]

@@ -5,18 +5,17 @@ longer than a moment. There is no credential: who may reach it is who may read i
 """
 
 import asyncio
-import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
 
 from mcpctl import metrics
 from mcpctl.config_keys import Metrics as Settings
 from mcpctl.config_values import is_loopback
 from mcpctl.errors import Error
 from mcpctl.metrics import Sample
-from mcpctl.server.live import Live
+from mcpctl.server.live import Place, Process
+from mcpctl.server.parts import Core
 
 log = logging.getLogger("mcpctl.metrics")
 _SECONDS = 5.0
@@ -24,7 +23,6 @@ _SECONDS = 5.0
 _LONGEST = 8 << 10
 _AT_ONCE = 16
 _TICK, _WINDOW = 0.25, 15.0
-AskOthers = Callable[[dict[str, Any]], Awaitable[list[dict[str, Any]]]]
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -66,22 +64,22 @@ class Pulse:
 
 
 class Scraped:
-    """One worker's end of the listener. `ask_others` asks its siblings."""
+    """One worker's end of the listener. `current` is what is in force, which may be another at each request."""
 
-    def __init__(self, live: Live, ask_others: AskOthers, host: str) -> None:
-        self._live = live
-        self._ask_others = ask_others
-        self._only_here = is_loopback(host)
+    def __init__(self, place: Place, current: Callable[[], Core]) -> None:
+        self._place = place
+        self._current = current
         self._open = 0
 
     async def text(self, *, openmetrics: bool) -> str:
         """What all workers of this server have counted; one that does not answer within a second is left out."""
-        place = self._live.place
-        found: dict[str, list[Sample]] = {str(place.worker): self._live.samples()}
-        for answer in await self._ask_others({"do": "metrics"}):
-            if answer.get("server") == place.server:
-                found[str(answer["worker"])] = [(name, labels, value) for name, labels, value in answer["samples"]]
-        found[""] = await self._live.shared(len(found))
+        core = self._current()
+        found: dict[str, list[Sample]] = {str(self._place.worker): core.live.samples()}
+        for answer in await core.watch.ask_others({"do": "metrics"}):
+            if answer.get("server") == self._place.server:
+                samples = [(name, labels, value) for name, labels, value in answer["samples"]]
+                found.setdefault(str(answer["worker"]), samples)  # during a reload a process answers twice
+        found[""] = await core.live.shared(len(found))
         return metrics.exposition(found, openmetrics=openmetrics)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -108,7 +106,7 @@ class Scraped:
         path = rest.partition(" ")[0].partition("?")[0]
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
-        if self._only_here and not is_loopback(host.strip("[]")):
+        if is_loopback(self._current().live.settings.metrics.host) and not is_loopback(host.strip("[]")):
             return _reply(
                 "421 Misdirected Request", "only localhost is answered here\n"
             )  # a name bound to us: rebinding
@@ -129,19 +127,14 @@ def _reply(status: str, body: str, extra: str = "", kind: str = "text/plain; cha
     return head.encode("latin-1") + data
 
 
-@contextlib.asynccontextmanager
-async def listening(bound: socket.socket | None, live: Live, ask_others: AskOthers) -> AsyncIterator[None]:
-    """Answer there as long as the block runs; not at all without a socket."""
-    if bound is None:
-        yield
-        return
+async def serve(bound: socket.socket, process: Process, current: Callable[[], Core]) -> None:
+    """Answer there until cancelled, for what is in force when somebody asks."""
     pulse = Pulse()
-    live.lag = pulse.longest
+    process.lag = pulse.longest
     beating = asyncio.create_task(pulse.run())
-    scraped = Scraped(live, ask_others, live.settings.metrics.host)
-    server = await asyncio.start_server(scraped.serve, sock=bound, limit=_LONGEST)
+    server = await asyncio.start_server(Scraped(process.place, current).serve, sock=bound, limit=_LONGEST)
     try:
-        yield
+        await asyncio.Event().wait()
     finally:
         server.close()
         beating.cancel()

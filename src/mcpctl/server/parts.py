@@ -18,14 +18,13 @@ from mcpctl.errors import ConfigError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.tokens import utcnow
 from mcpctl.keyring import Keyring, place
-from mcpctl.metrics import Metrics
 from mcpctl.policy.access import Access
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
 from mcpctl.postgres.wire import large_blocks_apart
 from mcpctl.recorder import Recorder
-from mcpctl.server.live import Live, Place
+from mcpctl.server.live import Live, Place, Process
 from mcpctl.server.watch import Watch
 
 log = logging.getLogger("mcpctl")
@@ -43,14 +42,17 @@ class Core:
     recorder: Recorder
     watch: Watch
     live: Live
+    quiet: bool = False
+    """Whether its end is not the server's: another one has taken its place."""
 
 
 @contextlib.asynccontextmanager
 async def running(
-    settings: Settings, *, files: bool, workers: int = 1, here: Place | None = None
+    settings: Settings, *, files: bool, process: Process | None = None, again: bool = False
 ) -> AsyncIterator[Core]:
-    """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all; `here`:
-    which process of which server this is, where it is one of several."""
+    """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all;
+    `process`: what this process keeps while the config changes, `again`: whether it has served with another already."""
+    process = process or Process(Place(f"{os.getpid()}-{secrets.token_hex(4)}"))
     if not settings.databases:
         raise ConfigError("the config names no database", "add one below `databases:`; config.example.yaml shows how")
     keyring = Keyring(place(settings.keyring.file))
@@ -73,16 +75,17 @@ async def running(
     refuse = settings.audit.on_failure == "refuse"
     anchors = Anchors(book, settings.audit.anchor_file, utcnow)
     durable = Durable(book, anchors, settings.audit.sync, refuse=refuse)
-    metrics = Metrics(settings.databases)
+    metrics = process.metrics
+    metrics.know(settings.databases)
     recorder = Recorder(book, settings.audit.statements, refuse=refuse, count=metrics.count)
     large_blocks_apart()
     pools = Pools(
-        max(2, settings.limits.connections // workers),
+        max(2, settings.limits.connections // process.place.workers),
         settings.limits.statement_timeout,
         recorder.note,
         authenticator.still_valid,
         authenticator.in_force,
-        workers,
+        process.place.workers,
     )
     pools.failed = metrics.connection_failed
     own = Own(settings, keyring, pools)
@@ -94,8 +97,7 @@ async def running(
     watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own)
     watch.answers.add({"audit_end": durable.end})
     watch.was_cut = metrics.cut
-    here = here or Place(f"{os.getpid()}-{secrets.token_hex(4)}")
-    live = Live(settings, here, authenticator, logins, pools, calls, recorder, metrics)
+    live = Live(settings, process, authenticator, logins, pools, calls, recorder)
     watch.answers.add(live.answers())
     core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live)
     tasks = []
@@ -104,7 +106,8 @@ async def running(
             if files:
                 await stack.enter_async_context(watch.listening())
                 tasks.append(asyncio.create_task(watch.run()))
-            recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
+            if not again:
+                recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
             await durable.mark()
             tasks.append(asyncio.create_task(durable.run()))
             yield core
@@ -114,7 +117,8 @@ async def running(
         await asyncio.gather(*tasks, return_exceptions=True)
         await pools.close()
         recorder.flush(everything=True)
-        recorder.note("server.stopped", reason=f"pid {os.getpid()}")
+        if not core.quiet:
+            recorder.note("server.stopped", reason=f"pid {os.getpid()}")
         await durable.close()
         authenticator.close()
         own.close()

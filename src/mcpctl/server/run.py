@@ -1,18 +1,15 @@
-"""Serving over HTTP: builds everything once, runs it, shuts it down; with several workers, watches over them."""
+"""Serving over HTTP: builds everything once, runs it, shuts it down."""
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import secrets
-import select
 import signal
 import socket
-import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -24,79 +21,52 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
 
 from mcpctl.calls import Request
-from mcpctl.config_keys import Settings
-from mcpctl.errors import ConfigError, Error
+from mcpctl.errors import Error
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import utcnow
-from mcpctl.server import credentials, http, metrics, protocol, tls
+from mcpctl.server import http, metrics, protocol, tls
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.door import Door, Visitor
 from mcpctl.server.exchange import App, Caller, Receive, Scope, Send
+from mcpctl.server.hangup import Hangup
 from mcpctl.server.http import Http, Parts
-from mcpctl.server.live import Place
+from mcpctl.server.listening import Listening, bind
+from mcpctl.server.live import Place, Process
 from mcpctl.server.parts import Core, running
+from mcpctl.server.reload import DRAIN, Alone, Read, Serving
+from mcpctl.server.workers import Link, Supervisor, stopping
 
 log = logging.getLogger("mcpctl")
-_DRAIN = 5
-"""Seconds that running calls have to end when the server is told to stop."""
+Ready = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Listening:
-    """Where and how to listen: the config's `server` with the command line's flags over it; `metrics` is the socket
-    that /metrics is asked for at."""
+class _Sockets:
+    """What was made before the workers are: where calls are answered, and where /metrics is."""
 
-    settings: Settings
-    behind_proxy: bool = False
-    no_auth: bool = False
-    metrics: socket.socket | None = None
-
-    @property
-    def tls(self) -> bool:
-        """Whether it speaks HTTPS."""
-        return self.settings.server.tls.cert is not None
-
-    @property
-    def public(self) -> bool:
-        """Whether it is there for others than who has started it."""
-        server = self.settings.server
-        proxied = self.behind_proxy or server.public_url is not None or bool(server.trusted_proxies)
-        return proxied or not credentials.is_loopback(server.host)
-
-    def check(self) -> None:
-        """Refuse what would send tokens or rows in clear, or let strangers in."""
-        server = self.settings.server
-        loopback = credentials.is_loopback(server.host)
-        if self.behind_proxy and not server.trusted_proxies:
-            raise ConfigError("--behind-proxy needs server.trusted_proxies", "name the proxy's address there")
-        if not loopback and not self.tls and not self.behind_proxy:
-            raise ConfigError(
-                f"plain HTTP on {server.host} would send tokens and rows in clear",
-                "give --tls-cert and --tls-key, or --behind-proxy with server.trusted_proxies, or listen on 127.0.0.1",
-            )
-        if self.no_auth and not loopback:
-            raise ConfigError(f"--no-auth is for loopback only, not for {server.host}", "use tokens")
-        if self.no_auth and (self.behind_proxy or server.public_url or server.trusted_proxies):
-            raise ConfigError("--no-auth does not go with public_url, trusted_proxies or --behind-proxy", "use tokens")
+    calls: Door
+    metrics: socket.socket | None
 
 
-Ready = Callable[[str], None]
-_STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-
-
-def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
-    """Serve until told to stop. `ready(url)` is called once every worker answers."""
+def serve(
+    listening: Listening,
+    ready: Ready = lambda url: None,
+    read: Read | None = None,
+    hangup: Hangup | None = None,
+) -> None:
+    """Serve until told to stop. `ready(url)` is called once every worker answers. `read` reads the config again, when
+    `hangup` or a command asks for it; without them HUP ends the server."""
     listening.check()
     settings = listening.settings
     if listening.tls:
         tls.context(settings)
         if problem := tls.out_of_date(settings, utcnow()):
             log.warning("%s", problem)
-    bound = _bind(settings.server.host, settings.server.port)
+    bound = bind(settings.server.host, settings.server.port)
     port = bound.getsockname()[1]
-    settings = replace(settings, server=replace(settings.server, port=port))
     scraped = metrics.bind(settings.metrics) if settings.metrics.port is not None else None
-    listening = replace(listening, settings=settings, metrics=scraped)
+    sockets = _Sockets(bound, scraped)
+    listening = replace(listening, port=port)
     shown = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
     url = settings.server.public_url or f"{'https' if listening.tls else 'http'}://{shown}:{port}"
     if listening.no_auth:
@@ -104,18 +74,25 @@ def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
         log.warning("Connection isolation: DISABLED (--no-auth: all share one pool)")
     else:
         log.info("Connection isolation: ENABLED (per-token database connections)")
-    bound.most = _all_descriptors(settings.limits.connections)
+
     place = Place(f"{os.getpid()}-{secrets.token_hex(4)}", f"{url}/mcp", 0, settings.server.workers)
+
+    def up() -> None:
+        ready(f"{url}/mcp")
+
     try:
         if settings.server.workers == 1:
-            told = asyncio.run(_worker(listening, bound, lambda: ready(f"{url}/mcp"), None, place))
+            told = asyncio.run(_alone(listening, sockets, place, up, read, hangup))
         else:
-            told = _supervise(listening, bound, lambda: ready(f"{url}/mcp"), place)
+            work = partial(_worker, sockets, place)
+            told = Supervisor(listening, bound, up, work, read, hangup).run()
     finally:
         bound.close()
         if scraped is not None:
             scraped.close()
     for number in told[:1]:
+        if hangup is not None and number == getattr(signal, "SIGHUP", None):
+            signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)  # so that the exit status tells what ended it
 
 
@@ -132,33 +109,17 @@ def _all_descriptors(connections: int) -> int | None:
     return None if hard == resource.RLIM_INFINITY else max(hard // 2, hard - 64 - 2 * connections)
 
 
-def _bind(host: str, port: int) -> Door:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        # asyncio turns Nagle's algorithm off for sockets that name their protocol, and else an answer takes 40 ms more.
-        made = Door(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen(1024)
-    except OSError as problem:
-        hint = "is another server there?"
-        if isinstance(problem, socket.gaierror) or problem.errno == errno.EADDRNOTAVAIL:
-            hint = "server.host and --host take an address of this machine, such as 127.0.0.1"
-        raise Error(f"cannot listen on {host} port {port}: {problem.strerror}", hint) from None
-    made.set_inheritable(True)
-    return made
-
-
 class _Uvicorn(uvicorn.Server):
     """uvicorn, which says when it is up, and leaves it to us to raise a signal again: after all is closed."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None], signals: Iterable[int]) -> None:
         super().__init__(config)
         self._tell = started
+        self._signals = signals
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.handle_exit) for number in _STOPPING}
+        before = {number: signal.signal(number, self.handle_exit) for number in self._signals}
         try:
             yield
         finally:
@@ -176,46 +137,117 @@ class _Uvicorn(uvicorn.Server):
         self.should_exit = True
         self._captured_signals.append(sig)
 
+    def leave(self) -> None:
+        """Drain, without a signal."""
+        self.should_exit = True
+
     @property
     def captured(self) -> list[int]:
         """The signals that told it to stop."""
         return self._captured_signals
 
 
-async def _worker(
-    listening: Listening, bound: socket.socket, started: Callable[[], None], lifeline: int | None, place: Place
+async def _alone(
+    listening: Listening,
+    sockets: _Sockets,
+    place: Place,
+    up: Callable[[], None],
+    read: Read | None,
+    hangup: Hangup | None,
 ) -> list[int]:
-    """One process's server; returns the signals that ended it. `lifeline`: a pipe whose end says that the supervisor
-    is gone."""
-    settings = listening.settings
-    async with (
-        running(settings, files=not listening.no_auth, workers=place.workers, here=place) as core,
-        _app(listening, core) as app,
-        metrics.listening(listening.metrics, core.live, core.watch.ask_others),
-    ):
-        held = tls.Certificates(settings, core.recorder.note) if listening.tls else None
-        watching = asyncio.create_task(held.watch()) if held is not None else None
-        config = uvicorn.Config(
-            app,
-            # h11, which strips header values on both sides (RFC 9110); httptools leaves the end
-            http=type("Visitor", (Visitor,), {"ahead": settings.limits.request_bytes + Visitor.ahead}),
-            loop="asyncio",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,  # the audit log is the record; an access log would keep URLs
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=_DRAIN,
-            ssl_context_factory=(lambda config, default: held.live) if held is not None else None,
-        )
-        server = _Uvicorn(config, started)
-        if lifeline is not None:
-            asyncio.get_running_loop().add_reader(lifeline, lambda: setattr(server, "should_exit", True))
-        await server.serve(sockets=[bound])
-        if watching is not None:
-            watching.cancel()
+    """The server where there is one process; returns the signals that ended it."""
+    process = Process(place)
+    serving, config = _prepared(sockets.calls, process)
+    server = _Uvicorn(config, up, stopping(hangup))
+    works = []
+    if read is not None:
+        alone = Alone(serving, read, lambda: server.should_exit)
+        serving.reload = alone.outcome
+        works.append(alone.run())
+        if hangup is not None:
+            loop = asyncio.get_running_loop()
+            hangup.stop = server.handle_exit
+            hangup.told = lambda: _soon(loop, alone.ask)
+            if hangup.asked:
+                alone.ask()
+    await _serve(serving, config, server, listening, sockets, process, works)
     return server.captured
+
+
+async def _worker(sockets: _Sockets, first: Place, listening: Listening, link: Link, number: int) -> None:
+    """One of several processes, which all have a place of their own."""
+    process = Process(replace(first, worker=number))
+    serving, config = _prepared(sockets.calls, process)
+    server = _Uvicorn(config, link.up, [signal.SIGTERM])
+    serving.reload = link.outcome
+    link.stop = server.leave
+    await _serve(serving, config, server, listening, sockets, process, [link.obey(serving)])
+
+
+async def _serve(
+    serving: Serving,
+    config: uvicorn.Config,
+    server: _Uvicorn,
+    listening: Listening,
+    sockets: _Sockets,
+    process: Process,
+    works: list[Coroutine[Any, Any, None]],
+) -> None:
+    """Serve until told to stop, with this work beside it, and take everything down."""
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        await serving.begin(listening)
+        tasks += map(asyncio.create_task, works)
+        if sockets.metrics is not None:
+            tasks.append(asyncio.create_task(metrics.serve(sockets.metrics, process, lambda: serving.current.core)))
+        if (held := serving.certificates) is not None:
+            config.ssl_context_factory = lambda config, default: held.live
+        await server.serve(sockets=[sockets.calls])
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await serving.end(at_once=server.force_exit)
+
+
+def _soon(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(work)
+
+
+def _prepared(bound: Door, process: Process) -> tuple[Serving, uvicorn.Config]:
+    """What a process serves with, and what uvicorn has to know of it."""
+    # h11, which strips header values on both sides (RFC 9110); httptools leaves the end
+    visitor = type("Visitor", (Visitor,), {})
+
+    def applied(listening: Listening) -> None:
+        limits = listening.settings.limits
+        bound.most = _all_descriptors(limits.connections)
+        visitor.ahead = limits.request_bytes + Visitor.ahead  # type: ignore[attr-defined]
+
+    @contextlib.asynccontextmanager
+    async def build(listening: Listening) -> AsyncIterator[tuple[Core, App]]:
+        settings = listening.settings
+        async with (
+            running(settings, files=not listening.no_auth, process=process, again=serving.begun) as core,
+            _app(listening, core) as app,
+        ):
+            yield core, app
+
+    serving = Serving(build, applied, tells=process.place.worker == 0)
+    config = uvicorn.Config(
+        serving,
+        http=visitor,
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,  # the audit log is the record; an access log would keep URLs
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=DRAIN,
+    )
+    return serving, config
 
 
 @contextlib.asynccontextmanager
@@ -242,7 +274,7 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
         max_request_body_size=settings.limits.request_bytes,
     )
     gatekeeper = Gatekeeper.of(
-        settings, settings.server.host, settings.server.port, behind_proxy=listening.behind_proxy
+        settings, settings.server.host, listening.port or settings.server.port, behind_proxy=listening.behind_proxy
     )
     app = Http(
         Parts(
@@ -287,87 +319,3 @@ def _old_clients(server: Server[Any], checked: TransportSecuritySettings) -> App
             await transport.handle_post_message(scope, receive, send)
 
     return app
-
-
-# -- several workers -----------------------------------------------------------------------------------------------
-
-
-def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], None], place: Place) -> list[int]:
-    """Fork the workers, start again those that die, and pass on the signal to stop; returns the signals that came."""
-    if not hasattr(os, "fork"):
-        raise ConfigError("several workers need fork, which this system has not", "set server.workers to 1")
-    workers = place.workers
-    told_read, told_write = os.pipe()
-    lifeline_read, lifeline_write = os.pipe()
-    children: dict[int, int] = {}  # pid → the number of its place, which its successor takes over
-    stop: list[int] = []
-
-    def told(number: int, _: Any) -> None:
-        stop.append(number)
-        for pid in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-
-    def fork(worker: int) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
-        if pid:
-            children[pid] = worker
-            return
-        status = 1
-        try:
-            for number in _STOPPING:
-                signal.signal(number, signal.SIG_DFL)
-            os.close(lifeline_write)
-            asyncio.run(
-                _worker(listening, bound, lambda: _tell(told_write), lifeline_read, replace(place, worker=worker))
-            )
-            status = 0
-        except Error as problem:
-            log.error("%s", problem.message)
-        except KeyboardInterrupt:
-            status = 0
-        except Exception:
-            log.exception("worker %d failed", os.getpid())
-        finally:
-            os._exit(status)
-
-    for number in _STOPPING:
-        signal.signal(number, told)
-    for worker in range(workers):
-        fork(worker)
-    up = 0
-    failed = 0
-    os.set_blocking(told_read, False)
-    while children:
-        with contextlib.suppress(BlockingIOError):
-            up += len(os.read(told_read, 64))
-            if up >= workers and failed >= 0:
-                failed = -1
-                ready()
-        pid, _ = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            worker = children.pop(pid, -1)
-            if worker < 0:
-                continue  # none of ours: as the first process of a container we get everybody's orphans
-            if not stop and up < workers:
-                failed += 1
-                stop.append(0)
-                told(signal.SIGTERM, None)
-            elif not stop:
-                log.error("worker %d died; another takes its place", pid)
-                time.sleep(0.2)  # one that dies at once must not keep a core busy
-                fork(worker)
-            continue
-        select.select([], [], [], 0.05)
-    os.close(lifeline_write)
-    for number in _STOPPING:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    if failed > 0:
-        raise Error("a worker did not start", "the log above says why")
-    return stop
-
-
-def _tell(fd: int) -> None:
-    os.write(fd, b".")

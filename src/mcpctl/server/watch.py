@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ log = logging.getLogger("mcpctl.watch")
 TICK = 0.2
 """Seconds between two looks at the files; a request looks as well, so this bounds only what runs unattended."""
 _SWEEP = 5.0
+RELOAD = 60.0
+"""Seconds that a command may wait for a reload of the config."""
 _ASKED_FOR = 10.0
 """Seconds in which a command may ask what was cut."""
 _REMEMBERED = 100_000
@@ -34,7 +37,7 @@ _REQUEST = 4 << 20
 class Watch:
     """One per process. `end_streams` ends what is open over HTTP of tokens that are no longer valid; `keys` are the ids
     of the keys that it opens passwords with, `own` the databases that users have brought. `was_cut(reason,
-    queries, backends left)` hears of each cut."""
+    queries, backends left)` hears of each cut. `reload` has the config read again."""
 
     def __init__(
         self,
@@ -53,8 +56,10 @@ class Watch:
         self._recorder = recorder
         self._folder = folder
         self.end_streams = end_streams
+        self.reload: Callable[[str], Awaitable[Any]] | None = None
         self._databases = own
         self.answers = Answers(self._settle, calls, own, keys)
+        self.answers.add({"reload": self._reloaded})
         self.was_cut: Callable[[str, int, int], None] = lambda reason, queries, left: None
         self._cuts: dict[str, asyncio.Task[Cut]] = {}
         self._warned: dict[str, int] = {}
@@ -162,8 +167,10 @@ class Watch:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(5) as bound:
                 request = json.loads(await reader.readline())
+                if request["do"] == "reload":
+                    bound.reschedule(asyncio.get_running_loop().time() + RELOAD)
                 answer = await self.answers(request)
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
@@ -171,6 +178,12 @@ class Watch:
             log.debug("control socket: %r", problem)
         finally:
             writer.close()
+
+    async def _reloaded(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self.reload is None:
+            return {"error": "this server reads no config again"}
+        outcome = await self.reload(str(request["id"]))
+        return {"pid": os.getpid(), "ok": outcome.ok, "said": outcome.said, "hint": outcome.hint}
 
     async def _settle(self, tokens: list[str]) -> Cut:
         """Take note of the files, and wait until what ended is cut: what was done for these tokens."""

@@ -1,0 +1,307 @@
+"""HUP and `mcpctl config reload`: the config is read again, whole or not at all, and no request is lost."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mcpctl.config_keys import Server, Settings, Tls
+from mcpctl.errors import ConfigError
+from mcpctl.server.listening import Listening
+from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually, in_background
+
+MakeSite = Callable[..., Site]
+both = pytest.mark.parametrize("workers", ["1", "2"])
+
+
+def change(at: Site, before: str, after: str) -> None:
+    text = at.config.read_text()
+    assert before in text
+    new = at.config.with_name("new.yaml")  # as an editor does: a reader sees the one or the other
+    new.touch(0o600)
+    new.write_text(text.replace(before, after))
+    new.replace(at.config)
+
+
+def reloads(at: Site) -> list[tuple[str, str]]:
+    """(event, reason) of every reload in the audit log."""
+    return [(one["event"], one["reason"]) for one in at.audit() if one["event"].startswith("config.reload")]
+
+
+def hang_up(at: Site, outcomes: int = 1) -> None:
+    """Send HUP, and wait for so many outcomes."""
+    before = len(reloads(at))
+    assert at.process is not None
+    at.process.send_signal(signal.SIGHUP)
+    eventually(lambda: len(reloads(at)) >= before + outcomes)
+
+
+@both
+def test_a_changed_limit_counts_for_the_next_call_on_the_same_connection(
+    make_site: MakeSite, newest_shop: Shop, workers: str
+) -> None:
+    at = make_site(newest_shop, extra="limits: {max_rows: 5}\n").start("--workers", workers)
+    with at.client(at.token()[1]) as a:
+        assert len(a.rows("select generate_series(1, 9)")) == 5
+        change(at, "max_rows: 5", "max_rows: 7")
+        hang_up(at)
+        eventually(lambda: len(a.rows("select generate_series(1, 9)")) == 7)
+        change(at, "limits: {max_rows: 7}", "limits: {max_rows: 8}\nlog: {level: debug}")
+        assert at.run("config", "reload").stdout == "changed: limits, log\n"
+        assert len(a.rows("select generate_series(1, 9)")) == 8
+        assert at.run("config", "reload").stdout.startswith("changed: nothing in the config")
+    assert reloads(at)[:2] == [("config.reloaded", "changed: limits"), ("config.reloaded", "changed: limits, log")]
+    events = [one["event"] for one in at.audit()]
+    assert events.count("server.started") == int(workers)
+    assert "server.stopped" not in events
+    assert at.stop() == -signal.SIGTERM
+    assert [one["event"] for one in at.audit()].count("server.stopped") == int(workers)
+    assert not list(at.folder.glob("control.*.sock"))
+
+
+@both
+def test_a_broken_config_changes_nothing_and_a_mended_one_is_taken(
+    make_site: MakeSite, newest_shop: Shop, workers: str
+) -> None:
+    at = make_site(newest_shop, extra="limits: {max_rows: 5}\n").start("--workers", workers)
+    with at.client(at.token()[1]) as a:
+        for wrong, why in (
+            ("max_rows: many", "limits.max_rows: takes"),
+            ("max_row: 7", "there is no such key"),
+            ("max_rows: 7}\naudit: {key_file: nowhere.key", "nowhere.key"),
+        ):
+            change(at, "max_rows: 5", wrong)
+            hang_up(at)
+            change(at, wrong, "max_rows: 5")
+            event, reason = reloads(at)[-1]
+            assert event == "config.reload_refused"
+            assert why in reason
+            assert len(a.rows("select generate_series(1, 9)")) == 5
+        (at.folder / "shop.password").rename(at.folder / "elsewhere")
+        refused = at.run("config", "reload", check=False)
+        assert refused.returncode == 1
+        assert "what was in force stays" in refused.stderr
+        assert "shop.password" in refused.stderr
+        assert a.rows("select 1") == [[1]]
+        (at.folder / "elsewhere").rename(at.folder / "shop.password")
+        change(at, "max_rows: 5", "max_rows: 7")
+        at.run("config", "reload")
+        assert len(a.rows("select generate_series(1, 9)")) == 7
+
+
+def test_what_cannot_change_is_named_and_a_restart_asked_for(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, extra="server: {stdio: false}\nlimits: {max_rows: 5}\n").start()
+    change(at, "stdio: false", 'host: "::1", workers: 2')
+    change(at, "max_rows: 5", "max_rows: 7")
+    refused = at.run("config", "reload", check=False)
+    assert refused.returncode == 1
+    assert "server.host, server.workers cannot change while the server runs" in refused.stderr
+    assert "restart it" in refused.stderr
+    with at.client(at.token()[1]) as a:
+        assert len(a.rows("select generate_series(1, 9)")) == 5
+    at.stop()
+    none = at.run("config", "reload", check=False)
+    assert (none.returncode, "no server runs" in none.stderr) == (1, True)
+
+
+def test_what_cannot_change_while_it_runs() -> None:
+    old = Listening(Settings(), port=4711)
+    server = Server()
+    for new, key in (
+        (replace(server, host="::1"), "server.host"), (replace(server, port=1), "server.port"),
+        (replace(server, workers=2), "server.workers"), (replace(server, stdio=True), "server.stdio"),
+        (replace(server, tls=Tls(Path("c"), Path("k"))), "server.tls.cert"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"^{key} cannot change"):
+            old.check_successor(Listening(Settings(server=new)))
+    old.check_successor(Listening(Settings(server=replace(server, public_url="https://x"))))
+
+
+@both
+def test_a_call_that_runs_ends_with_its_answer(make_site: MakeSite, newest_shop: Shop, workers: str) -> None:
+    at = make_site(newest_shop, extra="limits: {max_rows: 5}\n").start("--workers", workers)
+    with at.client(at.token()[1]) as a, at.client(at.token()[1]) as b:
+        running = in_background(a.rows, "select pg_sleep(2), 'old' as it")
+        eventually(lambda: newest_shop.backends("query ~ 'pg_sleep' and state = 'active'"))
+        change(at, "max_rows: 5", "max_rows: 7")
+        hang_up(at)
+        eventually(lambda: len(b.rows("select generate_series(1, 9)")) == 7)
+        assert running.result()[0][1] == "old"
+        assert len(a.rows("select generate_series(1, 9)")) == 7
+    eventually(lambda: len(list(at.folder.glob("control.*.sock"))) == int(workers))
+    assert sum(one["event"] == "tool.called" and one["outcome"] != "ok" for one in at.audit()) == 0
+
+
+@both
+def test_no_request_fails_across_reloads_under_load(make_site: MakeSite, newest_shop: Shop, workers: str) -> None:
+    at = make_site(newest_shop, extra="limits: {max_rows: 5}\n").start("--workers", workers)
+    answers = [[[n] for n in range(1, most)] for most in (6, 8)]
+    texts = [at.token()[1] for _ in range(4)]
+    done = threading.Event()
+    asked: list[int] = []
+
+    def ask(text: str) -> None:
+        with at.client(text) as a:
+            while not done.is_set() or len(asked) < 200:
+                assert a.rows("select generate_series(1, 9)") in answers
+                asked.append(1)
+                assert a.rows("select 1") == [[1]]
+                asked.append(1)
+
+    asking = [in_background(ask, text) for text in texts]
+    try:
+        for number in range(5):
+            change(at, *(("max_rows: 5", "max_rows: 7") if number % 2 == 0 else ("max_rows: 7", "max_rows: 5")))
+            hang_up(at)
+    finally:
+        done.set()
+    for one in asking:
+        one.result(60)
+    assert len(asked) >= 200
+    assert [event for event, _ in reloads(at)] == ["config.reloaded"] * 5
+    eventually(lambda: sum(one["event"] == "tool.called" for one in at.audit()) == len(asked))
+
+
+@both
+def test_ten_in_a_row_are_one_or_few_and_the_last_config_counts(
+    make_site: MakeSite, newest_shop: Shop, workers: str
+) -> None:
+    at = make_site(newest_shop, extra="limits: {max_rows: 1}\n").start("--workers", workers)
+    assert at.process is not None
+    for number in range(1, 11):
+        change(at, f"max_rows: {number}}}", f"max_rows: {number + 1}}}")
+        at.process.send_signal(signal.SIGHUP)
+    with at.client(at.token()[1]) as a:
+        eventually(lambda: len(a.rows("select generate_series(1, 20)")) == 11)
+    assert {event for event, _ in reloads(at)} == {"config.reloaded"}
+    assert 1 <= len(reloads(at)) <= 10
+    assert at.run("config", "reload").returncode == 0
+
+
+def test_during_the_start_it_is_remembered(make_site: MakeSite, newest_shop: Shop) -> None:
+    """Sent as soon as the process takes it: SigCgt of /proc/PID/status has its bit."""
+    for workers in ("1", "2"):
+        at = make_site(newest_shop).start("--workers", workers, wait=False)
+        process = at.process
+        assert process is not None
+        status = Path(f"/proc/{process.pid}/status")
+        if not status.exists():
+            pytest.skip("the signals that a process takes are read from /proc")
+
+        def taken(status: Path = status) -> bool:
+            (caught,) = [line for line in status.read_text().splitlines() if line.startswith("SigCgt:")]
+            return bool(int(caught.split()[1], 16) >> (signal.SIGHUP - 1) & 1)
+
+        eventually(taken, 20)
+        process.send_signal(signal.SIGHUP)
+        eventually(lambda at=at: any("serving at" in line for line in at.stderr), 20)
+        eventually(lambda at=at: (at.folder / "audit.jsonl").exists() and reloads(at))
+        assert at.stop() == -signal.SIGTERM
+
+
+@both
+def test_during_the_drain_it_changes_nothing(make_site: MakeSite, newest_shop: Shop, workers: str) -> None:
+    at = make_site(newest_shop).start("--workers", workers)
+    assert at.process is not None
+    with at.client(at.token()[1]) as a:
+        running = in_background(a.rows, "select pg_sleep(1.5)::text, 'whole'")
+        eventually(lambda: newest_shop.backends("query ~ 'pg_sleep' and state = 'active'"))
+        at.process.send_signal(signal.SIGTERM)
+        for _ in range(3):
+            at.process.send_signal(signal.SIGHUP)
+        assert running.result()[0][1] == "whole"
+    assert at.process.wait(15) == -signal.SIGTERM
+    assert "config.reloaded" not in [event for event, _ in reloads(at)]
+
+
+def test_flags_stay_above_the_file_and_keys_and_passwords_are_read_anew(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, extra="server: {workers: 2}\n").start("--workers", "1")
+    change(at, "server: {workers: 2}", "server: {workers: 3}")
+    assert at.run("config", "reload").stdout.startswith("changed: nothing in the config")
+    (at.folder / "shop.password").write_text("another\n")
+    at.run("config", "reload")
+    with at.client(at.token()[1]) as a:
+        assert "shop" in a.error("select 1")
+        (at.folder / "shop.password").write_text("reader's own secret\n")
+        at.run("config", "reload")
+        assert a.rows("select 1") == [[1]]
+
+
+def test_a_revocation_reaches_what_runs_on_the_old_config(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop).start()
+    name, text = at.token()
+    with at.client(text) as a:
+        running = in_background(lambda: a.call("query_database", {"query": "select pg_sleep(4)"}).status_code)
+        eventually(lambda: newest_shop.backends("query ~ 'pg_sleep' and state = 'active'"))
+        at.run("config", "reload")
+        assert "cut: 1 query, 0 backends left" in at.run("token", "revoke", name).stdout
+        assert running.result(3) == 401
+
+
+def test_a_new_database_can_be_asked_and_an_old_one_no_more(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop).start()
+    with at.client(at.token()[1]) as a:
+        change(at, "  shop:\n", "  shop2:\n")
+        assert at.run("config", "reload").stdout == "changed: databases\n"
+        assert a.rows("select 1", database="shop2") == [[1]]
+        assert "shop" in a.error("select 1", database="shop")
+
+
+def test_old_clients_streams_end_and_connect_again(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, extra="server: {sse: true}\n").start()
+    stream = at.url.removesuffix("/mcp") + "/sse"
+    with at.client(at.token()[1]) as a:
+        for _ in range(2):
+            with a.http.stream("GET", stream) as answer:
+                lines = answer.iter_lines()
+                assert next(lines) == "event: endpoint"
+                at.run("config", "reload")
+                list(lines)  # it ends, whole
+    assert "Traceback" not in "".join(at.stderr)
+
+
+def on_terminal(at: Site, *before: str) -> tuple[subprocess.Popen[bytes], int]:
+    """`mcpctl serve` in front on a terminal of its own; the process and the terminal's other end."""
+    leader, follower = pty.openpty()
+
+    def take() -> None:
+        import fcntl
+        import termios
+
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [*before, *COMMAND, "--config", str(at.config), "serve", "--port", "0"],
+        stdin=follower, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
+        start_new_session=True, preexec_fn=take,
+    )  # fmt: skip
+    os.close(follower)
+    eventually(lambda: list(at.folder.glob("control.*.sock")), 20)
+    return process, leader
+
+
+def test_when_the_terminal_goes_away_it_ends_and_with_nohup_it_goes_on(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop)
+    process, leader = on_terminal(at)
+    process.send_signal(signal.SIGHUP)  # the terminal is still there
+    eventually(lambda: reloads(at))
+    os.close(leader)
+    assert process.wait(10) == -signal.SIGHUP
+    assert at.audit()[-1]["event"] == "server.stopped"
+    process, leader = on_terminal(at, "nohup")
+    before = len(reloads(at))
+    try:
+        os.close(leader)
+        eventually(lambda: len(reloads(at)) > before)
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        process.wait(10)
