@@ -172,9 +172,22 @@ def test_what_was_moved_away_before_it_was_on_disk_is_brought_there(book: Make) 
     size = found.path.stat().st_size
     found.path.rename(found.path.with_name("audit.jsonl.1"))
     found.log.append("tool.called")
-    assert found.disk.done == [size]
+    assert found.disk.done == []  # no writer waits for the disk
     found.log.sync()
+    assert found.disk.done == [size, found.path.stat().st_size]
     assert found.log.synced == 2
+
+
+def test_a_log_that_cannot_be_opened_any_more_keeps_nothing_from_ending(book: Make) -> None:
+    found = book(1.0)
+    found.log.append("tool.called")
+    found.path.unlink()
+    found.path.mkdir()
+    with pytest.raises(UnavailableError):
+        found.log.append("tool.called")
+    asyncio.run(asyncio.wait_for(found.durable.close(), 30))
+    found.log.close()
+    asyncio.run(asyncio.wait_for(Durable(found.log, found.durable._anchors, 1.0, refuse=True).close(), 30))
 
 
 def test_the_beginning_and_the_end_are_on_disk_before_they_are_anchored(book: Make) -> None:

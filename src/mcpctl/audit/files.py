@@ -2,11 +2,9 @@
 
 import contextlib
 import glob
-import gzip
 import json
 import os
 import re
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -176,6 +174,9 @@ def _since(path: Path, seq: int) -> Iterator[dict[str, Any]]:
 
 def pack(moved: Path) -> Path:
     """Pack a file that was moved away; the packed one takes its place only when the same can be read from it."""
+    import gzip
+    import shutil
+
     packed = moved.with_name(moved.name + ".gz")
     beside = moved.with_name(f".{packed.name}.tmp")
     if os.path.lexists(packed):

@@ -78,15 +78,17 @@ class AuditLog:
         self._lock = -1
         self._file = -1
         self._end: End | None = None
+        self._left: list[int] = []
         self._doubtful = False
         self._named = 0
 
     def close(self) -> None:
         """Let go of the files."""
-        for fd in (self._lock, self._file):
+        for fd in (self._lock, self._file, *self._left):
             if fd >= 0:
                 os.close(fd)
         self._lock = self._file = -1
+        self._left = []
         self._end = None
 
     def statement_hmac(self, statement: str) -> str:
@@ -107,7 +109,7 @@ class AuditLog:
         with self._locked():
             self._find_end()
             if self._doubtful:
-                self._sync_file(self._file)
+                self._sync_files([self._file])
             self._check_room()
 
     def _check_room(self) -> None:
@@ -148,7 +150,7 @@ class AuditLog:
     def _write(self, fields: dict[str, Any]) -> None:
         end = self._find_end()
         if self._doubtful:
-            self._sync_file(self._file)
+            self._sync_files([self._file])
         line, digest = self._line(end, fields)
         written = os.write(self._file, line)
         if written != len(line):  # a full disk takes a part: take it back, so that every line there is whole
@@ -158,7 +160,7 @@ class AuditLog:
 
     def sync(self) -> None:
         """Return when all that this process has written is on disk. Raises UnavailableError."""
-        with self._locked(), self.syncing() as work:
+        with self.syncing() as work:  # not under the lock: nobody else waits for the disk
             work()
 
     @contextlib.contextmanager
@@ -166,23 +168,26 @@ class AuditLog:
         """What brings all that is written by now onto the disk, for a thread to do while others append; believed when
         the block ends. Raises UnavailableError; then no line counts as written until a later one has come there."""
         end = self.written
-        if self._file < 0 or end is None:
+        if end is None or self.synced >= end.seq:
             yield lambda: None
             return
+        left, self._left = self._left, []
         try:
-            fd = os.dup(self._file)  # a rotation may close ours meanwhile
+            fds = [*left, os.dup(self._file)]  # a rotation may take ours away meanwhile
             try:
-                yield lambda: self._sync_file(fd)
+                yield lambda: self._sync_files(fds)
             finally:
-                os.close(fd)
+                for fd in fds:
+                    os.close(fd)
         except OSError as problem:
             self._doubtful = True
             raise self._unwritable(problem) from None
         self.synced = max(self.synced, end.seq)
 
-    def _sync_file(self, fd: int) -> None:
-        self._sync(fd)
-        inode = os.fstat(fd).st_ino
+    def _sync_files(self, fds: list[int]) -> None:
+        for fd in fds:
+            self._sync(fd)
+        inode = os.fstat(fds[-1]).st_ino
         if inode != self._named:  # a new file is there after a crash only if its folder knows it (fsync(2))
             private_file._sync_folder(self.path.parent)
             self._named = inode
@@ -201,7 +206,6 @@ class AuditLog:
                 return None
             private_file.refuse_link(self.path)  # only the link would be moved
             self._check_room()
-            self._sync_file(self._file)
             moved = self._free_name()
             self.path.rename(moved)  # under the lock: nobody else of ours takes the name meanwhile
             stamped = {"time": stamp(self._now()), "event": "audit.rotated", "transport": "cli"}
@@ -234,12 +238,13 @@ class AuditLog:
         here = (found.st_ino, found.st_size) if found is not None else (0, 0)
         if self._file >= 0 and self._end is not None and here == (self._end.inode, self._end.size):
             return self._end
-        if self._file >= 0:
-            if self.written is not None and self.synced < self.written.seq and os.fstat(self._file).st_ino != here[0]:
-                self._sync_file(self._file)  # moved away: whoever syncs from now on has the new one
-            os.close(self._file)
-            self._file = -1
-        self._file = private_file.open_checked(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        opened = private_file.open_checked(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        before, self._file = self._file, opened
+        if before >= 0:
+            if self.written is not None and self.synced < self.written.seq and os.fstat(before).st_ino != here[0]:
+                self._left.append(before)  # moved away with lines that are not yet known to be on disk
+            else:
+                os.close(before)
         found = os.fstat(self._file)
         size = found.st_size
         last = None
