@@ -92,3 +92,26 @@ def test_all_tokens_but_some_are_revoked_at_once(home: Home) -> None:
     assert {row["id"]: row["status"] for row in json.loads(home("token", "list", "--json").good)["tokens"]} == {
         keep: "active", one: "revoked", two: "revoked",
     }  # fmt: skip
+
+
+def test_all_tokens_are_rotated_into_private_files(home: Home) -> None:
+    home("user", "add", "alice")
+    keep, mine, service = home.token()[0], home.token("--user", "alice")[0], home.token()[0]
+    dead = home.token()[0]
+    home("token", "revoke", dead)
+    out = home.folder / "new"
+    for wrong in (["--all"], [mine, "--all", "--out", str(out)], [mine, "--except", keep], []):
+        assert home("token", "rotate", *wrong).code == 2
+    assert home("token", "rotate", "--all", "--out", str(out), "--except", "nosuchid").code == 4
+    assert not out.exists()
+    done = json.loads(home("token", "rotate", "--all", "--out", str(out), "--except", keep, "--json").good)
+    assert [(one["old"], one["user"]) for one in done["rotated"]] == [(mine, "alice"), (service, None)]
+    assert sorted(path.name for path in out.iterdir()) == [f"alice-{mine}.token", f"service-{service}.token"]
+    assert {path.stat().st_mode & 0o777 for path in (*out.iterdir(), out)} == {0o600, 0o700}
+    for one in done["rotated"]:
+        assert home("token", "verify", "--file", one["out"]).good == f"token {one['new']} is active\n"
+    status = {row["id"]: row["status"] for row in json.loads(home("token", "list", "--json").good)["tokens"]}
+    assert (status[keep], status[mine], status[service], status[dead]) == ("active", "revoked", "revoked", "revoked")
+    again = home("token", "rotate", "--all", "--out", str(out), "--overlap", "1h")
+    assert again.good.count(" replaced by ") == 3
+    assert again.good.endswith("no server runs\n")

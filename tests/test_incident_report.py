@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from command_line import Home
 from mcpctl.audit import report
 from mcpctl.audit.log import AuditLog, read_key
 from mcpctl.audit.reading import Reading
-from site_of_mcpctl import READER, Shop, Site
+from site_of_mcpctl import READER, Shop, Site, reload
 
 MakeSite = Callable[..., Site]
 
@@ -51,6 +52,26 @@ def test_a_report_tells_what_a_token_did_on_a_real_server(make_site: MakeSite, n
     assert "not in the token file any more" in page
     assert "public.orders" in page
     assert "customers" in at.run("incident", "report", "--user", "alice").stdout
+
+
+def test_postgresql_s_own_log_can_be_searched_by_the_token_s_id(make_site: MakeSite, newest_shop: Shop) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "incidents.md").read_text(encoding="utf-8")
+    advice = re.findall(r"^ALTER SYSTEM SET .*$", text, flags=re.MULTILINE)
+    at = make_site(newest_shop).start()
+    name, secret = at.token()
+    with newest_shop.admin() as admin:
+        try:
+            for line in advice:
+                admin.execute(line.encode())
+            reload(newest_shop.cluster)
+            with at.client(secret) as alice:
+                alice.rows("select 'looked for in the log'")
+        finally:
+            for line in advice:
+                admin.execute(f"ALTER SYSTEM RESET {line.split()[3]}".encode())
+            reload(newest_shop.cluster)
+    found = [line for line in newest_shop.cluster.log().splitlines() if "looked for in the log" in line]
+    assert [line for line in found if f"{READER}@shop mcpctl {name} LOG:  execute" in line]
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from mcpctl.cli.new_token import (
 )
 
 if TYPE_CHECKING:
+    from datetime import datetime, timedelta
+
     from mcpctl.config_keys import Settings
     from mcpctl.identity.tokens import Token
 
@@ -180,10 +182,17 @@ def show(context: typer.Context, id: TokenId, json: JsonOption = False, config: 
     output.put_table(["FIELD", "VALUE"], [[name, _cell(value)] for name, value in shown.items()])
 
 
+ExceptOption = Annotated[
+    list[str] | None, typer.Option("--except", metavar="ID", help="With --all: not this one. Repeatable.")
+]
+
+
 @app.command("rotate")
 def rotate(
     context: typer.Context,
-    id: TokenId,
+    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The token's id, as `token list` shows it.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every living token; --out is their folder.")] = False,
+    but: ExceptOption = None,
     overlap: Annotated[
         str | None, typer.Option("--overlap", metavar="24h", help="How long the old one still works.")
     ] = None,
@@ -199,11 +208,41 @@ def rotate(
     from datetime import timedelta
 
     from mcpctl.config_values import duration
-    from mcpctl.errors import ConflictError, UsageError
-    from mcpctl.identity import tokens, users
+    from mcpctl.errors import UsageError
+    from mcpctl.identity import tokens
 
+    if (id is None) != all_ or (but and not all_):
+        raise UsageError("name the one token to rotate, or say --all", "--except goes with --all")
+    if all_ and out is None:
+        raise UsageError("new secrets of all tokens go into files, not to stdout", "name a folder: --out FOLDER")
     found = settings(context, config)
     now = tokens.utcnow()
+    over: timedelta | None = None
+    if overlap is not None:
+        try:
+            over = timedelta(seconds=duration(overlap))
+        except (ValueError, OverflowError) as problem:
+            raise UsageError(f"--overlap takes {problem}, not {overlap!r}", "such as --overlap 24h") from None
+    if id is None:
+        _rotate_all(context, found, but or [], over, expiry, out or Path(), json, now)
+        return
+    old, new = _replace(context, found, id, over, bounded(found, expiry, now), out, json, now)
+    ends_at = f"expires {tokens.rfc3339(new.expires_at)}" if new.expires_at else "never expires"
+    output.say(f"token {new.id} replaces {id}, {ends_at}; keep it now, it is not shown again")
+    if old.revoked_at is not None:
+        output.say(f"token {id} has ended; {proof(found, [id])[0]}")
+    elif old.expires_at is not None:
+        output.say(f"token {id} ends by itself at {tokens.rfc3339(old.expires_at)}")
+
+
+def _replace(
+    context: typer.Context, found: "Settings", id: str, over: "timedelta | None", ends: "datetime | None",
+    out: Path | None, json: bool, now: "datetime",
+) -> "tuple[Token, Token]":  # fmt: skip
+    """Rotate one and hand the new one over; (old, new)."""
+    from mcpctl.errors import ConflictError
+    from mcpctl.identity import tokens, users
+
     file = tokens.token_file(found.auth.token_file)
     if (entry := tokens.show(file, id)).user is not None:
         user = users.find(users.user_file(found.auth.user_file).current(), entry.user)
@@ -213,24 +252,43 @@ def rotate(
                 f"token {id} was given to an earlier {user.name}, and this one is another user of that name",
                 f"mcpctl token add --user {user.name} makes this one a token of their own",
             )
-    over: timedelta | None = None
-    if overlap is not None:
-        try:
-            over = timedelta(seconds=duration(overlap))
-        except (ValueError, OverflowError) as problem:
-            raise UsageError(f"--overlap takes {problem}, not {overlap!r}", "such as --overlap 24h") from None
-    ends = bounded(found, expiry, now)
     ready_to_note(found)
     with handing_over(out) as give:
         old, new, text = tokens.rotate(file, id, over, ends, now)
         note(found, "token.rotated", token=id, user=old.user, reason=by_whom(context, f"replaced by {new.id}"))
         give(new, text, json, now)
-    ends_at = f"expires {tokens.rfc3339(new.expires_at)}" if new.expires_at else "never expires"
-    output.say(f"token {new.id} replaces {id}, {ends_at}; keep it now, it is not shown again")
-    if old.revoked_at is not None:
-        output.say(f"token {id} has ended; {proof(found, [id])[0]}")
-    elif old.expires_at is not None:
-        output.say(f"token {id} ends by itself at {tokens.rfc3339(old.expires_at)}")
+    return old, new
+
+
+def _rotate_all(
+    context: typer.Context, found: "Settings", but: list[str], over: "timedelta | None", expiry: str | None,
+    folder: Path, json: bool, now: "datetime",
+) -> None:  # fmt: skip
+    """Rotate each token that opens something, the new ones into files of their own. One that fails ends it: what was
+    done until then is told, and holds."""
+    from mcpctl.identity import tokens
+
+    file = tokens.token_file(found.auth.token_file)
+    spared, known = {tokens.show(file, name).id for name in but}, people(found)
+    living = [
+        one
+        for one in file.current().values()
+        if one.id not in spared and tokens.standing(one, known, now) in ("active", "expiring")
+    ]
+    ends = bounded(found, expiry, now)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    done: list[dict[str, Any]] = []
+    for entry in living:
+        place = folder / f"{entry.user or 'service'}-{entry.id}.token"
+        _, new = _replace(context, found, entry.id, over, ends, place, False, now)
+        done.append({"old": entry.id, "new": new.id, "user": entry.user, "out": str(place)})
+        if not json:
+            output.put(f"{entry.id} replaced by {new.id}: {place}")
+    words, values = proof(found, [one.id for one in living])
+    if json:
+        output.put_json({"rotated": done, "cut": values})
+    else:
+        output.put(words)
 
 
 @app.command("revoke")
@@ -238,9 +296,7 @@ def revoke(
     context: typer.Context,
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="The tokens' ids.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every token there is.")] = False,
-    but: Annotated[
-        list[str] | None, typer.Option("--except", metavar="ID", help="With --all: not this one. Repeatable.")
-    ] = None,
+    but: ExceptOption = None,
     reason: Annotated[str | None, typer.Option("--reason", metavar="T", help="Why, for the audit log.")] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
