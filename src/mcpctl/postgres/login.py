@@ -33,7 +33,7 @@ SCRAM_ONLY = {"require_auth": "scram-sha-256"} if KNOWS_REQUIRE_AUTH else {}
 CONNECT_TIMEOUT = 5
 """Seconds that opening a connection may take, unless the DSN says otherwise."""
 _MEANT = {"read-write": "primary", "read-only": "standby"}
-"""What whoever asks for such a server means. libpq goes by default_transaction_read_only as well, which is on for a login
+"""What who asks for such a server means. libpq goes by default_transaction_read_only as well, which is on for a login
 that can only read, wherever it is."""
 
 OWN = "own:"
