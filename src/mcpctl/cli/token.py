@@ -100,7 +100,8 @@ def add(
     file = tokens.token_file(found.auth.token_file)
     ready_to_note(found)
     with handing_over(out) as give:
-        entry, text = tokens.add(file, wanted, now)
+        made = now if whose is None else max(now, whose.created_at)  # a clock that was set back makes nobody another's
+        entry, text = tokens.add(file, wanted, made)
         note(found, "token.added", token=entry.id, user=user, reason=by_whom(context, note_))
         give(entry, text, json, now)
     tell(found, entry, file.current())

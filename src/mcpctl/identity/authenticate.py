@@ -97,6 +97,7 @@ class Authenticator:
         self._verifying: dict[str, asyncio.Lock] = {}
         self._people: Mapping[str, users.User] = {}
         self._active: set[str] = set()
+        self._over: dict[str, datetime | None] = {}
         self._places: Mapping[str, Tenant] = {}
         self._versions = (-1, -1, -1)
         self._attempts = _Attempts()
@@ -133,6 +134,7 @@ class Authenticator:
         if versions == self._versions:
             return
         before, self._seen, self._versions = self._seen, dict(entries), versions
+        self._over = {name: end for name, end in self._over.items() if name in entries}
         narrowed = self._note_people(people, places)
         for name, old in before.items():
             new = entries.get(name)
@@ -202,8 +204,7 @@ class Authenticator:
 
     def expired(self) -> list[str]:
         """Ids of tokens in use whose time is over; each is told once."""
-        now = self._now()
-        over = [name for name in self._active if self._seen[name].status(now) == "expired"]
+        over = [name for name in self._active if self._status(self._seen[name]) == "expired"]
         self._active.difference_update(over)
         return over
 
@@ -296,9 +297,18 @@ class Authenticator:
                 self._known[token.id] = (digest, self._principal(now))
                 return self._known[token.id][1]
 
+    def _status(self, token: Token) -> str:
+        """A token's status. What was seen to have expired stays so, even when the clock is set back."""
+        status = token.status(self._now())
+        if status == "expired":
+            self._over[token.id] = token.expires_at
+        elif status != "revoked" and token.id in self._over and self._over[token.id] == token.expires_at:
+            return "expired"
+        return status
+
     def _why_not(self, token: Token) -> str | None:
         """Why a token opens nothing now; None where it does."""
-        status = token.status(self._now())
+        status = self._status(token)
         if status in ("expired", "revoked"):
             return f"the token is {status}"
         if token.user is not None and token.user not in self._people:

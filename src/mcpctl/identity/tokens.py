@@ -316,7 +316,7 @@ def rotate(
             old,
             id=fresh,
             hash=CHEAP_ARGON2ID.hash(text),
-            created_at=now,
+            created_at=max(now, old.created_at),  # whatever the clock says: not before its user was made
             expires_at=min(ends, default=None),
         )
         if overlap is None:

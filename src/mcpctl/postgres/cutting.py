@@ -85,14 +85,25 @@ async def _terminated(terminator: Terminator, left: list[Session], until: float)
     """Tell these backends to end until none is there any more, or until that time of the loop; those that may be."""
     loop = asyncio.get_running_loop()
     while left and loop.time() < until:
-        there = await terminator.terminate([session.backend for session in left], until - loop.time())
-        if there is None:
-            await asyncio.sleep(0.001)
-            continue
-        left = [session for session in left if session.pid in there]
+        left = await _still_there(terminator, left, until - loop.time())
         if left:
             await asyncio.sleep(0.01)
     return left
+
+
+async def _still_there(terminator: Terminator, left: list[Session], patience: float) -> list[Session]:
+    """Tell these backends to end, each on the host that it is on; those that may still be there."""
+    found: list[Session] = []
+    for place in {session.place for session in left}:
+        asked = [session for session in left if session.place == place]
+        backends = [session.backend for session in asked]
+        if place == terminator.place:
+            there = await terminator.terminate(backends, patience)
+            there = there if place == terminator.place else None  # it was made anew, and leads to another host now
+        else:
+            there = await terminator.terminate_at(place, backends)
+        found += [session for session in asked if there is None or session.pid in there]
+    return found
 
 
 async def end(session: Session) -> None:

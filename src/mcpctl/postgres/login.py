@@ -32,6 +32,9 @@ no certificate from asking for it in clear."""
 SCRAM_ONLY = {"require_auth": "scram-sha-256"} if KNOWS_REQUIRE_AUTH else {}
 CONNECT_TIMEOUT = 5
 """Seconds that opening a connection may take, unless the DSN says otherwise."""
+_MEANT = {"read-write": "primary", "read-only": "standby"}
+"""What who asks for such a server means. libpq goes by default_transaction_read_only as well, which is on for a login
+that can only read, wherever it is."""
 
 OWN = "own:"
 """What the names of databases that users bring begin with in the logs; the callers know them without it."""
@@ -51,6 +54,9 @@ FIRM = {
 """What a connection is from its first moment, whatever the role's owner or the database's has made its default by ALTER
 ROLE or ALTER DATABASE: what a client asks for when it connects goes before those (PostgreSQL, "Setting Parameters").
 As `role`, a login could otherwise be made another one, which can neither see nor end the backends of its own."""
+SHARED_BACKENDS = (
+    "a pooler stands before it that gives several clients one backend (pool_mode transaction or statement)"
+)
 PRIVILEGED: LiteralString = """
 EXISTS (SELECT FROM pg_catalog.pg_roles r
         WHERE (r.rolsuper OR r.rolbypassrls OR r.rolreplication
@@ -137,6 +143,8 @@ class Login:
         elif self.settings.password_file is not None:
             values["password"] = self._read_password(self.settings.password_file)
         values.setdefault("connect_timeout", CONNECT_TIMEOUT)
+        if (wanted := values.get("target_session_attrs")) in _MEANT:
+            values["target_session_attrs"] = _MEANT[wanted]
         if self.role is not None:  # that for settings runs no text of a caller's, and must see the server's own values
             values |= firmly({"role": "none"} if self.for_settings else FIRM)
         secure(values, self._key("sslmode"))

@@ -18,10 +18,13 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from mcpctl.errors import ConfigError, Error, UnavailableError
 from mcpctl.postgres.login import Login
+from mcpctl.postgres.ping import takes_connections
 
 log = logging.getLogger("mcpctl.pools")
 Backend = tuple[int, str]
 """A backend's pid, and when it began: a pid alone may be somebody else's by now."""
+Place = tuple[str, str, str]
+"""Host, address and port of a connection: a connection string may name several hosts, a name have several addresses."""
 _LEAST = 0.05
 _SOON = 1.0
 """Seconds in which a host that is well has answered."""
@@ -53,6 +56,8 @@ class Terminator:
         self._opening: asyncio.Task[Exception | None] | None = None
         self._begun = 0.0
         self._asking: set[asyncio.Task[set[int] | None]] = set()
+        self.place: Place = ("", "", "")
+        """Which of the hosts it was made to last. The login's sessions are made there too: it can end no others."""
         self._asked = ""
         """What a connection that is tried asks for at its start, beside what the login does: options of libpq's."""
 
@@ -115,8 +120,27 @@ class Terminator:
             return problem
         except asyncio.CancelledError:
             return _LetGo()  # who waits for it has not been cancelled
+        self.place = place(self._conn)
         self._opened()
         return None
+
+    def beside(self, dsn: str, there: Place | None = None) -> str:
+        """A connection string of this login that leads to the very server on which this connection ends backends, or
+        to that other one."""
+        where = dict(zip(("host", "hostaddr", "port"), there or self.place, strict=True))
+        values = {**conninfo_to_dict(dsn), **where}
+        values.pop("target_session_attrs", None)  # it had them; a standby that is promoted goes on being asked
+        return make_conninfo("", **{name: value for name, value in values.items() if value})
+
+    async def backend(self, seconds: float) -> int:
+        """The pid of its own backend. Raises UnavailableError where it was let go, and psycopg's error
+        where it has none in that time: a pooler takes a client before it has a place for it in PostgreSQL."""
+        conn = self._conn
+        if conn is None:
+            raise UnavailableError("the connection was let go")
+        with bounded(conn, seconds):
+            row = await (await conn.execute("SELECT pg_catalog.pg_backend_pid()")).fetchone()
+        return int(row[0]) if row is not None else 0
 
     async def try_anew(self, seconds: float, asked: str = "") -> None:
         """Make it anew, as a new login that has room for certain and asks for these options of libpq's, and have it
@@ -164,6 +188,24 @@ class Terminator:
             return None
         return asking.result()
 
+    async def terminate_at(self, there: Place, backends: Sequence[Backend]) -> set[int] | None:
+        """As `terminate`, on another of several hosts, where this connection was before. Where none takes connections
+        any more there is no backend either: nobody could tell more."""
+        try:
+            dsn = self.beside(self.login.dsn(), there)
+            if not await takes_connections(dsn, _SOON):
+                return set()
+            async with (
+                asyncio.timeout(_SOON),
+                await AsyncConnection.connect(
+                    dsn, autocommit=True, prepare_threshold=None, application_name="mcpctl cut"
+                ) as conn,
+            ):
+                return await _ask(conn, backends)
+        except (psycopg.Error, Error, TimeoutError, OSError) as problem:
+            log.debug("no connection to terminate with: %s", problem)
+            return None
+
     async def close(self) -> None:
         """Close it, until somebody needs it again."""
         if self._opening is not None and not self._opening.done():
@@ -186,6 +228,11 @@ async def _ask(conn: AsyncConnection[Any], backends: Sequence[Backend]) -> set[i
     except asyncio.CancelledError:
         await conn.close()
         raise
+
+
+def place(conn: AsyncConnection[Any]) -> Place:
+    """Where a connection leads."""
+    return conn.info.host, conn.info.hostaddr, str(conn.info.port)
 
 
 def shut(conn: AsyncConnection[Any]) -> None:

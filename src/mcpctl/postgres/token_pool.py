@@ -12,12 +12,14 @@ from psycopg import AsyncConnection, pq
 
 from mcpctl.errors import Error, ForbiddenError, UnavailableError
 from mcpctl.identity.principal import Principal
-from mcpctl.postgres.login import SETTINGS, Login
-from mcpctl.postgres.terminator import Backend, Terminator, alive, bounded, ending, unreachable
+from mcpctl.postgres.login import SETTINGS, SHARED_BACKENDS, Login
+from mcpctl.postgres.terminator import Backend, Terminator, alive, bounded, ending, place, unreachable
 from mcpctl.postgres.verdicts import Verdicts
 
 log = logging.getLogger("mcpctl.pools")
 _LEFT = 1000
+TELL = "tell the administrator"
+POOLED_LOGINS = "a pooler stands before it, which does not pass on what a user's own login asks for when it connects"
 MakeRoom = Callable[["TokenPool"], Awaitable[None]]
 
 
@@ -41,7 +43,9 @@ class Session:
     however it ends. `lingers`: it was told to end, and has not yet.
     """
 
-    __slots__ = ("conn", "cut", "described", "did", "lingers", "login", "pid", "pool", "relations", "started", "task")
+    __slots__ = (
+        "conn", "cut", "described", "did", "lingers", "login", "pid", "place", "pool", "relations", "started", "task",
+    )  # fmt: skip
 
     def __init__(self, conn: "_Login", pool: "TokenPool", pid: int, started: str, login: str) -> None:
         self.conn = conn
@@ -49,6 +53,7 @@ class Session:
         self.pid = pid
         self.started = started
         self.login = login
+        self.place = place(conn)
         self.cut = False
         self.lingers = False
         self.task: asyncio.Task[Any] | None = None
@@ -60,6 +65,12 @@ class Session:
     def backend(self) -> Backend:
         """Which backend it is, for good."""
         return self.pid, self.started
+
+    @property
+    def astray(self) -> bool:
+        """Whether it is on another host by now than the connection that could end it: that one was lost, and found the
+        next of several hosts."""
+        return self.place != self.pool.terminator.place
 
     @property
     def pgconn(self) -> pq.abc.PGconn:
@@ -204,7 +215,7 @@ class TokenPool:
             self._refused(problem)
             raise
         try:
-            return self.login.dsn()
+            return self.terminator.beside(self.login.dsn())
         except Error as problem:
             self._failed(problem)
             raise
@@ -243,14 +254,27 @@ class TokenPool:
                 raise UnavailableError(
                     f"database {self.login.name!r} is not served: its login does not see its own backends, and could "
                     "not end them",
-                    "tell the administrator",
+                    TELL,
                 )
+            if row[0] != conn.pgconn.backend_pid:
+                await self._check_pooler(conn, row[0])
         except Exception as problem:
             self._failed(problem)
             raise
         conn.pgconn.enter_pipeline_mode()
         self.connecting -= 1
         self.sessions[conn] = Session(conn, self, row[0], row[1], row[2])
+
+    async def _check_pooler(self, conn: _Login, pid: int) -> None:
+        """Who is connected to a pooler (it has numbers of its own for its clients) needs a backend of its own all the
+        same. Raises ForbiddenError where it has none, and where its login brings settings that a pooler lets fall."""
+        if self.login.role is not None:
+            raise ForbiddenError(f"database {self.login.name!r} is not served: {POOLED_LOGINS}", TELL)
+        with bounded(conn, self._wait):
+            kept = await self.terminator.backend(self._wait)
+            row = await (await conn.execute("SELECT pg_catalog.pg_backend_pid()")).fetchone()
+        if kept == pid or row is None or row[0] != pid:
+            raise ForbiddenError(f"database {self.login.name!r} is not served: {SHARED_BACKENDS}", TELL)
 
     async def take(self) -> Session:
         """A live connection, waiting for one as long as the config says. Raises UnavailableError with the reason."""
@@ -259,7 +283,7 @@ class TokenPool:
         while True:
             conn = await self._getconn()
             session = self.sessions.get(conn)
-            if session is not None and alive(conn):
+            if session is not None and alive(conn) and not session.astray:
                 break
             await conn.close()
             await self._pool.putconn(conn)
@@ -273,6 +297,10 @@ class TokenPool:
             self.out.discard(session)
             await asyncio.shield(self._pool.putconn(conn))
             raise
+        if session.astray:
+            session.close()
+            await self.give_back(session)
+            return await self.take()
         session.task = task
         session.described, session.relations, session.did = False, None, None
         return session

@@ -11,7 +11,7 @@ from psycopg.conninfo import make_conninfo
 
 from mcpctl.errors import Error
 from mcpctl.identity.grants import identifier
-from mcpctl.postgres.login import PRIVILEGED, Login
+from mcpctl.postgres.login import PRIVILEGED, SHARED_BACKENDS, Login
 
 _ANSWERING = """extract(epoch FROM pg_catalog.pg_postmaster_start_time())::text,
        (SELECT oid::int8 FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())"""
@@ -25,7 +25,7 @@ SELECT session_user, pg_catalog.current_setting('server_version'), pg_catalog.cu
 @dataclass(frozen=True)
 class About:
     """What a login found. `tls` is the protocol's version, None for a socket or plain TCP; `elapsed` is in ms;
-    `answering` tells one database of one running server from all others."""
+    `answering` tells one database of one running server from all others; `pooled`: it was reached through a pooler."""
 
     user: str
     version: str
@@ -34,10 +34,12 @@ class About:
     tls: str | None
     elapsed: float
     answering: tuple[str, int]
+    pooled: bool = False
 
     def words(self) -> str:
         """In one line."""
-        return f"PostgreSQL {self.version}, {self.tls or 'no TLS'}, {self.elapsed:.0f} ms"
+        pooled = ", through a pooler" if self.pooled else ""
+        return f"PostgreSQL {self.version}, {self.tls or 'no TLS'}, {self.elapsed:.0f} ms{pooled}"
 
     def check(self, login: Login) -> None:
         """Raises an Error for a login with too much power, with the SQL that makes a better one."""
@@ -63,15 +65,30 @@ def log_in(login: Login) -> About:
         conninfo = make_conninfo(login.dsn(), client_encoding="UTF8")
         with psycopg.connect(conninfo, autocommit=True, application_name="mcpctl test") as connection:
             row = connection.execute(_ABOUT).fetchone()
+            pooled = _pid(connection) != connection.info.backend_pid
+            shared = pooled and _shared(connection, conninfo)
     except psycopg.Error as problem:
         said = reason(problem)
         hint = "see `mcpctl database list`; the server's own log says more"
         if "no password supplied" in said:
             hint = "`mcpctl database add` takes one with --ask-password, or --password-file FILE"
         raise Error(f"{login.name}: {said}", hint) from None
+    if shared:
+        raise Error(f"{login.name}: {SHARED_BACKENDS}", "set pool_mode = session there, or name PostgreSQL itself")
     if row is None:
         raise Error(f"{login.name}: PostgreSQL gave no answer", "try again")
-    return About(row[0], row[1], row[2], bool(row[3]), row[6], (monotonic() - begun) * 1000, (row[4], row[5]))
+    return About(row[0], row[1], row[2], bool(row[3]), row[6], (monotonic() - begun) * 1000, (row[4], row[5]), pooled)
+
+
+def _pid(connection: psycopg.Connection[Any]) -> int:
+    return int((connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone() or (0,))[0])
+
+
+def _shared(connection: psycopg.Connection[Any], conninfo: str) -> bool:
+    """Whether a pooler gives two clients one backend, or a client another one each time."""
+    pid = _pid(connection)
+    with psycopg.connect(conninfo, autocommit=True, application_name="mcpctl test") as other:
+        return _pid(other) == pid or _pid(connection) != pid
 
 
 def one_of(logins: Iterable[Login]) -> About | None:
