@@ -16,14 +16,18 @@ from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.tokens import utcnow
 from mcpctl.keyring import Keyring, place
 from mcpctl.policy.access import Access
+from mcpctl.policy.limits import Limiter
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
 from mcpctl.postgres.wire import large_blocks_apart
 from mcpctl.recorder import Recorder
 from mcpctl.server.watch import Watch
+from mcpctl.shared_counters import Counters
 
 log = logging.getLogger("mcpctl")
+COUNTED = "limits.bin"
+"""The name of what the limits count, beside the state file."""
 
 
 @dataclass
@@ -40,13 +44,18 @@ class Core:
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings, *, files: bool, workers: int = 1) -> AsyncIterator[Core]:
-    """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all."""
+async def running(
+    settings: Settings, *, files: bool, workers: int = 1, worker: int | None = None
+) -> AsyncIterator[Core]:
+    """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all.
+    `worker`: which of the workers this is; None where what the limits count is this process's own."""
     if not settings.databases:
         raise ConfigError("the config names no database", "add one below `databases:`; config.example.yaml shows how")
     keyring = Keyring(place(settings.keyring.file))
     logins = Logins(settings.databases, keyring)
     auth = settings.auth
+    counted = settings.server.state_file.with_name(COUNTED) if worker is not None and files else None
+    limiter = Limiter(settings.limits, Counters(counted, place=worker or 0, workers=workers))
     authenticator = Authenticator(
         auth.token_file,
         auth.user_file,
@@ -54,6 +63,7 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
         fewer=Access(auth).fewer,
         twins=logins.twins,
         databases=settings.databases,
+        wrong=limiter.wrong,
     )
     if files:
         logins.check_sealed(authenticator.read().people)
@@ -61,7 +71,8 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
         authenticator.local()
     key = audit_log.read_key(settings.audit.key_file)
     book = audit_log.AuditLog(settings.audit.file, key, utcnow)
-    recorder = Recorder(book, settings.audit.statements, refuse=settings.audit.on_failure == "refuse")
+    refuse = settings.audit.on_failure == "refuse"
+    recorder = Recorder(book, settings.audit.statements, refuse=refuse, line=limiter.line)
     large_blocks_apart()
     pools = Pools(
         max(2, settings.limits.connections // workers),
@@ -75,7 +86,7 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
     logins.brought = own.has
     if files:
         own.start()
-    calls = Calls(settings, logins, own, pools, recorder)
+    calls = Calls(settings, logins, own, pools, recorder, limiter)
     folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
     watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own)
     core = Core(settings, authenticator, logins, pools, calls, recorder, watch)
@@ -97,3 +108,4 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
         authenticator.close()
         own.close()
         book.close()
+        limiter.close()

@@ -102,7 +102,7 @@ def serve(listening: Listening, ready: Ready = lambda url: None) -> None:
     bound.most = _all_descriptors(settings.limits.connections)
     try:
         if settings.server.workers == 1:
-            told = asyncio.run(_worker(listening, bound, lambda: ready(f"{url}/mcp"), None, 1))
+            told = asyncio.run(_worker(listening, bound, lambda: ready(f"{url}/mcp"), None, 1, 0))
         else:
             told = _supervise(listening, bound, lambda: ready(f"{url}/mcp"))
     finally:
@@ -175,12 +175,18 @@ class _Uvicorn(uvicorn.Server):
 
 
 async def _worker(
-    listening: Listening, bound: socket.socket, started: Callable[[], None], lifeline: int | None, workers: int
+    listening: Listening,
+    bound: socket.socket,
+    started: Callable[[], None],
+    lifeline: int | None,
+    workers: int,
+    place: int,
 ) -> list[int]:
     """One process's server; returns the signals that ended it. `lifeline`: a pipe whose end says that the supervisor
-    is gone."""
+    is gone; `place`: which of the workers it is, or takes the place of."""
     settings = listening.settings
-    async with running(settings, files=not listening.no_auth, workers=workers) as core, _app(listening, core) as app:
+    files = not listening.no_auth
+    async with running(settings, files=files, workers=workers, worker=place) as core, _app(listening, core) as app:
         config = uvicorn.Config(
             app,
             # h11, which strips header values on both sides (RFC 9110); httptools leaves the end
@@ -283,7 +289,8 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
     workers = listening.settings.server.workers
     told_read, told_write = os.pipe()
     lifeline_read, lifeline_write = os.pipe()
-    children: set[int] = set()
+    children: dict[int, int] = {}
+    """The place of each process."""
     stop: list[int] = []
 
     def told(number: int, _: Any) -> None:
@@ -292,19 +299,19 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
-    def fork() -> None:
+    def fork(place: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid:
-            children.add(pid)
+            children[pid] = place
             return
         status = 1
         try:
             for number in _STOPPING:
                 signal.signal(number, signal.SIG_DFL)
             os.close(lifeline_write)
-            asyncio.run(_worker(listening, bound, lambda: _tell(told_write), lifeline_read, workers))
+            asyncio.run(_worker(listening, bound, lambda: _tell(told_write), lifeline_read, workers, place))
             status = 0
         except Error as problem:
             log.error("%s", problem.message)
@@ -317,8 +324,8 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
 
     for number in _STOPPING:
         signal.signal(number, told)
-    for _ in range(workers):
-        fork()
+    for place in range(workers):
+        fork(place)
     up = 0
     failed = 0
     os.set_blocking(told_read, False)
@@ -330,7 +337,7 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
                 ready()
         pid, _ = os.waitpid(-1, os.WNOHANG)
         if pid:
-            children.discard(pid)
+            place = children.pop(pid)
             if not stop and up < workers:
                 failed += 1
                 stop.append(0)
@@ -338,7 +345,7 @@ def _supervise(listening: Listening, bound: socket.socket, ready: Callable[[], N
             elif not stop:
                 log.error("worker %d died; another takes its place", pid)
                 time.sleep(0.2)  # one that dies at once must not keep a core busy
-                fork()
+                fork(place)
             continue
         select.select([], [], [], 0.05)
     os.close(lifeline_write)
