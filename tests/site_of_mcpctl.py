@@ -34,6 +34,9 @@ from mcpctl.postgres.embedded import Binaries, Cluster
 COMMAND = [sys.executable, "-m", "mcpctl"]
 READER = "shop_reader"
 PASSWORD = "reader's own secret"
+_MANY = {"rate": 100000, "burst": 100000, "concurrent": 1000, "failed_sign_ins": 100000}
+UNLIMITED = {f"MCPCTL_LIMITS__{name.upper()}": str(value) for name, value in _MANY.items()}
+"""For the server of a site, which tests ask faster than people do."""
 
 
 class Shop:
@@ -124,6 +127,7 @@ class Site:
         self.shop = shop
         self.process: subprocess.Popen[str] | None = None
         self.url = ""
+        self.limits = UNLIMITED
         self.stderr: list[str] = []
         host = "127.0.0.1" if tcp else shop.cluster.host
         text = f"databases:\n  shop:\n    host: {host}\n    port: {shop.cluster.port}\n    dbname: shop\n"
@@ -174,7 +178,7 @@ class Site:
     def start(self, *arguments: str, wait: bool = True, before: Sequence[str] = ()) -> Site:
         self.process = subprocess.Popen(
             [*before, *COMMAND, "--config", str(self.config), "serve", "--port", "0", *arguments],
-            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(),
+            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(**self.limits),
         )  # fmt: skip
         up = threading.Event()
 

@@ -170,6 +170,20 @@ def test_every_link_to_a_file_leads_to_one(path: Path) -> None:
 # -- config.yaml ----------------------------------------------------------------------------------------------------
 
 
+SAME = {
+    r"limits\.(tokens|users|tenants|addresses)(\.named\.NAME)?(?=\.)": "limits.KIND",
+    r"(limits\.)(?:KIND\.)?budgets\.(hour|day)(?=\.)": r"\1budgets.PERIOD",
+}
+"""Sections with the same keys, which stand in the reference once."""
+
+
+def once(key: str) -> str:
+    """A key by the section of the reference that has it."""
+    for pattern, name in SAME.items():
+        key = re.sub(pattern, name, key)
+    return key
+
+
 def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """(section, field) of every key that a config may hold, by the metadata that the reader uses."""
     for found in dataclasses.fields(cls):
@@ -181,8 +195,8 @@ def keys(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[A
             yield prefix.rstrip("."), found
 
 
-KEYS = {f"{section}.{found.name}": found for section, found in keys(Settings)}
-SECTIONS = {section for section, _ in keys(Settings)}
+KEYS = {once(f"{section}.{found.name}"): found for section, found in keys(Settings)}
+SECTIONS = {key.rpartition(".")[0] for key in KEYS}
 CONFIG = {
     f"{section}.{row[0].strip('`')}": row
     for section, text in chapters(page("config.md")).items()
@@ -253,7 +267,7 @@ def general(name: str) -> str:
     """A key of the example, with NAME where it has a name of its own."""
     for own, stands_for in NAMED.items():
         name = name.replace(own, stands_for)
-    return name
+    return once(name)
 
 
 def test_the_example_has_every_key_with_its_default_and_no_other() -> None:

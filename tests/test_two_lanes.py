@@ -38,7 +38,7 @@ databases:
          description: a small shop}}
   narrow: {{host: "{host}", port: {port}, dbname: shop, user: shop_reader, password_file: shop.password,
            limits: {{max_rows: 5, max_bytes: 200, statement_timeout: 500ms}}}}
-limits: {{request_bytes: 256KiB}}
+limits: {{request_bytes: 256KiB, rate: 100000, burst: 100000}}
 """
 _MORE = """
 CREATE SCHEMA vault;

@@ -11,10 +11,19 @@ from typing import Any
 from mcpctl.config import NAME
 from mcpctl.config_keys import Database, Settings
 from mcpctl.config_values import PARAMETER
-from mcpctl.errors import Error, ForbiddenError, NotFoundError, UnauthorizedError, UnavailableError, UsageError
+from mcpctl.errors import (
+    Error,
+    ForbiddenError,
+    LimitedError,
+    NotFoundError,
+    UnauthorizedError,
+    UnavailableError,
+    UsageError,
+)
 from mcpctl.identity.own_databases import check_name
 from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
+from mcpctl.policy.limits import Limiter
 from mcpctl.postgres.answer import Bounds
 from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.login import OWN, Login
@@ -25,6 +34,7 @@ from mcpctl.postgres.statement import NotAQuestionError, StatementError, elapsed
 from mcpctl.postgres.token_pool import Session
 from mcpctl.reach import Reach
 from mcpctl.recorder import Recorder
+from mcpctl.shared_counters import Slot
 from mcpctl.tools.definition import Result, Tool, UnknownArgumentError
 from mcpctl.tools.query import said, together
 from mcpctl.tools.settings import GET, SET
@@ -70,6 +80,9 @@ class _Facts:
     sessions: dict[str, Session] = field(default_factory=dict)
     several: bool = False
     outcome: str = "ok"
+    client_ip: str | None = None
+    seconds: float = 0.0
+    limited: LimitedError | None = None
 
     def session(self, session: Session, database: str) -> None:
         """One of several databases that are asked at once adds to what the others have said."""
@@ -108,7 +121,8 @@ class Running:
 
 
 class Calls:
-    """Everything a call needs, built once."""
+    """Everything a call needs, built once. HTTP enters by `limiter` before it reads the body; the other transports'
+    calls enter here."""
 
     def __init__(
         self,
@@ -117,8 +131,10 @@ class Calls:
         own: Own,
         pools: Pools,
         recorder: Recorder,
+        limiter: Limiter,
         answering: Callable[[], Awaitable[None]],
     ) -> None:
+        self.limiter = limiter
         self._settings = settings
         self._access = Access(settings.auth)
         self._own = own
@@ -150,7 +166,7 @@ class Calls:
         ended meanwhile) and UnavailableError (no audit log) are raised."""
         begun = monotonic()
         task = request.task or asyncio.current_task()
-        facts = _Facts(name if name in TOOLS else "(unknown)")
+        facts = _Facts(name if name in TOOLS else "(unknown)", client_ip=request.client_ip)
         entry = Running(principal, request, task, facts, arguments or {}, begun) if task is not None else None
         base = {"request_id": request.id, "token": principal.token, "user": principal.user, "tenant": principal.tenant,
                 "client_ip": request.client_ip, "transport": request.transport, "tool": facts.tool}  # fmt: skip
@@ -159,13 +175,20 @@ class Calls:
         event, outcome, reason = "tool.called", "ok", None
         if entry is not None:
             self._running.add(entry)
+        slots: list[Slot] = []
         try:
+            if request.transport != "http":
+                slots = self.limiter.enter(principal, request.client_ip, visited=request.transport == "sse")
+            self.limiter.check(principal, request.client_ip)
             tool = self._find(principal, name)
             result = await self._run(tool, principal, arguments, facts)
             request.databases.update(facts.sessions)
             facts.values.update(rows=result.rows, bytes=result.bytes)
             reason, outcome = result.command, facts.outcome
             return Answer(result.text, result.structured)
+        except LimitedError as problem:
+            facts.limited = problem
+            return _failed(problem)
         except NarrowedError as problem:
             event, outcome, reason = "tool.refused", "cut", problem.message
             return _failed(problem)
@@ -196,10 +219,21 @@ class Calls:
         finally:
             if entry is not None:
                 self._running.discard(entry)
-            self._recorder.call(
-                event, **base, **facts.values, elapsed_ms=elapsed(begun), outcome=outcome, reason=facts.reason(reason)
-            )
+            self.limiter.leave(slots)
+            if facts.limited is not None:
+                self._recorder.limited(facts.limited, **base)
+            else:
+                self._charge(principal, facts)
+                self._recorder.call(
+                    event, **base, **facts.values, elapsed_ms=elapsed(begun), outcome=outcome,
+                    reason=facts.reason(reason),
+                )  # fmt: skip
             await self._answering()
+
+    def _charge(self, principal: Principal, facts: _Facts) -> None:
+        """Charge a call to the budgets, however it ended."""
+        rows, size = facts.values.get("rows") or 0, facts.values.get("bytes") or 0
+        self.limiter.charge(principal, facts.client_ip, rows=rows, size=size, seconds=facts.seconds)
 
     def _tried(self, principal: Principal, arguments: Mapping[str, Any], facts: _Facts) -> str:
         """Note the database that a call meant which never came there, and say the setting, as far as each has the form
@@ -278,7 +312,7 @@ class Calls:
             raise TypeError(f"{tool.name} asks nothing")
         facts.values.setdefault("database", self._reach.shown(database))
         login = self._reach.login(principal, database, tool.access)
-        bounds = self._bounds(login.settings)
+        bounds = self._bounds(login.settings, principal, facts.client_ip)
         async with self._borrow(principal, login, facts) as session:
             result = await tool.ask(session, dict(arguments), replace(bounds, bytes=bounds.bytes // share))
         self._pools.check(principal, login.name)
@@ -293,7 +327,8 @@ class Calls:
         async def ask(name: str) -> Result | Error:
             seconds = _LATER
             try:
-                seconds += self._bounds(self._reach.login(principal, name, tool.access).settings).seconds
+                login = self._reach.login(principal, name, tool.access)
+                seconds += self._bounds(login.settings, principal, facts.client_ip).seconds
                 async with asyncio.timeout(seconds):
                     return await self._ask(tool, principal, name, arguments, facts, len(names))
             except UnauthorizedError:
@@ -332,6 +367,7 @@ class Calls:
     async def _borrow(self, principal: Principal, login: Login, facts: _Facts) -> AsyncIterator[Session]:
         async with self._pools.turn(login), self._pools.borrow(principal, login) as session:
             facts.session(session, login.name)
+            begun = monotonic()
             try:
                 yield session
             except Error:
@@ -342,6 +378,8 @@ class Calls:
                 if session.cut and self._removed(principal) and _uncancelled():
                     raise self._ended(principal, login, session) from None
                 raise
+            finally:
+                facts.seconds += monotonic() - begun
             if session.cut:
                 raise self._ended(principal, login, session)
 
@@ -359,13 +397,11 @@ class Calls:
             return problem
         return NarrowedError(session.pool.ended or f"the database {login.name!r} was removed while the call ran")
 
-    def _bounds(self, database: Database) -> Bounds:
+    def _bounds(self, database: Database, principal: Principal, address: str | None) -> Bounds:
         every, own = self._settings.limits, database.limits
-        return Bounds(
-            own.max_rows or every.max_rows,
-            own.max_bytes or every.max_bytes,
-            own.statement_timeout or every.statement_timeout,
-        )
+        rows, size = own.max_rows or every.max_rows, own.max_bytes or every.max_bytes
+        seconds = own.statement_timeout or every.statement_timeout
+        return Bounds(*self.limiter.smallest(principal, address, rows, size, seconds))
 
     async def cut(self, token: str | None, reason: str) -> Cut:
         """End all that a token has open where it has no longer the rights that it had, running calls included. What it

@@ -194,7 +194,7 @@ def _read(cls: type[T], branch: Branch, prefix: str, faults: list[str]) -> T:
             elif "section" in found.metadata:
                 values[name] = _read(found.metadata["section"], child, dotted + ".", faults)
             else:
-                values[name] = _read_named(found.metadata["named"], child, dotted, faults)
+                values[name] = _read_named(found.metadata["named"], child, dotted, faults, found.metadata.get("name"))
         elif isinstance(child, Branch):
             faults.append(f"{child.where}: {dotted}: expected one value, not keys below it")
         else:
@@ -221,10 +221,18 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-def _read_named(cls: type[T], branch: Branch, dotted: str, faults: list[str]) -> dict[str, T]:
+def _read_named(
+    cls: type[T], branch: Branch, dotted: str, faults: list[str], read: Reader | None = None
+) -> dict[str, T]:
+    """What stands below each name. `read` takes other names than `NAME` does."""
     named = {}
     for name, child in branch.children.items():
-        if not NAME.fullmatch(name):
+        try:
+            name = read(name) if read is not None else name
+        except ValueError as problem:
+            faults.append(f"{child.where}: {dotted}.{_shown(name)[1:-1]}: a name is {problem}")
+            continue
+        if read is None and not NAME.fullmatch(name):
             shown = f"{dotted}: a name" if re.search("[:@/]", name) else f"{dotted}.{name}: a name"  # it may be a URL
             faults.append(f"{child.where}: {shown} is a-z, then a-z 0-9 - _, 63 at most")
         elif isinstance(child, Branch):
@@ -282,6 +290,10 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
         fault("server.sse", "its sessions live in one process; it goes with workers: 1 only")
     if settings.limits.connections < 2 * settings.server.workers:
         fault("limits.connections", f"each of the {settings.server.workers} server.workers needs at least two")
+    for kind in ("tokens", "users", "tenants", "addresses"):
+        for name in getattr(settings.limits, kind).named:
+            if ("/" in name) != (kind == "addresses"):
+                fault(f"limits.{kind}.named", f"{name} is not one of {kind}")
     if settings.own_databases.sslmode == "verify-ca" and settings.own_databases.sslrootcert is None:
         fault("own_databases.sslrootcert", "is needed for sslmode: verify-ca, for which the system's CAs are too many")
     lifetime, most = settings.auth.token_lifetime, settings.auth.max_token_lifetime

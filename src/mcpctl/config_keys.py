@@ -217,6 +217,50 @@ class OwnDatabases:
     )
 
 
+_COUNT = values.optional(values.number(1, 10**12))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """limits.budgets.hour, limits.budgets.day"""
+
+    calls: int | None = setting(None, _COUNT, "tool calls")
+    rows: int | None = setting(None, _COUNT, "rows of their answers")
+    bytes: int | None = setting(None, values.optional(values.size), "bytes of these rows, as JSON")
+    database_seconds: int | None = setting(None, _COUNT, "seconds that they have a connection to a database")
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """limits.budgets"""
+
+    hour: Budget = section(Budget, "in each hour of UTC")
+    day: Budget = section(Budget, "in each day of UTC")
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """limits.KIND.named.NAME"""
+
+    rate: float | None = setting(None, values.optional(values.rate), "instead of limits.rate")
+    burst: int | None = setting(None, values.optional(values.number(1, 1_000_000)), "instead of limits.burst")
+    concurrent: int | None = setting(None, values.optional(values.number(1, 10_000)), "instead of limits.concurrent")
+    max_rows: int | None = setting(None, values.optional(values.number(1, 1_000_000)), "no more rows than this")
+    max_bytes: int | None = setting(None, values.optional(values.size), "no more bytes than this")
+    statement_timeout: float | None = setting(None, values.optional(values.statement_timeout), "no longer than this")
+    budgets: Budgets = section(Budgets, "instead of limits.budgets, key by key")
+
+
+@dataclass(frozen=True)
+class Kind(Allowance):
+    """limits.tokens, limits.users, limits.tenants, limits.addresses"""
+
+    named: dict[str, Allowance] = field(
+        default_factory=dict,
+        metadata={"named": Allowance, "name": values.limited, "doc": "one token, user, tenant or network, by name"},
+    )
+
+
 @dataclass(frozen=True)
 class Limits:
     """limits"""
@@ -228,6 +272,19 @@ class Limits:
     connections: int = setting(
         20, values.number(2, 10000), "connections to PostgreSQL of the whole server, all workers together"
     )
+    rate: float = setting(
+        10.0, values.rate, "calls a second of one token, of one user, of one tenant, and from one address"
+    )
+    burst: int = setting(20, values.number(1, 1_000_000), "calls of each of them that may come at once")
+    concurrent: int = setting(20, values.number(1, 10_000), "calls of each of them that may run at once")
+    failed_sign_ins: int = setting(
+        10, values.number(1, 1_000_000), "wrong tokens from one address in 15 minutes; further ones are 429"
+    )
+    budgets: Budgets = section(Budgets, "what each of them may take in an hour, and in a day")
+    tokens: Kind = section(Kind, "limits that differ for tokens")
+    users: Kind = section(Kind, "limits that differ for users")
+    tenants: Kind = section(Kind, "limits that differ for tenants")
+    addresses: Kind = section(Kind, "limits that differ for addresses")
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,23 @@ def number(low: int, high: int) -> Reader:
     return read
 
 
+def rate(value: Any) -> float:
+    """So many a second, fractions too."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.001 <= value <= 1_000_000:
+        raise ValueError("a number a second from 0.001 to 1000000")
+    return float(value)
+
+
+def limited(value: Any) -> str:
+    """Whose limits they are: a token's id, a user, a tenant, or a network in its one spelling."""
+    if re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", value):
+        return str(value)
+    try:
+        return str(network(value))
+    except ValueError:
+        raise ValueError("the id of a token, a user, a tenant, or an address or network") from None
+
+
 def truth(value: Any) -> bool:
     """true or false."""
     if not isinstance(value, bool):

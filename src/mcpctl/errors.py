@@ -79,6 +79,20 @@ class UnavailableError(Error):
     status = 503
 
 
+class LimitedError(Error):
+    """Too much of what is allowed. `kind` and `name` are whose limit it is, `limit` which one; `retry_after` in whole
+    seconds."""
+
+    status = 429
+
+    def __init__(self, message: str, *, kind: str, name: str, limit: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.name = name
+        self.limit = limit
+        self.retry_after = retry_after
+
+
 class Failures:
     """What went wrong on the way, in a block or in several; `check` raises all of it as one Error."""
 

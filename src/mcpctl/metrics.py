@@ -140,6 +140,8 @@ class Metrics:
             return
         if event in ("tool.called", "tool.refused"):
             self._call(fields)
+            if written is None:
+                return
         else:
             self._add("mcpctl_events", (event,))
         self._add("mcpctl_audit_lines" if written else "mcpctl_audit_failures", ())
@@ -148,7 +150,7 @@ class Metrics:
 
     def _call(self, fields: Mapping[str, Any]) -> None:
         """Kept together, since this is on every call's way, and told apart when somebody asks."""
-        tool, seconds = fields["tool"], (fields.get("elapsed_ms") or 0.0) / 1000
+        tool, seconds = fields.get("tool") or "", (fields.get("elapsed_ms") or 0.0) / 1000
         key = (tool, fields.get("database"), fields["outcome"], fields.get("tenant"))
         used = self._calls.get(key)
         if used is None:

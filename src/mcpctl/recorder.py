@@ -1,6 +1,5 @@
 """What goes into the audit log, how much of it, and what happens when it cannot be written."""
 
-import ipaddress
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -8,24 +7,25 @@ from time import monotonic
 from typing import Any
 
 from mcpctl.audit.log import AuditLog
-from mcpctl.errors import UnavailableError
+from mcpctl.errors import LimitedError, UnavailableError
+from mcpctl.shared_counters import source
 
 log = logging.getLogger("mcpctl.audit")
 AGAIN = 3600.0
 """Seconds after which a credential's use from an address is noted once more."""
 MINUTE = 60.0
 IN_FULL = 10
-"""Refusals of one address (of IPv6, one /64) in a minute that are written in full; one line counts the others."""
-ALTOGETHER = 120
-"""Refusals in a minute that are written in full, whoever asks: beyond, one line counts them. A stranger may have as
-many addresses as he likes, and cannot fill the disk."""
+"""Refusals of one address (of IPv6, one /64), or of one token by one limit, in a minute that are written in full; one
+line counts the others."""
 _CREDENTIALS = 10_000
 Count = Callable[[str, Mapping[str, Any], "bool | None"], None]
 
 
 class Recorder:
-    """Writes events. `refuse` is whether a call may be answered while the log cannot be written. `count(event, fields,
-    written)` hears of each event, and whether its line is in the log; of each refused credential, with None there."""
+    """Writes events. `refuse` is whether a call may be answered while the log cannot be written, `line` whether one
+    more line on strangers may be: they may have as many addresses as they like, and cannot fill the disk.
+    `count(event, fields, written)` hears of each event, and whether its line is in the log; of each refused credential,
+    with None there."""
 
     def __init__(
         self,
@@ -35,17 +35,19 @@ class Recorder:
         refuse: bool,
         clock: Callable[[], float] = monotonic,
         count: Count = lambda event, fields, written: None,
+        line: Callable[[], bool] = lambda: True,
     ) -> None:
         self._audit = audit
         self._statements = statements
         self._refuse = refuse
         self._clock = clock
         self._count = count
+        self._line = line
         self._failing = False
         self._greeted: OrderedDict[tuple[str | None, str | None], float] = OrderedDict()
         self._refused: dict[str | None, tuple[float, int]] = {}
-        self._minute = clock()
-        self._left = ALTOGETHER
+        self._limited: dict[tuple[str | None, str, str], tuple[float, int, dict[str, Any]]] = {}
+        self._minute = self._looked = clock()
         self._uncounted = 0
 
     def note(self, event: str, **fields: Any) -> None:
@@ -112,33 +114,58 @@ class Recorder:
     def auth_refused(self, address: str | None, reason: str, **fields: Any) -> None:
         """The first of an address and minute in full, the others counted: see `flush`."""
         self._count("auth.refused", {"reason": reason}, None)
-        self.flush()
-        source = _source(address)
-        since, count = self._refused.get(source, (self._clock(), 0))
-        if count < IN_FULL and not self._left:
+        self._look()
+        who = source(address)
+        since, count = self._refused.get(who, (self._clock(), 0))
+        if count < IN_FULL and not self._line():
             self._uncounted += 1
             return
-        self._refused[source] = (since, count + 1)
+        self._refused[who] = (since, count + 1)
         if count < IN_FULL:
-            self._left -= 1
             self.note("auth.refused", client_ip=address, reason=reason, **fields)
             log.warning(
                 "Unauthorized: %s client=%s", reason, address or "-"
             )  # the address last: see docs/monitoring.md
 
+    def limited(self, problem: LimitedError, **fields: Any) -> None:
+        """A known token's call that was too much: the first of a limit and minute in full, the others counted."""
+        self._look()
+        key = (fields.get("token"), problem.kind, problem.limit)
+        since, count, _ = self._limited.get(key, (self._clock(), 0, fields))
+        self._limited[key] = (since, count + 1, fields)
+        if count < IN_FULL:
+            self.note("tool.refused", **fields, outcome="limited", reason=problem.message)
+        else:
+            self._count("tool.refused", {**fields, "outcome": "limited"}, None)
+
+    def _look(self) -> None:
+        """`flush`, but not for each refusal of a flood."""
+        if self._clock() - self._looked >= 1:
+            self.flush()
+
     def flush(self, *, everything: bool = False) -> None:
-        """Write one counted line for each address whose minute is over."""
-        now = self._clock()
-        for source, (since, count) in list(self._refused.items()):
+        """Write one counted line for each address, and for each limit of a token, whose minute is over."""
+        now = self._looked = self._clock()
+        for key, (since, count, fields) in list(self._limited.items()):
             if everything or now - since >= MINUTE:
-                del self._refused[source]
+                del self._limited[key]
                 if count > IN_FULL:
-                    self.note("auth.refused", client_ip=source, reason=f"{count - IN_FULL} more within a minute")
+                    same = {name: fields.get(name) for name in ("token", "user", "tenant", "transport")}
+                    reason = f"{count - IN_FULL} more within a minute, by the {key[2]} limit of the {key[1]}"
+                    self.note("tool.refused", **same, outcome="limited", reason=reason)
+        for who, (since, count) in list(self._refused.items()):
+            if everything or now - since >= MINUTE:
+                del self._refused[who]
+                if count > IN_FULL and (everything or self._line()):
+                    self.note("auth.refused", client_ip=who, reason=f"{count - IN_FULL} more within a minute")
+                elif count > IN_FULL:
+                    self._uncounted += count - IN_FULL
         if everything or now - self._minute >= MINUTE:
-            if self._uncounted:
-                reason = f"{self._uncounted} more within a minute, from other addresses than those that are listed"
+            if self._uncounted and (everything or self._line()):
+                reason = f"{self._uncounted} more, from other addresses than those that are listed"
                 self.note("auth.refused", reason=reason)
-            self._minute, self._left, self._uncounted = now, ALTOGETHER, 0
+                self._uncounted = 0
+            self._minute = now
 
 
 def _no_log() -> UnavailableError:
@@ -146,14 +173,3 @@ def _no_log() -> UnavailableError:
         "the audit log cannot be written, and no call is answered without it",
         "tell the administrator; calls are answered again as soon as it can be",
     )
-
-
-def _source(address: str | None) -> str | None:
-    """Who counts as one: an IPv4 address, or an IPv6 network of the size that one customer is given."""
-    try:
-        found = ipaddress.ip_address(address or "")
-    except ValueError:
-        return address
-    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
-        return str(ipaddress.ip_network((int(found) >> 64 << 64, 64)))
-    return address

@@ -31,6 +31,7 @@ databases:
     service_dsn: {service}
     service_password_file: shop.password
     description: "a small shop: customers, orders, order_items, products, monthly_revenue"
+limits: {{rate: 1000, burst: 1000, concurrent: 100}}
 """
 _QUESTION = "select name, price from products order by price desc limit 3"
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from mcpctl.config_keys import Settings
+    from mcpctl.config_values import Network
     from mcpctl.identity.tenants import Tenant
     from mcpctl.identity.tokens import Token
     from mcpctl.identity.users import User
@@ -36,6 +37,17 @@ def record(token: "Token", status: str) -> dict[str, Any]:
     found = as_values(token)
     names = ("user", "databases", "permissions", "created_at", "expires_at", "revoked_at", "note")
     return {"id": token.id, **{name: found[name] for name in names}, "status": status}
+
+
+def networks_of(texts: "list[str] | None") -> "tuple[Network, ...] | None":
+    """What --allow-ip names; None where it names nothing. UsageError (exit 2) for what is no network."""
+    from mcpctl.config_values import network
+    from mcpctl.errors import UsageError
+
+    try:
+        return tuple(network(text) for text in texts) if texts else None
+    except ValueError as problem:
+        raise UsageError(f"--allow-ip takes {problem}", "repeat it for each network") from None
 
 
 @contextlib.contextmanager

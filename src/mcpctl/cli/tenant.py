@@ -8,6 +8,7 @@ from mcpctl.cli import output
 from mcpctl.cli.administration import Files, files_of
 from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, config_flag, confirm, note, ready_to_note, settings
 from mcpctl.cli.database import one_answers, warn_of_tokens
+from mcpctl.cli.new_token import networks_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +31,12 @@ def add(
         str | None,
         typer.Option("--schema", metavar="S", help="Only this schema of it; else all of it is the tenant's."),
     ] = None,
+    allow_ip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-ip", metavar="CIDR", help="Its tokens are taken only from this address or network. Repeatable."
+        ),
+    ] = None,
     note_: Annotated[str | None, typer.Option("--note", metavar="T", help="Who that is.")] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
@@ -44,6 +51,8 @@ def add(
     from mcpctl.errors import ConflictError, UsageError
     from mcpctl.identity import grants, tenants, tokens, users
 
+    networks = networks_of(allow_ip)
+
     files = files_of(context, config, needs_log=True)
     found = files.settings
     check_database(found, database)
@@ -57,7 +66,7 @@ def add(
                 f"set databases.{database}.roles: per_user, or give the tenant a database of its own",
             )
     ready_to_note(found)
-    made = tenants.Tenant(name, tokens.utcnow(), database, schema, note_)
+    made = tenants.Tenant(name, tokens.utcnow(), database, schema, note_, networks)
     people = users.user_file(found.auth.user_file).current()
     if not any(user.tenant == name for user in people.values()):  # else it may be what mends the file
         tenants.checked(found)
@@ -170,8 +179,9 @@ def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption
     if json:
         output.put_json({"tenants": values})
         return
-    names = ("tenant", "database", "schema", "users", "created_at", "note")
-    output.put_table([name.upper() for name in names], [[value[name] for name in names] for value in values])
+    names = ("tenant", "database", "schema", "users", "created_at", "note", "allow_ips")
+    shown = [{**value, "allow_ips": ",".join(value["allow_ips"] or ())} for value in values]
+    output.put_table([name.upper() for name in names], [[value[name] for name in names] for value in shown])
 
 
 @app.command("remove")

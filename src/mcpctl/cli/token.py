@@ -14,6 +14,7 @@ from mcpctl.cli.new_token import (
     check_user,
     expiry_of,
     handing_over,
+    networks_of,
     people,
     permission_of,
     record,
@@ -64,7 +65,6 @@ def add(
     Example: mcpctl token add --user alice --expiry 90d --note "laptop"
     """
     from mcpctl.config import check_database, default_database
-    from mcpctl.config_values import network
     from mcpctl.errors import UsageError
     from mcpctl.identity import tokens, users
 
@@ -92,10 +92,7 @@ def add(
         raise UsageError(
             f"--permission: {problem}", "say tools:query_database, databases:sales:read, or tools:*"
         ) from None
-    try:
-        networks = tuple(network(text) for text in allow_ip) if allow_ip else None
-    except ValueError as problem:
-        raise UsageError(f"--allow-ip takes {problem}", "repeat it for each network") from None
+    networks = networks_of(allow_ip)
     wanted = tokens.Wanted(user, expiry_of(found, expiry, now), databases, permissions, networks, note_)
     file = tokens.token_file(found.auth.token_file)
     ready_to_note(found)

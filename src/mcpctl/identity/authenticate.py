@@ -1,19 +1,18 @@
 """A presented credential → Principal, or a refusal with its reason.
 
 The order is that of the cost, so that a stranger costs little: form and checksum (no hash), a known id (no hash),
-the remembered digest (one keyed BLAKE2), and only then Argon2id, on a thread, and limited per id and address.
+the remembered digest (one keyed BLAKE2), and only then Argon2id, on a thread. Too many wrong ones from an address
+change what a wrong one is answered, and nothing else: a right token is always let in.
 """
 
 import asyncio
 import hashlib
 import operator
 import secrets
-from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from time import monotonic
 from typing import NamedTuple
 
 from mcpctl.errors import ConfigError, Error, UnauthorizedError, UnavailableError
@@ -23,32 +22,6 @@ from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import Token
 from mcpctl.identity.users import EVERYWHERE
 from mcpctl.private_file import ABSENT, fingerprint
-
-WRONG_SECRETS = 10
-"""Wrong secrets that one address may try on one id in WINDOW before it is answered 429 without a hash."""
-WINDOW = 900.0
-_REMEMBERED_OFFENDERS = 10_000
-
-
-class _Attempts:
-    """Wrong secrets by (id, address), bounded; the clock is passed in."""
-
-    def __init__(self) -> None:
-        self._failed: OrderedDict[tuple[str, str], list[float]] = OrderedDict()
-
-    def wait(self, who: tuple[str, str], now: float) -> float:
-        """Seconds until this one may try again; 0 for now."""
-        times = [when for when in self._failed.get(who, ()) if now - when < WINDOW]
-        if not times:
-            self._failed.pop(who, None)
-        return 0.0 if len(times) < WRONG_SECRETS else WINDOW - (now - times[-WRONG_SECRETS])
-
-    def failed(self, who: tuple[str, str], now: float) -> None:
-        self._failed.setdefault(who, []).append(now)
-        self._failed[who] = self._failed[who][-WRONG_SECRETS:]
-        self._failed.move_to_end(who)
-        while len(self._failed) > _REMEMBERED_OFFENDERS:
-            self._failed.popitem(last=False)
 
 
 class Files(NamedTuple):
@@ -65,7 +38,8 @@ class Authenticator:
     `ended` is called with {id: why} for the tokens in use that a reload found gone, revoked or changed, before the
     request that noticed is answered. In use is what has been let in and not ended since. It also hears of those whose
     user's rights have become fewer: they live on, and `in_force` tells where what they have open does not. `fewer`
-    compares two users' roles by what they give.
+    compares two users' roles by what they give. `wrong` notes a wrong credential of an address, and says how long the
+    next one of it is answered 429; 0 for 401.
     """
 
     def __init__(
@@ -78,7 +52,7 @@ class Authenticator:
         twins: Mapping[str, str] | None = None,
         databases: Container[str] | None = None,
         now: Callable[[], datetime] = tokens.utcnow,
-        clock: Callable[[], float] = monotonic,
+        wrong: Callable[[str | None], int] = lambda address: 0,
     ) -> None:
         self._fewer = fewer
         self.tokens = tokens.token_file(token_path)
@@ -87,7 +61,7 @@ class Authenticator:
         self._databases = databases
         self.ended: Callable[[dict[str, str]], None] = lambda ids: None
         self._now = now
-        self._clock = clock
+        self._wrong = wrong
         self._key = secrets.token_bytes(32)
         self._known: dict[str, tuple[bytes, Principal]] = {}
         self._seen: dict[str, Token] = {}
@@ -100,7 +74,6 @@ class Authenticator:
         self._over: dict[str, datetime | None] = {}
         self._places: Mapping[str, Tenant] = {}
         self._versions = (-1, -1, -1)
-        self._attempts = _Attempts()
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="argon2")
 
     def close(self) -> None:
@@ -252,10 +225,10 @@ class Authenticator:
         self.refresh()
         name = tokens.token_id(text)
         if name is None:
-            raise UnauthorizedError("not one of our tokens: form or checksum is wrong")
+            raise self._is_wrong("not one of our tokens: form or checksum is wrong", address)
         token = self._seen.get(name)
         if token is None:
-            raise UnauthorizedError("no such token id", token_id=name)
+            raise self._is_wrong("no such token id", address, name)
         digest = hashlib.blake2b(text.encode("ascii"), key=self._key).digest()
         principal = self._remembered(name, digest) or await self._verify(token, text, address, digest)
         token = self._seen[name]
@@ -263,8 +236,23 @@ class Authenticator:
             raise UnauthorizedError(why, token_id=name)
         if not tokens.allows_address(token, address):
             raise UnauthorizedError(f"not from this address ({address})", token_id=name)
+        if principal.within is not None and not tokens.in_networks(principal.within.allow_ips, address):
+            raise UnauthorizedError(f"not from this address ({address})", token_id=name)
         self._active.add(name)
         return principal
+
+    def _is_wrong(self, why: str, address: str | None, name: str | None = None) -> UnauthorizedError:
+        """The refusal of a credential that is wrong, and not only over."""
+        if wait := self._wrong(address):
+            return UnauthorizedError(f"{why}; too many wrong ones", token_id=name, status=429, retry_after=wait)
+        return UnauthorizedError(why, token_id=name)
+
+    def recognised(self, text: str | None) -> Principal | None:
+        """Who that text was when it was last let in, if anybody; for the log alone. It costs no hash."""
+        name = tokens.token_id(text) if text is not None else None
+        if name is None or text is None:
+            return None
+        return self._remembered(name, hashlib.blake2b(text.encode("ascii"), key=self._key).digest())
 
     def _remembered(self, name: str, digest: bytes) -> Principal | None:
         known = self._known.get(name)
@@ -272,28 +260,21 @@ class Authenticator:
 
     async def _verify(self, token: Token, text: str, address: str | None, digest: bytes) -> Principal:
         """The principal of a text that is not remembered: one hash, one at a time for each token, so that what comes
-        at once is counted like what comes in turn."""
-        who = (token.id, address or "")
+        at once costs one together."""
         async with self._verifying.setdefault(token.id, asyncio.Lock()):
             while True:
                 self.refresh()
                 current = self._seen.get(token.id)
                 if current is None:
-                    raise UnauthorizedError("no such token id", token_id=token.id)
+                    raise self._is_wrong("no such token id", address, token.id)
                 if principal := self._remembered(token.id, digest):
                     return principal
-                wait = self._attempts.wait(who, self._clock())
-                if wait > 0:
-                    raise UnauthorizedError(
-                        "too many wrong secrets", token_id=token.id, status=429, retry_after=int(wait) + 1
-                    )
                 loop = asyncio.get_running_loop()
                 right = await loop.run_in_executor(self._hashing, tokens.matches, current, text)
                 if (now := self._seen.get(token.id)) is None or now.hash != current.hash:
                     continue  # it changed while the hash was computed
                 if not right:
-                    self._attempts.failed(who, self._clock())
-                    raise UnauthorizedError("wrong secret", token_id=token.id)
+                    raise self._is_wrong("wrong secret", address, token.id)
                 self._known[token.id] = (digest, self._principal(now))
                 return self._known[token.id][1]
 

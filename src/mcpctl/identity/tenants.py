@@ -10,24 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl.config_keys import Settings
+from mcpctl.config_values import Network
 from mcpctl.errors import ConfigError, ConflictError, NotFoundError, UsageError
 from mcpctl.identity import grants
 from mcpctl.identity.entry_file import EntryFile, Shape
+from mcpctl.identity.tokens import read_networks
 from mcpctl.identity.users import User, check_note, read_time, repeated, rfc3339, user_file
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
-_FIELDS = ("created_at", "database", "schema", "note")
+_FIELDS = ("created_at", "database", "schema", "note", "allow_ips")
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """One entry of tenants.yaml. `schema` is None where the whole database is the tenant's."""
+    """One entry of tenants.yaml. `schema` is None where the whole database is the tenant's, `allow_ips` where its
+    tokens may be used from anywhere."""
 
     name: str
     created_at: datetime
     database: str
     schema: str | None = None
     note: str | None = None
+    allow_ips: tuple[Network, ...] | None = None
 
     @property
     def where(self) -> str:
@@ -70,7 +74,8 @@ def _read(name: str, fields: dict[str, Any]) -> Tenant:
         raise ValueError("note: expected a text")
     if fields.get("created_at") is None:
         raise ValueError("created_at: is missing")
-    return Tenant(name, read_time(fields["created_at"], "created_at"), database, schema, note)
+    allow_ips = read_networks(fields.get("allow_ips"))
+    return Tenant(name, read_time(fields["created_at"], "created_at"), database, schema, note, allow_ips)
 
 
 def as_values(tenant: Tenant) -> dict[str, Any]:
@@ -80,6 +85,7 @@ def as_values(tenant: Tenant) -> dict[str, Any]:
         "database": tenant.database,
         "schema": tenant.schema,
         "note": tenant.note,
+        "allow_ips": None if tenant.allow_ips is None else [str(item) for item in tenant.allow_ips],
     }
 
 

@@ -177,9 +177,11 @@ def _texts(value: Any, name: str) -> tuple[str, ...] | None:
     return tuple(value)
 
 
-def _networks(texts: tuple[str, ...]) -> tuple[Network, ...]:
+def read_networks(value: Any) -> tuple[Network, ...] | None:
+    """The field allow_ips, as a token and a tenant have it."""
+    texts = _texts(value, "allow_ips")
     try:
-        return tuple(network(item) for item in texts)
+        return None if texts is None else tuple(network(item) for item in texts)
     except ValueError as problem:
         raise ValueError(f"allow_ips: takes {problem}") from None
 
@@ -213,7 +215,6 @@ def _read(name: str, fields: dict[str, Any]) -> Token:
     permissions = _texts(fields.get("permissions"), "permissions")
     for one in permissions or ():
         permission(one)
-    allow_ips = _texts(fields.get("allow_ips"), "allow_ips")
     return Token(
         id=name,
         user=user,
@@ -223,7 +224,7 @@ def _read(name: str, fields: dict[str, Any]) -> Token:
         revoked_at=_time(fields.get("revoked_at"), "revoked_at"),
         databases=_texts(fields.get("databases"), "databases"),
         permissions=permissions,
-        allow_ips=None if allow_ips is None else _networks(allow_ips),
+        allow_ips=read_networks(fields.get("allow_ips")),
         note=note,
     )
 
@@ -371,7 +372,12 @@ def prune(file: EntryFile[Token], now: datetime) -> list[Token]:
 
 def allows_address(token: Token, address: str | None) -> bool:
     """Whether the token may be used from there. A caller on stdio is on this machine."""
-    if token.allow_ips is None:
+    return in_networks(token.allow_ips, address)
+
+
+def in_networks(networks: tuple[Network, ...] | None, address: str | None) -> bool:
+    """Whether an address is in one of these; None is any, and a caller on stdio is on this machine."""
+    if networks is None:
         return True
     try:
         found = ipaddress.ip_address(address or "127.0.0.1")
@@ -379,4 +385,4 @@ def allows_address(token: Token, address: str | None) -> bool:
         return False
     if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped:
         found = found.ipv4_mapped
-    return any(found.version == item.version and found in item for item in token.allow_ips)
+    return any(found.version == item.version and found in item for item in networks)

@@ -5,6 +5,7 @@ the request's task is cancelled, and with it the statement.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
@@ -17,7 +18,7 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from mcpctl.calls import Calls, Request, UnknownToolError
 from mcpctl.config_keys import Settings
-from mcpctl.errors import Error, UnauthorizedError, UnavailableError, UsageError
+from mcpctl.errors import Error, LimitedError, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.logins import Logins
@@ -100,11 +101,34 @@ class Http:
         if scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
         exchange.negotiate(scope)
+        limiter = self._parts.calls.limiter
+        try:
+            slots = limiter.enter(principal, address, visited=True)
+        except LimitedError as problem:
+            self._note_limited(problem, principal, address, request_id)
+            raise
+        try:
+            await self._served(scope, receive, send, Request(request_id, address, "http"), principal)
+        finally:
+            limiter.leave(slots)
+
+    def _note_limited(
+        self, problem: LimitedError, principal: Principal | None, address: str | None, request_id: str
+    ) -> None:
+        """One line for a call that was too much, or a count; who is not known goes the way of strangers."""
+        recorder, where = self._parts.recorder, {"request_id": request_id, "transport": "http"}
+        if principal is None:
+            recorder.auth_refused(address, problem.message, **where)
+        else:
+            who = {"token": principal.token, "user": principal.user, "tenant": principal.tenant}
+            recorder.limited(problem, **who, client_ip=address, **where)
+
+    async def _served(self, scope: Scope, receive: Receive, send: Send, request: Request, principal: Principal) -> None:
         body = await self._body(scope, receive)
         task = asyncio.current_task()
         gone = asyncio.Event()
         watcher = asyncio.create_task(exchange.watch(receive, task, gone))
-        request = Request(request_id, address, "http", None, task)
+        request = replace(request, task=task)
         try:
             status, answer, headers = await self._answer(scope, principal, request, body)
         except asyncio.CancelledError:
@@ -120,7 +144,7 @@ class Http:
         if not self._parts.authenticator.still_valid(principal):
             raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
         await exchange.answer(
-            send, status, answer, request_id, headers, wanted=lambda: self._may_leave(principal, request)
+            send, status, answer, request.id, headers, wanted=lambda: self._may_leave(principal, request)
         )
 
     def _may_leave(self, principal: Principal, request: Request) -> bool:
@@ -129,14 +153,16 @@ class Http:
         return door.still_valid(principal) and all(door.in_force(principal, one) for one in request.databases)
 
     async def _admit(self, scope: Scope, request_id: str) -> tuple[str | None, Principal]:
-        """Host, origin, address and credential: the caller's address and principal, or a refusal."""
+        """Host, origin, address, its rate, and credential: the caller's address and principal, or a refusal."""
         parts, headers = self._parts, scope["headers"]
         parts.gatekeeper.check(headers)
         peer = scope["client"][0] if scope.get("client") else None
         if parts.no_auth:
+            self._visit(peer, headers, request_id)
             credentials.refuse_in_url(scope["query_string"])
             return peer, parts.authenticator.local()
         address = parts.gatekeeper.address(headers, peer)
+        self._visit(address, headers, request_id)
         try:
             credentials.refuse_in_url(scope["query_string"])
             text = credentials.token(headers)
@@ -149,6 +175,18 @@ class Http:
             raise
         parts.recorder.auth_ok(principal.token, principal.user, address, request_id=request_id, transport="http")
         return address, principal
+
+    def _visit(self, address: str | None, headers: credentials.Headers, request_id: str) -> None:
+        """Count a request against its address's rate. Beyond it nothing costs a hash, or a line each."""
+        try:
+            self._parts.calls.limiter.visit(address)
+        except LimitedError as problem:
+            known = None
+            if not self._parts.no_auth:
+                with contextlib.suppress(UnauthorizedError, UsageError):
+                    known = self._parts.authenticator.recognised(credentials.token(headers))
+            self._note_limited(problem, known, address, request_id)
+            raise
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The request's body, never more of it than the config allows, and not for ever."""
@@ -317,14 +355,15 @@ class Http:
         if isinstance(problem, UnauthorizedError):
             message, hint = "Unauthorized: a valid token is needed", "send it as Authorization: Bearer …"
             if problem.status == 429:
-                message, hint = "Too many attempts", None
-                headers.append((b"retry-after", str(problem.retry_after).encode()))
+                message, hint = "Too many wrong tokens from this address; a valid one is taken", None
             else:
                 where = f"{self._base(scope)}/.well-known/oauth-protected-resource/mcp"
                 error = "" if problem.message == "no credential" else ', error="invalid_token"'
                 headers.append(
                     (b"www-authenticate", f'Bearer resource_metadata="{where}"{error}'.encode("latin-1", "replace"))
                 )
+        if isinstance(problem, UnauthorizedError | LimitedError) and problem.status == 429:
+            headers.append((b"retry-after", str(problem.retry_after).encode()))
         if problem.status == 405:
             headers.append((b"allow", b"POST" if scope["path"] in ("/mcp", "/messages", "/messages/") else b"GET"))
         if problem.status in (400, 408, 413):

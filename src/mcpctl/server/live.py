@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mcpctl import __version__, certificates
@@ -22,6 +23,7 @@ from mcpctl.postgres.token_pool import TokenPool
 from mcpctl.private_file import fingerprint
 from mcpctl.recorder import Recorder
 from mcpctl.server.answers import Answer, Request, values
+from mcpctl.shared_counters import Counters
 from mcpctl.tools.table import TOOLS
 
 _REACHED_WITHIN, _REACHED_FOR = 1.0, 2.0
@@ -49,6 +51,19 @@ class Process:
         self.metrics = Metrics()
         self.lag: Callable[[], float] = lambda: 0.0
         self.begun = time.time()
+        self._counters: Counters | None = None
+
+    def count_in(self, path: Path | None) -> Counters:
+        """What the limits count: the same for as long as the process lives, since what runs is counted there."""
+        if self._counters is None:
+            self._counters = Counters(path, place=self.place.worker, workers=self.place.workers)
+        return self._counters
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._counters is not None:
+            self._counters.close()
+            self._counters = None
 
 
 class Live:

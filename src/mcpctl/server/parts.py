@@ -19,6 +19,7 @@ from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.tokens import utcnow
 from mcpctl.keyring import Keyring, place
 from mcpctl.policy.access import Access
+from mcpctl.policy.limits import Limiter
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
@@ -28,6 +29,8 @@ from mcpctl.server.live import Live, Place, Process
 from mcpctl.server.watch import Watch
 
 log = logging.getLogger("mcpctl")
+COUNTED = "limits.bin"
+"""The name of what the limits count, beside the state file."""
 
 
 @dataclass
@@ -51,13 +54,16 @@ async def running(
     settings: Settings, *, files: bool, process: Process | None = None, again: bool = False
 ) -> AsyncIterator[Core]:
     """Everything built and looked after; cut and closed at the end. `files`: whether tokens are in use at all;
-    `process`: what this process keeps while the config changes, `again`: whether it has served with another already."""
-    process = process or Process(Place(f"{os.getpid()}-{secrets.token_hex(4)}"))
+    `process`: what this process keeps while the config changes (None: it shares nothing with others), `again`: whether
+    it has served with another already."""
     if not settings.databases:
         raise ConfigError("the config names no database", "add one below `databases:`; config.example.yaml shows how")
     keyring = Keyring(place(settings.keyring.file))
     logins = Logins(settings.databases, keyring)
     auth = settings.auth
+    counted = settings.server.state_file.with_name(COUNTED) if process is not None and files else None
+    process = process or Process(Place(f"{os.getpid()}-{secrets.token_hex(4)}"))
+    limiter = Limiter(settings.limits, process.count_in(counted))
     authenticator = Authenticator(
         auth.token_file,
         auth.user_file,
@@ -65,6 +71,7 @@ async def running(
         fewer=Access(auth).fewer,
         twins=logins.twins,
         databases=settings.databases,
+        wrong=limiter.wrong,
     )
     if files:
         logins.check_sealed(authenticator.read().people)
@@ -77,7 +84,7 @@ async def running(
     durable = Durable(book, anchors, settings.audit.sync, refuse=refuse)
     metrics = process.metrics
     metrics.know(settings.databases)
-    recorder = Recorder(book, settings.audit.statements, refuse=refuse, count=metrics.count)
+    recorder = Recorder(book, settings.audit.statements, refuse=refuse, count=metrics.count, line=limiter.line)
     large_blocks_apart()
     pools = Pools(
         max(2, settings.limits.connections // process.place.workers),
@@ -92,7 +99,7 @@ async def running(
     logins.brought = own.has
     if files:
         own.start()
-    calls = Calls(settings, logins, own, pools, recorder, durable.answering)
+    calls = Calls(settings, logins, own, pools, recorder, limiter, durable.answering)
     folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
     watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own)
     watch.answers.add({"audit_end": durable.end})

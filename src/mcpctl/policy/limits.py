@@ -1,0 +1,307 @@
+"""How much one token, one user, one tenant and one address may take: rates, calls at once, budgets.
+
+Rates are GCRA, the token bucket that needs one number: `burst` at once, then `rate` a second. Budgets are of the
+running hour and day of UTC, so that it can be said when they end. The clocks are passed in, and so is the store
+(shared_counters.py), whose values are judged here: one that cannot be is taken for none.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from ipaddress import ip_address, ip_network
+from typing import NamedTuple
+
+from mcpctl.config_keys import Allowance, Budget, Kind, Limits
+from mcpctl.errors import LimitedError
+from mcpctl.identity.principal import Principal
+from mcpctl.shared_counters import ADDRESSES, PRINCIPALS, Counters, Slot, source
+
+WINDOW = 900.0
+"""Seconds in which an address's wrong credentials are counted, from the first on."""
+LINES, LINE_SECONDS = 20, 3.0
+"""Lines on strangers that may be written at once, and the seconds until one more may be."""
+_HOUR, _DAY = 3600, 86400
+_REMEMBERED = 10_000
+_ENTRIES = tuple(found.name for found in fields(Budget))
+_UNITS = ("calls", "rows", "bytes", "seconds of database time")
+
+
+def gcra(taken: float, now: float, interval: float, burst: int) -> tuple[float, float]:
+    """(until when the rate is taken after one more, seconds to wait: 0.0 where it is let in). `taken` is what the last
+    call returned. One beyond all that can have been taken is of a clock before a restart, or torn."""
+    tolerance = interval * burst
+    if not taken <= now + tolerance + interval:
+        taken = now
+    wait = taken + interval - tolerance - now
+    return (taken, wait) if wait > 1e-9 else (max(taken, now) + interval, 0.0)
+
+
+def running(stored: int, current: int) -> int:
+    """The number of the hour or day that counts. A clock that was stepped back gives nothing back: the later one goes
+    on, where it is no more than one ahead."""
+    return stored if stored == current + 1 else current
+
+
+class Rule(NamedTuple):
+    """What one token, user, tenant or address may take; seconds. `budgets` are of the hour and of the day, each calls,
+    rows, bytes and microseconds; None: no bound."""
+
+    interval: float
+    burst: int
+    concurrent: int
+    bounds: tuple[int | None, int | None, float | None]
+    budgets: tuple[int | None, ...]
+
+
+def rule(limits: Limits, kind: Kind, named: Allowance | None) -> Rule:
+    """What holds for one: its own limits, else those of its kind, else those of all."""
+    levels: list[Allowance] = [kind] if named is None else [named, kind]
+
+    def first(name: str) -> float | None:
+        return next((found for level in levels if (found := getattr(level, name)) is not None), None)
+
+    def budget(period: str, entry: str) -> int | None:
+        budgets = [getattr(level.budgets, period) for level in levels] + [getattr(limits.budgets, period)]
+        found = (getattr(one, entry) for one in budgets)
+        most: int | None = next((one for one in found if one is not None), None)
+        return most * 1_000_000 if most is not None and entry == "database_seconds" else most
+
+    rows, size = first("max_rows"), first("max_bytes")
+    return Rule(
+        1 / (first("rate") or limits.rate),
+        int(first("burst") or limits.burst),
+        int(first("concurrent") or limits.concurrent),
+        (None if rows is None else int(rows), None if size is None else int(size), first("statement_timeout")),
+        tuple(budget(period, entry) for period in ("hour", "day") for entry in _ENTRIES),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Somebody who counts for itself."""
+
+    kind: str
+    name: str
+    rule: Rule
+    table: int
+    digest: bytes
+
+    def __str__(self) -> str:
+        return f"the {self.kind} {self.name}" if self.name != "local" else "the local user"
+
+
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """All who count in one call, and those of them who have budgets."""
+
+    all: tuple[Subject, ...]
+    budgeted: tuple[Subject, ...]
+
+
+class Limiter:
+    """All limits, over one store. `clock` counts seconds and is never set back, `wall` is that of UTC.
+
+    `visit` is for whoever comes, before it is known who; `enter` and `leave` are around a call, `check` before it and
+    `charge` after it. Whatever is too much raises LimitedError.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        counters: Counters,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._limits = limits
+        self._counters = counters
+        self._clock = clock
+        self._wall = wall
+        self._networks = sorted(
+            ((ip_network(name), own) for name, own in limits.addresses.named.items()), key=lambda one: -one[0].prefixlen
+        )
+        self._subjects: dict[tuple[str, str], Subject] = {}
+        self._callers: dict[tuple[str | None, ...], _Caller] = {}
+        self._lines = counters.digest("lines on strangers")
+
+    # -- who counts --------------------------------------------------------------------------------------------------
+
+    def _subject(self, kind: str, name: str) -> Subject:
+        found = self._subjects.get((kind, name))
+        if found is None:
+            if len(self._subjects) > _REMEMBERED:
+                self._subjects.clear()
+            table = ADDRESSES if kind == "address" else PRINCIPALS
+            group: Kind = getattr(self._limits, "addresses" if kind == "address" else f"{kind}s")
+            own = self._of_network(name) if kind == "address" else group.named.get(name)
+            shown = source(name) or name if kind == "address" else name
+            digest = self._counters.digest(f"{kind}:{shown}")
+            found = self._subjects[kind, name] = Subject(kind, shown, rule(self._limits, group, own), table, digest)
+        return found
+
+    def _of_network(self, address: str) -> Allowance | None:
+        """The limits of the most specific network that an address is in."""
+        try:
+            found = ip_address(address)
+        except ValueError:
+            return None
+        return next((own for network, own in self._networks if found in network), None)
+
+    def _of(self, principal: Principal, address: str | None) -> _Caller:
+        who = (principal.token, principal.user, principal.tenant, address)
+        found = self._callers.get(who)
+        if found is None:
+            if len(self._callers) > _REMEMBERED:
+                self._callers.clear()
+            names = {"user": principal.user, "tenant": principal.tenant, "address": address}
+            known = [self._subject(kind, name) for kind, name in names.items() if name is not None]
+            every = (self._subject("token", principal.token or "local"), *known)
+            with_budgets = tuple(one for one in every if any(most is not None for most in one.rule.budgets))
+            found = self._callers[who] = _Caller(every, with_budgets)
+        return found
+
+    # -- rates, and calls at once --------------------------------------------------------------------------------------
+
+    def visit(self, address: str | None) -> None:
+        """Count one request of an address against its rate."""
+        if address is None:
+            return
+        subject, now = self._subject("address", address), self._clock()
+        with self._counters:
+            slot = self._counters.slot(subject.table, subject.digest)
+            until, wait = gcra(self._counters.taken(slot), now, subject.rule.interval, subject.rule.burst)
+            self._counters.take(slot, until)
+        if wait:
+            raise _too_fast(subject, wait)
+
+    def enter(self, principal: Principal, address: str | None, *, visited: bool) -> list[Slot]:
+        """Count one call against the rates of all who count, and against what they may have running; what `leave`
+        takes. Nothing is counted where one of them says no. `visited`: the address has paid its rate."""
+        now, counters = self._clock(), self._counters
+        slots, rates = [], []
+        with counters:
+            for subject in self._of(principal, address).all:
+                slot = counters.slot(subject.table, subject.digest)
+                if not (visited and subject.kind == "address"):
+                    until, wait = gcra(counters.taken(slot), now, subject.rule.interval, subject.rule.burst)
+                    if wait:
+                        raise _too_fast(subject, wait)
+                    rates.append((slot, until))
+                if counters.running(slot) >= subject.rule.concurrent:
+                    raise _too_many(subject)
+                slots.append(slot)
+            for slot, until in rates:
+                counters.take(slot, until)
+            for slot in slots:
+                counters.run(slot, 1)
+        return slots
+
+    def leave(self, slots: list[Slot]) -> None:
+        """The call that entered has ended."""
+        with self._counters:
+            for slot in slots:
+                self._counters.run(slot, -1)
+
+    # -- budgets -----------------------------------------------------------------------------------------------------
+
+    def check(self, principal: Principal, address: str | None) -> None:
+        """Raise LimitedError where a budget is used up."""
+        subjects = self._of(principal, address).budgeted
+        if not subjects:
+            return
+        now = self._wall()
+        with self._counters:
+            found = [self._spent(self._counters.slot(one.table, one.digest), now) for one in subjects]
+        for subject, spent in zip(subjects, found, strict=True):
+            for index, most in enumerate(subject.rule.budgets):
+                if most is not None and spent[2 + index] >= most:
+                    raise _used_up(subject, index, most, spent, now)
+
+    def charge(self, principal: Principal, address: str | None, *, rows: int, size: int, seconds: float) -> None:
+        """Charge one call that has ended to all budgets."""
+        subjects = self._of(principal, address).budgeted
+        if not subjects:
+            return
+        now, cost = self._wall(), (1, rows, size, round(seconds * 1_000_000))
+        with self._counters:
+            for subject in subjects:
+                slot = self._counters.slot(subject.table, subject.digest)
+                hour, day, *spent = self._spent(slot, now)
+                self._counters.spend(slot, (hour, day, *(a + b for a, b in zip(spent, cost * 2, strict=True))))
+
+    def _spent(self, slot: Slot, now: float) -> tuple[int, ...]:
+        """What was spent in the running hour and day."""
+        hour, day, *spent = self._counters.spent(slot)
+        this_hour, this_day = running(hour, int(now // _HOUR)), running(day, int(now // _DAY))
+        spent[:4] = spent[:4] if hour == this_hour else (0, 0, 0, 0)
+        spent[4:] = spent[4:] if day == this_day else (0, 0, 0, 0)
+        return (this_hour, this_day, *spent)
+
+    # -- one answer ----------------------------------------------------------------------------------------------------
+
+    def smallest(
+        self, principal: Principal, address: str | None, rows: int, size: int, seconds: float
+    ) -> tuple[int, int, float]:
+        """Rows, bytes and statement time of one answer: the smallest of what is given and of all who count."""
+        for subject in self._of(principal, address).all:
+            own_rows, own_size, own_seconds = subject.rule.bounds
+            rows, size = min(rows, own_rows or rows), min(size, own_size or size)
+            seconds = min(seconds, own_seconds or seconds)
+        return rows, size, seconds
+
+    # -- strangers -----------------------------------------------------------------------------------------------------
+
+    def wrong(self, address: str | None) -> int:
+        """Note a wrong credential of an address; 0, or where it is one too many, the seconds until the next is answered
+        401 again. A right credential never asks here."""
+        if address is None:
+            return 0
+        subject, now, most = self._subject("address", address), self._clock(), self._limits.failed_sign_ins
+        with self._counters:
+            slot = self._counters.slot(subject.table, subject.digest)
+            until, count = self._counters.failed(slot)
+            if not now < until <= now + WINDOW:
+                until, count = now + WINDOW, 0
+            if count < most:
+                self._counters.fail(slot, until, count + 1)
+        return math.ceil(until - now) if count >= most else 0
+
+    def line(self) -> bool:
+        """Whether one more line on strangers may be written, of all workers together."""
+        with self._counters:
+            slot = self._counters.slot(PRINCIPALS, self._lines)
+            until, wait = gcra(self._counters.taken(slot), self._clock(), LINE_SECONDS, LINES)
+            self._counters.take(slot, until)
+        return not wait
+
+
+def _too_fast(subject: Subject, wait: float) -> LimitedError:
+    seconds = max(1, math.ceil(wait))
+    rate = f"{1 / subject.rule.interval:g} a second, and {subject.rule.burst} at once"
+    return LimitedError(
+        f"too many calls: {rate}, are the limit of {subject}; again in {seconds} s",
+        kind=subject.kind, name=subject.name, limit="rate", retry_after=seconds,
+    )  # fmt: skip
+
+
+def _too_many(subject: Subject) -> LimitedError:
+    return LimitedError(
+        f"too many calls at the same time: {subject.rule.concurrent} are the limit of {subject}; again when one has "
+        "ended",
+        kind=subject.kind, name=subject.name, limit="concurrent", retry_after=1,
+    )  # fmt: skip
+
+
+def _used_up(subject: Subject, index: int, most: int, spent: tuple[int, ...], now: float) -> LimitedError:
+    day, entry = divmod(index, len(_ENTRIES))
+    end = (spent[day] + 1) * (_DAY if day else _HOUR)
+    had = spent[2 + index]
+    if _ENTRIES[entry] == "database_seconds":
+        most, had = most // 1_000_000, had // 1_000_000
+    period = "day" if day else "hour"
+    return LimitedError(
+        f"the budget of {subject} is used up: {had} of {most} {_UNITS[entry]} this {period}, "
+        f"until {time.strftime('%H:%M', time.gmtime(end))} UTC",
+        kind=subject.kind, name=subject.name, limit=f"{period}.{_ENTRIES[entry]}",
+        retry_after=max(1, math.ceil(end - now)),
+    )  # fmt: skip
