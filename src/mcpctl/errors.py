@@ -79,6 +79,14 @@ class UnavailableError(Error):
     status = 503
 
 
+class NotWrittenError(ConfigError):
+    """A file could not be written, and is as it was."""
+
+
+class FullError(UnavailableError):
+    """There is no room on the disk (or in the quota), and what was there is as it was."""
+
+
 class Failures:
     """What went wrong on the way, in a block or in several; `check` raises all of it as one Error."""
 

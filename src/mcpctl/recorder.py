@@ -2,13 +2,13 @@
 
 import ipaddress
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
 from mcpctl.audit.log import AuditLog
-from mcpctl.errors import UnavailableError
+from mcpctl.errors import Error, UnavailableError
 
 log = logging.getLogger("mcpctl.audit")
 AGAIN = 3600.0
@@ -20,6 +20,8 @@ ALTOGETHER = 120
 """Refusals in a minute that are written in full, whoever asks: beyond, one line counts them. A stranger may have as
 many addresses as he likes, and cannot fill the disk."""
 _CREDENTIALS = 10_000
+LATE = 1000
+"""Lines that are kept while the log cannot be written, the newest; of older ones only their number is."""
 
 
 class Recorder:
@@ -38,22 +40,68 @@ class Recorder:
         self._minute = clock()
         self._left = ALTOGETHER
         self._uncounted = 0
+        self._late: deque[tuple[str, dict[str, Any]]] = deque()
+        self._lost: tuple[str, str, int] | None = None
 
     def note(self, event: str, **fields: Any) -> None:
-        """Write a line if it can be written. What must happen anyway (a revocation) uses this."""
+        """Write a line, or keep it until the log can be written. What must happen anyway (a revocation) uses this."""
+        if self._write(event, fields):
+            return
+        self._late.append((event, {"happened_at": self._audit.time(), **fields}))
+        if len(self._late) > LATE:
+            self._lose(self._late.popleft()[1]["happened_at"])
+
+    def call(self, event: str, **fields: Any) -> None:
+        """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
+        if not self._write(event, fields):
+            self._lose(self._audit.time())
+            if self._refuse:
+                raise _no_log()
+
+    def _write(self, event: str, fields: dict[str, Any]) -> bool:
+        """Write what was kept, and this line; whether it was."""
         try:
+            self._write_late()
             self._audit.append(event, **fields)
-            self._failing = False
         except UnavailableError as problem:
             if not self._failing:
                 log.error("%s%s", problem.message, f" ({problem.hint})" if problem.hint else "")
             self._failing = True
+        else:
+            self._failing = False
+        return not self._failing
 
-    def call(self, event: str, **fields: Any) -> None:
-        """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
-        self.note(event, **fields)
-        if self._failing and self._refuse:
-            raise _no_log()
+    def _lose(self, when: str) -> None:
+        """Count a line that will never be written."""
+        since, until, count = self._lost or (when, when, 0)
+        self._lost = (min(since, when), max(until, when), count + 1)
+
+    def _write_late(self) -> None:
+        while self._late:
+            event, fields = self._late[0]
+            self._audit.append(event, **fields)
+            self._late.popleft()
+        if self._lost:
+            since, until, count = self._lost
+            self._audit.append("audit.lost", reason=f"{count} lines could not be written between {since} and {until}")
+            self._lost = None
+
+    def catch_up(self) -> None:
+        """Write what was kept, here and by commands, if the log can be written again."""
+        try:
+            self._audit.catch_up()
+            self._write_late()
+        except UnavailableError:
+            pass  # it was said when it began
+
+    def close(self) -> None:
+        """Leave what is still kept beside the log, for the next who can write it."""
+        self.catch_up()
+        try:
+            for event, fields in self._late:
+                self._audit.keep(event, **fields)
+        except Error as problem:
+            log.error("%d lines are lost to the audit log: %s", len(self._late), problem.message)
 
     def before_call(self) -> None:
         """While the log cannot be written nothing is run, either. Raises UnavailableError as `call` does."""
@@ -78,8 +126,7 @@ class Recorder:
         who = (token, address)
         if now - self._greeted.get(who, -AGAIN) < AGAIN:
             return
-        self.note("auth.ok", token=token, user=user, client_ip=address, **fields)
-        if self._failing:
+        if not self._write("auth.ok", {"token": token, "user": user, "client_ip": address, **fields}):
             return
         self._greeted[who] = now
         self._greeted.move_to_end(who)
@@ -97,7 +144,8 @@ class Recorder:
         self._refused[source] = (since, count + 1)
         if count < IN_FULL:
             self._left -= 1
-            self.note("auth.refused", client_ip=address, reason=reason, **fields)
+            if not self._write("auth.refused", {"client_ip": address, "reason": reason, **fields}):
+                self._lose(self._audit.time())
 
     def flush(self, *, everything: bool = False) -> None:
         """Write one counted line for each address whose minute is over."""

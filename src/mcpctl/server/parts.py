@@ -94,6 +94,7 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
         await pools.close()
         recorder.flush(everything=True)
         recorder.note("server.stopped", reason=f"pid {os.getpid()}")
+        recorder.close()
         authenticator.close()
         own.close()
         book.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import control
+from mcpctl.audit.log import EVENTS, FIELDS
 from mcpctl.calls import Calls
 from mcpctl.errors import Error
 from mcpctl.identity.authenticate import Authenticator
@@ -105,6 +106,7 @@ class Watch:
             try:
                 await self._pools.sweep()
                 self._recorder.flush()
+                self._recorder.catch_up()
                 self._remind()
             except Exception:
                 log.exception("looking after the pools failed; it is tried again")
@@ -185,8 +187,17 @@ class Watch:
             case "cancel":
                 self._calls.cancel(request["token"], request["id"])
                 return {}
+            case "note":
+                return self._note(str(request["event"]), dict(request["fields"]))
             case other:
                 return {"error": f"unknown request {other!r}"}
+
+    def _note(self, event: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """Take a line of a command's that found no room for it anywhere, and write it when there is some."""
+        if event not in EVENTS or fields.keys() - set(FIELDS):
+            return {"error": "no line of the audit log's"}
+        self._recorder.note(event, **fields)
+        return {}
 
     async def _settle(self, tokens: list[str]) -> dict[str, Any]:
         """Take note of the files, and wait until what ended is cut: what was done for these tokens."""
