@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 
 import mcpctl
-from mcpctl import keyring, private_file, rotation
+from mcpctl import keyring, private_file, reserve, rotation
 from mcpctl.audit import log as audit_log
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.granting import Granting
 from mcpctl.identity import tenants, tokens, users
 from mcpctl.identity.grants import ACCESSES, login_role
+from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.own_databases import OwnDatabases
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import administrator, arithmetic, harden, hba, roles, trial
@@ -94,6 +95,11 @@ def _files(patient: Patient) -> Iterator[Finding]:
     counted = len(tokens.token_file(auth.token_file).current()), len(users.user_file(auth.user_file).current())
     audit_log.read_key(patient.settings.audit.key_file)
     yield Finding("files", OK, f"{counted[0]} tokens, {counted[1]} users; owners and modes are as they must be")
+    if hasattr(os, "posix_fallocate") and not reserve.there(auth.token_file.parent):
+        what = f"no room is kept for a full disk: {reserve.of(auth.token_file.parent)} is not there"
+        yield Finding("files", WARN, what, "make room on that disk: the next change of a token or user makes it")
+    if (said := Lockdown(auth.token_file).said()) is not None:
+        yield Finding("lockdown", FAIL, said, "mcpctl lockdown --lift")
     people = users.user_file(auth.user_file).current()
     for user in people.values():
         if user.tenant is not None and user.tenant not in places:

@@ -20,6 +20,7 @@ from mcpctl.cli import (
     grant,
     init,
     key,
+    lockdown,
     onboard,
     serve,
     tenant,
@@ -44,6 +45,7 @@ app.command("init")(init.init)
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("client-config")(client_config.client_config)
+app.command("lockdown")(lockdown.lockdown)
 app.command("can")(can.can)
 app.command("who-can")(can.who_can)
 user.app.command("onboard")(onboard.onboard)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcpctl.cli import output
+from mcpctl.cli import lockdown, output
 from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, confirm, note, note_all, proof, ready_to_note, settings
 from mcpctl.cli.new_token import (
     bounded,
@@ -19,6 +19,7 @@ from mcpctl.cli.new_token import (
     record,
     tell,
 )
+from mcpctl.cli.taking import taking
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
@@ -138,6 +139,7 @@ def list_(
         ]
     if expired:
         entries = [token for token in entries if token.status(now) == "expired"]
+    lockdown.tell(found)
     known = people(found)
     values = [record(token, tokens.standing(token, known, now)) for token in entries]
     if json:
@@ -245,7 +247,9 @@ def revoke(
     if bool(ids) == all_:
         raise UsageError("name the tokens to revoke, or say --all", "`mcpctl token list` shows the ids")
     found = settings(context, config, needs_log=False)
-    done = tokens.revoke(tokens.token_file(found.auth.token_file), None if all_ else ids, tokens.utcnow())
+    file = tokens.token_file(found.auth.token_file)
+    with taking(found, list(file.current()) if all_ else list(ids or ())):
+        done = tokens.revoke(file, None if all_ else ids, tokens.utcnow())
     fresh = [entry for entry, alive in done if alive]
     why = by_whom(context, reason)
     # The servers see the file by themselves meanwhile; whoever interrupts the wait for their proof leaves a record.
@@ -281,7 +285,8 @@ def remove(
     file = tokens.token_file(found.auth.token_file)
     entry = tokens.show(file, id)
     confirm(f"removing token {id}", f"Remove token {id} ({entry.user or 'service'}) and its record?", yes)
-    tokens.remove(file, id)
+    with taking(found, [id]):
+        tokens.remove(file, id)
     note(found, "token.removed", token=id, user=entry.user, reason=by_whom(context))
     words, values = proof(found, [id])
     if json:

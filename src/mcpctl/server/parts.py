@@ -58,7 +58,7 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
     if files:
         logins.check_sealed(authenticator.read().people)
     else:
-        authenticator.local()
+        authenticator.check_local()
     key = audit_log.read_key(settings.audit.key_file)
     book = audit_log.AuditLog(settings.audit.file, key, utcnow)
     recorder = Recorder(book, settings.audit.statements, refuse=settings.audit.on_failure == "refuse")
@@ -84,7 +84,7 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
         async with contextlib.AsyncExitStack() as stack:
             if files:
                 await stack.enter_async_context(watch.listening())
-                looking = asyncio.create_task(watch.run())
+            looking = asyncio.create_task(watch.run() if files else watch.look_for_lock())
             recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
             yield core
     finally:

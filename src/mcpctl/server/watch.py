@@ -14,7 +14,7 @@ from typing import Any
 from mcpctl import control
 from mcpctl.audit.log import EVENTS, FIELDS
 from mcpctl.calls import Calls
-from mcpctl.errors import Error
+from mcpctl.errors import Error, LockedError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.tokens import EXPIRING, utcnow
 from mcpctl.postgres.cutting import Cut
@@ -70,10 +70,10 @@ class Watch:
 
     async def _cut(self, token: str, reason: str) -> Cut:
         self.end_streams()
-        done = await self._calls.cut(token, reason)
+        done = await self._calls.cut(token or None, reason)
         log.info("token %s: %s: cut: %s", token, reason, done)
         if done.queries:
-            self._recorder.note("query.cancelled", token=token, reason=f"{reason}: {done}")
+            self._recorder.note("query.cancelled", token=token or None, reason=f"{reason}: {done}")
         if reason == "expired":
             self._recorder.note("token.expired", token=token, reason=str(done))
         if not done.backends_left:  # a command that has caused it asks soon; whoever comes later has cut nothing
@@ -90,6 +90,13 @@ class Watch:
         async with asyncio.TaskGroup() as group:  # a pool that is slow to close holds no expiry up
             group.create_task(self._keep_looking())
             group.create_task(self._keep_sweeping())
+
+    async def look_for_lock(self) -> None:
+        """Where no files say who may come in, look for the lockdown alone, for ever."""
+        while True:
+            with contextlib.suppress(LockedError):
+                self._authenticator.check_lock()
+            await asyncio.sleep(TICK)
 
     async def _keep_looking(self) -> None:
         while True:
@@ -120,7 +127,7 @@ class Watch:
             self._broken = problem.message
         else:
             if self._broken is not None:
-                log.info("the token and user files are in order again")
+                log.info("calls are answered again")
             self._broken = None
         expired = self._authenticator.expired()
         if expired:
@@ -179,6 +186,13 @@ class Watch:
                 return {"pid": os.getpid(), "keys": self._keys()}
             case "settle":
                 return await self._settle([str(token) for token in request["tokens"]])
+            case "lock":
+                return await self._settle(None)
+            case "bar":
+                kept = self._authenticator.kept_out("command")
+                barred = {str(token): "revoked, but not in the file" for token in request["tokens"]}
+                self._authenticator.keep_out("command", {**kept, **barred})
+                return await self._settle(list(barred))
             case "settle_own":
                 own = self._databases
                 return _values(await own.settle(str(request["user"]), str(request["name"])) if own else Cut())
@@ -199,11 +213,11 @@ class Watch:
         self._recorder.note(event, **fields)
         return {}
 
-    async def _settle(self, tokens: list[str]) -> dict[str, Any]:
-        """Take note of the files, and wait until what ended is cut: what was done for these tokens."""
+    async def _settle(self, tokens: list[str] | None) -> dict[str, Any]:
+        """Take note of the files, and wait until what ended is cut: what was done for these tokens, or for all."""
         self._look()
         done = Cut()
-        for token in tokens:
+        for token in list(self._cuts) if tokens is None else tokens:
             task = self._cuts.get(token)
             if task is not None:
                 found = await asyncio.shield(task)
