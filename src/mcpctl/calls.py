@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
+from mcpctl.canaries import Canaries
 from mcpctl.config import NAME
 from mcpctl.config_keys import Database, Settings
 from mcpctl.config_values import PARAMETER
@@ -66,6 +67,7 @@ class _Facts:
     """What the audit line says of one call, gathered on the way."""
 
     tool: str
+    address: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
     sessions: dict[str, Session] = field(default_factory=dict)
     several: bool = False
@@ -98,7 +100,16 @@ class _Facts:
 class Calls:
     """Everything a call needs, built once."""
 
-    def __init__(self, settings: Settings, logins: Logins, own: Own, pools: Pools, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        logins: Logins,
+        own: Own,
+        pools: Pools,
+        recorder: Recorder,
+        canaries: Canaries,
+    ) -> None:
+        self.canaries = canaries
         self._settings = settings
         self._access = Access(settings.auth)
         self._own = own
@@ -130,7 +141,7 @@ class Calls:
         begun = monotonic()
         task = request.task or asyncio.current_task()
         entry = (principal, request, task) if task is not None else None
-        facts = _Facts(name if name in TOOLS else "(unknown)")
+        facts = _Facts(name if name in TOOLS else "(unknown)", request.client_ip)
         base = {"request_id": request.id, "token": principal.token, "user": principal.user, "tenant": principal.tenant,
                 "client_ip": request.client_ip, "transport": request.transport, "tool": facts.tool}  # fmt: skip
         self._recorder.before_call()
@@ -310,6 +321,7 @@ class Calls:
     async def _borrow(self, principal: Principal, login: Login, facts: _Facts) -> AsyncIterator[Session]:
         async with self._pools.turn(login), self._pools.borrow(principal, login) as session:
             facts.session(session, login.name)
+            session.guard = self.canaries.guard(principal, facts.address, login.shown)
             try:
                 yield session
             except Error:

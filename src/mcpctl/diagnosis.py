@@ -19,6 +19,7 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.granting import Granting
 from mcpctl.identity import tenants, tokens, users
+from mcpctl.identity.blocked import Blocked
 from mcpctl.identity.grants import ACCESSES, login_role
 from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.own_databases import OwnDatabases
@@ -270,10 +271,22 @@ def _tokens(patient: Patient) -> Iterator[Finding]:
     yield Finding("tokens", OK, f"{len(living)} are alive")
     if never:
         yield Finding("tokens", WARN, f"never expire: {_some(never)}", "mcpctl token rotate ID --expiry 90d")
+    yield from _canaries(patient, {one.id for one, _ in found})
     if orphans:
         yield Finding("tokens", WARN, f"their user is gone: {_some(orphans)}", "mcpctl token revoke ID")
     if lost:
         yield Finding("tokens", WARN, f"for no database that there is: {_some(lost)}", "mcpctl token revoke ID")
+
+
+def _canaries(patient: Patient, there: set[str]) -> Iterator[Finding]:
+    """Who is blocked, and canaries that are not there."""
+    wanted = patient.settings.canaries
+    with closing(State(patient.settings.server.state_file)) as state:
+        blocked = Blocked(state, needed=bool(wanted.tokens or wanted.tables)).current()
+    for name, one in blocked.items():
+        yield Finding("tokens", FAIL, f"token {name} is blocked {one.words}", f"mcpctl token unblock {name}")
+    if missing := [name for name in wanted.tokens if name not in there]:
+        yield Finding("tokens", WARN, f"canaries.tokens names {_some(missing)}, and there is no such token")
 
 
 def _database(patient: Patient, name: str) -> Iterator[Finding]:

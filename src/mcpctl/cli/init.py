@@ -60,7 +60,7 @@ def make(folder: Path, text: str) -> list[str]:
     """The files of a new installation, all or none; refused (exit 5) where one of them is there already."""
     import os
 
-    from mcpctl import keyring, private_file, reserve
+    from mcpctl import keyring, private_file, reserve, state
     from mcpctl.audit import log as audit_log
     from mcpctl.errors import ConfigError, ConflictError
     from mcpctl.identity import tenants, tokens, users
@@ -91,6 +91,8 @@ def make(folder: Path, text: str) -> list[str]:
             private_file.create(folder / name, data)
             made.append(folder / name)
         reserve.keep(folder)
+        if not os.path.lexists(folder / "state.db"):
+            state.make(folder / "state.db")
     except BaseException:
         reserve.give_up(folder)
         for path in made:

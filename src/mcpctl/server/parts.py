@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mcpctl import __version__, control
 from mcpctl.audit import log as audit_log
 from mcpctl.calls import Calls
+from mcpctl.canaries import Canaries
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError
 from mcpctl.identity.authenticate import Authenticator
@@ -75,7 +76,10 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
     logins.brought = own.has
     if files:
         own.start()
-    calls = Calls(settings, logins, own, pools, recorder)
+    canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins)
+    if files:
+        canaries.start()
+    calls = Calls(settings, logins, own, pools, recorder, canaries)
     folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
     watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own)
     core = Core(settings, authenticator, logins, pools, calls, recorder, watch)

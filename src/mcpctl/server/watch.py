@@ -119,6 +119,7 @@ class Watch:
                 log.exception("looking after the pools failed; it is tried again")
 
     def _look(self) -> None:
+        self._calls.canaries.look()
         try:
             self._authenticator.refresh()
         except Error as problem:
