@@ -15,7 +15,7 @@ import pytest
 
 from command_line import Home
 from mcpctl import private_file
-from mcpctl.errors import ConfigError
+from mcpctl.errors import FullError
 from mcpctl.identity import tokens
 from site_of_mcpctl import COMMAND, environment
 
@@ -59,7 +59,7 @@ def test_a_token_is_revoked_and_removed_on_a_full_disk_and_none_is_added(
 
     monkeypatch.setattr(os, "open", full)
     now = tokens.utcnow()
-    with pytest.raises(ConfigError, match="nothing was changed"):
+    with pytest.raises(FullError, match="nothing was changed"):
         tokens.add(file, tokens.Wanted(), now)
     tokens.revoke(file, [name], now)
     tokens.remove(file, other)
@@ -72,7 +72,7 @@ def test_a_token_is_revoked_and_removed_on_a_full_disk_and_none_is_added(
 
     monkeypatch.setattr(os, "posix_fallocate", no_room)
     before = private_file.read(file.path).data
-    with private_file.edit(file.path) as held, pytest.raises(ConfigError, match="nothing was changed"):
+    with private_file.edit(file.path) as held, pytest.raises(FullError, match="nothing was changed"):
         held.replace(before + b"# more\n", though_full=True)
     assert private_file.read(file.path).data == before
 

@@ -21,8 +21,8 @@ from mcpctl.identity import tokens, users
 from site_of_mcpctl import Shop, Site, environment
 
 FILES = [
-    "audit.jsonl", "audit.jsonl.lock", "audit.key", "config.yaml", "secret.key", "tenants.yaml", "tokens.yaml",
-    "users.yaml",
+    ".reserve", "audit.jsonl", "audit.jsonl.lock", "audit.key", "config.yaml", "secret.key", "tenants.yaml",
+    "tokens.yaml", "users.yaml",
 ]  # fmt: skip
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="only root can work on the files of another user")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from mcpctl import private_file
-from mcpctl.errors import ConfigError, ConflictError, NotFoundError
+from mcpctl.errors import ConfigError, ConflictError, FullError, NotFoundError
 from site_of_mcpctl import environment, eventually
 
 ROOT = os.geteuid() == 0
@@ -72,7 +72,7 @@ def test_a_create_that_fails_in_the_middle_leaves_no_file(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ConfigError, match="No space left"):
+    with pytest.raises(FullError, match="No space left"):
         private_file.create(tmp_path / "a", b"content")
     assert list(tmp_path.iterdir()) == []
 
@@ -234,7 +234,7 @@ def test_a_replace_that_fails_changes_nothing_and_leaves_nothing(
 
     with private_file.edit(path) as held:
         monkeypatch.setattr(os, call, full)
-        with pytest.raises(ConfigError, match="nothing was changed"):
+        with pytest.raises(FullError, match="nothing was changed"):
             held.replace(b"two\n")
     assert path.read_bytes() == b"one\n"
     assert [found.name for found in path.parent.iterdir()] == [path.name]

@@ -64,7 +64,7 @@ def test_a_file_that_cannot_be_believed_is_refused(state: State, tmp_path: Path,
             connection.execute("CREATE TABLE t (a)")
             if way == "a newer form":
                 connection.execute(f"PRAGMA application_id = {0x6D637063}")
-                connection.execute("PRAGMA user_version = 2")
+                connection.execute("PRAGMA user_version = 3")
         connection.close()
     with pytest.raises(ConfigError) as told:
         state.rows("SELECT 1")

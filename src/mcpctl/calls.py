@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
+from mcpctl.canaries import Canaries
 from mcpctl.config import NAME
 from mcpctl.config_keys import Database, Settings
 from mcpctl.config_values import PARAMETER
@@ -76,6 +77,7 @@ class _Facts:
     """What the audit line says of one call, gathered on the way."""
 
     tool: str
+    address: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
     sessions: dict[str, Session] = field(default_factory=dict)
     several: bool = False
@@ -132,9 +134,11 @@ class Calls:
         pools: Pools,
         recorder: Recorder,
         limiter: Limiter,
+        canaries: Canaries,
         answering: Callable[[], Awaitable[None]],
     ) -> None:
         self.limiter = limiter
+        self.canaries = canaries
         self._settings = settings
         self._access = Access(settings.auth)
         self._own = own
@@ -368,6 +372,7 @@ class Calls:
         async with self._pools.turn(login), self._pools.borrow(principal, login) as session:
             facts.session(session, login.name)
             begun = monotonic()
+            session.guard = self.canaries.guard(principal, facts.client_ip, login.shown)
             try:
                 yield session
             except Error:

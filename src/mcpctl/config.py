@@ -36,7 +36,7 @@ _BUILT_IN = "mcp-"
 _OTHER_VARIABLES = {"MCPCTL_CONFIG", "MCPCTL_DATABASE_URL", "MCPCTL_TOKEN"}
 _OF_KUBERNETES = re.compile(r"MCPCTL_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
 """What Kubernetes puts into every container for a Service that is called mcpctl."""
-_MAY_HOLD_SECRETS = ("dsn", "service_dsn", "host", "hosts", "user", "dbname", "password_file", "public_url")
+_MAY_HOLD_SECRETS = ("dsn", "service_dsn", "host", "hosts", "user", "dbname", "password_file", "public_url", "tokens")
 _INSTEAD_OF_DSN = ("host", "port", "dbname", "user", "sslmode", "sslrootcert", "sslcert", "sslkey")
 _NO_HOME = Path("/nonexistent")
 
@@ -309,6 +309,9 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
                 fault(f"auth.roles.{name}.permissions", str(problem))
     if sum(database.default for database in settings.databases.values()) > 1:
         fault("databases", "only one can be the default")
+    for table in settings.canaries.tables:
+        if (named := table.partition(".")[0]) not in settings.databases:
+            fault("canaries.tables", f"{table}: there is no database {named} in the config")
     for name, database in settings.databases.items():
         given = _keys(tree, "databases", name)
         dotted = f"databases.{name}"

@@ -321,6 +321,18 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Canaries:
+    """canaries"""
+
+    tokens: tuple[str, ...] = setting(
+        (), values.token_ids, "ids of tokens that nobody should use: the first use blocks them"
+    )
+    tables: tuple[str, ...] = setting(
+        (), values.tables, "tables that nobody should read, as database.schema.table: who does is blocked"
+    )
+
+
+@dataclass(frozen=True)
 class Log:
     """log"""
 
@@ -342,6 +354,7 @@ class Settings:
     limits: Limits = section(Limits, "what one call, and all of them, may take")
     audit: Audit = section(Audit, "the log of who did what")
     metrics: Metrics = section(Metrics, "numbers for Prometheus")
+    canaries: Canaries = section(Canaries, "what nobody should use, and who does is blocked")
     log: Log = section(Log, "the server's own messages")
     source: Path | None = None
     by_root: bool = False

@@ -240,6 +240,22 @@ def parameters(value: Any) -> tuple[str, ...]:
     return found
 
 
+def token_ids(value: Any) -> tuple[str, ...]:
+    """A list of tokens' ids. What is none may be a whole token, and is not repeated."""
+    found = texts(value)
+    if not all(re.fullmatch("[0-9a-z]{8}", item) for item in found):
+        raise ValueError("ids of tokens, as `token list` shows them")
+    return found
+
+
+def tables(value: Any) -> tuple[str, ...]:
+    """A list of tables, each as database.schema.table."""
+    found = texts(value)
+    if wrong := [item for item in found if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}\..+\..+", item)]:
+        raise ValueError(f"tables such as shop.public.orders, with the database's name here ({wrong[0]!r} is none)")
+    return found
+
+
 def permissions(value: Any) -> tuple[str, ...]:
     """A list of permission patterns."""
     return tuple(permission(one) for one in texts(value))

@@ -109,6 +109,18 @@ def _pid(path: Path) -> int:
     return int(name) if name.isascii() and name.isdigit() else 0
 
 
+def ask_one(folder: Path, request: dict[str, Any], seconds: float = 2.0) -> bool:
+    """Ask the serving processes one after the other, until one has done it; whether one has."""
+    for path in sockets(folder):
+        if (found := _connect(path, seconds)) is None:
+            continue
+        asked = _send(found, request)
+        answer = asked if isinstance(asked, dict) else _receive(asked, monotonic() + seconds)
+        if "error" not in answer:
+            return True
+    return False
+
+
 def _connect(path: Path, seconds: float) -> "socket.socket | dict[str, Any] | None":
     """A connection, {"error": …}, or None where nobody listens any more."""
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -13,14 +13,16 @@ from functools import partial
 from pathlib import Path
 
 import mcpctl
-from mcpctl import certificates, keyring, private_file, rotation
+from mcpctl import certificates, keyring, private_file, reserve, rotation
 from mcpctl.audit import log as audit_log
 from mcpctl.audit import usage
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.granting import Granting
 from mcpctl.identity import tenants, tokens, users
+from mcpctl.identity.blocked import Blocked
 from mcpctl.identity.grants import ACCESSES, login_role
+from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.own_databases import OwnDatabases
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import administrator, arithmetic, harden, hba, roles, trial
@@ -97,6 +99,11 @@ def _files(patient: Patient) -> Iterator[Finding]:
     counted = len(tokens.token_file(auth.token_file).current()), len(users.user_file(auth.user_file).current())
     audit_log.read_key(patient.settings.audit.key_file)
     yield Finding("files", OK, f"{counted[0]} tokens, {counted[1]} users; owners and modes are as they must be")
+    if hasattr(os, "posix_fallocate") and not reserve.there(auth.token_file.parent):
+        what = f"no room is kept for a full disk: {reserve.of(auth.token_file.parent)} is not there"
+        yield Finding("files", WARN, what, "make room on that disk: the next change of a token or user makes it")
+    if (said := Lockdown(auth.token_file).said()) is not None:
+        yield Finding("lockdown", FAIL, said, "mcpctl lockdown --lift")
     people = users.user_file(auth.user_file).current()
     for user in people.values():
         if user.tenant is not None and user.tenant not in places:
@@ -284,6 +291,7 @@ def _tokens(patient: Patient) -> Iterator[Finding]:
         yield Finding("tokens", WARN, f"never expire: {_some(never)}", "mcpctl token rotate ID --expiry 90d")
     if old := tokens.aged(living, patient.now):
         yield Finding("tokens", WARN, f"older than a year: {_some(old)}", "mcpctl token rotate ID")
+    yield from _canaries(patient, {one.id for one, _ in found})
     if orphans:
         yield Finding("tokens", WARN, f"their user is gone: {_some(orphans)}", "mcpctl token revoke ID")
     if lost:
@@ -297,6 +305,17 @@ def _token_use(patient: Patient) -> Iterator[Finding]:
             "token use", WARN, f"{name} came from {places} addresses within a day: is it shared?",
             f"give each their own; `mcpctl incident report --token {name} --since 1d` shows from where",
         )  # fmt: skip
+
+
+def _canaries(patient: Patient, there: set[str]) -> Iterator[Finding]:
+    """Who is blocked, and canaries that are not there."""
+    wanted = patient.settings.canaries
+    with closing(State(patient.settings.server.state_file)) as state:
+        blocked = Blocked(state, needed=bool(wanted.tokens or wanted.tables)).current()
+    for name, one in blocked.items():
+        yield Finding("tokens", FAIL, f"token {name} is blocked {one.words}", f"mcpctl token unblock {name}")
+    if missing := [name for name in wanted.tokens if name not in there]:
+        yield Finding("tokens", WARN, f"canaries.tokens names {_some(missing)}, and there is no such token")
 
 
 def _database(patient: Patient, name: str) -> Iterator[Finding]:

@@ -93,6 +93,21 @@ class LimitedError(Error):
         self.retry_after = retry_after
 
 
+class NotWrittenError(ConfigError):
+    """A file could not be written, and is as it was."""
+
+
+class FullError(UnavailableError):
+    """There is no room on the disk (or in the quota), and what was there is as it was."""
+
+
+class LockedError(UnavailableError):
+    """An administrator has locked the server. Unlike other faults of ours it is told to whoever calls."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is locked: it answers no calls until its administrator lifts that")
+
+
 class Failures:
     """What went wrong on the way, in a block or in several; `check` raises all of it as one Error."""
 

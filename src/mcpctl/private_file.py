@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError
+from mcpctl import reserve
+from mcpctl.errors import ConfigError, ConflictError, Error, FullError, NotFoundError, NotWrittenError
 
 try:
     import fcntl
@@ -37,6 +38,8 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _NOWAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 """For what turns out to be no file: a FIFO has nobody at its other end, a terminal is not to become ours."""
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Fingerprint = tuple[int, int, int, int]
 """(inode, size, mtime, ctime, both in ns): differs when the content, the mode or the owner may differ."""
@@ -280,6 +283,8 @@ def create(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     except FileExistsError:
         raise ConflictError(f"{path} exists already", "it is left as it is; remove it or choose another name") from None
     except OSError as problem:
+        if problem.errno in NO_ROOM:
+            raise not_written(problem, f"cannot make {path}: {problem.strerror}") from None
         raise ConfigError(f"cannot make {path}: {problem.strerror}", "check the folder's owner and mode") from None
     try:
         with os.fdopen(fd, "wb") as file:
@@ -292,8 +297,15 @@ def create(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     except BaseException as problem:
         path.unlink(missing_ok=True)
         if isinstance(problem, OSError):
-            raise ConfigError(f"cannot write {path}: {problem.strerror}", "is the disk full?") from None
+            raise not_written(problem, f"cannot write {path}: {problem.strerror}") from None
         raise
+
+
+def not_written(problem: OSError, said: str) -> Error:
+    """What to raise for a file that could not be written."""
+    if problem.errno in NO_ROOM:
+        return FullError(said, "make room on that disk, and try again")
+    return NotWrittenError(said, "is the disk in order, and the folder yours?")
 
 
 def lock(fd: int, patience: float | None = None) -> None:
@@ -341,11 +353,26 @@ class Edit:
             self.data = file.read()
 
     def replace(self, data: bytes, *, though_full: bool = False) -> None:
-        """Put `data` in place of the file in one step; owner, group and mode stay. Raises ConfigError.
+        """Put `data` in place of the file in one step; owner, group and mode stay. Raises FullError, ConfigError.
 
-        `though_full`: where the disk has no room for a second file, write over the one that is there. What takes a
-        right away must be done then too; whoever reads meanwhile meets a broken file, and refuses.
+        `though_full` is for what takes a right away, which must be done on a full disk, too: the reserve is given up.
+        Where even that is no room for a second file, it writes over the one that is there; whoever reads meanwhile
+        meets a broken file, and refuses.
         """
+        try:
+            self._replace(data)
+        except FullError:
+            if not though_full:
+                raise
+            try:
+                if not reserve.give_up(self.path.parent):
+                    raise
+                self._replace(data)
+            except FullError:
+                if not self._overwrite(data):
+                    raise
+
+    def _replace(self, data: bytes) -> None:
         old = os.fstat(self._fd)
         beside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
         try:
@@ -361,11 +388,7 @@ class Edit:
             os.replace(beside, self.path)
         except OSError as problem:
             beside.unlink(missing_ok=True)
-            if though_full and problem.errno in (errno.ENOSPC, errno.EDQUOT) and self._overwrite(data):
-                return
-            raise ConfigError(
-                f"cannot write {self.path}: {problem.strerror}; nothing was changed", "is the disk full, or not yours?"
-            ) from None
+            raise not_written(problem, f"cannot write {self.path}: {problem.strerror}; nothing was changed") from None
         except BaseException:
             beside.unlink(missing_ok=True)
             raise

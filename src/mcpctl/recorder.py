@@ -1,13 +1,13 @@
 """What goes into the audit log, how much of it, and what happens when it cannot be written."""
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any
 
 from mcpctl.audit.log import AuditLog
-from mcpctl.errors import LimitedError, UnavailableError
+from mcpctl.errors import Error, LimitedError, UnavailableError
 from mcpctl.shared_counters import source
 
 log = logging.getLogger("mcpctl.audit")
@@ -19,6 +19,8 @@ IN_FULL = 10
 line counts the others."""
 _CREDENTIALS = 10_000
 Count = Callable[[str, Mapping[str, Any], "bool | None"], None]
+LATE = 1000
+"""Lines that are kept while the log cannot be written, the newest; of older ones only their number is."""
 
 
 class Recorder:
@@ -49,17 +51,37 @@ class Recorder:
         self._limited: dict[tuple[str | None, str, str], tuple[float, int, dict[str, Any]]] = {}
         self._minute = self._looked = clock()
         self._uncounted = 0
+        self._late: deque[tuple[str, dict[str, Any]]] = deque()
+        self._lost: tuple[str, str, int] | None = None
 
     def note(self, event: str, **fields: Any) -> None:
-        """Write a line if it can be written. What must happen anyway (a revocation) uses this."""
+        """Write a line, or keep it until the log can be written. What must happen anyway (a revocation) uses this."""
+        if self._write(event, fields):
+            return
+        self._late.append((event, {"happened_at": self._audit.time(), **fields}))
+        if len(self._late) > LATE:
+            self._lose(self._late.popleft()[1]["happened_at"])
+
+    def call(self, event: str, **fields: Any) -> None:
+        """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
+        if not self._write(event, fields):
+            self._lose(self._audit.time())
+            if self._refuse:
+                raise _no_log()
+
+    def _write(self, event: str, fields: dict[str, Any]) -> bool:
+        """Write what was kept, and this line; whether it was."""
         try:
+            self._write_late()
             self._audit.append(event, **fields)
-            self._failing = False
         except UnavailableError as problem:
             if not self._failing:
                 log.error("%s%s", problem.message, f" ({problem.hint})" if problem.hint else "")
             self._failing = True
+        else:
+            self._failing = False
         self._count(event, fields, not self._failing)
+        return not self._failing
 
     @property
     def failing(self) -> bool:
@@ -74,11 +96,37 @@ class Recorder:
             return problem.message
         return None
 
-    def call(self, event: str, **fields: Any) -> None:
-        """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
-        self.note(event, **fields)
-        if self._failing and self._refuse:
-            raise _no_log()
+    def _lose(self, when: str) -> None:
+        """Count a line that will never be written."""
+        since, until, count = self._lost or (when, when, 0)
+        self._lost = (min(since, when), max(until, when), count + 1)
+
+    def _write_late(self) -> None:
+        while self._late:
+            event, fields = self._late[0]
+            self._audit.append(event, **fields)
+            self._late.popleft()
+        if self._lost:
+            since, until, count = self._lost
+            self._audit.append("audit.lost", reason=f"{count} lines could not be written between {since} and {until}")
+            self._lost = None
+
+    def catch_up(self) -> None:
+        """Write what was kept, here and by commands, if the log can be written again."""
+        try:
+            self._audit.catch_up()
+            self._write_late()
+        except UnavailableError:
+            pass  # it was said when it began
+
+    def close(self) -> None:
+        """Leave what is still kept beside the log, for the next who can write it."""
+        self.catch_up()
+        try:
+            for event, fields in self._late:
+                self._audit.keep(event, **fields)
+        except Error as problem:
+            log.error("%d lines are lost to the audit log: %s", len(self._late), problem.message)
 
     def before_call(self) -> None:
         """While the log cannot be written nothing is run, either. Raises UnavailableError as `call` does."""
@@ -103,8 +151,7 @@ class Recorder:
         who = (token, address)
         if now - self._greeted.get(who, -AGAIN) < AGAIN:
             return
-        self.note("auth.ok", token=token, user=user, client_ip=address, **fields)
-        if self._failing:
+        if not self._write("auth.ok", {"token": token, "user": user, "client_ip": address, **fields}):
             return
         self._greeted[who] = now
         self._greeted.move_to_end(who)
@@ -122,7 +169,8 @@ class Recorder:
             return
         self._refused[who] = (since, count + 1)
         if count < IN_FULL:
-            self.note("auth.refused", client_ip=address, reason=reason, **fields)
+            if not self._write("auth.refused", {"client_ip": address, "reason": reason, **fields}):
+                self._lose(self._audit.time())
             log.warning(
                 "Unauthorized: %s client=%s", reason, address or "-"
             )  # the address last: see docs/monitoring.md

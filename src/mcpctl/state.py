@@ -18,7 +18,7 @@ from mcpctl.errors import ConfigError, UnavailableError
 
 APPLICATION = 0x6D637063
 """PRAGMA application_id: the letters mcpc."""
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _PATIENCE = 2.0
 """Seconds to wait for another writer, who needs some milliseconds."""
 _SCHEMA = """
@@ -28,6 +28,7 @@ CREATE TABLE own_databases (
   PRIMARY KEY (user, name)
 ) WITHOUT ROWID
 """
+_SINCE_2 = "CREATE TABLE blocked (token TEXT PRIMARY KEY, at TEXT NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID"
 Version = tuple[int, int, int]
 
 
@@ -82,7 +83,7 @@ class State:
             return self._connection
         self.close()  # another file has taken its place: a backup was restored
         if not os.path.lexists(self.path):
-            _make(self.path)
+            make(self.path)
         # The descriptor stays open as long as the connection: to close one drops the locks that SQLite holds on the
         # file in this process (fcntl(2), and sqlite.org/howtocorrupt.html).
         fd = private_file.open_checked(self.path, os.O_RDWR)
@@ -110,6 +111,8 @@ class State:
     def _check(self, connection: sqlite3.Connection) -> None:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if application == APPLICATION and version == 1:
+            version = _renew(connection)
         if application != APPLICATION:
             raise ConfigError(
                 f"{self.path} is not a store of mcpctl's",
@@ -136,7 +139,18 @@ class State:
             raise ConfigError(f"{self.path}: {problem}", "restore it from your backup") from None
 
 
-def _make(path: Path) -> None:
+def _renew(connection: sqlite3.Connection) -> int:
+    """Give a store of the first form what it lacks; its form now."""
+    connection.execute("BEGIN IMMEDIATE")
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == 1:  # another process may have been quicker
+        connection.execute(_SINCE_2)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+    return SCHEMA_VERSION if version == 1 else int(version)
+
+
+def make(path: Path) -> None:
     """Make an empty store. Where another process makes one at the same time, one of the two stays."""
     private_file.check_folder(path.parent)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -147,6 +161,7 @@ def _make(path: Path) -> None:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("BEGIN")
             connection.execute(_SCHEMA)
+            connection.execute(_SINCE_2)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             connection.execute("COMMIT")

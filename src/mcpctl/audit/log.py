@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import private_file
-from mcpctl.audit import files
-from mcpctl.errors import ConfigError, Error, NotFoundError, UnavailableError
+from mcpctl.audit import files, late
+from mcpctl.errors import ConfigError, Error, FullError, NotFoundError, UnavailableError
 
 FIRST = "0" * 64
 FIELDS = (
-    "seq", "time", "event", "request_id", "token", "user", "tenant", "client_ip", "transport", "tool", "database",
-    "role", "backend_pid", "statement", "statement_hmac", "relations", "rows", "bytes", "elapsed_ms", "outcome",
-    "reason", "key_id", "prev", "hash",
+    "seq", "time", "happened_at", "event", "request_id", "token", "user", "tenant", "client_ip", "transport", "tool",
+    "database", "role", "backend_pid", "statement", "statement_hmac", "relations", "rows", "bytes", "elapsed_ms",
+    "outcome", "reason", "key_id", "prev", "hash",
 )  # fmt: skip
 """Every key that a line may have, in the order in which they stand. What has no value is left out."""
 
@@ -41,7 +41,8 @@ EVENTS = (
     "grant.printed", "grant.added", "grant.removed", "database.registered", "database.unregistered", "config.created",
     "config.database_added", "config.database_removed", "config.database_hardened", "config.key_rotated",
     "config.certificate_renewed", "config.reloaded", "config.reload_refused",
-    "server.started", "server.stopped", "audit.rotated",
+    "server.started", "server.stopped", "server.locked", "server.unlocked", "token.blocked", "token.unblocked",
+    "audit.rotated", "audit.lost",
 )  # fmt: skip
 _ROOM = 64 << 10
 
@@ -102,7 +103,30 @@ class AuditLog:
         if unknown := fields.keys() - set(FIELDS):
             raise ValueError(f"no such audit fields: {sorted(unknown)}")
         with self._locked():
-            self._write({"time": stamp(self._now()), "event": event, **fields})
+            self._write_late()
+            self._write({"time": self.time(), "event": event, **fields})
+
+    def time(self) -> str:
+        """Now, as a line has it."""
+        return stamp(self._now())
+
+    def keep(self, event: str, **fields: Any) -> None:
+        """Keep a line for the next who can write the log. Raises an Error where not even that is possible."""
+        late.keep(self.path, event, {"happened_at": self.time(), **fields})
+
+    def catch_up(self) -> None:
+        """Write what commands have kept beside the log. Raises UnavailableError where it cannot be written yet."""
+        if os.path.lexists(late.place(self.path)):
+            with self._locked():
+                self._write_late()
+
+    def _write_late(self) -> None:
+        late.write(self.path, lambda: self._find_end().seq, self._append_late)
+
+    def _append_late(self, event: str, fields: dict[str, Any]) -> None:
+        if event not in EVENTS or fields.keys() - set(FIELDS):
+            event, fields = "audit.lost", {"reason": "a line that was kept for the log is none of mcpctl's"}
+        self._write({"time": self.time(), "event": event, **fields})
 
     def check(self) -> None:
         """Raises UnavailableError where a line could not be appended now."""
@@ -119,7 +143,7 @@ class AuditLog:
                 raise self._full()
 
     def _full(self) -> Error:
-        return UnavailableError(f"the audit log {self.path} cannot be written: the disk is full", "make room")
+        return FullError(f"the audit log {self.path} cannot be written: the disk is full", "make room")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -194,6 +218,8 @@ class AuditLog:
         self._doubtful = False
 
     def _unwritable(self, problem: OSError) -> Error:
+        if problem.errno in private_file.NO_ROOM:
+            return self._full()
         return UnavailableError(
             f"the audit log {self.path} cannot be written: {problem.strerror}", "check its owner, its mode and the disk"
         )
@@ -277,7 +303,7 @@ def key_id(key: bytes) -> str:
 
 
 def stamp(when: datetime) -> str:
-    """A time as a line has it."""
+    """A time as a line has it: RFC 3339 in UTC, to the millisecond."""
     return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

@@ -171,12 +171,14 @@ def check_log(found: "Settings") -> None:
 
 def ready_to_note(found: "Settings") -> None:
     """Refuses what gives a right while it could not be written into the audit log, unless the config only warns."""
-    from mcpctl.errors import ConfigError, Error
+    from mcpctl.errors import ConfigError, Error, FullError
 
     if found.audit.on_failure != "refuse":
         return
     try:
         check_log(found)
+    except FullError as problem:
+        raise FullError(f"nothing was done: {problem.message}", problem.hint) from None
     except Error as problem:
         raise ConfigError(f"nothing was done: {problem.message}", problem.hint) from None
 
@@ -187,19 +189,40 @@ def note(found: "Settings", event: str, **fields: Any) -> None:
 
 
 def note_all(found: "Settings", events: list[tuple[str, dict[str, Any]]]) -> None:
-    """Several audit lines of one command."""
+    """Several audit lines of one command. What cannot be written now is kept beside the log for the next writer."""
     from mcpctl.cli import output
     from mcpctl.errors import Error
 
-    if not events:
+    left = list(events)
+    if not left:
         return
     try:
         with _audit_log(found) as log:
-            for event, fields in events:
-                log.append(event, transport="cli", **fields)
-            log.sync()
+            try:
+                while left:
+                    log.append(left[0][0], transport="cli", **left[0][1])
+                    del left[0]
+                log.sync()
+            except Error as problem:
+                for event, fields in left:
+                    _keep(found, log, event, {"transport": "cli", **fields})
+                output.warn(f"done, but not in the audit log yet: {problem.message}", "it is written there later")
     except Error as problem:
         output.warn(f"done, but not in the audit log: {problem.message}", problem.hint)
+
+
+def _keep(found: "Settings", log: "AuditLog", event: str, fields: dict[str, Any]) -> None:
+    """Keep a line beside the log, or, where the disk has no room for that either, in a running server."""
+    from mcpctl import control
+    from mcpctl.errors import Error
+
+    fields = {"happened_at": log.time(), **fields}
+    try:
+        log.keep(event, **fields)
+    except Error:
+        folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
+        if not control.ask_one(folder, {"do": "note", "event": event, "fields": fields}):
+            raise
 
 
 @contextlib.contextmanager

@@ -90,6 +90,9 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     if not faults:
         for listed, name in users.listed_strangers(found.auth, users.user_file(found.auth.user_file).current()):
             output.warn(f"{where(found, listed)}: {listed} names {name}, and there is no such user", "is it a typo?")
+        for name in sorted(set(found.canaries.tokens) - tokens.token_file(found.auth.token_file).current().keys()):
+            place = where(found, "canaries.tokens")
+            output.warn(f"{place}: canaries.tokens names {name}, and there is no such token", "was it removed?")
     if faults:
         raise ConfigError(
             "\n  ".join(["the installation is not in order:", *faults]),

@@ -60,7 +60,7 @@ def make(folder: Path, text: str) -> list[str]:
     """The files of a new installation, all or none; refused (exit 5) where one of them is there already."""
     import os
 
-    from mcpctl import keyring, private_file
+    from mcpctl import keyring, private_file, reserve, state
     from mcpctl.audit import log as audit_log
     from mcpctl.errors import ConfigError, ConflictError
     from mcpctl.identity import tenants, tokens, users
@@ -90,7 +90,11 @@ def make(folder: Path, text: str) -> list[str]:
         for name, data in contents.items():
             private_file.create(folder / name, data)
             made.append(folder / name)
+        reserve.keep(folder)
+        if not os.path.lexists(folder / "state.db"):
+            state.make(folder / "state.db")
     except BaseException:
+        reserve.give_up(folder)
         for path in made:
             path.unlink(missing_ok=True)
         if not there_already:

@@ -24,6 +24,7 @@ from mcpctl.cli import (
     init,
     key,
     live,
+    lockdown,
     onboard,
     serve,
     session,
@@ -51,6 +52,7 @@ app.command("status")(live.status)
 app.command("top")(live.top)
 app.command("doctor")(doctor.doctor)
 app.command("client-config")(client_config.client_config)
+app.command("lockdown")(lockdown.lockdown)
 app.command("can")(can.can)
 app.command("who-can")(can.who_can)
 user.app.command("onboard")(onboard.onboard)

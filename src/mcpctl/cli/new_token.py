@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from mcpctl.config_keys import Settings
     from mcpctl.config_values import Network
+    from mcpctl.identity.blocked import Block
     from mcpctl.identity.tenants import Tenant
     from mcpctl.identity.tokens import Token
     from mcpctl.identity.users import User
@@ -28,6 +29,23 @@ def people(found: "Settings") -> "Mapping[str, User] | None":
     except Error as problem:
         output.warn(problem.message, problem.hint)
         return None
+
+
+def blocked_by_us(found: "Settings") -> "Mapping[str, Block]":
+    """The tokens that the server has blocked; none while nobody can say, which is warned of."""
+    from contextlib import closing
+
+    from mcpctl.errors import Error
+    from mcpctl.identity.blocked import Blocked
+    from mcpctl.state import State
+
+    wanted = found.canaries
+    try:
+        with closing(State(found.server.state_file)) as state:
+            return Blocked(state, needed=bool(wanted.tokens or wanted.tables)).current()
+    except Error as problem:
+        output.warn(problem.message, problem.hint)
+        return {}
 
 
 def record(token: "Token", status: str) -> dict[str, Any]:

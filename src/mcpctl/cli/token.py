@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcpctl.cli import output, usage
+from mcpctl.cli import lockdown, output, usage
 from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, confirm, note, note_all, proof, ready_to_note, settings
 from mcpctl.cli.new_token import (
+    blocked_by_us,
     bounded,
     check_places,
     check_services,
@@ -20,6 +21,7 @@ from mcpctl.cli.new_token import (
     record,
     tell,
 )
+from mcpctl.cli.taking import taking
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
@@ -141,8 +143,11 @@ def list_(
         ]
     if expired:
         entries = [token for token in entries if token.status(now) == "expired"]
-    known = people(found)
-    values = [record(token, tokens.standing(token, known, now)) for token in entries]
+    lockdown.tell(found)
+    known, blocked = people(found), blocked_by_us(found)
+    values = [record(token, tokens.standing(token, known, now, blocked)) for token in entries]
+    for value in values:
+        value["blocked"] = blocked[value["id"]].words if value["id"] in blocked else None
     if used:
         usage.add(found, values, now)
     usage.warn_of_age([token for token in entries if token.status(now) in ("active", "expiring")], now)
@@ -152,6 +157,9 @@ def list_(
     names = ["id", "user", "databases", "permissions", "created_at", "expires_at", "status", "note"]
     names += usage.COLUMNS if used else ()
     output.put_table([name.upper() for name in names], [[_cell(value[name]) for name in names] for value in values])
+    for value in values:
+        if value["blocked"] is not None:
+            output.warn(f"token {value['id']} is blocked {value['blocked']}", f"mcpctl token unblock {value['id']}")
 
 
 def _cell(value: Any) -> Any:
@@ -170,8 +178,10 @@ def show(context: typer.Context, id: TokenId, json: JsonOption = False, config: 
     found = settings(context, config, needs_log=False)
     now = tokens.utcnow()
     entry = tokens.show(tokens.token_file(found.auth.token_file), id)
+    blocked = blocked_by_us(found)
     shown = {
-        **record(entry, tokens.standing(entry, people(found), now)),
+        **record(entry, tokens.standing(entry, people(found), now, blocked)),
+        "blocked": blocked[id].words if id in blocked else None,
         "allow_ips": None if entry.allow_ips is None else [str(item) for item in entry.allow_ips],
     }
     if json:
@@ -311,7 +321,9 @@ def revoke(
     if but and not all_:
         raise UsageError("--except goes with --all", "else name the tokens to revoke")
     found = settings(context, config, needs_log=False)
-    done = tokens.revoke(tokens.token_file(found.auth.token_file), None if all_ else ids, tokens.utcnow(), but or ())
+    file = tokens.token_file(found.auth.token_file)
+    with taking(found, [name for name in file.current() if name not in (but or ())] if all_ else list(ids or ())):
+        done = tokens.revoke(file, None if all_ else ids, tokens.utcnow(), but or ())
     fresh = [entry for entry, alive in done if alive]
     why = by_whom(context, reason)
     # The servers see the file by themselves meanwhile; whoever interrupts the wait for their proof leaves a record.
@@ -347,7 +359,8 @@ def remove(
     file = tokens.token_file(found.auth.token_file)
     entry = tokens.show(file, id)
     confirm(f"removing token {id}", f"Remove token {id} ({entry.user or 'service'}) and its record?", yes)
-    tokens.remove(file, id)
+    with taking(found, [id]):
+        tokens.remove(file, id)
     note(found, "token.removed", token=id, user=entry.user, reason=by_whom(context))
     words, values = proof(found, [id])
     if json:
@@ -355,6 +368,42 @@ def remove(
         return
     output.put(f"{id} removed")
     output.put(words)
+
+
+@app.command("unblock")
+def unblock(
+    context: typer.Context,
+    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The token's id.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every token that is blocked.")] = False,
+    reason: Annotated[str | None, typer.Option("--reason", metavar="T", help="Why, for the audit log.")] = None,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Let a token in again that a canary has blocked. The canary stays."""
+    from contextlib import closing
+
+    from mcpctl.errors import UsageError
+    from mcpctl.identity.blocked import Blocked
+    from mcpctl.identity.users import check_note
+    from mcpctl.state import State
+
+    if (id is not None) == all_:
+        raise UsageError("name the token to let in again, or say --all", "`mcpctl token list` shows which are blocked")
+    check_note(reason, "--reason")
+    found = settings(context, config)
+    ready_to_note(found)
+    with closing(State(found.server.state_file)) as state:
+        blocked = Blocked(state, needed=False)
+        if id is not None:
+            blocked.lift(id)
+        lifted = [id] if id is not None else blocked.lift_all()
+    note_all(found, [("token.unblocked", {"token": one, "reason": by_whom(context, reason)}) for one in lifted])
+    proof(found, [])  # so that the servers have looked
+    if json:
+        output.put_json({"unblocked": lifted})
+        return
+    for one in lifted:
+        output.put(f"{one} is let in again")
 
 
 @app.command("prune")
@@ -400,6 +449,8 @@ def verify(
         good, why = False, f"there is no token {name} here (removed, or of another server)"
     elif not tokens.matches(entry, text):
         good, why = False, f"its id is {name}, but it is not that token"
+    elif name in (blocked := blocked_by_us(found)):
+        good, why = False, f"token {name} is blocked {blocked[name].words}"
     elif (bars := _user_bars(found, entry)) is not None:
         good, why = False, f"token {name} opens nothing: its user {entry.user} {bars}"
     else:

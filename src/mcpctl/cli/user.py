@@ -20,6 +20,7 @@ from mcpctl.cli.common import (
     ready_to_note,
     settings,
 )
+from mcpctl.cli.taking import taking
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
@@ -263,7 +264,8 @@ def _switch(context: typer.Context, name: str, reason: str | None, json: bool, c
     if not off:
         ready_to_note(found)
     file = users.user_file(found.auth.user_file)
-    user, changed = users.disable(file, name, tokens.utcnow() if off else None)
+    with taking(found, [token.id for token in living_tokens(found).get(name, [])] if off else []):
+        user, changed = users.disable(file, name, tokens.utcnow() if off else None)
     word = "disabled" if off else "enabled"
     if changed:
         note(found, f"user.{word}", user=name, reason=by_whom(context, reason))

@@ -15,8 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from mcpctl.errors import ConfigError, Error, UnauthorizedError, UnavailableError
+from mcpctl.errors import ConfigError, Error, LockedError, UnauthorizedError, UnavailableError
 from mcpctl.identity import tenants, tokens, users
+from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import Token
@@ -60,6 +61,12 @@ class Authenticator:
         self.tenants = tenants.tenant_file(tenant_path or user_path.with_name("tenants.yaml"), twins, self._there)
         self._databases = databases
         self.ended: Callable[[dict[str, str]], None] = lambda ids: None
+        self.lockdown = Lockdown(token_path)
+        self.locked = False
+        self.canaries: Container[str] = ()
+        self.tripped: Callable[[Token, str | None], None] = lambda token, address: None
+        self.broken: Error | None = None
+        self._kept_out: dict[str, Mapping[str, str]] = {}
         self._now = now
         self._wrong = wrong
         self._key = secrets.token_bytes(32)
@@ -99,7 +106,10 @@ class Authenticator:
 
     def refresh(self) -> None:
         """Take note of what the files say now. Raises UnavailableError while one is broken (law 3: fail closed)."""
+        self.check_lock()
         try:
+            if self.broken is not None:
+                raise self.broken
             entries, people, places = self.read()
         except Error as problem:
             raise UnavailableError(problem.message, problem.hint) from None
@@ -125,6 +135,30 @@ class Authenticator:
         self._active.difference_update(name for name in over if not self._opens(name))
         if over:
             self.ended(over)
+
+    def check_lock(self) -> None:
+        """Raises LockedError while the server is locked. What is open ends with the first look that finds it so; the
+        caller without a token, where there is one, has the id ""."""
+        before, self.locked = self.locked, self.lockdown.on()
+        if not self.locked:
+            return
+        if not before:
+            over, self._active = {"", *self._active}, set()
+            self.ended(dict.fromkeys(sorted(over), "the server is locked"))
+        raise LockedError
+
+    def keep_out(self, by: str, why: Mapping[str, str]) -> None:
+        """These tokens, {id: why}, open nothing from now on, whatever the files say; no others of those that were kept
+        out `by` that name before."""
+        before, self._kept_out[by] = self._kept_out.get(by, {}), dict(why)
+        over = self._active & (why.keys() - before.keys())
+        self._active -= over
+        if over:
+            self.ended(dict.fromkeys(sorted(over), "blocked"))
+
+    def kept_out(self, by: str) -> Mapping[str, str]:
+        """See `keep_out`."""
+        return self._kept_out.get(by, {})
 
     def _note_people(self, people: Mapping[str, users.User], places: Mapping[str, Tenant]) -> dict[str, str]:
         """Take note of the users and tenants; whose rights have become fewer, and why. What each has now is remembered
@@ -184,6 +218,8 @@ class Authenticator:
     def still_valid(self, principal: Principal) -> bool:
         """Whether its token still opens something: it is there, with the same rights, neither expired nor revoked, and
         its user is there."""
+        if self.locked:
+            return False
         if principal.token is None:
             return True
         token = self._seen.get(principal.token)
@@ -210,15 +246,20 @@ class Authenticator:
         return max(0.0, (min(ends) - self._now()).total_seconds()) if ends else None
 
     def local(self) -> Principal:
-        """Whoever calls without a token where none is asked for. ConfigError where there are tenants, or their file is
-        lost: their data is theirs alone, and one login may reach the data of all."""
+        """Whoever calls without a token where none is asked for."""
+        self.check_lock()
+        self.check_local()
+        return LOCAL
+
+    def check_local(self) -> None:
+        """Raises ConfigError where nobody may come without a token: where there are tenants, or their file is lost.
+        Their data is theirs alone, and one login may reach the data of all."""
         paths = (self.tokens.path, self.users.path, self.tenants.path)
         if any(fingerprint(path) != ABSENT for path in paths) and self.tenants.current():
             raise ConfigError(
                 "there are tenants here, so nobody is served without a token",
                 "for stdio put one into MCPCTL_TOKEN; `mcpctl token add` makes it",
             )
-        return LOCAL
 
     async def authenticate(self, text: str, address: str | None) -> Principal:
         """The principal of a bearer token, or UnauthorizedError with the reason, for the log alone."""
@@ -232,6 +273,8 @@ class Authenticator:
         digest = hashlib.blake2b(text.encode("ascii"), key=self._key).digest()
         principal = self._remembered(name, digest) or await self._verify(token, text, address, digest)
         token = self._seen[name]
+        if name in self.canaries:
+            self.tripped(token, address)
         if why := self._why_not(token):
             raise UnauthorizedError(why, token_id=name)
         if not tokens.allows_address(token, address):
@@ -292,6 +335,8 @@ class Authenticator:
         status = self._status(token)
         if status in ("expired", "revoked"):
             return f"the token is {status}"
+        if any(token.id in kept for kept in self._kept_out.values()):
+            return "the token is blocked"
         if token.user is not None and token.user not in self._people:
             return f"its user {token.user} is gone"
         if token.user is not None and self._people[token.user].created_at > token.created_at:

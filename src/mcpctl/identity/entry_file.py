@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
-from mcpctl import plain_yaml, private_file
+from mcpctl import plain_yaml, private_file, reserve
 from mcpctl.errors import ConfigError, Error, NotFoundError
 from mcpctl.plain_yaml import Branch
 from mcpctl.private_file import Fingerprint
@@ -110,6 +110,7 @@ class EntryFile(Generic[E]):
                 if self._parse(data) != entries:
                     raise ConfigError(f"{self.path} could not be read again if it were written; nothing was changed")
                 held.replace(data, though_full=though_full)
+                reserve.keep(held.path.parent)
 
     def render(self, entries: Mapping[str, E]) -> bytes:
         """The file's bytes for these entries."""

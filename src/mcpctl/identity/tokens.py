@@ -10,7 +10,7 @@ import ipaddress
 import re
 import secrets
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -71,10 +71,15 @@ class Token:
         return "expiring" if self.expires_at - now <= EXPIRING else "active"
 
 
-def standing(token: Token, people: Mapping[str, User] | None, now: datetime) -> str:
-    """active, expiring, expired or revoked; or disabled with its user, or blocked since whose it was is gone."""
+def standing(token: Token, people: Mapping[str, User] | None, now: datetime, blocked: Container[str] = ()) -> str:
+    """active, expiring, expired or revoked; or disabled with its user, or blocked: by the server, which has `blocked`
+    it, or since whose it was is gone."""
     own = token.status(now)
-    if token.user is None or people is None or own in ("expired", "revoked"):
+    if own in ("expired", "revoked"):
+        return own
+    if token.id in blocked:
+        return "blocked"
+    if token.user is None or people is None:
         return own
     user = people.get(token.user)
     gone = user is None or user.created_at > token.created_at

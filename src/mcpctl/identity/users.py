@@ -113,18 +113,18 @@ def rfc3339(when: datetime) -> str:
     return when.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
-def check_note(note: str | None) -> None:
-    """A note is a short line of text."""
+def check_note(note: str | None, option: str = "--note") -> None:
+    """A note is a short line of text; `option` is what it was given with."""
     if note is None:
         return
     try:
         text(note)
     except ValueError as problem:
-        raise UsageError(f"--note takes {problem}", "or leave it out") from None
+        raise UsageError(f"{option} takes {problem}", "or leave it out") from None
     if _TOKEN.search(note):
-        raise UsageError("--note holds a token", "notes are shown and logged; name the token by its id")
+        raise UsageError(f"{option} holds a token", "notes are shown and logged; name the token by its id")
     if len(note) > 1000:
-        raise UsageError("--note is longer than 1000 characters", "say it shorter")
+        raise UsageError(f"{option} is longer than 1000 characters", "say it shorter")
 
 
 def repeated(name: str, instead: str) -> str:
@@ -185,7 +185,7 @@ def find(entries: Mapping[str, User], name: str) -> User:
 
 def disable(file: EntryFile[User], name: str, when: datetime | None) -> tuple[User, bool]:
     """Set or, with None, clear the time since which a user is disabled; (entry, whether that changed anything)."""
-    with file.edit(though_full=True) as entries:
+    with file.edit(though_full=when is not None) as entries:
         user = find(entries, name)
         changed = (user.disabled_at is None) != (when is None)
         if changed:

@@ -82,8 +82,7 @@ class _Execution(Exchange):
         await self._synced(wire)
         if failed is not None:
             raise failed
-        if not isinstance(locked, StatementError):
-            self.session.relations = tuple(row[0].decode("utf-8", "replace") for row in locked)
+        self.see(locked)
         words = tag.decode("utf-8", "replace").split()
         affected = int(words[-1]) if words and words[-1].isdigit() else 0
         return Executed(" ".join(words), affected, answer.done())

@@ -63,6 +63,11 @@ class Own:
         return bool(self._rules.hosts)
 
     @property
+    def state(self) -> State:
+        """The store: one process has it open once, since closing a second descriptor would drop SQLite's locks."""
+        return self._state
+
+    @property
     def takes_passwords(self) -> bool:
         """Whether a password may come in a DSN, where a model sees it."""
         return self._rules.allow_password_in_dsn

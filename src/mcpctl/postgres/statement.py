@@ -168,8 +168,10 @@ class Exchange:
         with Wire(self._pgconn, self._growth, self._at_once) as wire:
             if params is not None:
                 return await self._framed(wire, text, params)
-            self._leaves_nothing = (await self._judged(wire, text)).leaves_nothing
-            rows = await self._framed(wire, text, ())
+            verdict = await self._judged(wire, text)
+            self._leaves_nothing = verdict.leaves_nothing
+            unseen = verdict.relations is None and self.session.guard is not None
+            rows = await self._framed(wire, text, (), look=unseen)
             unknown = self._types.unknown(rows.types)
             if unknown and self._clean:  # made anew since the text was judged
                 await self._learn(wire, unknown)
@@ -204,6 +206,8 @@ class Exchange:
         self.session.described = True
         if verdict.relations is not None:  # none at all is something that is known, too
             self.session.relations = verdict.relations
+            if self.session.guard is not None:
+                self.session.guard(verdict.relations)
         return verdict
 
     def _sync(self) -> None:
@@ -318,8 +322,9 @@ class Exchange:
             and self._pgconn.transaction_status == pq.TransactionStatus.IDLE
         )
 
-    async def _framed(self, wire: Wire, text: bytes, params: Sequence[bytes | None]) -> Rows:
-        self._send((text, params))
+    async def _framed(self, wire: Wire, text: bytes, params: Sequence[bytes | None], *, look: bool = False) -> Rows:
+        """The statement's rows. `look`: what it reads was not known before, and the guard is to hear of it."""
+        self._send((text, params), *([(LOCKED, ())] if look else []))
         await wire.flush()
         await self._begun(wire)
         answer = Answer(self._types, self.bounds)
@@ -335,9 +340,10 @@ class Exchange:
                     raise ConnectionLostError("the statement turned out to be a COPY, which is not a question")
                 elif stop is None:
                     failed = error(result)
+            locked = cells(await wire.command()) if look else []
             await self._ended(wire)
         except TooLargeError:
-            if not answer.columns:
+            if look or not answer.columns:
                 raise
             answer.too_large()
             await cutting.end(self.session)
@@ -352,7 +358,16 @@ class Exchange:
                 await asyncio.shield(stop)
         if failed is not None:
             raise failed
+        if look:
+            self.see(locked)
         return answer.done()
+
+    def see(self, locked: list[tuple[bytes, ...]] | StatementError) -> None:
+        """Note what a statement has locked, and let the session's guard hear of it."""
+        if not isinstance(locked, StatementError):
+            self.session.relations = tuple(row[0].decode("utf-8", "replace") for row in locked)
+        if self.session.guard is not None:
+            self.session.guard(None if isinstance(locked, StatementError) else self.session.relations)
 
     @staticmethod
     def has_rows(result: Any) -> bool:

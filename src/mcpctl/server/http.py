@@ -18,7 +18,7 @@ from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from mcpctl.calls import Calls, Request, UnknownToolError
 from mcpctl.config_keys import Settings
-from mcpctl.errors import Error, LimitedError, UnauthorizedError, UnavailableError, UsageError
+from mcpctl.errors import Error, LimitedError, LockedError, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.logins import Logins
@@ -169,7 +169,7 @@ class Http:
             if text is None:
                 raise UnauthorizedError("no credential")
             principal = await parts.authenticator.authenticate(text, address)
-        except (UnauthorizedError, UsageError) as problem:
+        except (UnauthorizedError, UsageError, LockedError) as problem:
             known = problem.token_id if isinstance(problem, UnauthorizedError) else None
             parts.recorder.auth_refused(address, problem.message, request_id=request_id, token=known, transport="http")
             raise
@@ -263,7 +263,7 @@ class Http:
                 names = [name for name, database in self._parts.settings.databases.items() if database.required]
                 found = await asyncio.gather(*(reachable(self._parts.logins.host(name)) for name in names))
                 self._ready = (monotonic(), all(found))
-        ready = self._ready[1]
+        ready = self._ready[1] and not self._parts.authenticator.lockdown.on()
         await exchange.answer(send, 200 if ready else 503, encoding.encode({"ready": ready}), request_id)
 
     async def _metadata(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
@@ -351,6 +351,8 @@ class Http:
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, problem: Error, request_id: str) -> None:
         """One answer for every refusal; a 401 says the same whatever the reason, which is in the audit log."""
         headers: list[tuple[bytes, bytes]] = []
+        if isinstance(problem, UnauthorizedError) and self._parts.authenticator.locked:
+            problem = LockedError()
         message, hint = problem.message, problem.hint
         if isinstance(problem, UnauthorizedError):
             message, hint = "Unauthorized: a valid token is needed", "send it as Authorization: Bearer …"
@@ -380,6 +382,8 @@ class Http:
 
 def outside(problem: Error) -> str:
     """What a stranger may hear of a fault of ours: files and their paths are for the log."""
+    if isinstance(problem, LockedError):
+        return problem.message
     return (
         "The server cannot answer calls right now; the administrator's log says why"
         if problem.status == 503

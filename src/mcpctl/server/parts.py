@@ -13,6 +13,7 @@ from mcpctl.audit import log as audit_log
 from mcpctl.audit.anchors import Anchors
 from mcpctl.audit.durable import Durable
 from mcpctl.calls import Calls
+from mcpctl.canaries import Canaries
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError
 from mcpctl.identity.authenticate import Authenticator
@@ -76,7 +77,7 @@ async def running(
     if files:
         logins.check_sealed(authenticator.read().people)
     else:
-        authenticator.local()
+        authenticator.check_local()
     key = audit_log.read_key(settings.audit.key_file)
     book = audit_log.AuditLog(settings.audit.file, key, utcnow)
     refuse = settings.audit.on_failure == "refuse"
@@ -99,7 +100,10 @@ async def running(
     logins.brought = own.has
     if files:
         own.start()
-    calls = Calls(settings, logins, own, pools, recorder, limiter, durable.answering)
+    canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins)
+    if files:
+        canaries.start()
+    calls = Calls(settings, logins, own, pools, recorder, limiter, canaries, durable.answering)
     folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
     watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own)
     watch.answers.add({"audit_end": durable.end})
@@ -112,7 +116,7 @@ async def running(
         async with contextlib.AsyncExitStack() as stack:
             if files:
                 await stack.enter_async_context(watch.listening())
-                tasks.append(asyncio.create_task(watch.run()))
+            tasks.append(asyncio.create_task(watch.run() if files else watch.look_for_lock()))
             if not again:
                 recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
             await durable.mark()
@@ -126,6 +130,7 @@ async def running(
         recorder.flush(everything=True)
         if not core.quiet:
             recorder.note("server.stopped", reason=f"pid {os.getpid()}")
+        recorder.close()
         await durable.close()
         authenticator.close()
         own.close()

@@ -24,7 +24,7 @@ from mcp.types import (
 
 from mcpctl import __version__
 from mcpctl.calls import Calls, Request, UnknownToolError
-from mcpctl.errors import Error
+from mcpctl.errors import Error, UnavailableError
 from mcpctl.identity.principal import Principal
 from mcpctl.tools.definition import Tool as Definition
 
@@ -72,6 +72,9 @@ def build(calls: Calls, who: Who, failed: Failed = lambda context, problem: prob
             answer = await calls.call(principal, params.name, params.arguments, request)
         except UnknownToolError as problem:
             raise MCPError(code=INVALID_PARAMS, message=problem.message) from None
+        except UnavailableError as problem:  # over HTTP the transport answers 503 instead
+            text = failed(context, problem)
+            return CallToolResult(content=[TextContent(type="text", text=text)], is_error=True)
         except Error as problem:
             raise MCPError(code=INTERNAL_ERROR, message=failed(context, problem)) from None
         return CallToolResult(

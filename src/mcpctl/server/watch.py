@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import control
+from mcpctl.audit.log import EVENTS, FIELDS
 from mcpctl.calls import Calls
-from mcpctl.errors import Error
+from mcpctl.errors import Error, LockedError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.tokens import EXPIRING, utcnow
 from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
 from mcpctl.recorder import Recorder
-from mcpctl.server.answers import Answers
+from mcpctl.server.answers import Answers, values
 
 log = logging.getLogger("mcpctl.watch")
 TICK = 0.2
@@ -59,7 +60,7 @@ class Watch:
         self.reload: Callable[[str], Awaitable[Any]] | None = None
         self._databases = own
         self.answers = Answers(self._settle, calls, own, keys)
-        self.answers.add({"reload": self._reloaded})
+        self.answers.add({"reload": self._reloaded, "lock": self._locked, "bar": self._barred, "note": self._noted})
         self.was_cut: Callable[[str, int, int], None] = lambda reason, queries, left: None
         self._cuts: dict[str, asyncio.Task[Cut]] = {}
         self._warned: dict[str, int] = {}
@@ -76,11 +77,11 @@ class Watch:
 
     async def _cut(self, token: str, reason: str) -> Cut:
         self.end_streams()
-        done = await self._calls.cut(token, reason)
+        done = await self._calls.cut(token or None, reason)
         log.info("token %s: %s: cut: %s", token, reason, done)
         self.was_cut(reason, done.queries, done.backends_left)
         if done.queries:
-            self._recorder.note("query.cancelled", token=token, reason=f"{reason}: {done}")
+            self._recorder.note("query.cancelled", token=token or None, reason=f"{reason}: {done}")
         if reason == "expired":
             self._recorder.note("token.expired", token=token, reason=str(done))
         if not done.backends_left:  # a command that has caused it asks soon; whoever comes later has cut nothing
@@ -98,6 +99,13 @@ class Watch:
             group.create_task(self._keep_looking())
             group.create_task(self._keep_sweeping())
 
+    async def look_for_lock(self) -> None:
+        """Where no files say who may come in, look for the lockdown alone, for ever."""
+        while True:
+            with contextlib.suppress(LockedError):
+                self._authenticator.check_lock()
+            await asyncio.sleep(TICK)
+
     async def _keep_looking(self) -> None:
         while True:
             try:
@@ -113,11 +121,13 @@ class Watch:
             try:
                 await self._pools.sweep()
                 self._recorder.flush()
+                self._recorder.catch_up()
                 self._remind()
             except Exception:
                 log.exception("looking after the pools failed; it is tried again")
 
     def _look(self) -> None:
+        self._calls.canaries.look()
         try:
             self._authenticator.refresh()
         except Error as problem:
@@ -126,7 +136,7 @@ class Watch:
             self._broken = problem.message
         else:
             if self._broken is not None:
-                log.info("the token and user files are in order again")
+                log.info("calls are answered again")
             self._broken = None
         expired = self._authenticator.expired()
         if expired:
@@ -185,11 +195,29 @@ class Watch:
         outcome = await self.reload(str(request["id"]))
         return {"pid": os.getpid(), "ok": outcome.ok, "said": outcome.said, "hint": outcome.hint}
 
-    async def _settle(self, tokens: list[str]) -> Cut:
-        """Take note of the files, and wait until what ended is cut: what was done for these tokens."""
+    async def _locked(self, request: dict[str, Any]) -> dict[str, Any]:
+        return values(await self._settle(None))
+
+    async def _barred(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Keep tokens out whose end their file has no room for."""
+        kept = self._authenticator.kept_out("command")
+        barred = {str(token): "revoked, but not in the file" for token in request["tokens"]}
+        self._authenticator.keep_out("command", {**kept, **barred})
+        return values(await self._settle(list(barred)))
+
+    async def _noted(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Take a line of a command's that found no room for it anywhere, and write it when there is some."""
+        event, fields = str(request["event"]), dict(request["fields"])
+        if event not in EVENTS or fields.keys() - set(FIELDS):
+            return {"error": "no line of the audit log's"}
+        self._recorder.note(event, **fields)
+        return {}
+
+    async def _settle(self, tokens: list[str] | None) -> Cut:
+        """Take note of the files, and wait until what ended is cut: what was done for these tokens, or for all."""
         self._look()
         done = Cut()
-        for token in tokens:
+        for token in list(self._cuts) if tokens is None else tokens:
             task = self._cuts.get(token)
             if task is not None:
                 found = await asyncio.shield(task)

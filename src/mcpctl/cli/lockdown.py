@@ -1,0 +1,57 @@
+"""mcpctl lockdown: no call is answered, all that runs is cut, nothing is removed; one command lifts it."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mcpctl.cli import output
+from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, settings, told
+
+if TYPE_CHECKING:
+    from mcpctl.config_keys import Settings
+
+
+def lockdown(
+    context: typer.Context,
+    lift: Annotated[bool, typer.Option("--lift", help="Answer calls again.")] = False,
+    reason: Annotated[str | None, typer.Option("--reason", metavar="T", help="Why, for the audit log.")] = None,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Answer no more calls, on any worker and after a restart, until it is lifted. Running queries are cut.
+
+    Never asks. Nothing is removed: tokens, users and logs stay as they are. Twice is fine.
+    """
+    from mcpctl import control
+    from mcpctl.identity.lockdown import Lockdown
+    from mcpctl.identity.tokens import rfc3339, utcnow
+    from mcpctl.identity.users import check_note
+
+    found = settings(context, config, needs_log=False)
+    check_note(reason, "--reason")
+    lock = Lockdown(found.auth.token_file)
+    if lift:
+        changed = lock.lift()
+    else:
+        changed = lock.begin(rfc3339(utcnow()), context.find_root().obj.who, output.masked(reason) if reason else None)
+    if changed:
+        note(found, "server.unlocked" if lift else "server.locked", reason=by_whom(context, reason))
+    folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
+    answers = control.ask_all(folder, {"do": "lock"})
+    words, cut = told(answers) if answers else ("no server runs", None)
+    if json:
+        output.put_json({"locked": not lift, "changed": changed, "cut": cut})
+    elif lift:
+        output.put("calls are answered again" if changed else "it was not locked")
+    else:
+        output.put("locked: no call is answered" if changed else f"it was locked already: {lock.said()}")
+        output.put(words)
+        output.say("to lift it: mcpctl lockdown --lift")
+
+
+def tell(found: "Settings") -> None:
+    """Say on stderr that the server is locked, where it is."""
+    from mcpctl.identity.lockdown import Lockdown
+
+    if (said := Lockdown(found.auth.token_file).said()) is not None:
+        output.warn(said, "mcpctl lockdown --lift")

@@ -1,0 +1,73 @@
+"""The lockdown: a file beside tokens.yaml. While anything has that name, no call is answered.
+
+Its content only says since when, by whom and why. An empty file locks as well, so that a full disk is no hindrance,
+and so does one that cannot be believed.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from mcpctl import private_file, reserve
+from mcpctl.errors import ConfigError, ConflictError, Error, FullError, LockedError
+
+_MOST = 16 << 10
+
+
+class Lockdown:
+    """The lockdown of the installation whose token file that is."""
+
+    def __init__(self, token_file: Path) -> None:
+        self.path = token_file.with_name("lockdown")
+
+    def on(self) -> bool:
+        """Whether it is on. Costs one system call."""
+        try:
+            os.lstat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # whoever cannot look does not know
+            return True
+        return True
+
+    def check(self) -> None:
+        """Raises LockedError while it is on."""
+        if self.on():
+            raise LockedError
+
+    def begin(self, since: str, by: str, reason: str | None) -> bool:
+        """Turn it on; False where it was on already."""
+        data = json.dumps({"since": since, "by": by, "reason": reason}).encode() + b"\n"
+        for content in (data, data, b""):
+            try:
+                private_file.create(self.path, content)
+                return True
+            except ConflictError:
+                return False
+            except FullError:
+                reserve.give_up(self.path.parent)
+        raise FullError(f"{self.path} cannot be made: the disk is full", "stop the server; make room on that disk")
+
+    def lift(self) -> bool:
+        """Turn it off; False where it was not on."""
+        try:
+            self.path.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as problem:
+            raise ConfigError(f"cannot remove {self.path}: {problem.strerror}", "remove it by hand") from None
+        return True
+
+    def said(self) -> str | None:
+        """That it is on, since when, by whom and why, as far as the file says; None while it is off."""
+        if not self.on():
+            return None
+        told = {}
+        with contextlib.suppress(Error, ValueError, AttributeError):
+            found = json.loads(private_file.read(self.path, limit=_MOST).data)
+            told = {name: str(found[name]) for name in ("since", "by", "reason") if found.get(name)}
+        words = "the server is locked, and answers no calls"
+        words += f", since {told['since']}" if "since" in told else ""
+        words += f", by {told['by']}" if "by" in told else ""
+        return words + (f": {told['reason']}" if "reason" in told else "")

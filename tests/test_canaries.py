@@ -1,0 +1,251 @@
+"""Canaries: the first use of a token or a table that nobody should use blocks who did it, on all workers, for good."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chain import lines, verify
+from command_line import Home
+from mcpctl.errors import ConfigError
+from mcpctl.identity.blocked import Block, Blocked
+from mcpctl.state import State
+from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually, in_background
+
+MakeSite = Callable[..., Site]
+CANARIES = "canaries: {tables: [shop.public.honey, shop.public.Odd.Name]}\n"
+TOUCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "a select": ("query_database", {"query": "select * from honey"}),
+    "a count": ("query_database", {"query": "select count(*) from honey"}),
+    "a view": ("query_database", {"query": "select * from honey_view"}),
+    "a subquery that yields nothing": ("query_database", {"query": "select 1 where exists (select from honey)"}),
+    "TABLE": ("query_database", {"query": "table honey"}),
+    "an odd name": ("query_database", {"query": 'select * from "Odd.Name"'}),
+    "several databases": ("query_database", {"query": "select * from honey", "databases": ["shop"]}),
+    "explain": ("explain_query", {"query": "select * from honey"}),
+    "explain of what is no question": ("explain_query", {"query": "insert into tips select id from honey"}),
+    "explain analyze": ("explain_query", {"query": "select * from honey", "analyze": True}),
+    "EXPLAIN as a question": ("query_database", {"query": "explain select * from honey"}),
+    "EXPLAIN ANALYZE as a question": ("query_database", {"query": "explain (analyze) select * from honey"}),
+}
+HONEST = (
+    "select 'honey', count(*) from orders -- from honey",
+    "select relname from pg_class where relname = 'honey'",
+    "show search_path",
+    "explain select 1",
+)
+
+
+@pytest.fixture(scope="module")
+def honey(shop: Shop) -> Shop:
+    with shop.admin() as admin:
+        admin.execute(
+            'CREATE TABLE IF NOT EXISTS honey (id int); CREATE TABLE IF NOT EXISTS "Odd.Name" (id int);'
+            "CREATE TABLE IF NOT EXISTS tips (id int); INSERT INTO honey VALUES (42);"
+            "CREATE OR REPLACE VIEW honey_view AS SELECT * FROM honey;"
+            'GRANT SELECT ON honey, "Odd.Name", honey_view, tips TO shop_reader; GRANT INSERT ON tips TO shop_reader'
+        )
+    return shop
+
+
+@pytest.fixture
+def at(make_site: MakeSite, honey: Shop) -> Site:
+    return make_site(honey, extra=CANARIES + "server: {workers: 2}\n").start()
+
+
+def blocked(at: Site) -> dict[str, str]:
+    found = json.loads(at.run("token", "list", "--json").stdout)["tokens"]
+    assert all((one["status"] == "blocked") == (one["blocked"] is not None) for one in found)
+    return {one["id"]: one["blocked"] for one in found if one["blocked"] is not None}
+
+
+def test_who_touches_a_canary_gets_nothing_and_is_blocked_and_honest_ones_are_not(at: Site) -> None:
+    honest, text = at.token("bob")
+    bad = {}
+    with at.client(text) as client:
+        for query in HONEST:
+            assert client.rows(query)
+        for how, (tool, arguments) in TOUCHES.items():
+            name, token = at.token()
+            with at.client(token) as other:
+                answer = other.call(tool, arguments)
+                assert (answer.status_code, "42" in answer.text) == (401, False), (how, answer.text)
+                assert other.call("whoami").status_code == 401, how
+            bad[name] = how
+        assert client.rows("select 1") == [[1]]
+    assert blocked(at).keys() == bad.keys()
+    events = [line for line in at.audit() if line["event"] == "token.blocked"]
+    assert [line["token"] for line in events] == list(bad)
+    assert {line["user"] for line in events} == {"alice"}
+    assert {line["client_ip"] for line in events} == {"127.0.0.1"}
+    assert events[0]["relations"] == ["public.honey"]
+    assert honest not in bad
+    alerts = [line for line in at.stderr if "ALERT" in line]
+    assert len(alerts) == len(bad)
+    first = next(iter(bad))
+    assert f"ALERT canary: token {first} (alice), from 127.0.0.1: it touched the canary shop.public.honey" in alerts[0]
+    with at.shop.admin() as admin:
+        assert admin.execute("SELECT count(*) FROM tips").fetchone() == (0,)
+
+
+def test_a_block_is_every_workers_it_outlives_a_restart_and_is_lifted_by_one_command(at: Site) -> None:
+    name, text = at.token()
+    with at.client(text) as other:
+        running = in_background(other.call, "query_database", {"query": "select pg_sleep(20)"})
+        eventually(lambda: at.shop.backends("query ~ 'pg_sleep' AND state = 'active'"))
+        with at.client(text) as a:
+            assert a.call("query_database", {"query": "select * from honey"}).status_code == 401
+        assert running.result().status_code == 401  # what else it had open is cut
+
+    def refused_by_all() -> bool:
+        found = set()
+        for _ in range(12):  # a connection each
+            with at.client(text) as a:
+                found.add(a.call("whoami").status_code)
+        return found == {401}
+
+    eventually(refused_by_all)
+    assert "it touched the canary shop.public.honey" in blocked(at)[name]
+    shown = at.run("token", "show", name).stdout
+    assert "blocked" in shown
+    assert "it touched the canary" in shown
+    verified = at.run("token", "verify", check=False, input=text)
+    assert (verified.returncode, f"token {name} is blocked since" in verified.stdout) == (1, True)
+    at.stop()
+    at.start()
+    with at.client(text) as a:
+        assert a.call("whoami").status_code == 401
+        at.run("token", "unblock", name, "--reason", "it was a test of ours")
+        assert eventually(lambda: a.call("whoami").status_code == 200)
+    assert blocked(at) == {}
+    assert at.run("token", "unblock", name, check=False).returncode == 4
+    last = [line for line in at.audit() if line["event"] == "token.unblocked"]
+    assert [(line["token"], line["reason"].partition(";")[0]) for line in last] == [(name, "it was a test of ours")]
+
+
+def test_what_writes_is_rolled_back_where_it_touches_a_canary(make_site: MakeSite, honey: Shop) -> None:
+    extra = CANARIES + "auth: {admin_users: [eve]}\n"
+    at = make_site(honey, extra=extra, per_user=True, database="    allow_open_hba: true\n")
+    at.user("eve")
+    at.grant("eve", "--schema", "public", access="write")
+    at.start()
+    name, text = at.token("eve")
+    with at.client(text) as a:
+        ours = a.call("execute_statement", {"statement": "insert into tips select 1 returning id"})
+        assert ours.json()["result"]["isError"] is False, ours.text
+        theirs = a.call("execute_statement", {"statement": "insert into tips select id from honey"})
+        assert theirs.status_code == 401
+    assert list(blocked(at)) == [name]
+    at.run("user", "remove", "eve", "--yes")
+    with at.shop.admin() as admin:
+        assert admin.execute("DELETE FROM tips RETURNING id").fetchall() == [(1,)]
+
+
+def test_a_plan_that_cannot_be_seen_is_not_answered(at: Site) -> None:
+    name, text = at.token()
+    with at.client(text) as a:
+        answer = a.call("query_database", {"query": "explain select * from honey, orders", "limit": 1})
+        assert "honey" not in answer.text
+        assert answer.status_code in (200, 401)
+        assert answer.status_code == 401 or answer.json()["result"]["isError"]
+    assert name
+
+
+def test_the_first_use_of_a_canary_token_blocks_it_also_over_stdio(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop)
+    name, text = at.token()
+    with at.config.open("a") as file:
+        file.write(f"canaries: {{tokens: [{name}]}}\n")
+    at.start()
+    wrong = text[:20] + ("a" if text[20] != "a" else "b") + text[21:]
+    with at.client(wrong) as a:
+        assert a.call("whoami").status_code == 401
+    assert blocked(at) == {}  # whoever only knows the id is nobody
+    with at.client(text) as a:
+        for _ in range(3):
+            assert a.call("whoami").status_code == 401
+    assert "it is a canary, and was used" in blocked(at)[name]
+    assert len([line for line in at.audit() if line["event"] == "token.blocked"]) == 1
+    at.stop()
+    at.run("token", "unblock", name)
+    done = subprocess.run(
+        [*COMMAND, "serve", "--stdio", "--config", str(at.config)], check=False, timeout=30, capture_output=True,
+        input='{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"whoami","arguments":{},"_meta":'
+        '{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{}}}}\n',
+        env=environment(MCPCTL_TOKEN=text), text=True,
+    )  # fmt: skip
+    assert "error" in json.loads(done.stdout)
+    assert list(blocked(at)) == [name]  # the canary has stayed
+    key = bytes.fromhex((at.folder / "audit.key").read_text())
+    assert verify(at.folder / "audit.jsonl", key=key) == len(lines(at.folder / "audit.jsonl"))
+
+
+def test_while_nobody_can_say_who_is_blocked_nobody_is_let_in(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, extra=CANARIES).start()
+    _, text = at.token()
+    store = at.folder / "state.db"
+    with at.client(text) as a:
+        assert a.rows("select 1") == [[1]]
+        store.rename(at.folder / "away")
+        eventually(lambda: a.call("whoami").status_code == 503)
+        assert f"there is no {store}, which says which tokens are blocked" in "".join(at.stderr)
+        (at.folder / "away").rename(store)
+        eventually(lambda: a.call("whoami").status_code == 200)
+        at.stop()
+    store.unlink()
+    refused = at.run("serve", "--port", "0", check=False)
+    assert refused.returncode == 3
+    assert "mcpctl token unblock --all" in refused.stderr
+    at.run("token", "unblock", "--all")
+    with at.start().client(text) as a:
+        assert a.rows("select 1") == [[1]]
+
+
+def test_what_cannot_be_a_canary_is_a_fault_of_the_config_and_a_token_that_is_gone_a_warning(tmp_path: Path) -> None:
+    for number, (canaries, said) in enumerate(
+        (
+            ("{tables: [nowhere.public.t]}", "there is no database nowhere in the config"),
+            ("{tables: [public.t]}", "takes tables such as shop.public.orders"),
+            ("{tokens: [mcp_aaaaaaaa_secret]}", "takes ids of tokens"),
+        )
+    ):
+        home = Home(tmp_path / f"home{number}")
+        with home.config.open("a") as file:
+            file.write(f"canaries: {canaries}\n")
+        done = home("config", "check")
+        assert done.code == 3
+        assert said in done.err
+        assert "secret" not in done.err
+    home = Home(tmp_path / "home", extra="canaries: {tokens: [zzzzzzzz]}\n")
+    done = home("config", "check")
+    assert done.code == 0, done.err
+    assert "canaries.tokens names zzzzzzzz, and there is no such token" in done.err
+
+
+def test_the_store_keeps_the_first_reason_and_one_of_the_first_form_is_renewed(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    store = State(path)
+    assert store.rows("SELECT * FROM blocked") == []
+    store.close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("DROP TABLE blocked")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    first, second = State(path), State(path)
+    one, two = Blocked(first, needed=True), Blocked(second, needed=True)
+    one.block({"ab12cd34": Block("then", "one")})
+    two.block({"ab12cd34": Block("later", "two"), "zz": Block("later", "two")})
+    assert one.current() == {"ab12cd34": Block("then", "one"), "zz": Block("later", "two")}
+    assert two.lift_all() == ["ab12cd34", "zz"]
+    assert one.current() == {}
+    for store in (first, second):
+        store.close()
+    path.unlink()
+    with pytest.raises(ConfigError, match="which tokens are blocked"):
+        one.current()

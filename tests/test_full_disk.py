@@ -1,0 +1,188 @@
+"""A disk that is full, for real: nothing that is there is damaged, rights are taken and none is given, calls are
+refused, and all goes on by itself when there is room."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from chain import lines, verify
+from command_line import Home
+from mcpctl import private_file, reserve
+from mcpctl.errors import FullError, UnavailableError
+from mcpctl.identity import tokens
+from mcpctl.state import State
+from site_of_mcpctl import Shop, Site, eventually
+
+
+class Disk:
+    """A small file system of its own, that can be filled to the last byte."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ballast = folder / "ballast"
+
+    def fill(self) -> None:
+        with self.ballast.open("ab", buffering=0) as file:
+            for size in (1 << 16, 1 << 10, 1):
+                try:
+                    while True:
+                        file.write(b"x" * size)
+                except OSError:
+                    pass
+
+    def empty(self) -> None:
+        self.ballast.unlink()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m,mode=0755", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        yield Disk(folder)
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def home(disk: Disk) -> Home:
+    return Home(disk.folder / "home")
+
+
+def whole(folder: Path) -> None:
+    """The log's chain holds, and nobody has left half a file."""
+    log = folder / "audit.jsonl"
+    assert verify(log, key=bytes.fromhex((folder / "audit.key").read_text())) == len(lines(log))
+    assert [path for path in folder.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_no_right_is_given_on_a_full_disk_and_every_file_is_as_it_was(disk: Disk, home: Home, tmp_path: Path) -> None:
+    name, _ = home.token()
+    home("user", "add", "alice")
+    disk.fill()
+    before = home.files()
+    for command in (
+        ("token", "add", "--expiry", "1d"),
+        ("token", "rotate", name),
+        ("user", "add", "bob"),
+        ("user", "roles", "alice", "mcp-admin"),
+        ("tenant", "add", "acme", "--database", "shop"),
+        ("database", "add", "more", "--dsn", "host=/tmp dbname=more user=x", "--no-test"),
+    ):
+        done = home(*command)
+        assert done.code == 1, (command, done.code, done.err)
+        assert "disk is full" in done.error or "No space left" in done.error, done.err
+        assert done.out == ""
+        assert home.files() == before
+    disk.empty()
+    home("token", "rotate", name)
+    whole(home.folder)
+
+
+def test_no_right_is_given_where_the_log_is_elsewhere_either(disk: Disk, tmp_path: Path) -> None:
+    home = Home(disk.folder / "home", extra=f"audit: {{file: {tmp_path}/audit.jsonl}}\n")
+    name, _ = home.token()
+    disk.fill()
+    before = home.files()
+    for command in (
+        ("token", "add", "--expiry", "1d"),
+        ("token", "rotate", name),
+        ("user", "add", "bob"),
+        ("database", "add", "more", "--dsn", "host=/tmp dbname=more user=x", "--no-test"),
+    ):
+        done = home(*command)
+        assert done.code == 1, (command, done.code, done.err)
+        assert "No space left" in done.error
+        assert home.files() == before
+
+
+def test_rights_are_taken_on_a_full_disk_with_the_room_that_is_kept_for_it(disk: Disk, home: Home) -> None:
+    kept, name, other = home.token()[0], home.token()[0], home.token()[0]
+    home("user", "add", "alice")
+    assert reserve.there(home.folder)
+    disk.fill()
+    assert home("token", "revoke", name).code == 0
+    assert not reserve.of(home.folder).exists()
+    assert home("token", "remove", other, "--yes").code == 0
+    assert home("user", "disable", "alice").code == 0
+    found = tokens.token_file(home.folder / "tokens.yaml").current()
+    assert {one.id: one.status(tokens.utcnow()) for one in found.values()} == {kept: "active", name: "revoked"}
+    whole(home.folder)
+    disk.empty()
+    assert home("token", "add", "--expiry", "1d").code == 0
+    assert reserve.there(home.folder)
+    events = [line["event"] for line in lines(home.folder / "audit.jsonl")]
+    assert [event for event in events if event in ("token.revoked", "token.removed", "user.disabled")] == [
+        "token.revoked", "token.removed", "user.disabled",
+    ]  # fmt: skip
+    whole(home.folder)
+
+
+def test_without_the_reserve_the_file_is_written_over(disk: Disk, home: Home) -> None:
+    name, _ = home.token()
+    reserve.give_up(home.folder)
+    disk.fill()
+    done = home("token", "revoke", name)
+    assert done.code == 0
+    assert tokens.token_file(home.folder / "tokens.yaml").current()[name].revoked_at is not None
+
+
+def test_what_is_made_anew_leaves_nothing_on_a_full_disk(disk: Disk) -> None:
+    disk.fill()
+    with pytest.raises(FullError):
+        private_file.create(disk.folder / "new", b"x" * 100)
+    assert not (disk.folder / "new").exists()
+
+
+def test_the_store_is_as_it_was_after_a_change_that_found_no_room(disk: Disk) -> None:
+    state = State(disk.folder / "state.db")
+    row = "INSERT INTO own_databases VALUES ('a', ?, 'h', '10.0.0.1', 5432, ?, 'u', 's', '2026-01-01T00:00:00Z')"
+    with state.change() as connection:
+        connection.execute(row, ("kept", "d"))
+    disk.fill()
+    with pytest.raises(UnavailableError, match="full"), state.change() as connection:
+        for number in range(50):
+            connection.execute(row, (str(number), "d" * 65536))
+    assert state.rows("SELECT name FROM own_databases") == [("kept",)]
+    disk.empty()
+    with state.change() as connection:
+        connection.execute(row, ("later", "d"))
+    assert len(state.rows("SELECT name FROM own_databases")) == 2
+    state.close()
+
+
+def test_a_server_refuses_calls_on_a_full_disk_and_serves_again_by_itself(disk: Disk, newest_shop: Shop) -> None:
+    at = Site(disk.folder / "site", newest_shop).start()
+    try:
+        _, text = at.token()
+        other, second = at.token("bob")
+        with at.client(text) as a, at.client(second) as b:
+            assert a.rows("select 1") == [[1]]
+            assert b.rows("select 1") == [[1]]
+            disk.fill()
+            reserve.give_up(at.folder)
+            disk.fill()
+            answer = eventually(lambda: found if (found := a.call("whoami")).status_code != 200 else None)
+            assert answer.status_code == 503
+            assert "audit log cannot be written" in answer.text
+            assert a.call("query_database", {"query": "select 1"}).status_code == 503
+            assert at.run("token", "revoke", other).stdout.count("0 backends left") == 1
+            assert b.call("whoami").status_code in (401, 503)
+            disk.empty()
+            assert eventually(lambda: a.call("whoami").status_code == 200)
+            assert b.call("whoami").status_code == 401
+            assert a.rows("select 2") == [[2]]
+        events = eventually(
+            lambda: found if "token.revoked" in (found := [line["event"] for line in at.audit()]) else None
+        )
+        assert events.count("token.revoked") == 1
+    finally:
+        at.stop()
+    whole(at.folder)

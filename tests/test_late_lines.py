@@ -1,0 +1,188 @@
+"""What could not be written into the audit log is written later: once, in its order, with the time when it happened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chain import KEY, lines, verify
+from command_line import Home
+from mcpctl.audit import late
+from mcpctl.audit.log import AuditLog
+from mcpctl.errors import UnavailableError
+from mcpctl.recorder import LATE, Recorder
+
+NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+
+
+class Book:
+    """A recorder over a real log that can be taken away, with a clock that is told."""
+
+    def __init__(self, folder: Path, refuse: bool = True) -> None:
+        self.path = folder / "audit.jsonl"
+        self.now = NOON
+        self.log = AuditLog(self.path, KEY, lambda: self.now)
+        self.recorder = Recorder(self.log, "full", refuse=refuse, clock=lambda: 0.0)
+        self.recorder.note("server.started")
+
+    def take_away(self) -> None:
+        self.log.close()
+        self.path.chmod(0o644)
+
+    def give_back(self) -> None:
+        self.path.chmod(0o600)
+
+    def told(self) -> list[tuple[Any, ...]]:
+        return [(one["event"], one.get("token"), one.get("happened_at"), one["time"]) for one in lines(self.path)[1:]]
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Iterator[Book]:
+    found = Book(tmp_path)
+    yield found
+    found.log.close()
+
+
+def test_what_must_happen_anyway_is_written_when_the_log_is_back_before_anything_else(book: Book) -> None:
+    book.take_away()
+    for name in ("first", "second"):
+        book.now += timedelta(minutes=1)
+        book.recorder.note("token.expired", token=name)
+    book.recorder.catch_up()
+    book.give_back()
+    book.now += timedelta(minutes=1)
+    book.recorder.note("pool.closed", token="third")
+    assert book.told() == [
+        ("token.expired", "first", "2026-11-20T12:01:00.000Z", "2026-11-20T12:03:00.000Z"),
+        ("token.expired", "second", "2026-11-20T12:02:00.000Z", "2026-11-20T12:03:00.000Z"),
+        ("pool.closed", "third", None, "2026-11-20T12:03:00.000Z"),
+    ]
+    assert verify(book.path) == 4
+
+
+def test_it_is_written_also_while_nothing_else_happens(book: Book) -> None:
+    book.take_away()
+    book.recorder.note("token.expired", token="first")
+    book.give_back()
+    book.recorder.catch_up()
+    book.recorder.catch_up()
+    assert [one[:2] for one in book.told()] == [("token.expired", "first")]
+
+
+def test_of_more_than_are_kept_the_number_is_told(book: Book) -> None:
+    book.take_away()
+    for number in range(LATE + 5):
+        book.now += timedelta(seconds=1)
+        book.recorder.note("token.expired", token=str(number))
+    book.give_back()
+    book.recorder.catch_up()
+    found = lines(book.path)[1:]
+    assert [one.get("token") for one in found] == [*(str(number) for number in range(5, LATE + 5)), None]
+    said = "5 lines could not be written between 2026-11-20T12:00:01.000Z and 2026-11-20T12:00:05.000Z"
+    assert (found[-1]["event"], found[-1]["reason"]) == ("audit.lost", said)
+
+
+def test_calls_that_were_answered_without_a_line_are_counted(tmp_path: Path) -> None:
+    book = Book(tmp_path, refuse=False)
+    book.take_away()
+    book.recorder.call("tool.called")
+    book.now += timedelta(seconds=9)
+    book.recorder.call("tool.called")
+    book.give_back()
+    book.recorder.call("tool.called")
+    book.log.close()
+    events = [(one["event"], one.get("reason")) for one in lines(book.path)[1:]]
+    said = "2 lines could not be written between 2026-11-20T12:00:00.000Z and 2026-11-20T12:00:09.000Z"
+    assert events == [("audit.lost", said), ("tool.called", None)]
+
+
+def test_a_server_that_stops_leaves_what_it_has_beside_the_log_for_the_next(book: Book) -> None:
+    book.take_away()
+    book.recorder.note("token.expired", token="first")
+    book.recorder.note("server.stopped")
+    book.recorder.close()
+    assert late.place(book.path).stat().st_mode & 0o777 == 0o600
+    book.give_back()
+    book.now += timedelta(hours=1)
+    book.log.append("server.started")
+    assert [one[:3] for one in book.told()] == [
+        ("token.expired", "first", "2026-11-20T12:00:00.000Z"),
+        ("server.stopped", None, "2026-11-20T12:00:00.000Z"),
+        ("server.started", None, None),
+    ]
+    assert not late.place(book.path).exists()
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_each_kept_line_is_written_once_also_when_its_writer_dies_in_between(book: Book, written: int) -> None:
+    for name in ("first", "second", "third"):
+        book.log.keep("token.revoked", token=name)
+
+    class Died(BaseException):
+        pass
+
+    count = 0
+
+    def append(event: str, fields: dict[str, Any]) -> None:
+        nonlocal count
+        if count == written:
+            raise Died
+        count += 1
+        book.log._append_late(event, fields)
+
+    before = late.place(book.path).read_bytes()
+    with book.log._locked():
+        try:
+            late.write(book.path, lambda: book.log._find_end().seq, append)
+        except Died:
+            pass
+        else:  # it dies after the last line, and before the file is gone
+            fd = os.open(late.place(book.path), os.O_WRONLY | os.O_CREAT, 0o600)
+            os.write(fd, b"%19d\n" % 1 + before.partition(b"\n")[2])
+            os.close(fd)
+    book.log.keep("token.revoked", token="later")
+    AuditLog(book.path, KEY, lambda: NOON).append("server.started")
+    assert [one[1] for one in book.told()] == ["first", "second", "third", "later", None]
+    assert verify(book.path) == 6
+
+
+def test_what_is_beside_the_log_and_none_of_ours_is_told_and_not_written(book: Book) -> None:
+    book.log.keep("token.revoked", token="first")
+    with late.place(book.path).open("ab") as file:
+        file.write(b'{"event":"made.up"}\n{"event":"token.revoked","made_up":1}\n[]\n{"eve')
+    book.log.keep("token.revoked", token="second")
+    book.log.append("server.started")
+    events = [one[:2] for one in book.told()]
+    assert events[0] == ("token.revoked", "first")
+    assert events[1:5] == [("audit.lost", None)] * 4
+    assert events[5:] == [("token.revoked", "second"), ("server.started", None)]
+
+
+def test_what_is_kept_is_bounded_and_what_is_too_much_is_said(book: Book) -> None:
+    with pytest.raises(UnavailableError, match="is full"):
+        for _ in range(20):
+            book.log.keep("token.revoked", reason="x" * 65536)
+    assert late.place(book.path).stat().st_size <= 1 << 20
+
+
+def test_a_revocation_by_a_command_without_the_log_is_in_the_log_later(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    name, _ = home.token()
+    log = home.folder / "audit.jsonl"
+    log.chmod(0o644)
+    done = home("token", "revoke", name, "--reason", "it leaked")
+    assert done.code == 0
+    assert "warning: done, but not in the audit log yet" in done.err
+    log.chmod(0o600)
+    home("user", "add", "alice")
+    revoked, added = lines(log)[-2:]
+    assert (revoked["event"], revoked["token"], revoked["transport"]) == ("token.revoked", name, "cli")
+    assert revoked["reason"].startswith("it leaked; by ")
+    assert revoked["happened_at"] <= revoked["time"]
+    assert added["event"] == "user.added"
+    assert verify(log, key=bytes.fromhex((home.folder / "audit.key").read_text())) == len(lines(log))

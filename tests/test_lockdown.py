@@ -1,0 +1,191 @@
+"""The lockdown: no call is answered by any worker from the moment that the command returns, until it is lifted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from chain import lines
+from command_line import Home
+from mcpctl.errors import LockedError
+from mcpctl.identity.authenticate import Authenticator
+from mcpctl.identity.lockdown import Lockdown
+from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually, in_background
+
+MakeSite = Callable[..., Site]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def lock(tmp_path: Path) -> Lockdown:
+    return Lockdown(tmp_path / "tokens.yaml")
+
+
+def test_it_is_on_from_one_command_to_the_other_and_twice_is_fine(home: Home) -> None:
+    name, _ = home.token()
+    before = {path: data for path, data in home.files().items() if "audit.jsonl" not in path}
+    done = home("lockdown", "--reason", "somebody is in")
+    assert done.good == "locked: no call is answered\nno server runs\n"
+    again = home("lockdown", "--reason", "another reason").good
+    assert again.startswith("it was locked already: the server is locked")
+    assert again.splitlines()[0].endswith(": somebody is in")
+    listed = home("token", "list")
+    assert name in listed.out
+    assert "the server is locked" in listed.err
+    assert "somebody is in" in listed.err
+    assert any(
+        one["check"] == "lockdown" and one["status"] == "fail"
+        for one in json.loads(home("doctor", "--json").out)["findings"]
+    )
+    assert (home.folder / "lockdown").stat().st_mode & 0o777 == 0o600
+    assert home("lockdown", "--lift", "--reason", "it was a drill").good == "calls are answered again\n"
+    assert home("lockdown", "--lift").good == "it was not locked\n"
+    assert "locked" not in home("token", "list").err
+    assert before == {path: data for path, data in home.files().items() if "audit.jsonl" not in path}
+    said = [(line["event"], line["reason"]) for line in lines(home.folder / "audit.jsonl")[-2:]]
+    assert [event for event, _ in said] == ["server.locked", "server.unlocked"]
+    assert [reason.partition("; by ")[0] for _, reason in said] == ["somebody is in", "it was a drill"]
+
+
+def test_a_reason_is_a_short_line_of_text(home: Home) -> None:
+    _, text = home.token()
+    for reason in ("two\nlines", "x" * 1001, f"look at {text}"):
+        assert home("lockdown", "--reason", reason).code == 2
+    assert not (home.folder / "lockdown").exists()
+
+
+@pytest.mark.parametrize("how", ["empty", "garbage", "open to all", "a folder", "a link to nothing", "huge"])
+def test_what_cannot_be_believed_locks_too(lock: Lockdown, how: str) -> None:
+    match how:
+        case "empty":
+            lock.path.touch(0o600)
+        case "garbage":
+            lock.path.write_bytes(b"\xff{[")
+        case "open to all":
+            lock.path.touch(0o666)
+        case "a folder":
+            lock.path.mkdir()
+        case "a link to nothing":
+            lock.path.symlink_to("/nowhere/at/all")
+        case _:
+            lock.path.write_bytes(b"x" * (1 << 20))
+    assert lock.on()
+    assert lock.said() == "the server is locked, and answers no calls"
+    assert not lock.begin("now", "me", None)
+
+
+def test_what_is_open_ends_once_and_nobody_is_valid_until_it_is_lifted(home: Home) -> None:
+    door = Authenticator(home.folder / "tokens.yaml", home.folder / "users.yaml")
+    ended: list[dict[str, str]] = []
+    door.ended = ended.append
+    (home.folder / "tokens.yaml").unlink()
+    (home.folder / "users.yaml").unlink()
+    (home.folder / "tenants.yaml").unlink()
+    caller = door.local()
+    assert door.still_valid(caller)
+    door.lockdown.path.touch()
+    for _ in range(2):
+        with pytest.raises(LockedError):
+            door.local()
+    assert ended == [{"": "the server is locked"}]
+    assert not door.still_valid(caller)
+    door.lockdown.lift()
+    assert door.still_valid(door.local())
+    door.close()
+
+
+@pytest.fixture
+def two_workers(make_site: MakeSite, newest_shop: Shop) -> Site:
+    return make_site(newest_shop, extra="server: {workers: 2}\n").start()
+
+
+def test_no_worker_answers_a_call_after_it_and_what_runs_is_cut(two_workers: Site) -> None:
+    at = two_workers
+    _, text = at.token()
+    with at.client(text) as a:
+        assert a.rows("select 1") == [[1]]
+        running = in_background(a.call, "query_database", {"query": "select pg_sleep(20)"})
+        eventually(lambda: at.shop.backends("query ~ 'pg_sleep' AND state = 'active'"))
+        done = at.run("lockdown", "--reason", "now")
+        assert "cut: 1 query, 0 backends left" in done.stdout
+        assert running.result().status_code == 503
+        base = at.url.removesuffix("/mcp")
+        for _ in range(20):  # a connection each, so that both workers are asked
+            with at.client(text) as other:
+                answer = other.call("whoami")
+            assert (answer.status_code, "the server is locked" in answer.text) == (503, True)
+            assert httpx.post(at.url, content=b"{}", trust_env=False).status_code == 503
+            assert httpx.get(f"{base}/ready", trust_env=False).status_code == 503
+            assert httpx.get(f"{base}/health", trust_env=False).status_code == 200
+        assert at.shop.backends("state = 'active'") == []
+        at.stop()
+        at.start()
+        with at.client(text) as other:
+            assert other.call("whoami").status_code == 503
+            at.run("lockdown", "--lift")
+            assert other.rows("select 2") == [[2]]
+    assert "calls are answered again" in "".join(at.stderr)
+
+
+def test_on_stdio_a_call_is_answered_with_an_error_of_the_tool(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop)
+    _, text = at.token()
+    for variables in ({"MCPCTL_TOKEN": text}, {}):
+        process = subprocess.Popen(
+            [*COMMAND, "serve", "--stdio", "--config", str(at.config)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=environment(**variables), text=True,
+        )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            results = []
+            for locked in (False, True, False):
+                at.run("lockdown", *([] if locked else ["--lift"]))
+                meta = {
+                    "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+                    "io.modelcontextprotocol/clientCapabilities": {},
+                }
+                params = {"name": "whoami", "arguments": {}, "_meta": meta}
+                call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
+                process.stdin.write(json.dumps(call) + "\n")
+                process.stdin.flush()
+                results.append(json.loads(process.stdout.readline())["result"])
+            assert [one.get("isError", False) for one in results] == [False, True, False]
+            assert "the server is locked" in results[1]["content"][0]["text"]
+        finally:
+            process.stdin.close()
+            process.stdout.close()
+            process.wait(10)
+
+
+def test_a_revocation_that_can_be_written_nowhere_is_done_by_the_servers_until_they_restart(
+    make_site: MakeSite, newest_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = make_site(newest_shop).start()
+    name, text = at.token()
+    _, other = at.token("bob")
+    with at.client(text) as a, at.client(other) as b:
+        assert a.rows("select 1") == [[1]]
+        before = (at.folder / "tokens.yaml").read_bytes()
+        limited = ["prlimit", "--fsize=10", *COMMAND, "--config", str(at.config), "token", "revoke", name]
+        done = subprocess.run(limited, capture_output=True, text=True, check=False, env=environment(), timeout=60)
+        assert done.returncode == 1, done.stderr
+        assert f"but the running servers keep {name} out until they restart" in done.stderr
+        assert (at.folder / "tokens.yaml").read_bytes() == before
+        assert [path for path in os.listdir(at.folder) if path.endswith(".tmp")] == []
+        assert a.call("whoami").status_code == 401
+        assert b.rows("select 1") == [[1]]
+        at.run("token", "revoke", name)
+    at.stop()
+    with at.start().client(text) as a:
+        assert a.call("whoami").status_code == 401
