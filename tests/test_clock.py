@@ -11,9 +11,8 @@ import pytest
 import mcpctl
 from chain import KEY, lines, verify
 from mcpctl.audit.log import AuditLog
-from mcpctl.identity import tokens
 from mcpctl.recorder import IN_FULL, Recorder
-from site_of_mcpctl import Site, Shop
+from site_of_mcpctl import Shop, Site
 from test_authenticate import START, House, enter, house, refused
 
 __all__ = ["house"]
