@@ -6,15 +6,21 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
 import pg
 import site_of_mcpctl as site
 from mcpctl import private_file
+from mcpctl.config_keys import Database
+from mcpctl.keyring import Keyring
 from mcpctl.postgres.embedded import Cluster
+from mcpctl.postgres.login import Login
+from mcpctl.postgres.terminator import Terminator
 from site_of_mcpctl import Shop, Site, eventually, in_background
 from standby import caught_up, promote, standby
 from test_cutting import STUBBORN, UNENDING
@@ -80,6 +86,17 @@ def _pair(binaries: object) -> Iterator[Pair]:
     with site.shop(binaries, tcp=True) as shop, standby(shop.cluster) as other:  # type: ignore[arg-type]
         caught_up(shop.cluster, other)
         yield Pair(shop, other)
+
+
+def test_the_way_to_one_of_the_hosts_keeps_all_else_that_the_connection_string_says() -> None:
+    """Also what is empty: without it libpq would look into the environment."""
+    terminator = Terminator(Login("pair", Database(), Keyring(Path("/nonexistent"))))
+    dsn = "host=a,b hostaddr=192.0.2.1,192.0.2.2 port=1,2 user=u passfile='' target_session_attrs=primary"
+    assert terminator.beside(dsn) == dsn
+    at_b = {"host": "b", "hostaddr": "192.0.2.2", "port": "2", "user": "u", "passfile": ""}
+    assert conninfo_to_dict(terminator.beside(dsn, ("b", "192.0.2.2", "2"))) == at_b
+    in_folder = {"host": "/run/p", "hostaddr": "", "port": "5432", "user": "u", "passfile": ""}
+    assert conninfo_to_dict(terminator.beside(dsn, ("/run/p", "", "5432"))) == in_folder
 
 
 @pytest.mark.parametrize(

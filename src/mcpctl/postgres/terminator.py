@@ -111,7 +111,8 @@ class Terminator:
             async with asyncio.timeout(self.login.settings.pool.wait):
                 dsn = self.login.dsn()
                 if self._asked:
-                    dsn = make_conninfo(dsn, options=f"{conninfo_to_dict(dsn).get('options', '')} {self._asked}")
+                    options = f"{conninfo_to_dict(dsn).get('options', '')} {self._asked}"
+                    dsn = make_conninfo(self.beside(dsn), options=options)
                 self._conn = await AsyncConnection.connect(
                     dsn, autocommit=True, prepare_threshold=None, application_name="mcpctl cut"
                 )
@@ -127,10 +128,12 @@ class Terminator:
     def beside(self, dsn: str, there: Place | None = None) -> str:
         """A connection string of this login that leads to the very server on which this connection ends backends, or
         to that other one."""
-        where = dict(zip(("host", "hostaddr", "port"), there or self.place, strict=True))
-        values = {**conninfo_to_dict(dsn), **where}
+        there = there or self.place
+        if not there[0]:
+            return dsn
+        values = {**conninfo_to_dict(dsn), **dict(zip(("host", "hostaddr", "port"), there, strict=True))}
         values.pop("target_session_attrs", None)  # it had them; a standby that is promoted goes on being asked
-        return make_conninfo("", **{name: value for name, value in values.items() if value})
+        return make_conninfo("", **values)  # empty ones too: they keep libpq from looking into the environment
 
     async def backend(self, seconds: float) -> int:
         """The pid of its own backend. Raises UnavailableError where it was let go, and psycopg's error
