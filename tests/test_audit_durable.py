@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 
 from chain import KEY, lines, verify
+from mcpctl import config
 from mcpctl.audit.anchors import Anchors
 from mcpctl.audit.durable import Durable
 from mcpctl.audit.log import AuditLog
+from mcpctl.calls import Answer, Request
 from mcpctl.errors import UnavailableError
+from mcpctl.server.parts import running
+from site_of_mcpctl import Shop, Site
 
 
 def now() -> datetime:
@@ -209,3 +213,37 @@ def test_the_beginning_and_the_end_are_on_disk_before_they_are_anchored(book: Ma
     asyncio.run(main())
     assert found.log.synced == 2
     assert asyncio.run(found.durable.end({}))["seq"] == 2
+
+
+def test_no_calls_answer_leaves_before_its_line_is_on_disk_and_a_cancelled_call_ends_no_sooner(
+    make_site: Callable[..., Site], newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop, extra="audit: {sync: answer}\n")
+    disk = Disk()
+
+    def called() -> int:
+        return sum(line["event"] == "tool.called" for line in at.audit())
+
+    async def main() -> None:
+        async with running(config.load(at.config, {}), files=False) as core:
+            local = core.authenticator.local()
+            core.calls._answering.__self__._audit._sync = disk.sync  # type: ignore[attr-defined]
+
+            def call(tool: str, **arguments: str) -> asyncio.Task[Answer]:
+                return asyncio.create_task(core.calls.call(local, tool, arguments, Request("r", None, "stdio")))
+
+            sleeping = call("query_database", query="select pg_sleep(60)")
+            await until(lambda: newest_shop.backends("query LIKE '%pg_sleep(60)%' AND state = 'active'"))
+            disk.go.clear()
+            sleeping.cancel()
+            await until(lambda: called() == 1)
+            calls = [call("whoami") for _ in range(20)]
+            await until(lambda: called() == 21)
+            assert not any(task.done() for task in (sleeping, *calls))
+            disk.go.set()
+            assert not any(answer.is_error for answer in await asyncio.gather(*calls))
+            await asyncio.wait([sleeping])
+            assert sleeping.cancelled()
+            assert len(disk.done) <= 3  # 21 calls
+
+    asyncio.run(main())

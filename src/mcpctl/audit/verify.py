@@ -13,11 +13,11 @@ import hashlib
 import os
 import re
 import zlib
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 
 from mcpctl import private_file
@@ -180,6 +180,7 @@ class _Walk:
         self._key_id = key_id(key)
         self._digest = _hasher(key)
         self._anchors = sorted(anchors, key=lambda one: one.seq)
+        self._at = 0
         self._kept_since = kept_since
 
     def _authentic(self, line: bytes) -> _Line | None:
@@ -274,10 +275,7 @@ class _Walk:
     def _not_authentic(self, prev: bytes, line: bytes, rest: "Iterator[_At]") -> tuple[str, str]:
         after = next((one for _, _, other in rest if (one := self._authentic(other)) is not None), None)
         if after is not None and after.prev == prev:
-            return (
-                "added",
-                "it was added by somebody without the key: the chain goes on behind it as if it were not there",
-            )
+            return "added", "it was added by somebody without the key: the chain goes on behind it without it"
         form = _FORM.fullmatch(line)
         other_key = form[3].decode("ascii") if form is not None and form[3].decode("ascii") != self._key_id else None
         if after is None and not self.report.lines and other_key:
@@ -322,15 +320,16 @@ class _Walk:
 
     def _next_anchor(self, after: int) -> int:
         """The number of the first line behind that one that there is an anchor of; 0 where there is none."""
-        at = bisect_right(self._anchors, after, key=lambda one: one.seq)
-        return self._anchors[at].seq if at < len(self._anchors) else 0
+        self._at = bisect_right(self._anchors, after, key=lambda one: one.seq)
+        return self._anchors[self._at].seq if self._at < len(self._anchors) else 0
 
     def _held_against(self, part: _Part, number: int, seq: int, digest: bytes) -> Fault | None:
-        at = bisect_left(self._anchors, seq, key=lambda one: one.seq)
-        for anchor in takewhile(lambda one: one.seq == seq, self._anchors[at:]):
+        """A line held against the anchors that `_next_anchor` has found."""
+        while self._at < len(self._anchors) and (anchor := self._anchors[self._at]).seq == seq:
             if anchor.hash != digest:
                 reason = f"another line stood here, says {anchor}: the log was cut off before it, and written on"
                 return Fault("changed", part.name, number, seq, reason)
+            self._at += 1
             self.report.anchors += 1
             self.report.anchored = seq
         return None
