@@ -198,6 +198,8 @@ def test_a_call_leaves_one_line_with_all_its_databases_and_what_was_read_where(a
         assert (line["database"], line["role"], line["rows"]) == ("one,two", "shop_reader", 2)
         assert line.get("backend_pid") is None
         assert (line["relations"], line["statement"]) == (["one:public.place", "two:public.place"], WHERE)
+        _ask(client, "explain analyze table place", ["one", "two"])
+        assert "relations" not in _last(at)  # which says that nobody knows
         _ask(client, WHERE, ["two"])
         assert (_last(at)["database"], _last(at)["relations"]) == ("two", ["public.place"])
 

@@ -206,6 +206,24 @@ def test_a_log_that_was_begun_anew_is_counted_and_said(home: Home) -> None:
     assert "after line 3 comes line 1: the log was begun anew, or tampered with" in done.err
 
 
+def test_what_a_caller_or_an_intruder_has_put_into_a_line_hides_and_crashes_nothing(home: Home) -> None:
+    fill(home, 1, statement="select '\ud800'")
+    path = home.folder / "audit.jsonl"
+    head = b'{"seq":%d,"time":"2026-01-01T00:0%d:00.000Z","event":"tool.called","role":"r",'
+    more = (
+        b'"relations":["sales.orders",3],"user":["x"],"token":{},"database":4,"rows":"y","statement":5,"outcome":[]}\n',
+        b'"relations":7,"tool":"query_database","x":"sales.orders\\"","client_ip":[1],"backend_pid":[2],"token":"t"}\n',
+        b'"relations":["sales.orders"' + b"[" * 100_000 + b"}\n",
+    )
+    path.write_bytes(path.read_bytes() + b"".join(head % (n, n) + one for n, one in enumerate(more, 2)))
+    done = found(home)
+    assert (done.code, len(done.out.splitlines())) == (1, 2)
+    assert "audit.jsonl: 1 lines cannot be read" in done.err
+    assert len(json.loads(found(home, "--json").out)["statements"]) == 2
+    assert home("incident", "report", "--token", "t").code == 0
+    assert home("audit", "top", "--since", "2026-01-01", "--by", "table").code == 1
+
+
 def test_no_log_at_all_is_an_error(home: Home) -> None:
     assert found(home).code == 4
 

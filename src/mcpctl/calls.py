@@ -100,6 +100,8 @@ class _Facts:
         """What was read; with the database's name before it where several were asked, whoever of them answered."""
         if not self.several:
             return next((session.relations for session in self.sessions.values()), None)
+        if all(session.relations is None for session in self.sessions.values()):
+            return None
         return tuple(
             f"{name}:{one}" for name, session in sorted(self.sessions.items()) for one in session.relations or ()
         )

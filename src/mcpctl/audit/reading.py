@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import itertools
+import json
 import os
 import re
 import stat
@@ -64,6 +65,13 @@ def stamp(when: datetime) -> str:
     return when.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def _decoded(line: bytes) -> Any:
+    try:
+        return msgspec.json.decode(line)
+    except msgspec.DecodeError:  # it refuses half a surrogate pair, which a caller may have sent
+        return json.loads(line)
+
+
 @dataclass
 class Reading:
     """One pass over the log from `begin` to before `end` (None: all of it).
@@ -88,9 +96,7 @@ class Reading:
         self._from = stamp(self.begin).encode() if self.begin else b""
         self._to = stamp(self.end).encode() if self.end else b"~"
 
-    def lines(
-        self, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any] = msgspec.json.decode
-    ) -> Iterator[Any]:
+    def lines(self, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any] = _decoded) -> Iterator[Any]:
         """The lines of that time whose bytes are `wanted`, the oldest first, as dicts or what `decode` makes of them.
         Raises NotFoundError where there is no log at all."""
         with contextlib.ExitStack() as stack:
@@ -173,7 +179,7 @@ class Reading:
                 if wanted(line):
                     try:
                         yield decode(line)
-                    except (msgspec.DecodeError, RecursionError):
+                    except (msgspec.DecodeError, ValueError, RecursionError):
                         broken += 1
         finally:
             self._last = last, before

@@ -71,7 +71,7 @@ class Facts:
             self.tables.add(one, line)
         if (role := line.get("role")) is not None:
             self.roles.add((str(line.get("database")), str(role)), line)
-        if (pid := line.get("backend_pid")) is not None:
+        if isinstance(pid := line.get("backend_pid"), int):
             self.backends.add(pid, line)
         if "statement" in line or "statement_hmac" in line:
             self.asked += 1

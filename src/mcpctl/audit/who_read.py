@@ -90,7 +90,7 @@ def search(reading: Reading, target: Target, kept: int = KEPT) -> Found:
                 found.unknown_when.add(line)
             continue
         for database in _touched(line, target):
-            who = (line.get("user"), line.get("token"), database)
+            who = (_name(line, "user"), _name(line, "token"), database)
             found.who.setdefault(who, Tally()).add(line)
             found.more += len(found.statements) == kept
             found.statements.append({**shortened(line), "database": database})
@@ -105,11 +105,18 @@ def _unknown(line: dict[str, Any], target: Target) -> bool:
     return line.get("tool") in ASKING and "role" in line
 
 
+def _name(line: dict[str, Any], field: str) -> str | None:
+    """A field's text, also where somebody has put something else there."""
+    value = line.get(field)
+    return None if value is None else str(value)
+
+
 def databases(line: dict[str, Any]) -> Iterator[tuple[str | None, str]]:
     """(database, relation) of each relation of a line."""
-    asked = line.get("database")
+    asked = _name(line, "database")
     names = str(asked).split(",")
-    for relation in line.get("relations") or ():
+    relations = line.get("relations")
+    for relation in map(str, relations if isinstance(relations, list) else ()):
         name = next((one for one in names if len(names) > 1 and relation.startswith(f"{one}:")), None)
         yield (asked, relation) if name is None else (name, relation[len(name) + 1 :])
 
