@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from ipaddress import ip_address, ip_network
+from operator import add
 from typing import NamedTuple
 
 from mcpctl.config_keys import Allowance, Budget, Kind, Limits
@@ -44,14 +45,14 @@ def running(stored: int, current: int) -> int:
 
 
 class Rule(NamedTuple):
-    """What one token, user, tenant or address may take; seconds. `budgets` are of the hour and of the day, each calls,
-    rows, bytes and microseconds; None: no bound."""
+    """What one token, user, tenant or address may take; seconds. `budgets` are those that are set, each with where it
+    stands among calls, rows, bytes and microseconds of the hour, and then of the day."""
 
     interval: float
     burst: int
     concurrent: int
     bounds: tuple[int | None, int | None, float | None]
-    budgets: tuple[int | None, ...]
+    budgets: tuple[tuple[int, int], ...]
 
 
 def rule(limits: Limits, kind: Kind, named: Allowance | None) -> Rule:
@@ -68,12 +69,13 @@ def rule(limits: Limits, kind: Kind, named: Allowance | None) -> Rule:
         return most * 1_000_000 if most is not None and entry == "database_seconds" else most
 
     rows, size = first("max_rows"), first("max_bytes")
+    every = [budget(period, entry) for period in ("hour", "day") for entry in _ENTRIES]
     return Rule(
         1 / (first("rate") or limits.rate),
         int(first("burst") or limits.burst),
         int(first("concurrent") or limits.concurrent),
         (None if rows is None else int(rows), None if size is None else int(size), first("statement_timeout")),
-        tuple(budget(period, entry) for period in ("hour", "day") for entry in _ENTRIES),
+        tuple((index, most) for index, most in enumerate(every) if most is not None),
     )
 
 
@@ -156,8 +158,7 @@ class Limiter:
             names = {"user": principal.user, "tenant": principal.tenant, "address": address}
             known = [self._subject(kind, name) for kind, name in names.items() if name is not None]
             every = (self._subject("token", principal.token or "local"), *known)
-            with_budgets = tuple(one for one in every if any(most is not None for most in one.rule.budgets))
-            found = self._callers[who] = _Caller(every, with_budgets)
+            found = self._callers[who] = _Caller(every, tuple(one for one in every if one.rule.budgets))
         return found
 
     # -- rates, and calls at once --------------------------------------------------------------------------------------
@@ -210,32 +211,35 @@ class Limiter:
         if not subjects:
             return
         now = self._wall()
+        hour, day = int(now // _HOUR), int(now // _DAY)
         with self._counters:
-            found = [self._spent(self._counters.slot(one.table, one.digest), now) for one in subjects]
-        for subject, spent in zip(subjects, found, strict=True):
-            for index, most in enumerate(subject.rule.budgets):
-                if most is not None and spent[2 + index] >= most:
-                    raise _used_up(subject, index, most, spent, now)
+            for subject in subjects:
+                spent = self._spent(self._counters.slot(subject.table, subject.digest), hour, day)
+                for index, most in subject.rule.budgets:
+                    if spent[2 + index] >= most:
+                        raise _used_up(subject, index, most, spent, now)
 
     def charge(self, principal: Principal, address: str | None, *, rows: int, size: int, seconds: float) -> None:
         """Charge one call that has ended to all budgets."""
         subjects = self._of(principal, address).budgeted
         if not subjects:
             return
-        now, cost = self._wall(), (1, rows, size, round(seconds * 1_000_000))
+        now, micros = self._wall(), round(seconds * 1_000_000)
+        cost = (0, 0, 1, rows, size, micros, 1, rows, size, micros)
+        hour, day = int(now // _HOUR), int(now // _DAY)
         with self._counters:
             for subject in subjects:
                 slot = self._counters.slot(subject.table, subject.digest)
-                hour, day, *spent = self._spent(slot, now)
-                self._counters.spend(slot, (hour, day, *(a + b for a, b in zip(spent, cost * 2, strict=True))))
+                self._counters.spend(slot, tuple(map(add, self._spent(slot, hour, day), cost)))
 
-    def _spent(self, slot: Slot, now: float) -> tuple[int, ...]:
-        """What was spent in the running hour and day."""
-        hour, day, *spent = self._counters.spent(slot)
-        this_hour, this_day = running(hour, int(now // _HOUR)), running(day, int(now // _DAY))
-        spent[:4] = spent[:4] if hour == this_hour else (0, 0, 0, 0)
-        spent[4:] = spent[4:] if day == this_day else (0, 0, 0, 0)
-        return (this_hour, this_day, *spent)
+    def _spent(self, slot: Slot, hour: int, day: int) -> tuple[int, ...]:
+        """What was spent in the running hour and day, behind their numbers."""
+        spent = self._counters.spent(slot)
+        if spent[0] == hour and spent[1] == day:
+            return spent
+        nothing, hour, day = (0, 0, 0, 0), running(spent[0], hour), running(spent[1], day)
+        of_hour, of_day = spent[2:6] if spent[0] == hour else nothing, spent[6:] if spent[1] == day else nothing
+        return (hour, day, *of_hour, *of_day)
 
     # -- one answer ----------------------------------------------------------------------------------------------------
 
