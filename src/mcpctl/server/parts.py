@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -89,7 +90,9 @@ async def running(settings: Settings, *, files: bool, workers: int = 1, again: b
                 await stack.enter_async_context(watch.listening())
                 looking = asyncio.create_task(watch.run())
             if not again:
-                recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
+                recorder.note(
+                    "server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}, config {digest(settings)}"
+                )
             yield core
     finally:
         if looking is not None:
@@ -102,3 +105,14 @@ async def running(settings: Settings, *, files: bool, workers: int = 1, again: b
         authenticator.close()
         own.close()
         book.close()
+
+
+def digest(settings: Settings) -> str:
+    """The beginning of the config file's SHA-256, as sha256sum prints it: it shows in the audit log that the file was
+    changed, whoever did it and with what."""
+    if settings.source is None:
+        return "none"
+    try:
+        return hashlib.sha256(settings.source.read_bytes()).hexdigest()[:12]
+    except OSError as problem:
+        return f"cannot be read: {problem.strerror}"

@@ -20,7 +20,7 @@ from mcpctl.errors import Error
 from mcpctl.identity.tokens import utcnow
 from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.listening import Listening
-from mcpctl.server.parts import Core
+from mcpctl.server.parts import Core, digest
 from mcpctl.server.tls import Certificates
 
 log = logging.getLogger("mcpctl.reload")
@@ -217,7 +217,7 @@ def settled(old: Listening, new: Listening) -> Outcome:
     changed = [name for name in fields if getattr(old.settings, name) != getattr(new.settings, name)]
     said = ", ".join(changed) if changed else "nothing in the config; keys and passwords were read again"
     for settings in {one.audit.file: one for one in (old.settings, new.settings)}.values():
-        _note(settings, "config.reloaded", f"changed: {said}")
+        _note(settings, "config.reloaded", f"changed: {said}; config {digest(new.settings)}")
     log.info("the config was read again; changed: %s", said)
     return Outcome(True, f"changed: {said}")
 
