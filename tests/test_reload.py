@@ -84,6 +84,7 @@ def test_a_broken_config_changes_nothing_and_a_mended_one_is_taken(
             ("max_rows: many", "limits.max_rows: takes"),
             ("max_row: 7", "there is no such key"),
             ("max_rows: 7}\naudit: {key_file: nowhere.key", "nowhere.key"),
+            ("max_rows: 7}\naudit: {file: nowhere/audit.jsonl", "the audit log cannot be written"),
         ):
             change(at, "max_rows: 5", wrong)
             hang_up(at)
