@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pty
+import re
 import signal
 import subprocess
 import threading
@@ -49,18 +51,23 @@ def test_a_changed_limit_counts_for_the_next_call_on_the_same_connection(
     make_site: MakeSite, newest_shop: Shop, workers: str
 ) -> None:
     at = make_site(newest_shop, extra="limits: {max_rows: 5}\n").start("--workers", workers)
+    changes = []
     with at.client(at.token()[1]) as a:
         assert len(a.rows("select generate_series(1, 9)")) == 5
         change(at, "max_rows: 5", "max_rows: 7")
+        changes.append(("limits", hashlib.sha256(at.config.read_bytes()).hexdigest()[:12]))
         hang_up(at)
         eventually(lambda: len(a.rows("select generate_series(1, 9)")) == 7)
         change(at, "limits: {max_rows: 7}", "limits: {max_rows: 8}\nlog: {level: debug}")
+        changes.append(("limits, log", hashlib.sha256(at.config.read_bytes()).hexdigest()[:12]))
         assert at.run("config", "reload").stdout == "changed: limits, log\n"
         assert len(a.rows("select generate_series(1, 9)")) == 8
         assert at.run("config", "reload").stdout.startswith("changed: nothing in the config")
-    assert reloads(at)[:2] == [("config.reloaded", "changed: limits"), ("config.reloaded", "changed: limits, log")]
+    assert reloads(at)[:2] == [("config.reloaded", f"changed: {said}; config {digest}") for said, digest in changes]
     events = [one["event"] for one in at.audit()]
     assert events.count("server.started") == int(workers)
+    (begun, *_) = [one["reason"] for one in at.audit() if one["event"] == "server.started"]
+    assert re.fullmatch(r"mcpctl .*, pid \d+, config [0-9a-f]{12}", begun)
     assert "server.stopped" not in events
     assert at.stop() == -signal.SIGTERM
     assert [one["event"] for one in at.audit()].count("server.stopped") == int(workers)
@@ -77,6 +84,7 @@ def test_a_broken_config_changes_nothing_and_a_mended_one_is_taken(
             ("max_rows: many", "limits.max_rows: takes"),
             ("max_row: 7", "there is no such key"),
             ("max_rows: 7}\naudit: {key_file: nowhere.key", "nowhere.key"),
+            ("max_rows: 7}\naudit: {file: nowhere/audit.jsonl", "the audit log cannot be written"),
         ):
             change(at, "max_rows: 5", wrong)
             hang_up(at)

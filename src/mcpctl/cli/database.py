@@ -107,13 +107,13 @@ def add(
     values |= {"required": False} if not_required else {}
     values |= {"default": True} if default else {}
     password = _password(password_file, ask=ask_password, name=name)
-    _add(context, config, name, values, password, test=not no_test)
+    source = _add(context, config, name, values, password, test=not no_test)
     where = "sealed" if password is not None else "no password kept"
     if json:
         output.put_json({"database": name, "sealed": password is not None, "tested": not no_test})
         return
     output.put(f"{name} added ({where})")
-    output.say("the server takes it at its next start")
+    output.say(f"a server that runs takes it with: mcpctl config reload{config_flag(source)}")
     if roles == "per_user":
         output.say(f"next: mcpctl user grant U --database {name} --access read --apply")
 
@@ -140,7 +140,7 @@ def _password(file: str | None, *, ask: bool, name: str) -> str | None:
 
 def _add(
     context: typer.Context, config: Path | None, name: str, values: dict[str, Any], password: str | None, *, test: bool
-) -> None:
+) -> Path:
     """Check it as the config would be with it, try it, seal the password, and write the config, in this order."""
     from mcpctl import config as configuration
     from mcpctl import config_file, private_file
@@ -196,6 +196,7 @@ def _add(
         private_file.as_owner(new.auth.token_file, tried)
 
     config_file.add(source, "databases", name, values, check)
+    return source
 
 
 def _check_twin(new: "Settings", name: str, keyring: "Keyring", *, test: bool) -> None:

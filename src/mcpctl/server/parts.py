@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import secrets
@@ -118,7 +119,9 @@ async def running(
                 await stack.enter_async_context(watch.listening())
             tasks.append(asyncio.create_task(watch.run() if files else watch.look_for_lock()))
             if not again:
-                recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
+                recorder.note(
+                    "server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}, config {digest(settings)}"
+                )
             await durable.mark()
             tasks.append(asyncio.create_task(durable.run()))
             yield core
@@ -135,3 +138,14 @@ async def running(
         authenticator.close()
         own.close()
         book.close()
+
+
+def digest(settings: Settings) -> str:
+    """The beginning of the config file's SHA-256, as sha256sum prints it: it shows in the audit log that the file was
+    changed, whoever did it and with what."""
+    if settings.source is None:
+        return "none"
+    try:
+        return hashlib.sha256(settings.source.read_bytes()).hexdigest()[:12]
+    except OSError as problem:
+        return f"cannot be read: {problem.strerror}"

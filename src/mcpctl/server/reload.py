@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any
 
 from mcpctl import certificates
@@ -20,7 +20,7 @@ from mcpctl.errors import Error
 from mcpctl.identity.tokens import utcnow
 from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.listening import Listening
-from mcpctl.server.parts import Core
+from mcpctl.server.parts import Core, digest
 from mcpctl.server.tls import Certificates
 
 log = logging.getLogger("mcpctl.reload")
@@ -206,6 +206,9 @@ def successor(old: Listening, read: Read) -> Listening:
     new = read()
     new.check()
     old.check_successor(new)
+    if new.settings.audit != old.settings.audit:  # else every call would be refused from now on
+        with _book(new.settings) as book:
+            book.check()
     if new.tls and (wrong := certificates.out_of_date(new.settings, utcnow())):
         log.warning("%s", wrong)
     return dataclasses.replace(new, port=old.port)
@@ -217,7 +220,7 @@ def settled(old: Listening, new: Listening) -> Outcome:
     changed = [name for name in fields if getattr(old.settings, name) != getattr(new.settings, name)]
     said = ", ".join(changed) if changed else "nothing in the config; keys and passwords were read again"
     for settings in {one.audit.file: one for one in (old.settings, new.settings)}.values():
-        _note(settings, "config.reloaded", f"changed: {said}")
+        _note(settings, "config.reloaded", f"changed: {said}; config {digest(new.settings)}")
     log.info("the config was read again; changed: %s", said)
     return Outcome(True, f"changed: {said}")
 
@@ -226,17 +229,18 @@ def refused(old: Listening, problem: Error) -> Outcome:
     """A reload that was not made: what was in force is in force."""
     hint = f" ({problem.hint})" if problem.hint else ""
     log.error("the config was not read again, what was in force stays: %s%s", problem.message, hint)
-    _note(old.settings, "config.reload_refused", " ".join(problem.message.split()))
+    _note(old.settings, "config.reload_refused", " ".join(problem.message.split())[:2000])
     return Outcome(False, problem.message, problem.hint)
+
+
+def _book(settings: Settings) -> AbstractContextManager[AuditLog]:
+    return contextlib.closing(AuditLog(settings.audit.file, read_key(settings.audit.key_file), utcnow))
 
 
 def _note(settings: Settings, event: str, reason: str) -> None:
     try:
-        book = AuditLog(settings.audit.file, read_key(settings.audit.key_file), utcnow)
-        try:
+        with _book(settings) as book:
             book.append(event, reason=reason)
-        finally:
-            book.close()
     except Error as problem:
         log.error("%s: %s", event, problem.message)
 
