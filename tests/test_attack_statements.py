@@ -1,6 +1,6 @@
 """Hundreds of hostile statements, from tests/corpus/attacks.yaml and refused.yaml: as a login that may only read, as
-the owner of the tables, and as one that may write one of them. After each one nothing is changed, nothing is left for the
-next call of the token, nobody else's row or file was told, and it took little time and few bytes.
+the owner of the tables, and as one that may write one of them. After each one nothing is changed, nothing is left for
+the next call of the token, nobody else's row or file was told, and it took little time and few bytes.
 
 The same eyes are turned on a login that is a superuser, and on a server whose frame ends with COMMIT: they must see it.
 """

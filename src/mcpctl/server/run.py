@@ -184,7 +184,7 @@ async def _worker(
         config = uvicorn.Config(
             app,
             # h11, which strips header values on both sides (RFC 9110); httptools leaves the end
-            http=type("Visitor", (Visitor,), {"ahead": settings.limits.request_bytes + Visitor.ahead}),
+            http=Visitor.of(settings.limits.request_bytes),
             loop="asyncio",
             ws="none",
             lifespan="off",
