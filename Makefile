@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench soak lint clean
 
 demo: $(STAMP)
 	@exec $(BIN)/mcpctl demo --port $(or $(PORT),8080)
@@ -16,6 +16,9 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/tenants.py $(ARGS)
 	$(BIN)/python benchmarks/audit.py
+
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -76,7 +76,7 @@ def _round(at: site.Site, token: str, known: str, asked: argparse.Namespace) -> 
 
 def _spent(at: site.Site, act: Callable[[], float | None]) -> tuple[float, float]:
     """What it returns, and the CPU seconds of the server meanwhile."""
-    assert at.process is not None  # noqa: S101
+    assert at.process is not None
     before = cpu_seconds(at.process.pid)
     found = act()
     return found or 0.0, cpu_seconds(at.process.pid) - before

@@ -44,7 +44,7 @@ _LIMITS = f"limits: {{rate: 100000, burst: 100000, concurrent: 1000, connections
 _EVERY = 5.0
 _RENEWED = 15.0
 """Seconds until a renewed certificate has to be served."""
-_choice = random.Random(4)  # noqa: S311 - a load, not a secret
+_choice = random.Random(4)
 
 
 @dataclass
@@ -215,14 +215,14 @@ class Night:
 
     async def kill(self) -> None:
         """One worker is killed."""
-        assert self.at.process is not None  # noqa: S101
+        assert self.at.process is not None
         victim = children(self.at.process.pid)[0]
         os.kill(victim, signal.SIGKILL)
         self.note(f"worker {victim} killed")
 
     async def measure(self) -> None:
         """Memory, descriptors and backends, every few seconds."""
-        assert self.at.process is not None  # noqa: S101
+        assert self.at.process is not None
         begun = monotonic()
         while not self.over:
             await asyncio.sleep(_EVERY)

@@ -47,8 +47,8 @@ from mcpctl import __version__
 MODERN, LEGACY = "2026-07-28", "2025-06-18"
 FOLDER = Path(__file__).parent / "corpus"
 _DENIED = "42501"
-_OF_OTHERS = {"other_users"}
-"""Files that hold no requests of the two lanes; see `statements`."""
+_OF_OTHERS = {"other_users", "attacks", "requests"}
+"""Files that hold no requests of the two lanes; see `statements`, `attacks` and tests/test_attack_requests.py."""
 Headers = list[tuple[bytes, bytes]]
 _KEYS = {
     "name", "query", "tool", "params", "message", "body", "bytes", "repeat", "arguments", "id", "meta", "era",
@@ -351,6 +351,25 @@ def statements(name: str) -> list[Statement]:
     if double := {one for one in names if names.count(one) > 1}:
         raise ValueError(f"named twice: {double}")
     return found
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A hostile statement, and what it is after."""
+
+    kind: str
+    text: str
+
+
+def attacks() -> list[Attack]:
+    """Those of attacks.yaml; and what is no question (refused.yaml), as it is, and in what runs it as a text."""
+    kinds: Any = yaml.load((FOLDER / "attacks.yaml").read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    found = [Attack(kind, text) for kind, texts in kinds.items() for text in texts]
+    for text in dict.fromkeys(entry["query"] for entry in _entries(FOLDER / "refused.yaml")):
+        found.append(Attack("refused", text))
+        found.append(Attack("refused, by a function", f"select run($r${text}$r$)"))
+        found.append(Attack("refused, by XML", f"select query_to_xml($r${text}$r$, true, false, '')"))
+    return list({one.text: one for one in found}.values())
 
 
 def load() -> list[Entry]:

@@ -72,9 +72,10 @@ def test_a_flood_of_silent_visitors_does_not_stand_in_a_revocations_way(make_sit
     assert len(at.stderr) < 30, at.stderr[-30:]
 
 
-async def _served(app: http.App, visit: Callable[[tuple[str, int]], None]) -> None:
+async def _served(app: http.App, visit: Callable[[tuple[str, int]], None], patience: float) -> None:
     """Let somebody visit the app through the door."""
-    server = uvicorn.Server(uvicorn.Config(app, http=door.Visitor, lifespan="off", log_config=None))
+    visitor = door.Visitor.of(1 << 20, patience)
+    server = uvicorn.Server(uvicorn.Config(app, http=visitor, lifespan="off", log_config=None))
     with door.Door() as bound:
         bound.bind(("127.0.0.1", 0))
         serving = asyncio.create_task(server.serve(sockets=[bound]))
@@ -85,8 +86,7 @@ async def _served(app: http.App, visit: Callable[[tuple[str, int]], None]) -> No
         await serving
 
 
-def test_a_visitor_who_asks_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "_PATIENCE", 0.5)
+def test_a_visitor_who_asks_nothing_is_sent_away() -> None:
 
     async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
@@ -103,7 +103,7 @@ def test_a_visitor_who_asks_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch
                     with contextlib.suppress(ConnectionResetError):
                         assert one.recv(1) == b""
 
-    asyncio.run(_served(app, visit))
+    asyncio.run(_served(app, visit, 0.5))
 
 
 @pytest.mark.parametrize("more", [b"G", b"\r\n", b"a whole request"])
@@ -148,8 +148,7 @@ def test_an_empty_line_behind_the_last_request_disturbs_it_not(served: Site) -> 
         assert b'"rows":[[5,' in _answer(wire)[1]
 
 
-def test_who_reads_nothing_of_his_answer_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "_PATIENCE", 0.3)
+def test_who_reads_nothing_of_his_answer_is_sent_away() -> None:
     ended = threading.Event()
 
     async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
@@ -163,7 +162,7 @@ def test_who_reads_nothing_of_his_answer_is_sent_away(monkeypatch: pytest.Monkey
             wire.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             assert ended.wait(10)
 
-    asyncio.run(_served(app, visit))
+    asyncio.run(_served(app, visit, 0.3))
 
 
 NO_HTTP = [

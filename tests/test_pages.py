@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,3 +61,54 @@ def test_the_pages_name_the_built_in_limits_that_the_code_has() -> None:
     assert f"`pool.max_per_user` connections ({Pool().max_per_user})" in text
     limits = Settings().limits
     assert f"{limits.max_rows} rows, {limits.max_bytes} bytes and {limits.statement_timeout:g} s a call" in text
+
+
+# -- threats ---------------------------------------------------------------------------------------------------------
+
+TESTS = Path(__file__).parent
+
+
+def threats(text: str) -> list[list[str]]:
+    """The rows of the table of threats: threat, wall, tests."""
+    lines = text.partition("\n## Threats, walls and tests\n")[2].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
+
+
+def untested(rows: list[list[str]]) -> list[str]:
+    """What is wrong with such rows: no threat, wall or test, or a test that there is not."""
+    found = []
+    for row in rows:
+        named = re.findall(r"`([^`]+)::([^`]+)`", row[2]) if len(row) == 3 and all(row) else []
+        if not named or row[2] != ", ".join(f"`{file}::{test}`" for file, test in named):
+            found.append(f"not a threat, a wall and tests: {row}")
+        found += [f"{file}::{test} is not there" for file, test in named if test not in _tests(file)]
+    return found
+
+
+def _tests(file: str) -> set[str]:
+    path = TESTS / file
+    tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return {item.name for item in tree.body if isinstance(item, kinds) and item.name.startswith("test_")}
+
+
+def test_every_threat_of_the_table_has_a_wall_and_a_test_that_is_there() -> None:
+    rows = threats((DOCS / "security.md").read_text(encoding="utf-8"))
+    assert len(rows) >= 30
+    assert untested(rows) == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| a | b | `test_pages.py::test_that_is_not_there` |",
+        "| a | b | `test_no_file.py::test_a` |",
+        "| a | b | `test_pages.py::threats` |",
+        "| a | b |  |",
+        "| a | b | test_pages.py |",
+        "| a |  | `test_pages.py::test_every_threat_of_the_table_has_a_wall_and_a_test_that_is_there` |",
+    ],
+)
+def test_a_row_without_a_test_that_is_there_is_seen(row: str) -> None:
+    table = f"\n## Threats, walls and tests\n\n| threat | what stands against it | test |\n|---|---|---|\n{row}\n"
+    assert untested(threats(table))

@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 import corpus
 from corpus import Entry, Expected
@@ -31,6 +34,8 @@ from pg import oldest_and_newest
 T = TypeVar("T")
 ENTRIES = corpus.load()
 ENOUGH, ENOUGH_EXPRESS = 220, 160
+_CALL = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "whoami", "arguments": {}}}
+_WORDS = st.sampled_from(["name", "arguments", "_meta", "query", "limit", "uri", "protocolVersion"])
 _CONFIG = """\
 server: {{port: 8080}}
 databases:
@@ -221,6 +226,35 @@ def _error_faults(body: bytes, expected: Expected) -> list[str]:
     except (ValueError, KeyError, TypeError):
         return [f"no JSON-RPC error: {body[:2000]!r}"]
     return [] if shape and code == (expected.code or code) else [repr(found)]
+
+
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["2.0", "whoami"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_WORDS, inner, max_size=5),
+    max_leaves=12,
+)
+_MESSAGES = st.dictionaries(st.sampled_from(["jsonrpc", "id", "method", "params"]), _VALUES, max_size=4)
+
+
+@hypothesis_settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@given(
+    st.binary(max_size=60)
+    | st.builds(
+        lambda fields, more: corpus.dumps({**fields, **more}).encode(errors="replace"), st.just(_CALL), _MESSAGES
+    )
+    | _VALUES.map(lambda value: corpus.dumps({**_CALL, "params": value}).encode(errors="replace")),
+    st.sampled_from([corpus.MODERN, corpus.LEGACY, "none", "x"]),
+)
+def test_any_body_is_answered_alike_by_both_lanes_and_never_with_a_fault_of_ours(
+    lanes: Lanes, body: bytes, era: str
+) -> None:
+    entry = Entry("any", "any", era, {"bytes": body.decode("latin-1"), "json": None})
+    counted = lanes.both.answered_express
+    both, alone, _ = _on(lanes.loop, lanes._ask(entry))
+    lanes.both.answered_express = counted  # of the corpus alone
+    assert both.status < 500, both.body
+    assert b"Internal error" not in both.body
+    assert (both.status, corpus.mask(both.body)) == (alone.status, corpus.mask(alone.body))
 
 
 def test_the_express_lane_answers_most_of_the_corpus_itself(lanes: Lanes) -> None:

@@ -108,7 +108,9 @@ class Gatekeeper:
         host = header(headers, b"host")
         if host is None or host.lower() not in self.hosts:
             raise Error(
-                f"Host {(host or '')[:100]!r} is none of this server's", "add it to server.allowed_hosts", status=421
+                f"Host {(host or '').rpartition('@')[2][:100]!r} is none of this server's",
+                "add it to server.allowed_hosts",
+                status=421,
             )
         origin = header(headers, b"origin")
         if origin is not None and origin not in self.origins:

@@ -14,10 +14,9 @@ from mcp_types import INVALID_REQUEST
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mcpctl.server import encoding
+from mcpctl.server.held import SMALL, Budget
 
-_PATIENCE = 20.0
-"""Seconds in which a connection's next request has to have come, its headers whole. Who has been answered and says
-nothing at all is sent away sooner, by uvicorn. Who reads nothing of an answer is sent away at the third look."""
+_PIECE = 16 << 10
 
 
 class Door(socket.socket):
@@ -42,17 +41,37 @@ class Door(socket.socket):
 class Visitor(H11Protocol):
     """uvicorn's protocol, which lets nobody stay who does not ask."""
 
+    patience = 20.0
+    """Seconds in which a connection's next request has to have come, its headers whole. Who has been answered and says
+    nothing at all is sent away sooner, by uvicorn. Who reads nothing of an answer is sent away at the third look."""
+    budget: Budget | None = None
+    """What all visitors of the process may have sent together, beyond what is small."""
     ahead = 64 << 10
     """Bytes of further requests that may come before the answer to the one before."""
+    _counted = 0
     _patience: asyncio.TimerHandle | None = None
     _seen: object = None
     _ahead = 0
     _unread: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, request_bytes: int, patience: float = patience) -> "type[Visitor]":
+        """The visitors of one process, whose bodies may be so large."""
+        made: type[Visitor] = type("Visitor", (cls,), {"patience": patience, "budget": Budget(0)})
+        made.allow(request_bytes)
+        return made
+
+    @classmethod
+    def allow(cls, request_bytes: int) -> None:
+        """From now on bodies may be so large: the config's `limits.request_bytes`."""
+        cls.ahead = request_bytes + Visitor.ahead
+        if cls.budget is not None:
+            cls.budget.most = Budget.of_visitors(request_bytes).most
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection is there."""
         super().connection_made(transport)
-        self._patience = self.loop.call_later(_PATIENCE, self._look)
+        self._patience = self.loop.call_later(self.patience, self._look)
 
     def data_received(self, data: bytes) -> None:
         """Bytes came. While an answer is being made there may be some for the next request, and they are kept: uvicorn
@@ -64,6 +83,12 @@ class Visitor(H11Protocol):
             data = data.lstrip(b"\r\n")  # an empty line that comes before a request (RFC 9112, section 2.2)
             if not data:
                 return
+        if not busy and len(data) > _PIECE:
+            # A quarter of a MiB may come at once, and h11 would take a head of that length (else 16 KiB).
+            for start in range(0, len(data), _PIECE):
+                if not self.transport.is_closing():
+                    self.data_received(data[start : start + _PIECE])
+            return
         self._ahead = self._ahead + len(data) if busy else 0
         if self._ahead > self.ahead:
             self.transport.abort()
@@ -71,11 +96,24 @@ class Visitor(H11Protocol):
         super().data_received(data)
         if self.conn.their_state is h11.DONE:
             self.flow.resume_reading()
+        if not self._count(len(self.conn._receive_buffer)):
+            self.transport.abort()
 
     def on_response_complete(self) -> None:
         """An answer has left; what has come meanwhile counts as the next request's."""
         self._ahead = 0
         super().on_response_complete()
+        self._count(len(self.conn._receive_buffer))
+
+    def _count(self, waiting: int) -> bool:
+        """Count the bytes that wait to be a request; whether there is room for them beside the others'."""
+        more = max(0, waiting - SMALL) - self._counted
+        if self.budget is None or not more:
+            return True
+        if not self.budget.take(more):
+            return False
+        self._counted += more
+        return True
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, in the form of every other answer."""
@@ -95,6 +133,7 @@ class Visitor(H11Protocol):
         """It has ended."""
         if self._patience is not None:
             self._patience.cancel()
+        self._count(0)
         super().connection_lost(exc)
 
     def _look(self) -> None:
@@ -107,4 +146,4 @@ class Visitor(H11Protocol):
             self.transport.abort()
             return
         self._seen = self.cycle
-        self._patience = self.loop.call_later(_PATIENCE, self._look)
+        self._patience = self.loop.call_later(self.patience, self._look)

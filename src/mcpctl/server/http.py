@@ -28,10 +28,10 @@ from mcpctl.server import credentials, encoding, exchange, messages
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.exchange import App, Caller, Message, Receive, Scope, Send
 from mcpctl.server.express import Express
+from mcpctl.server.held import Bodies, TooMuchError
 
 log = logging.getLogger("mcpctl.http")
 _READY_FOR = 2.0
-_BODY_SECONDS = 30.0
 _CANCELLED = "The call was cancelled: by its client, or because the server stops"
 _INVALID_REQUEST, _INTERNAL = -32600, -32603
 
@@ -57,8 +57,12 @@ class Parts:
 class Http:
     """The app. One instance a worker."""
 
+    body_seconds = 30.0
+    """In which a request's body has to have come."""
+
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._bodies = Bodies(parts.settings.limits.request_bytes)
         self._ready: tuple[float, bool] | None = None
         self._asking = asyncio.Lock()
         self._streams: dict[asyncio.Task[Any], Principal] = {}
@@ -79,6 +83,8 @@ class Http:
             return
         request_id = secrets.token_hex(8)
         try:
+            if not scope["http_version"].startswith("1."):
+                raise Error("HTTP/1.1 is spoken here", status=505)
             credentials.to_origin_form(scope)
             if self._parts.no_auth and credentials.forwarded(scope["headers"]):
                 raise Error("--no-auth takes no request that a proxy has forwarded", "use tokens", status=403)
@@ -124,7 +130,7 @@ class Http:
             recorder.limited(problem, **who, client_ip=address, **where)
 
     async def _served(self, scope: Scope, receive: Receive, send: Send, request: Request, principal: Principal) -> None:
-        body = await self._body(scope, receive)
+        body = await self._body(scope, receive, principal)
         task = asyncio.current_task()
         gone = asyncio.Event()
         watcher = asyncio.create_task(exchange.watch(receive, task, gone))
@@ -188,8 +194,8 @@ class Http:
             self._note_limited(problem, known, address, request_id)
             raise
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The request's body, never more of it than the config allows, and not for ever."""
+    async def _body(self, scope: Scope, receive: Receive, principal: Principal) -> bytes:
+        """The request's body, never more of it than the config allows, nor with the others', and not for ever."""
         most = self._parts.settings.limits.request_bytes
         if (credentials.header(scope["headers"], b"content-encoding") or "identity").lower() != "identity":
             raise Error("a packed body is not taken", "send it without Content-Encoding", status=415)
@@ -200,15 +206,18 @@ class Http:
         if length is not None and (not length.isascii() or not length.isdigit() or int(length) > most):
             raise too_large
         body = bytearray()
+        take = self._bodies.of(principal.token, asyncio.current_task())
         try:
-            async with asyncio.timeout(_BODY_SECONDS):
+            async with asyncio.timeout(self.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Error("the client went away", status=400)
-                    body += message.get("body", b"")
-                    if len(body) > most:
+                    more = message.get("body", b"")
+                    if len(body) + len(more) > most:
                         raise too_large
+                    take(len(more))
+                    body += more
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
@@ -321,7 +330,7 @@ class Http:
             raise Error("only POST is answered here", status=405)
         address, principal = await self._admit(scope, request_id)
         exchange.check_content_type(scope["headers"])
-        body = await self._body(scope, receive)
+        body = await self._body(scope, receive, principal)
         try:
             messages.read(body)
             jsonrpc_message_adapter.validate_json(body, by_name=False)
@@ -364,19 +373,19 @@ class Http:
                 headers.append(
                     (b"www-authenticate", f'Bearer resource_metadata="{where}"{error}'.encode("latin-1", "replace"))
                 )
-        if isinstance(problem, UnauthorizedError | LimitedError) and problem.status == 429:
+        if isinstance(problem, UnauthorizedError | LimitedError | TooMuchError) and problem.status == 429:
             headers.append((b"retry-after", str(problem.retry_after).encode()))
         if problem.status == 405:
             headers.append((b"allow", b"POST" if scope["path"] in ("/mcp", "/messages", "/messages/") else b"GET"))
-        if problem.status in (400, 408, 413):
+        if problem.status in (400, 408, 413, 505) or isinstance(problem, TooMuchError):
             headers.append((b"connection", b"close"))
-        if problem.status >= 500:
+        if problem.status >= 500 and problem.status != 505:
             log.warning("request %s: %s", request_id, problem.message)
             told = problem.status == 503 and ("cannot be written" in message or message == _CANCELLED)
             message = message if told else outside(problem)
         data = {"hint": hint} if hint and problem.status < 500 else None
         body = encoding.rpc_error(_INVALID_REQUEST, message, data)
-        unread = receive if problem.status == 413 else None
+        unread = receive if problem.status == 413 or isinstance(problem, TooMuchError) else None
         await exchange.answer(send, problem.status, body, request_id, headers, unread=unread)
 
 

@@ -219,12 +219,12 @@ def _soon(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
 def _prepared(bound: Door, process: Process) -> tuple[Serving, uvicorn.Config]:
     """What a process serves with, and what uvicorn has to know of it."""
     # h11, which strips header values on both sides (RFC 9110); httptools leaves the end
-    visitor = type("Visitor", (Visitor,), {})
+    visitor = Visitor.of(0)
 
     def applied(listening: Listening) -> None:
         limits = listening.settings.limits
         bound.most = _all_descriptors(limits.connections)
-        visitor.ahead = limits.request_bytes + Visitor.ahead  # type: ignore[attr-defined]
+        visitor.allow(limits.request_bytes)
 
     @contextlib.asynccontextmanager
     async def build(listening: Listening) -> AsyncIterator[tuple[Core, App]]:
