@@ -91,7 +91,6 @@ async def running(settings: Settings, *, files: bool, workers: int = 1) -> Async
                 await stack.enter_async_context(watch.listening())
                 tasks.append(asyncio.create_task(watch.run()))
             recorder.note("server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}")
-            await durable.mark()
             tasks.append(asyncio.create_task(durable.run()))
             yield core
     finally:
