@@ -200,11 +200,11 @@ def test_the_beginning_and_the_end_are_on_disk_before_they_are_anchored(book: Ma
     async def main() -> None:
         found.log.append("server.started")
         found.disk.problem = OSError(errno.EIO, "Input/output error")
-        await found.durable.mark()
+        await found.durable._settle(anchor=True)
         assert found.said == []
         found.disk.problem = None
-        await found.durable.mark()
-        await found.durable.mark()
+        await found.durable._settle(anchor=True)
+        await found.durable._settle(anchor=True)
         assert [line.split()[3] for line in found.said] == ["seq=1"]
         found.log.append("server.stopped")
         await found.durable.close()

@@ -43,18 +43,16 @@ class Durable:
                 raise UnavailableError("the audit log cannot be written", hint) from None
 
     async def run(self) -> None:
-        """Sync and anchor, for ever."""
+        """Sync and anchor: at the beginning, and then for ever."""
+        anchor = True
         while True:
+            await self._settle(anchor=anchor)
             await asyncio.sleep(self._delay or _TICK)
-            await self._settle(anchor=self._anchors.due)
-
-    async def mark(self) -> None:
-        """Sync and anchor now: at the beginning and the end."""
-        await self._settle(anchor=True)
+            anchor = self._anchors.due
 
     async def close(self) -> None:
         """The end: what is written is on disk and anchored."""
-        await self.mark()
+        await self._settle(anchor=True)
         self._thread.shutdown(wait=False)
 
     async def end(self, _: Mapping[str, Any]) -> dict[str, Any]:

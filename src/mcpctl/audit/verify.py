@@ -221,28 +221,32 @@ class _Walk:
 
     def through(self, parts: list[_Part]) -> Fault | None:
         """The first fault; None where the chain is whole up to its end, and that is where it should be."""
-        report, digest = self.report, self._digest
-        lines = _all(parts)
-        prev, seq, waiting = _FIRST, 0, self._next_anchor(0)
+        digest, lines = self._digest, _all(parts)
+        first, prev, seq, waiting = 1, _FIRST, 0, self._next_anchor(0)
         for part, number, line in lines:
             made = digest(prev, line[:-_TAIL])
             if line[-_TAIL:] != b',"hash":"%b"}' % made or not line.startswith(b'{"seq":%d,' % (seq + 1)):
-                begun = self._begin(part, line) if not report.lines else None
+                self._so_far(first, seq, prev)
+                begun = self._begin(part, line) if not self.report.lines else None
                 if begun is None:
                     return self._diagnose(prev, seq, (part, number, line), lines)
                 if isinstance(begun, Fault):
                     return begun
-                seq, waiting = begun - 1, self._next_anchor(begun - 1)
-                made = line[-66:-2]
+                first, seq, made = begun, begun - 1, line[-66:-2]
+                waiting = self._next_anchor(seq)
             prev, seq = made, seq + 1
-            report.lines += 1
-            report.first = report.first or seq
-            report.last, report.hash = seq, prev.decode("ascii")
             if seq == waiting:
                 if fault := self._held_against(part, number, seq, prev):
+                    self._so_far(first, seq, prev)
                     return fault
                 waiting = self._next_anchor(seq)
+        self._so_far(first, seq, prev)
         return self._half(parts) or self._end(parts)
+
+    def _so_far(self, first: int, last: int, digest: bytes) -> None:
+        self.report.lines, self.report.hash = last - first + 1, digest.decode("ascii")
+        if self.report.lines:
+            self.report.first, self.report.last = first, last
 
     def _begin(self, part: _Part, line: bytes) -> int | Fault | None:
         """The number that the log may begin with, where older lines were removed on purpose; None where this is not

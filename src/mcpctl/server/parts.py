@@ -122,7 +122,6 @@ async def running(
                 recorder.note(
                     "server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}, config {digest(settings)}"
                 )
-            await durable.mark()
             tasks.append(asyncio.create_task(durable.run()))
             yield core
     finally:
