@@ -158,11 +158,14 @@ def test_what_is_slow_to_close_holds_no_expiry_up() -> None:
 
         def __init__(self) -> None:
             self.sweeping = False
+            self.canaries = self
             self.told = asyncio.Event()
             self.ended: Callable[[dict[str, str]], None] = lambda ids: None
 
         def refresh(self) -> None:
             pass
+
+        look = refresh
 
         def expired(self) -> list[str]:
             if not self.sweeping:
@@ -179,7 +182,7 @@ def test_what_is_slow_to_close_holds_no_expiry_up() -> None:
 
     async def run() -> None:
         held = Held()
-        looking = watch.Watch(held, None, held, None, Path(), lambda: 0)  # type: ignore[arg-type]
+        looking = watch.Watch(held, held, held, None, Path(), lambda: 0)  # type: ignore[arg-type]
         looking._ended = lambda ids: None  # type: ignore[method-assign]
         task = asyncio.create_task(looking.run())
         await asyncio.wait_for(held.told.wait(), 20)

@@ -147,7 +147,8 @@ def list_(
     known, blocked = people(found), blocked_by_us(found)
     values = [record(token, tokens.standing(token, known, now, blocked)) for token in entries]
     for value in values:
-        value["blocked"] = blocked[value["id"]].words if value["id"] in blocked else None
+        if value["id"] in blocked:
+            value["blocked"] = blocked[value["id"]].words
     if used:
         usage.add(found, values, now)
     usage.warn_of_age([token for token in entries if token.status(now) in ("active", "expiring")], now)
@@ -158,7 +159,7 @@ def list_(
     names += usage.COLUMNS if used else ()
     output.put_table([name.upper() for name in names], [[_cell(value[name]) for name in names] for value in values])
     for value in values:
-        if value["blocked"] is not None:
+        if "blocked" in value:
             output.warn(f"token {value['id']} is blocked {value['blocked']}", f"mcpctl token unblock {value['id']}")
 
 
@@ -181,7 +182,7 @@ def show(context: typer.Context, id: TokenId, json: JsonOption = False, config: 
     blocked = blocked_by_us(found)
     shown = {
         **record(entry, tokens.standing(entry, people(found), now, blocked)),
-        "blocked": blocked[id].words if id in blocked else None,
+        **({"blocked": blocked[id].words} if id in blocked else {}),
         "allow_ips": None if entry.allow_ips is None else [str(item) for item in entry.allow_ips],
     }
     if json:

@@ -146,7 +146,8 @@ class OwnDatabases:
         """Take all of a user's away, and of an earlier one's of that name; their names."""
         with self._state.change() as connection:
             found = [row.name for row in self.every().values() if row.user == user]
-            connection.execute("DELETE FROM own_databases WHERE user = ?", (user,))
+            if found:  # what cannot be a name may be no text that SQLite takes
+                connection.execute("DELETE FROM own_databases WHERE user = ?", (user,))
         return found
 
     def password(self, row: OwnDatabase) -> str:

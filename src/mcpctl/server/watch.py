@@ -127,7 +127,6 @@ class Watch:
                 log.exception("looking after the pools failed; it is tried again")
 
     def _look(self) -> None:
-        self._calls.canaries.look()
         try:
             self._authenticator.refresh()
         except Error as problem:
@@ -143,6 +142,7 @@ class Watch:
             self._ended(dict.fromkeys(expired, "expired"))
         if self._databases is not None:
             self._databases.look()
+        self._calls.canaries.look()
 
     def _remind(self) -> None:
         """Warn 14, 7 and 1 days before a token ends, once each."""
