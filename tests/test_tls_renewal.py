@@ -298,3 +298,22 @@ def test_a_client_ca_is_checked_with_the_config(tmp_path: Path, authority: Autho
     config.write_text(config.read_text() + "server: {tls: {client_certificate: optional}}\n")
     with pytest.raises(ConfigError, match=r"server\.tls\.client_certificate: goes with client_ca"):
         load(config, {})
+
+
+def test_a_reload_takes_other_files_and_renewed_ones_at_once(served: Site, authority: Authority) -> None:
+    context = authority.client()
+    other = authority.folder / "other"
+    other.mkdir()
+    for name in ("cert.pem", "key.pem"):
+        (authority.folder / name).rename(other / name)
+    wrong = served.run("config", "reload", check=False)
+    assert (wrong.returncode, "cannot be used: No such file" in wrong.stderr) == (1, True)
+    old, _, _ = handshake(served, context, "localhost")
+    cert, key = authority.issue()
+    (other / "key.pem").write_bytes(key)
+    (other / "cert.pem").write_bytes(cert)
+    served.config.write_text(served.config.read_text().replace("tls/", "tls/other/"))
+    assert served.run("config", "reload").stdout == "changed: server\n"
+    assert handshake(served, context, "localhost")[0] == ssl.PEM_cert_to_DER_cert(cert.decode()) != old
+    (line,) = [line for line in served.audit() if line["event"] == "config.certificate_renewed"]
+    assert line["reason"].startswith("cert, key of server.tls; counts until ")

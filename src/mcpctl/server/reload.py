@@ -162,7 +162,7 @@ class Serving:
         self._take(made)
         if self.certificates is not None and pair is not None:
             self.certificates.note = made.core.recorder.note
-            self.certificates.use(*pair)
+            self.certificates.take(*pair)
         task = asyncio.create_task(self._retire(old))
         self._old.add(task)
         task.add_done_callback(self._old.discard)

@@ -57,10 +57,18 @@ class Certificates:
         self._told: tuple[str, int] | None = None
         self.live = _Live(ssl.PROTOCOL_TLS_SERVER)
         pair = certificates.read(settings.server.tls)
-        self.use(pair, pair.context())
+        self._use(pair, pair.context())
 
-    def use(self, pair: Pair, made: ssl.SSLContext) -> None:
-        """Serve new connections with it from now on; open ones keep what they have."""
+    def take(self, pair: Pair, made: ssl.SSLContext) -> None:
+        """Serve new connections with it from now on, and tell where that is a change; open ones keep what they have."""
+        changed = [part for part in certificates.PARTS if pair.contents.get(part) != self._pair.contents.get(part)]
+        self._use(pair, made)
+        if changed and self._tells:
+            said = f"{', '.join(changed)} of server.tls; counts until {pair.own.not_valid_after_utc.date()}"
+            log.info("renewed: %s, SHA-256 %s…", said, pair.digest)
+            self.note(RENEWED, reason=f"{said}, SHA-256 {pair.digest}…")
+
+    def _use(self, pair: Pair, made: ssl.SSLContext) -> None:
         self._pair = pair
         self.live.current = made
         self._done: object = None  # the files may have changed since they were read
@@ -95,14 +103,8 @@ class Certificates:
         except ConfigError as problem:
             self._wait(problem)
             return
-        changed = [part for part in certificates.PARTS if pair.contents.get(part) != self._pair.contents.get(part)]
-        if changed:
-            self.use(pair, made)
-            said = f"{', '.join(changed)} of server.tls; counts until {pair.own.not_valid_after_utc.date()}"
-            if self._tells:
-                log.info("renewed: %s, SHA-256 %s…", said, pair.digest)
-                self.note(RENEWED, reason=f"{said}, SHA-256 {pair.digest}…")
-        self._done, self._since, self._warned = seen, None, False
+        self.take(pair, made)
+        self._done = seen
 
     def _wait(self, problem: ConfigError) -> None:
         """Say once that the files do not fit together, and once more when that lasts."""
