@@ -25,6 +25,7 @@ class Budget:
     def __init__(self, most: int) -> None:
         self.most = most
         self.held = 0
+        self.users = 0
 
     @classmethod
     def of_visitors(cls, request_bytes: int) -> "Budget":
@@ -41,7 +42,7 @@ class Budget:
 
 class Bodies:
     """The bodies of requests that are being read or answered: so many bytes in all, and a quarter of it for a caller.
-    A single request always fits."""
+    One request alone always fits."""
 
     def __init__(self, request_bytes: int) -> None:
         self._each = max(_BYTES // 4, request_bytes)
@@ -52,6 +53,7 @@ class Bodies:
         """What counts the bytes of one more request, which are held until its task has ended. It raises
         TooMuchError: 429 where the caller's other requests hold too much, 503 where everybody's do."""
         own = self._callers.setdefault(caller, Budget(self._each))
+        own.users += 1
         held = seen = 0
 
         def take(more: int) -> None:
@@ -68,7 +70,8 @@ class Bodies:
         def release(_: object) -> None:
             own.take(-held)
             self._all.take(-held)
-            if not own.held and self._callers.get(caller) is own:
+            own.users -= 1
+            if not own.users:
                 del self._callers[caller]
 
         if task is not None:
