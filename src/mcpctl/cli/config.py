@@ -8,7 +8,7 @@ from mcpctl.cli import common, output
 from mcpctl.cli.common import ConfigOption, JsonOption, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from mcpctl.config_keys import Settings
     from mcpctl.identity.users import User
@@ -90,6 +90,10 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     if not faults:
         for listed, name in users.listed_strangers(found.auth, users.user_file(found.auth.user_file).current()):
             output.warn(f"{where(found, listed)}: {listed} names {name}, and there is no such user", "is it a typo?")
+        for limited, name in _limited_strangers(found):
+            kind = limited.split(".")[1].removesuffix("s")
+            place = where(found, f"{limited}.{name}")
+            output.warn(f"{place}: {limited} names {name}, and there is no such {kind}", "is it a typo?")
     if faults:
         raise ConfigError(
             "\n  ".join(["the installation is not in order:", *faults]),
@@ -101,6 +105,19 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         output.put(
             f"ok: {found.source or 'the environment'}, {len(found.databases)} database(s): {', '.join(found.databases)}"
         )
+
+
+def _limited_strangers(found: "Settings") -> "Iterator[tuple[str, str]]":
+    """(key, name) of each name that has limits of its own and is nobody's."""
+    from mcpctl.identity import tenants, tokens
+
+    known = {
+        "tokens": tokens.token_file(found.auth.token_file).current(),
+        "users": _people(found),
+        "tenants": tenants.tenant_file(found.auth.tenant_file).current(),
+    }
+    for kind, entries in known.items():
+        yield from ((f"limits.{kind}.named", name) for name in getattr(found.limits, kind).named if name not in entries)
 
 
 def _people(found: "Settings") -> "Mapping[str, User]":
