@@ -105,6 +105,8 @@ class Counters:
         if abs(before - booted) < _STEP:
             return
         _TAT.pack_into(self._map, _HEADER.size, booted)
+        if before == 0.0:  # it is new
+            return
         for bucket in range(_START, _RUNNING_AT, _BUCKET):
             for at in range(bucket + _EIGHT * _KEY, bucket + _BUCKET, _VALUES):
                 self._map[at : at + _SPENT_AT] = bytes(_SPENT_AT)
