@@ -122,6 +122,26 @@ def test_a_budget_is_a_tool_s_error_that_says_until_when_and_outlives_a_restart(
     assert (at.folder / "limits.bin").stat().st_mode & 0o777 == 0o600
 
 
+def test_behind_a_proxy_the_address_that_it_saw_counts_and_none_that_a_client_makes_up(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    limits = "rate: 0.001, burst: 100, addresses: {burst: 3}"
+    server = "server: {trusted_proxies: [127.0.0.1]}\n"
+    at = make_site(newest_shop, extra=f"limits: {{{limits}}}\n{server}")
+    at.limits = {}
+    at.start("--behind-proxy")
+    _, token = at.token()
+
+    def ask(forwarded: str) -> int:
+        with at.client(token) as client:
+            client.http.headers["X-Forwarded-For"] = forwarded
+            return client.call("whoami").status_code
+
+    assert [ask(f"203.0.113.{number}, 192.0.2.7") for number in range(5)] == [200] * 3 + [429] * 2
+    assert [ask(f"2001:db8::{number}") for number in range(5)] == [200] * 3 + [429] * 2
+    assert ask("192.0.2.8") == 200
+
+
 def test_wrong_tokens_are_429_in_the_end_and_a_right_one_from_there_is_let_in(
     make_site: MakeSite, newest_shop: Shop
 ) -> None:

@@ -40,6 +40,26 @@ def test_a_database_that_the_config_has_not_is_mended_in_the_file_first(home: Ho
     assert hint.startswith("mend the name in tenants.yaml; or")
 
 
+def test_the_networks_of_a_tenant_are_noted_and_shown_and_one_that_is_none_makes_no_tenant(home: Home) -> None:
+    wrong = home("tenant", "add", "acme", "--database", "spare", "--allow-ip", "10.1.0.1/16")
+    assert (wrong.code, "--allow-ip takes an address or network" in wrong.error) == (2, True)
+    networks = ("--allow-ip", "10.1.0.0/16", "--allow-ip", "2001:db8::/32")
+    assert home("tenant", "add", "acme", "--database", "spare", *networks).code == 0
+    assert home("tenant", "list").out.splitlines()[-1].endswith("\t10.1.0.0/16,2001:db8::/32")
+    found = json.loads(home("tenant", "list", "--json").out)["tenants"]
+    assert [one["allow_ips"] for one in found] == [None, ["10.1.0.0/16", "2001:db8::/32"]]
+
+
+def test_a_limit_of_somebody_whom_there_is_not_is_told_as_a_typo(home: Home) -> None:
+    right = "limits: {users: {named: {bob: {rate: 1}}}, tenants: {named: {globex: {rate: 1}}}}\n"
+    before = home.config.read_text()
+    home.config.write_text(before + right)
+    assert "typo" not in home("config", "check").err
+    home.config.write_text(before + right.replace("bob", "bop") + "# end\n")
+    done = home("config", "check")
+    assert (done.code, "limits.users.named names bop, and there is no such user" in done.err) == (0, True)
+
+
 def test_a_tenant_of_another_name_takes_nobodys_grant_away(home: Home) -> None:
     _mistyped(home, "globex: {", "globx: {")
     said = _failures(home)

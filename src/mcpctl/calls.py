@@ -225,7 +225,8 @@ class Calls:
         finally:
             if entry is not None:
                 self._running.discard(entry)
-            self.limiter.leave(slots)
+            if slots:
+                self.limiter.leave(slots)
             if facts.limited is not None:
                 self._recorder.limited(facts.limited, **base)
             else:

@@ -46,8 +46,10 @@ _RUNNING_AT = _START + _BUCKET * sum(_BUCKETS)
 _RUNNING = Struct("H")
 _COUNTS = PLACES * _RUNNING.size
 SIZE = _RUNNING_AT + _SLOTS * _COUNTS
-_PATIENCE = 0.1
+_PATIENCE = 0.25
 """Seconds to wait for another worker's lock, which is held for microseconds: one that was stopped stops no other."""
+_STEP = 60.0
+"""Seconds that the clock may have been set by before a start is taken for one after a boot."""
 _OPENING = 5.0
 """The same for who opens the file, which another may be making."""
 
@@ -59,18 +61,22 @@ Slot = tuple[int, int]
 class Counters:
     """The tables. Held (`with counters:`) while something is read and written back; alone in its process, for free.
 
-    `path` None: in this process's memory alone. `place` is this worker's number, of `workers`.
+    `path` None: in this process's memory alone. `place` is this worker's number, of `workers`; `booted` when the clock
+    began that its times are of.
     """
 
-    def __init__(self, path: Path | None = None, *, place: int = 0, workers: int = 1) -> None:
+    def __init__(
+        self, path: Path | None = None, *, place: int = 0, workers: int = 1, booted: float | None = None
+    ) -> None:
         self._place = place * _RUNNING.size
         self._workers = Struct(f"{workers}H")
         self._fd = -1
-        self._map = mmap.mmap(-1, SIZE) if path is None else self._open(path)
+        self._map = mmap.mmap(-1, SIZE) if path is None or fcntl is None else self._open(path)
         self._locks = self._fd >= 0 and fcntl is not None and workers > 1
         if self._map[:32] != _FORM.ljust(32, b"\0"):
             self._map[: _HEADER.size] = _HEADER.pack(_FORM, secrets.token_bytes(16))
         self._salt = self._map[32:48]
+        self._forget_times(time.time() - time.monotonic() if booted is None else booted)
         places = memoryview(self._map)[_RUNNING_AT:].cast("H")
         places[place::PLACES] = memoryview(bytes(2 * _SLOTS)).cast("H")  # whoever had the place before is dead
         places.release()
@@ -92,6 +98,18 @@ class Counters:
             os.close(self._fd)
         self._fd = -1
         return mmap.mmap(-1, SIZE)
+
+    def _forget_times(self, booted: float) -> None:
+        """Of another boot of the machine the times say nothing, not even which slot is the stalest."""
+        before: float = _TAT.unpack_from(self._map, _HEADER.size)[0]
+        if abs(before - booted) < _STEP:
+            return
+        _TAT.pack_into(self._map, _HEADER.size, booted)
+        if before == 0.0:  # it is new
+            return
+        for bucket in range(_START, _RUNNING_AT, _BUCKET):
+            for at in range(bucket + _EIGHT * _KEY, bucket + _BUCKET, _VALUES):
+                self._map[at : at + _SPENT_AT] = bytes(_SPENT_AT)
 
     def __enter__(self) -> None:
         if not self._locks:

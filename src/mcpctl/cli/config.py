@@ -8,7 +8,7 @@ from mcpctl.cli import common, output
 from mcpctl.cli.common import ConfigOption, JsonOption, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from mcpctl.config_keys import Settings
     from mcpctl.identity.users import User
@@ -93,6 +93,10 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         for name in sorted(set(found.canaries.tokens) - tokens.token_file(found.auth.token_file).current().keys()):
             place = where(found, "canaries.tokens")
             output.warn(f"{place}: canaries.tokens names {name}, and there is no such token", "was it removed?")
+        for limited, name in _limited_strangers(found):
+            kind = limited.split(".")[1].removesuffix("s")
+            place = where(found, f"{limited}.{name}")
+            output.warn(f"{place}: {limited} names {name}, and there is no such {kind}", "is it a typo?")
     if faults:
         raise ConfigError(
             "\n  ".join(["the installation is not in order:", *faults]),
@@ -130,6 +134,19 @@ def reload(context: typer.Context, json: JsonOption = False, config: ConfigOptio
         output.put_json({"ok": True, "said": told[0]["said"]})
     else:
         output.put(told[0]["said"])
+
+
+def _limited_strangers(found: "Settings") -> "Iterator[tuple[str, str]]":
+    """(key, name) of each name that has limits of its own and is nobody's."""
+    from mcpctl.identity import tenants, tokens
+
+    known = {
+        "tokens": tokens.token_file(found.auth.token_file).current(),
+        "users": _people(found),
+        "tenants": tenants.tenant_file(found.auth.tenant_file).current(),
+    }
+    for kind, entries in known.items():
+        yield from ((f"limits.{kind}.named", name) for name in getattr(found.limits, kind).named if name not in entries)
 
 
 def _people(found: "Settings") -> "Mapping[str, User]":
