@@ -48,10 +48,10 @@ def test_a_session_is_what_a_token_has_open(site: Site) -> None:
 
 
 def test_an_ended_session_cuts_what_runs_and_the_next_call_begins_anew(site: Site) -> None:
-    (alice, token), (_, other) = site.token("alice"), site.token("bob")
+    (alice, token), (bob, other) = site.token("alice"), site.token("bob")
     with site.client(token) as client, site.client(other) as second:
-        running = in_background(client.call, "query_database", {"query": "select pg_sleep(30)"})
-        others = in_background(second.rows, "select pg_sleep(2), 'bob'")
+        running = in_background(client.call, "query_database", {"query": "select pg_sleep(25)"})
+        others = in_background(second.call, "query_database", {"query": "select pg_sleep(25)"})
         eventually(lambda: len(site.shop.backends("state = 'active'")) == 2)
         done = site.run("session", "revoke", alice, "--reason", "runaway report")
         assert done.stdout == f"{alice}: closed\n"
@@ -60,14 +60,18 @@ def test_an_ended_session_cuts_what_runs_and_the_next_call_begins_anew(site: Sit
         answer = running.result(10).json()["result"]
         assert answer["isError"]
         assert "your session was ended by an administrator" in answer["content"][0]["text"]
-        assert others.result()[0][1] == "bob"
         assert client.rows("select 7") == [[7]]
+        assert sessions(site)[bob]["running"] == 1
+        site.run("session", "revoke", bob)
+        others.result()
     lines = site.audit()
     closed = [line for line in lines if line["event"] == "session.closed"]
-    assert [(line["token"], line["user"], line["transport"]) for line in closed] == [(alice, "alice", "cli")]
+    assert [(line["token"], line["user"], line["transport"]) for line in closed] == [
+        (alice, "alice", "cli"), (bob, "bob", "cli"),
+    ]  # fmt: skip
     assert closed[0]["reason"].startswith("runaway report; by ")
     cut = [line for line in lines if line.get("outcome") == "cut"]
-    assert [(line["event"], line["token"]) for line in cut] == [("tool.refused", alice)]
+    assert [(line["event"], line["token"]) for line in cut] == [("tool.refused", alice), ("tool.refused", bob)]
     assert next(line["token"] for line in lines if line["event"] == "pool.closed") == alice
 
 
