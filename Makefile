@@ -16,9 +16,13 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/tenants.py $(ARGS)
 	$(BIN)/python benchmarks/audit.py
+	$(BIN)/python benchmarks/flood.py
 
+# Half an hour: the HTTP surface under fuzzing, a bad night, and an audit log of a million lines.
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py $(ARGS)
+	$(BIN)/python benchmarks/night.py $(ARGS)
+	$(BIN)/python benchmarks/audit.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
