@@ -14,6 +14,7 @@ from command_line import Home
 from mcpctl import private_file, reserve
 from mcpctl.errors import FullError, UnavailableError
 from mcpctl.identity import tokens
+from mcpctl.identity.lockdown import Lockdown
 from mcpctl.state import State
 from site_of_mcpctl import Shop, Site, eventually
 
@@ -186,3 +187,16 @@ def test_a_server_refuses_calls_on_a_full_disk_and_serves_again_by_itself(disk: 
     finally:
         at.stop()
     whole(at.folder)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with the reserve", "without"])
+def test_the_server_can_be_locked_on_a_full_disk(disk: Disk, home: Home, kept: bool) -> None:
+    if not kept:
+        reserve.give_up(home.folder)
+    disk.fill()
+    assert home("lockdown", "--reason", "a bad night").code == 0
+    assert Lockdown(home.folder / "tokens.yaml").on()
+    assert home("lockdown", "--lift").code == 0
+    disk.empty()
+    home("user", "add", "alice")
+    whole(home.folder)
