@@ -227,9 +227,8 @@ def test_a_dba_terminates_a_backend_in_the_middle_of_a_call(at: Site, frail: Sho
 def test_a_full_disk_is_told_and_is_over_when_there_is_room(at: Site, frail: Shop, client: Client) -> None:
     """PostgreSQL says 53100 for a full disk and 53400 for its own bound on temporary files, in the same way."""
     with frail.admin() as admin:
-        admin.execute(
-            "ALTER ROLE shop_reader SET temp_file_limit = '64kB'; ALTER ROLE shop_reader SET work_mem = '64kB'"
-        )
+        for name in ("temp_file_limit", "work_mem"):
+            admin.execute(f"ALTER ROLE shop_reader SET {name} = '64kB'".encode())
         admin.execute(ENDS)
         big = "select count(*) from (select x from generate_series(1, 20000) x order by md5(x::text)) s"
         try:

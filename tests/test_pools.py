@@ -255,7 +255,8 @@ class _Spoken:
         self.socket = ours.fileno()
         self.closed = False
         self._ours = ours
-        self.pgconn = self
+        self.pgconn = self.info = self
+        self.host, self.hostaddr, self.port = "", "", 0
 
     def finish(self) -> None:
         self.closed = True
