@@ -128,6 +128,7 @@ def test_no_worker_answers_a_call_after_it_and_what_runs_is_cut(two_workers: Sit
             assert httpx.get(f"{base}/ready", trust_env=False).status_code == 503
             assert httpx.get(f"{base}/health", trust_env=False).status_code == 200
         assert at.shop.backends("state = 'active'") == []
+        assert "ON: the server is locked" in at.run("status").stdout
         at.stop()
         at.start()
         with at.client(text) as other:

@@ -66,10 +66,10 @@ def status(context: typer.Context, json: JsonOption = False, config: ConfigOptio
     found = settings(context, config, needs_log=False)
     answers, silent = ask_if_any(found, {"do": "status"})
     up = bool(answers)
-    servers: dict[str, list[dict[str, Any]]] = {}
-    for answer in answers:
-        servers.setdefault(answer["server"], []).append(answer)
-    told = [_server(sorted(workers, key=lambda one: one["worker"])) for workers in servers.values()]
+    servers: dict[str, dict[int, dict[str, Any]]] = {}
+    for answer in sorted(answers, key=lambda one: one["config_since"]):  # a process answers twice during a reload
+        servers.setdefault(answer["server"], {})[answer["pid"]] = answer
+    told = [_server(sorted(workers.values(), key=lambda one: one["worker"])) for workers in servers.values()]
     last = _last_number(found)
     if json:
         output.put_json({"up": up, "servers": told, "silent": silent, "audit_seq": last})

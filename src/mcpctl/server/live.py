@@ -125,6 +125,7 @@ class Live:
                 "strangers": self._metrics.minute.strangers(),
             },
             "audit": self._recorder.fault(),
+            "lockdown": self._authenticator.lockdown.said(),
         }
 
     async def _databases(self) -> dict[str, dict[str, Any]]:
