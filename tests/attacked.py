@@ -49,7 +49,7 @@ async def served(at: Site) -> AsyncIterator[Address]:
     with Door() as door:
         door.bind(("127.0.0.1", 0))
         address: Address = door.getsockname()
-        settings = config.load(at.config, {})
+        settings = config.load(at.config, at.limits)
         settings = replace(settings, server=replace(settings.server, port=address[1]))
         visitor = Visitor.of(settings.limits.request_bytes, PATIENCE)
         async with running(settings, files=True) as core, run._app(run.Listening(settings), core) as app:

@@ -89,7 +89,7 @@ async def did(core: Core, text: str, question: Question, query: str) -> Done:
 
 async def case(at: Site, name: str, question: Question) -> tuple[Answer, Done]:
     """What is said of one question, and what a call with a new token comes to."""
-    settings = config.load(at.config, {})
+    settings = config.load(at.config, at.limits)
     _, text = at.token(name)
     async with running(settings, files=True) as core:
         rights = Rights(settings, tokens.utcnow())

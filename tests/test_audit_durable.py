@@ -225,7 +225,7 @@ def test_no_calls_answer_leaves_before_its_line_is_on_disk_and_a_cancelled_call_
         return sum(line["event"] == "tool.called" for line in at.audit())
 
     async def main() -> None:
-        async with running(config.load(at.config, {}), files=False) as core:
+        async with running(config.load(at.config, at.limits), files=False) as core:
             local = core.authenticator.local()
             core.calls._answering.__self__._audit._sync = disk.sync  # type: ignore[attr-defined]
 

@@ -165,7 +165,7 @@ def _people(at: Site) -> dict[str, User]:
 
 def _dsn(at: Site, name: str, access: str) -> str:
     """The connection string of a user's own login role, as the server has it."""
-    settings = config.load(at.config, {})
+    settings = config.load(at.config, at.limits)
     logins = Logins(settings.databases, keyring.Keyring(settings.keyring.file))
     return logins.of_user(name, _people(at)[name].grants["shop"], "shop", access).dsn()
 

@@ -297,7 +297,7 @@ def test_a_server_that_lets_in_and_then_says_nothing_holds_nobody_up(
 ) -> None:
     monkeypatch.setattr(own_login, "LOOK", 0.3)
     at = users_of(make_site(newest_shop, extra=ON, tcp=True))
-    found = config.load(at.config, {})
+    found = config.load(at.config, at.limits)
     with silent(newest_shop.cluster.port) as server:
         own = Own(found, Keyring(found.keyring.file), None)
         wanted = Wanted("127.0.0.1", server.port, "shop", READER)
@@ -330,7 +330,7 @@ def test_a_host_is_resolved_once_and_only_that_address_is_connected_to(make_site
     async def resolver(host: str, port: int) -> list[str]:
         return answers.pop(0)
 
-    found = config.load(at.config, {})
+    found = config.load(at.config, at.limits)
     own = Own(found, Keyring(found.keyring.file), None, resolver)
     wanted = Wanted("lab.invalid", newest_shop.cluster.port, "shop", READER)
     row = asyncio.run(own.register("carol", "lab", wanted, PASSWORD))

@@ -292,7 +292,7 @@ def test_can_says_what_a_real_call_does(at: Site, newest: object, capsys: pytest
 
 
 async def _worlds(at: Site, wanted: int) -> Counter[str]:
-    settings = config.load(at.config, {})
+    settings = config.load(at.config, at.limits)
     seen: Counter[str] = Counter()
     async with running(settings, files=True) as core:
         with at.shop.admin() as admin:

@@ -176,7 +176,7 @@ def test_what_explain_does_not_see_is_looked_for(at: Site) -> None:
 
 
 async def _odd(at: Site) -> None:
-    settings = config.load(at.config, {})
+    settings = config.load(at.config, at.limits)
     _, text = at.token("fay")
     async with running(settings, files=True) as core:
         rights = Rights(settings, tokens.utcnow())
