@@ -204,6 +204,19 @@ def test_a_call_leaves_one_line_with_all_its_databases_and_what_was_read_where(a
         assert (_last(at)["database"], _last(at)["relations"]) == ("two", ["public.place"])
 
 
+def test_the_line_tells_of_its_own_call_whatever_the_token_asks_meanwhile(at: Site, shops: tuple[Shop, Shop]) -> None:
+    slow = "select source, pg_sleep(case when current_database() = 'two' then 1 else 0 end) is null as slept from place"
+    text = at.token()[1]
+    with at.client(text) as client, at.client(text) as other:
+        running = in_background(_ask, client, slow, ["one", "two"])
+        eventually(lambda: shops[1].backends("state = 'active' AND query LIKE '%slept%'"))
+        for _ in range(4):
+            other.error("alter role shop_reader password 'x'", database="one")
+        assert [one["row_count"] for one in running.result()] == [1, 1]
+    line = _last(at)
+    assert (line["relations"], line.get("statement")) == (["one:public.place", "two:public.place"], slow)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [

@@ -32,7 +32,7 @@ from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import NarrowedError, Pools
 from mcpctl.postgres.statement import NotAQuestionError, StatementError, elapsed
-from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.token_pool import Session, Use
 from mcpctl.reach import Reach
 from mcpctl.recorder import Recorder
 from mcpctl.shared_counters import Slot
@@ -79,7 +79,8 @@ class _Facts:
     tool: str
     address: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
-    sessions: dict[str, Session] = field(default_factory=dict)
+    uses: dict[str, Use] = field(default_factory=dict)
+    roles: list[str] = field(default_factory=list)
     several: bool = False
     outcome: str = "ok"
     client_ip: str | None = None
@@ -88,27 +89,31 @@ class _Facts:
 
     def session(self, session: Session, database: str) -> None:
         """One of several databases that are asked at once adds to what the others have said."""
-        self.sessions[database] = session
+        self.uses[database] = session.use  # and never the session, which is another call's by the end of this one
+        self.roles.append(session.login)
         self.values.update(
             database=self.values.get("database", database),
-            role=",".join(dict.fromkeys(one.login for one in self.sessions.values())),
-            backend_pid=session.pid if len(self.sessions) == 1 else None,
+            role=",".join(dict.fromkeys(self.roles)),
+            backend_pid=session.pid if len(self.uses) == 1 else None,
         )
 
     @property
     def relations(self) -> tuple[str, ...] | None:
         """What was read; with the database's name before it where several were asked, whoever of them answered."""
         if not self.several:
-            return next((session.relations for session in self.sessions.values()), None)
-        if all(session.relations is None for session in self.sessions.values()):
+            return next((use.relations for use in self.uses.values()), None)
+        if all(use.relations is None for use in self.uses.values()):
             return None
-        return tuple(
-            f"{name}:{one}" for name, session in sorted(self.sessions.items()) for one in session.relations or ()
-        )
+        return tuple(f"{name}:{one}" for name, use in sorted(self.uses.items()) for one in use.relations or ())
+
+    @property
+    def described(self) -> bool:
+        """Whether PostgreSQL has described columns of the statement, wherever it came."""
+        return bool(self.uses) and all(use.described for use in self.uses.values())
 
     def reason(self, reason: str | None) -> str | None:
         """What was done, where the line must say it, before how it ended."""
-        did = [session.did for session in self.sessions.values() if session.did is not None]
+        did = [use.did for use in self.uses.values() if use.did is not None]
         return ": ".join(did + ([reason] if reason is not None else [])) or None
 
 
@@ -188,7 +193,7 @@ class Calls:
             self.limiter.check(principal, request.client_ip)
             tool = self._find(principal, name)
             result = await self._run(tool, principal, arguments, facts)
-            request.databases.update(facts.sessions)
+            request.databases.update(facts.uses)
             facts.values.update(rows=result.rows, bytes=result.bytes)
             reason, outcome = result.command, facts.outcome
             return Answer(result.text, result.structured)
@@ -201,7 +206,7 @@ class Calls:
         except (UsageError, ForbiddenError, NotAQuestionError) as problem:
             told = _noted(problem) if isinstance(problem, UnknownArgumentError) else problem.message
             event, outcome, reason = "tool.refused", "refused", told
-            if not facts.sessions and facts.tool in (GET.name, SET.name):
+            if not facts.uses and facts.tool in (GET.name, SET.name):
                 reason = self._tried(principal, arguments or {}, facts) + told
             return _failed(problem)
         except UnknownToolError:
@@ -288,8 +293,8 @@ class Calls:
             return await self._ask_several(tool, principal, names, checked, facts)
         finally:
             if tool.statement is not None:
-                described = bool(facts.sessions) and all(one.described for one in facts.sessions.values())
-                kept = self._recorder.statement(checked[tool.statement], described=described and tool.access == "read")
+                described = facts.described and tool.access == "read"
+                kept = self._recorder.statement(checked[tool.statement], described=described)
                 facts.values.update(kept, relations=facts.relations)
 
     async def _run_own(self, tool: Tool, principal: Principal, arguments: dict[str, Any], facts: _Facts) -> Result:
@@ -352,7 +357,7 @@ class Calls:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            facts.sessions = {self._reach.shown(name): session for name, session in facts.sessions.items()}
+            facts.uses = {self._reach.shown(name): use for name, use in facts.uses.items()}
         results = {name: self._still(principal, name, one) for name, one in zip(names, found, strict=True)}
         failed = [
             f"{self._reach.shown(name)}: {_noted(one)}" for name, one in results.items() if isinstance(one, Error)
@@ -375,7 +380,7 @@ class Calls:
         async with self._pools.turn(login), self._pools.borrow(principal, login) as session:
             facts.session(session, login.name)
             begun = monotonic()
-            session.guard = self.canaries.guard(principal, facts.client_ip, login.shown)
+            session.use.guard = self.canaries.guard(principal, facts.client_ip, login.shown)
             try:
                 yield session
             except Error:

@@ -148,7 +148,7 @@ class _Settings(Exchange):
                     "your login may not have a change applied, so nothing was changed",
                     "the administrator grants admin access again: it comes with EXECUTE on pg_reload_conf()",
                 )
-            self.session.did = _told(name, before, value)
+            self.session.use.did = _told(name, before, value)
             applied = asyncio.ensure_future(self._applied(wire, name, value, before))
             try:
                 loaded = await asyncio.shield(applied)

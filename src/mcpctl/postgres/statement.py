@@ -170,7 +170,7 @@ class Exchange:
                 return await self._framed(wire, text, params)
             verdict = await self._judged(wire, text)
             self._leaves_nothing = verdict.leaves_nothing
-            unseen = verdict.relations is None and self.session.guard is not None
+            unseen = verdict.relations is None and self.session.use.guard is not None
             rows = await self._framed(wire, text, (), look=unseen)
             unknown = self._types.unknown(rows.types)
             if unknown and self._clean:  # made anew since the text was judged
@@ -200,14 +200,14 @@ class Exchange:
                     "PostgreSQL describes no columns for this statement, so it is no question, and was not run",
                     "query_database takes what has an answer: SELECT, VALUES, TABLE, WITH … SELECT, EXPLAIN, SHOW",
                 )
-            self.session.described = True
+            self.session.use.described = True
             verdict = await self._planned(wire, text) if question else Verdict(False, None, False)
             self._verdicts.remember(key, verdict)
-        self.session.described = True
+        self.session.use.described = True
         if verdict.relations is not None:  # none at all is something that is known, too
-            self.session.relations = verdict.relations
-            if self.session.guard is not None:
-                self.session.guard(verdict.relations)
+            self.session.use.relations = verdict.relations
+            if self.session.use.guard is not None:
+                self.session.use.guard(verdict.relations)
         return verdict
 
     def _sync(self) -> None:
@@ -365,9 +365,9 @@ class Exchange:
     def see(self, locked: list[tuple[bytes, ...]] | StatementError) -> None:
         """Note what a statement has locked, and let the session's guard hear of it."""
         if not isinstance(locked, StatementError):
-            self.session.relations = tuple(row[0].decode("utf-8", "replace") for row in locked)
-        if self.session.guard is not None:
-            self.session.guard(None if isinstance(locked, StatementError) else self.session.relations)
+            self.session.use.relations = tuple(row[0].decode("utf-8", "replace") for row in locked)
+        if self.session.use.guard is not None:
+            self.session.use.guard(None if isinstance(locked, StatementError) else self.session.use.relations)
 
     @staticmethod
     def has_rows(result: Any) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from time import monotonic, time
 from typing import Any
 
@@ -38,19 +39,27 @@ class _Login(AsyncConnection[Any]):
 Guard = Callable[[tuple[str, ...] | None], None]
 
 
-class Session:
-    """One backend that has logged in, and who uses it now.
+@dataclass(slots=True)
+class Use:
+    """What one call learns on a session; it outlives the borrowing, and the session's next use has one of its own.
 
     Of the caller's statement: `described` is whether PostgreSQL described columns of it (a text of which it has not may
     hold anything, a password too), `relations` what its plan reads. `did`: what the audit line must say of the call
-    however it ends. `lingers`: it was told to end, and has not yet. `guard` hears of the relations that the statement
-    reads before anything of it is answered (None: nobody knows), and raises where it may not be.
+    however it ends. `guard` hears of the relations that the statement reads before anything of it is answered (None:
+    nobody knows), and raises where it may not be.
     """
 
-    __slots__ = (
-        "conn", "cut", "described", "did", "guard", "lingers", "login", "pid", "place", "pool", "relations", "started",
-        "task",
-    )  # fmt: skip
+    described: bool = False
+    relations: tuple[str, ...] | None = None
+    did: str | None = None
+    guard: Guard | None = None
+
+
+class Session:
+    """One backend that has logged in, and who uses it now: `use` is of the call that has it. `lingers`: it was told to
+    end, and has not yet."""
+
+    __slots__ = ("conn", "cut", "lingers", "login", "pid", "place", "pool", "started", "task", "use")
 
     def __init__(self, conn: "_Login", pool: "TokenPool", pid: int, started: str, login: str) -> None:
         self.conn = conn
@@ -62,10 +71,7 @@ class Session:
         self.cut = False
         self.lingers = False
         self.task: asyncio.Task[Any] | None = None
-        self.described = False
-        self.relations: tuple[str, ...] | None = None
-        self.did: str | None = None
-        self.guard: Guard | None = None
+        self.use = Use()
 
     @property
     def backend(self) -> Backend:
@@ -308,7 +314,7 @@ class TokenPool:
             await self.give_back(session)
             return await self.take()
         session.task = task
-        session.described, session.relations, session.did = False, None, None
+        session.use = Use()
         return session
 
     async def _forget_who_left(self) -> None:

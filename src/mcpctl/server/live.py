@@ -284,8 +284,7 @@ def _told(one: Running, sql: bool) -> dict[str, Any]:
         "transport": one.request.transport,
     }
     if sql and tool is not None and tool.statement is not None and tool.access == "read":
-        described = bool(facts.sessions) and all(session.described for session in facts.sessions.values())
-        found["statement"] = str(one.arguments.get(tool.statement, ""))[:_SHOWN] if described else None
+        found["statement"] = str(one.arguments.get(tool.statement, ""))[:_SHOWN] if facts.described else None
     return found
 
 
