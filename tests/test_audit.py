@@ -231,6 +231,35 @@ def test_a_new_file_goes_on_from_memory_and_a_fresh_process_from_the_moved_ones(
     assert verify(path.with_name("audit.jsonl-20261120"), path.with_name("audit.jsonl.1"), path) == 8
 
 
+def test_a_file_beside_it_that_is_none_of_this_log_changes_nothing(log: AuditLog, path: Path) -> None:
+    write(log, 3)
+    other = AuditLog(path.parent / "audit.jsonl.from-old-host", bytes(32), lambda: NOW)
+    write(other, 9)
+    other.close()
+    planted = b'{"seq":999999,"hash":"' + b"0" * 64 + b'"}\n'
+    path.with_name("audit.jsonl-x").write_bytes(planted)
+    path.rename(path.with_name("audit.jsonl.1"))
+    write(log, 1)
+    path.rename(path.with_name("audit.jsonl.2"))
+    fresh = opened(path)
+    write(fresh, 1)
+    moved = fresh.rotate("")
+    fresh.close()
+    assert moved is not None
+    assert verify(path.with_name("audit.jsonl.1"), path.with_name("audit.jsonl.2"), moved, path) == 6
+
+
+def test_a_rotation_goes_on_from_the_end_that_it_has_seen_whatever_is_beside_it(log: AuditLog, path: Path) -> None:
+    further = opened(path.with_name("further"))
+    write(further, 9)
+    further.close()
+    write(log, 3)
+    further.path.rename(path.with_name("audit.jsonl.restored"))  # of the same key
+    moved = log.rotate("")
+    assert moved is not None
+    assert verify(moved, path) == 4
+
+
 def test_a_new_file_that_was_made_empty_goes_on_too_and_one_packed_away_is_remembered(
     log: AuditLog, path: Path
 ) -> None:

@@ -151,6 +151,22 @@ def test_each_kept_line_is_written_once_also_when_its_writer_dies_in_between(boo
     assert verify(book.path) == 6
 
 
+def test_a_rotation_that_comes_first_writes_them_too(book: Book) -> None:
+    book.log.keep("token.revoked", token="first")
+    with book.log._locked(), pytest.raises(KeyboardInterrupt):
+        late.write(book.path, lambda: book.log._find_end().seq, _dies)
+    moved = book.log.rotate("")
+    assert moved is not None
+    assert [one.get("token") for one in lines(moved)] == [None, "first"]
+    book.log.append("server.started")
+    assert [one["event"] for one in lines(book.path)] == ["audit.rotated", "server.started"]
+    assert verify(moved, book.path) == 4
+
+
+def _dies(event: str, fields: dict[str, Any]) -> None:
+    raise KeyboardInterrupt
+
+
 def test_what_is_beside_the_log_and_none_of_ours_is_told_and_not_written(book: Book) -> None:
     book.log.keep("token.revoked", token="first")
     with late.place(book.path).open("ab") as file:

@@ -21,6 +21,10 @@ _FIRST_LOOK = 64 << 10
 _CHUNK = 4 << 20
 
 
+Ours = Callable[[bytes], bool]
+"""Whether a line is one of this very log, by its key."""
+
+
 def open_moved(path: Path) -> int | None:
     """A file that was moved away, whatever group may read it by now; None where it cannot be the log of before."""
     try:
@@ -33,13 +37,13 @@ def open_moved(path: Path) -> int | None:
     return None
 
 
-def end_of(path: Path) -> "tuple[int, str] | None":
+def end_of(path: Path, ours: "Ours" = lambda line: True) -> "tuple[int, str] | None":
     """Number and hash of the last line of a file that was moved away; None where there is none of ours."""
     fd = open_moved(path)
     if fd is None:
         return None
     try:
-        return last_line(fd, os.fstat(fd).st_size, path)[0]
+        return last_line(fd, os.fstat(fd).st_size, path, ours)[0]
     except ConfigError:
         return None
     finally:
@@ -60,8 +64,9 @@ def read_at(fd: int, size: int, start: int) -> bytes:
     return os.read(fd, size)
 
 
-def last_line(fd: int, size: int, path: Path) -> "tuple[tuple[int, str] | None, int]":
-    """Number and hash of the last whole line, and where it ends; what stands behind it is the half of one."""
+def last_line(fd: int, size: int, path: Path, ours: "Ours" = lambda line: True) -> "tuple[tuple[int, str] | None, int]":
+    """Number and hash of the last whole line, and where it ends; what stands behind it is the half of one. Raises
+    ConfigError where it is none of a log, or `ours` says no."""
     tail, start = b"", size
     while start > 0 and tail[: tail.rfind(b"\n") + 1].rstrip(b"\n").count(b"\n") < 1:
         step = min(start, max(_FIRST_LOOK, len(tail)))
@@ -76,7 +81,7 @@ def last_line(fd: int, size: int, path: Path) -> "tuple[tuple[int, str] | None, 
         return None, start + whole
     found = _parse(line)
     seq, digest = found.get("seq"), found.get("hash")
-    if type(seq) is not int or seq < 1 or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+    if type(seq) is not int or seq < 1 or not isinstance(digest, str) or not (_DIGEST.fullmatch(digest) and ours(line)):
         raise ConfigError(
             f"the last line of {path} is not one of mcpctl's", "move the file away; the log goes on in a new one"
         )

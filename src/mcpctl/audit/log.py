@@ -228,12 +228,14 @@ class AuditLog:
         """Move the file away, to a name that ends with the time, and begin a new one, which goes on from its last hash.
         Returns the new name; None where there is nothing in it. Raises UnavailableError: nothing is lost then."""
         with self._locked():
+            self._write_late()
             if not (os.path.lexists(self.path) and self._find_end().size):
                 return None
             private_file.refuse_link(self.path)  # only the link would be moved
             self._check_room()
-            moved = self._free_name()
+            moved, end = self._free_name(), self._find_end()
             self.path.rename(moved)  # under the lock: nobody else of ours takes the name meanwhile
+            self._end = End(self._open().st_ino, 0, end.seq, end.hash)
             stamped = {"time": stamp(self._now()), "event": "audit.rotated", "transport": "cli"}
             self._write({**stamped, "reason": f"{moved.name}{reason}"})
             return moved
@@ -264,14 +266,7 @@ class AuditLog:
         here = (found.st_ino, found.st_size) if found is not None else (0, 0)
         if self._file >= 0 and self._end is not None and here == (self._end.inode, self._end.size):
             return self._end
-        opened = private_file.open_checked(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-        before, self._file = self._file, opened
-        if before >= 0:
-            if self.written is not None and self.synced < self.written.seq and os.fstat(before).st_ino != here[0]:
-                self._left.append(before)  # moved away with lines that are not yet known to be on disk
-            else:
-                os.close(before)
-        found = os.fstat(self._file)
+        found = self._open()
         size = found.st_size
         last = None
         if size:
@@ -286,10 +281,28 @@ class AuditLog:
         self._end = End(found.st_ino, size, seq, digest)
         return self._end
 
+    def _open(self) -> os.stat_result:
+        """Open the file again; what it is like."""
+        opened = private_file.open_checked(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        before, self._file = self._file, opened
+        found = os.fstat(self._file)
+        if before >= 0:
+            if self.written is not None and self.synced < self.written.seq and os.fstat(before).st_ino != found.st_ino:
+                self._left.append(before)  # moved away with lines that are not yet known to be on disk
+            else:
+                os.close(before)
+        return found
+
     def _before_rotation(self) -> "tuple[int, str] | None":
         """Where the files that were moved away end, so that a new one goes on from there."""
-        moved, _ = files.older(self.path)
-        return files.end_of(moved[0]) if moved else None
+        ends = (files.end_of(one, self._ours) for one in files.older(self.path)[0])
+        return next(filter(None, ends), None)  # another installation's file, or a planted one, may say any number
+
+    def _ours(self, line: bytes) -> bool:
+        """Whether a line, which has the form of one, was written with our key."""
+        body, _, rest = line.rpartition(b',"hash":"')
+        prev = json.loads(line).get("prev")
+        return isinstance(prev, str) and rest == chain_hash(self.key, prev, body).encode("ascii") + b'"}'
 
 
 def chain_hash(key: bytes, prev: str, body: bytes) -> str:
