@@ -179,6 +179,14 @@ def test_what_is_beside_the_log_and_none_of_ours_is_told_and_not_written(book: B
     assert events[5:] == [("token.revoked", "second"), ("server.started", None)]
 
 
+def test_a_line_from_outside_says_nothing_of_its_place_in_the_chain(book: Book) -> None:
+    book.log.keep("tool.called", seq="x", time="2000", key_id="y", prev="z", hash="0" * 64, user="alice")
+    book.log.append("server.started")
+    assert [one.get("user") for one in lines(book.path)] == [None, "alice", None]
+    assert lines(book.path)[1]["time"] == "2026-11-20T12:00:00.000Z"
+    assert verify(book.path) == 3
+
+
 def test_what_is_kept_is_bounded_and_what_is_too_much_is_said(book: Book) -> None:
     with pytest.raises(UnavailableError, match="is full"):
         for _ in range(20):

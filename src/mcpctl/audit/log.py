@@ -126,7 +126,7 @@ class AuditLog:
     def _append_late(self, event: str, fields: dict[str, Any]) -> None:
         if event not in EVENTS or fields.keys() - set(FIELDS):
             event, fields = "audit.lost", {"reason": "a line that was kept for the log is none of mcpctl's"}
-        self._write({"time": self.time(), "event": event, **fields})
+        self._write({**fields, "time": self.time(), "event": event})
 
     def check(self) -> None:
         """Raises UnavailableError where a line could not be appended now."""
@@ -250,7 +250,7 @@ class AuditLog:
 
     def _line(self, end: End, fields: dict[str, Any]) -> tuple[bytes, str]:
         """The line that comes next, in printable ASCII alone, and its hash."""
-        values = {"seq": end.seq + 1, **fields, "key_id": self.key_id, "prev": end.hash}
+        values = {**fields, "seq": end.seq + 1, "key_id": self.key_id, "prev": end.hash, "hash": None}
         ordered = {name: values[name] for name in FIELDS if values.get(name) is not None}
         text = json.dumps(ordered, ensure_ascii=True, separators=(",", ":")).replace("\x7f", "\\u007f")
         body = text.encode("ascii")[:-1]
