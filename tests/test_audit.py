@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from chain import KEY, lines, verify
 from mcpctl import private_file
 from mcpctl.audit import log as audit_log
+from mcpctl.audit import verify as audit_verify
 from mcpctl.audit.log import AuditLog
 from mcpctl.errors import ConfigError, UnavailableError
 from site_of_mcpctl import environment, eventually
@@ -135,6 +136,38 @@ def test_lines_cut_off_under_a_running_writer_leave_a_gap_that_is_seen(log: Audi
     assert [line["seq"] for line in lines(path)] == [1, 2, 3, 6]
     with pytest.raises(AssertionError):
         verify(path)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_line_cut_off_under_one_writer_is_seen_though_another_has_written_on(
+    log: AuditLog, path: Path, rotated: bool
+) -> None:
+    other = opened(path)
+    write(other, 3)
+    write(log, 1, user="alice")
+    data = path.read_bytes().splitlines(keepends=True)
+    with path.open("r+b") as file:
+        file.truncate(sum(map(len, data[:3])))
+    write(other, 2)
+    moved = [other.rotate("")] if rotated else []
+    write(log, 1)
+    other.close()
+    with pytest.raises(AssertionError):
+        verify(*filter(None, moved), path)
+    assert audit_verify.verify(path, KEY).fault
+
+
+def test_a_file_that_is_copied_and_emptied_goes_on_for_every_writer(log: AuditLog, path: Path) -> None:
+    other = opened(path)
+    write(log, 3)
+    write(other, 1)
+    copy = path.with_name("audit.jsonl.1")
+    copy.write_bytes(path.read_bytes())
+    os.truncate(path, 0)
+    write(other, 1)
+    write(log, 1)
+    other.close()
+    assert verify(copy, path) == 6
 
 
 _MANY = """

@@ -3,7 +3,8 @@
 One JSON line an event. `hash` = HMAC-SHA-256(key, prev ‖ the line's bytes before `,"hash"`) in hex, where `prev` is
 the hash of the line before (64 zeros before the first) as ASCII. Whoever lacks the key can neither change, remove,
 add nor reorder a line without breaking every hash after it. Lines cut off at the very end leave no trace in the file
-itself: a process that still runs goes on from where it was, so that the gap shows; else a copy elsewhere shows it.
+itself: a process that still runs goes on from where it was, so that the gap shows, also when
+another has written on; else a copy elsewhere shows it.
 
 One chain, many writers (workers, commands): an append takes the lock file's lock, looks whether the file's end is
 where this writer left it, reads the last line only if not, and writes one line with one write(2).
@@ -14,6 +15,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -266,6 +268,7 @@ class AuditLog:
         here = (found.st_ino, found.st_size) if found is not None else (0, 0)
         if self._file >= 0 and self._end is not None and here == (self._end.inode, self._end.size):
             return self._end
+        cut = self._cut()
         found = self._open()
         size = found.st_size
         last = None
@@ -276,10 +279,21 @@ class AuditLog:
         if last is None:
             last = self._before_rotation()
         seq, digest = last or (0, FIRST)
-        if self._end is not None and self._end.seq > seq:
+        if self._end is not None and (cut or self._end.seq > seq):
             seq, digest = self._end.seq, self._end.hash  # moved away and packed, or cut: we still know where we were
         self._end = End(found.st_ino, size, seq, digest)
         return self._end
+
+    def _cut(self) -> bool:
+        """Whether the line that stood last when we looked last is gone from where it stood, although others may have
+        written on since. A file that was copied and emptied (copytruncate) begins behind that line."""
+        if self._end is None or self._file < 0 or not self._end.size:
+            return False
+        mark = b'"' + self._end.hash.encode("ascii") + b'"}\n'
+        if files.read_at(self._file, len(mark), max(0, self._end.size - len(mark))) == mark:
+            return False
+        first = re.match(rb'\{"seq":([0-9]{1,18}),', files.read_at(self._file, 32, 0))
+        return first is not None and int(first[1]) <= self._end.seq
 
     def _open(self) -> os.stat_result:
         """Open the file again; what it is like."""
