@@ -33,6 +33,8 @@ def tell_of(reading: "Reading") -> None:
     """Say what of the log was not there. A hole in it is an error: an answer from the rest may be wrong."""
     if (before := reading.missing_before) is not None:
         output.warn(before)
+    for remark in reading.remarks:
+        output.warn(remark)
     for fault in reading.faults:
         output.error(f"the log is not whole: {fault}", None)
     if reading.faults:
