@@ -13,6 +13,7 @@ import pytest
 
 from command_line import Done, Home
 from mcpctl.audit import who_read
+from mcpctl.audit.anchors import text
 from mcpctl.audit.log import AuditLog, read_key
 from mcpctl.audit.reading import Reading
 from mcpctl.errors import UsageError
@@ -219,6 +220,33 @@ def test_a_clock_that_was_wrong_hides_no_line_and_is_told(home: Home) -> None:
     assert found(home, "--since", "2026-01-01T05:00:00Z").good.split("\t")[3] == "15"
     fill(home, 5, clock)
     assert found(home, "--since", "2026-01-01T00:38:00Z").good.split("\t")[3] == "20"
+
+
+@pytest.mark.parametrize("rest", [0, 4])
+def test_an_end_that_is_missing_is_never_a_silent_nobody(tmp_path: Path, rest: int) -> None:
+    home = Home(tmp_path / "home", "audit: {anchor_file: anchors}\n")
+    path, clock = home.folder / "audit.jsonl", Clock()
+    log = fill(home, 5, clock)
+    [end] = [line for line in path.read_bytes().splitlines(keepends=True) if line.startswith(b'{"seq":5,')]
+    (home.folder / "anchors").touch(0o600)
+    (home.folder / "anchors").write_text(text(log.key, 5, json.loads(end)["hash"], "2026") + "\n")
+    assert found(home).code == 0
+    if rest:
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:rest]))
+    else:
+        path.unlink()
+    for done in (found(home, "--database", "shop"), home("incident", "report", "--user", "alice")):
+        assert done.code == 1
+        assert f"lines {rest + 1} to 5 are missing at its end, says an anchor in anchors (2026)" in done.err
+    if not rest:
+        assert "nobody, in what could be read" in found(home).err
+
+
+def test_no_current_file_is_said(home: Home) -> None:
+    fill(home, 5)
+    (home.folder / "audit.jsonl").rename(home.folder / "audit.jsonl.1")
+    done = found(home)
+    assert (done.code, "there is no audit.jsonl, only files that it was before" in done.err) == (0, True)
 
 
 def test_a_file_is_left_out_only_where_all_that_is_known_of_it_is_older(home: Home) -> None:

@@ -133,13 +133,13 @@ class Reading:
             self._fault(f"{one.name} and {other.name} begin alike, and differ from line {line} on: one is made up")
         if not (chosen.parts or self.faults or self.known):
             raise NotFoundError(f"there is no audit log {self.path}", "nothing was written yet, or audit.file is wrong")
-        if not chosen.parts or chosen.parts[-1].path != self.path:
+        if chosen.parts and chosen.parts[-1].path != self.path:
             self.remarks.append(f"there is no {self.path.name}, only files that it was before")
 
     def _needed(self, parts: list[Part]) -> Iterator[Part]:
         """Those that are to be read: one that is not packed is left out where its first lines, its last ones and the
         next file's first ones are all of before the time that is asked for."""
-        for part, after in zip(parts, [*parts[1:], None], strict=True):
+        for part, after in zip(parts, [*parts[1:], None], strict=False):
             old = after is not None and self._from > max(self._latest, part.time, after.time or b"~")
             heads = HEAD.findall(files.read_at(part.fd, _TAIL, max(0, part.size - _TAIL))) if old else []
             if part.packed or not heads or max(when for _, when in heads) >= self._from:
