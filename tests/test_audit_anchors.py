@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from chain import KEY, lines
+from command_line import Home
 from mcpctl.audit import anchors as audit_anchors
 from mcpctl.audit.anchors import EVERY, Anchors, read, read_file
-from mcpctl.audit.log import AuditLog
+from mcpctl.audit.log import AuditLog, key_id, read_key
 from mcpctl.audit.verify import verify
 from site_of_mcpctl import Shop, Site
 
@@ -96,20 +97,44 @@ def test_an_anchor_file_that_cannot_be_written_is_one_warning_until_it_can_be(
     assert len(read_file(KEY, book.file)[0]) == 1
 
 
-def test_a_forged_anchor_is_named_and_ignored(book: Book) -> None:
+def test_an_anchor_that_is_forged_or_of_another_key_is_told_apart(book: Book) -> None:
     book.write(3)
     book.anchors.write()
     good = book.said[0]
-    forged = [
-        good.replace("seq=3", "seq=9"),
-        good.replace("12:00", "13:00"),
-        audit_anchors.text(OTHER, 9, "0" * 64, "2026"),
-    ]
-    text = [line.encode() for line in [good, *forged]]
-    found, said = read(KEY, text, "the journal")
+    others = audit_anchors.text(OTHER, 9, "0" * 64, "2026")
+    text = [one.encode() for one in (good, good.replace("seq=3", "seq=8"), good.replace("12:00", "13:00"), others)]
+    found, strange = read(KEY, text, "the journal")
     assert [one.seq for one in found] == [3]
-    assert said == ["the journal: 3 anchors, first in line 2 are forged, or another key's, and ignored"]
+    assert [(one.line, one.seq, one.key_id) for one in strange] == [
+        (2, 8, key_id(KEY)), (3, 3, key_id(KEY)), (4, 9, key_id(OTHER)),
+    ]  # fmt: skip
+    assert [one.line for one in read(KEY, text, "the journal", (key_id(KEY), key_id(OTHER)))[1]] == [2, 3]
     assert verify(book.path, KEY, found).fault is None
+
+
+def test_a_log_that_was_written_anew_with_another_key_is_not_whole(tmp_path: Path) -> None:
+    """The key is never dropped. A journal that holds two installations needs --ignore-key."""
+    home = Home(tmp_path / "home", "audit: {anchor_file: anchors}\n")
+    home("user", "add", "alice")
+    home("audit", "rotate")
+    journal = home.folder / "journal"
+    journal.write_text("something else\n" + (home.folder / "anchors").read_text())
+    assert home("audit", "verify", "--anchors", str(journal)).code == 0
+    for one in home.folder.glob("audit.jsonl*"):
+        one.unlink()
+    old = key_id(read_key(home.folder / "audit.key"))
+    (home.folder / "audit.key").write_text(OTHER.hex() + "\n")
+    (home.folder / "anchors").unlink()
+    home("user", "add", "bob")
+    done = home("audit", "verify", "--anchors", str(journal))
+    assert done.code == 1
+    assert f"journal, line 2 (seq 2): 1 anchor of another key, the first of key_id {old}" in done.error
+    done = home("audit", "verify", "--anchors", str(journal), "--ignore-key", old)
+    assert (done.code, "there is no anchor of this log in it, and one was asked for" in done.error) == (1, True)
+    home("audit", "rotate")
+    with journal.open("a") as file:
+        file.write((home.folder / "anchors").read_text())
+    assert home("audit", "verify", "--anchors", str(journal), "--ignore-key", old).code == 0
 
 
 def test_a_tail_that_was_cut_off_is_found_by_an_anchor_and_only_the_newest_are_kept(

@@ -37,7 +37,7 @@ def test_a_line_that_cannot_be_read_is_told_as_such(log: AuditLog, path: Path) -
     write(log, 1)
     with path.open("ab") as file:
         file.write(b"\xff\x1b[31m\n[1]\n\n{}")
-    assert [line.get("event") for line in audit_files.read_back(path)] == [None, *["unreadable"] * 3, "tool.called"]
+    assert [line.get("event") for line in audit_files.read_back(path)] == [*["unreadable"] * 3, "tool.called"]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 300, 4096, 1 << 20])
@@ -47,6 +47,18 @@ def test_a_log_is_read_from_its_end(log: AuditLog, path: Path, monkeypatch: pyte
     write(log, 5)
     monkeypatch.setattr(audit_files, "_CHUNK", chunk)
     assert [line["seq"] for line in audit_files.read_back(path)] == [5, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_what_has_no_end_is_no_line(log: AuditLog, path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(audit_files, "_CHUNK", chunk)
+    path.touch(0o600)
+    path.write_bytes(b'{"seq":1,"event":"forged"}')
+    assert list(audit_files.read_back(path)) == []
+    path.unlink()
+    write(log, 2)
+    path.write_bytes(path.read_bytes() + b'{"seq":3,"event":"forged"}')
+    assert [line["seq"] for line in audit_files.read_back(path)] == [2, 1]
 
 
 def test_the_files_before_are_known_by_where_they_end(log: AuditLog, path: Path) -> None:

@@ -20,6 +20,7 @@ import chain
 from chain import KEY
 from command_line import Home
 from mcpctl import private_file
+from mcpctl.audit import parts
 from mcpctl.audit import verify as audit_verify
 from mcpctl.audit.anchors import Anchor
 from mcpctl.audit.log import AuditLog
@@ -102,12 +103,16 @@ def test_copies_and_what_is_no_log_are_named_and_not_read(path: Path) -> None:
 def test_the_half_of_a_line_is_said_and_is_no_fault_unless_something_knows_the_whole_one(path: Path) -> None:
     write(path, 3)
     last = chain.lines(path)[-1]
-    path.write_bytes(path.read_bytes()[:-1])
-    assert "half of a line" in whole(path).remarks[0]
+    complete = path.read_bytes()
+    path.write_bytes(complete[:-1])
+    assert (whole(path).last, whole(path).remarks) == (3, [])  # it lacks its newline alone, and is proved as any other
+    path.write_bytes(complete.replace(b'"r2"', b'"r9"')[:-1])
+    assert (broken(path).kind, broken(path).line) == ("changed", 3)
+    path.write_bytes(complete[:-10])
+    assert "half of a line, as a crash or somebody leaves it" in whole(path).remarks[0]
     known = Anchor(3, last["hash"].encode(), None, "an anchor")
     assert (broken(path, anchors=[known]).kind, broken(path, anchors=[known]).line) == ("cut", 3)
-    with path.open("ab") as file:
-        file.write(b"\nnot ours")
+    path.write_bytes(complete + b"not ours")
     assert broken(path) == Fault("added", "audit.jsonl", 4, None, "it is no line of mcpctl's, and has no end")
 
 
@@ -122,7 +127,7 @@ def test_verify_does_not_wait_for_writers_nor_they_for_it(path: Path, monkeypatc
         wrote.append(start)
         return real(fd, size, start)
 
-    monkeypatch.setattr(audit_verify, "_CHUNK", 100_000)
+    monkeypatch.setattr(parts, "CHUNK", 100_000)
     monkeypatch.setattr(audit_verify.files, "read_at", read)
     assert whole(path).last == 2000
     assert len(wrote) > 5
@@ -170,7 +175,21 @@ def test_a_line_of_another_key_within_the_log_was_changed(path: Path) -> None:
     write(path, 1, OTHER)
     fault = broken(path)
     assert (fault.kind, fault.line) == ("changed", 4)
-    assert "added by somebody without the key" in fault.reason
+    assert "its key_id, ae216c2e, is another key's" in fault.reason
+
+
+def test_a_file_that_was_converted_and_a_packed_one_of_any_name_are_known_as_such(path: Path) -> None:
+    write(path, 5)
+    path.with_name("audit.jsonl.1").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    write(path, 0)
+    assert whole(path).last == 5
+    assert "there is no audit.jsonl" in whole(path).remarks[0]
+    path.with_name("audit.jsonl.1").write_bytes(gzip.decompress(path.with_name("audit.jsonl.1").read_bytes()))
+    os.truncate(path.with_name("audit.jsonl.1"), 0)
+    write(path, 5)
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert "CR LF" in broken(path).reason
 
 
 # -- the commands ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 
 from command_line import Done, Home
 from mcpctl.audit import who_read
+from mcpctl.audit.anchors import text
 from mcpctl.audit.log import AuditLog, read_key
 from mcpctl.audit.reading import Reading
 from mcpctl.errors import UsageError
@@ -167,7 +168,7 @@ def test_all_files_of_the_log_are_read_packed_ones_and_copies_too(home: Home) ->
         (lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[1:])), "lines 1 to 1 are missing"),
         (lambda path: path.unlink(), "the log here begins with line 6, of 2026-01-01T00:06:00.000Z"),
         (lambda path: path.write_bytes(b"junk"), "audit.jsonl.1 cannot be read as a part of the log"),
-        (lambda path: path.write_bytes(gzip.compress(path.read_bytes())[:-20]), "audit.jsonl.1 cannot be read"),
+        (lambda path: path.write_bytes(gzip.compress(path.read_bytes())[:-20]), "audit.jsonl.1 cannot be unpacked"),
         (lambda path: path.write_bytes(path.read_bytes()[:-9] + b"\n"), "audit.jsonl.1: 1 lines cannot be read"),
         (lambda path: path.write_bytes(path.read_bytes() + b"half"), ""),
         (
@@ -204,6 +205,59 @@ def test_a_log_that_was_begun_anew_is_counted_and_said(home: Home) -> None:
     done = found(home)
     assert (done.code, done.out.split("\t")[3]) == (1, "5")
     assert "after line 3 comes line 1: the log was begun anew, or tampered with" in done.err
+
+
+def test_a_clock_that_was_wrong_hides_no_line_and_is_told(home: Home) -> None:
+    path, clock = home.folder / "audit.jsonl", Clock()
+    for minutes, name in ((600, "audit.jsonl.2"), (0, "audit.jsonl.1"), (30, "audit.jsonl")):
+        clock.minute = minutes
+        fill(home, 5, clock)
+        if name != path.name:
+            path.rename(path.with_name(name))
+    done = found(home)
+    assert (done.code, done.out.split("\t")[3]) == (0, "15")
+    assert "the clock was set back at line 6, from 2026-01-01T10:05:00.000Z to 2026-01-01T00:01:00.000Z" in done.err
+    assert found(home, "--since", "2026-01-01T05:00:00Z").good.split("\t")[3] == "15"
+    fill(home, 5, clock)
+    assert found(home, "--since", "2026-01-01T00:38:00Z").good.split("\t")[3] == "20"
+
+
+@pytest.mark.parametrize("rest", [0, 4])
+def test_an_end_that_is_missing_is_never_a_silent_nobody(tmp_path: Path, rest: int) -> None:
+    home = Home(tmp_path / "home", "audit: {anchor_file: anchors}\n")
+    path, clock = home.folder / "audit.jsonl", Clock()
+    log = fill(home, 5, clock)
+    [end] = [line for line in path.read_bytes().splitlines(keepends=True) if line.startswith(b'{"seq":5,')]
+    (home.folder / "anchors").touch(0o600)
+    (home.folder / "anchors").write_text(text(log.key, 5, json.loads(end)["hash"], "2026") + "\n")
+    assert found(home).code == 0
+    if rest:
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:rest]))
+    else:
+        path.unlink()
+    for done in (found(home, "--database", "shop"), home("incident", "report", "--user", "alice")):
+        assert done.code == 1
+        assert f"lines {rest + 1} to 5 are missing at its end, says an anchor in anchors (2026)" in done.err
+    if not rest:
+        assert "nobody, in what could be read" in found(home).err
+
+
+def test_no_current_file_is_said(home: Home) -> None:
+    fill(home, 5)
+    (home.folder / "audit.jsonl").rename(home.folder / "audit.jsonl.1")
+    done = found(home)
+    assert (done.code, "there is no audit.jsonl, only files that it was before" in done.err) == (0, True)
+
+
+def test_a_file_is_left_out_only_where_all_that_is_known_of_it_is_older(home: Home) -> None:
+    path, clock = home.folder / "audit.jsonl", Clock()
+    for number in (3, 2, 1):
+        fill(home, 5, clock)
+        path.rename(path.with_name(f"audit.jsonl.{number}"))
+    fill(home, 5, clock)
+    reading = Reading(path, datetime(2026, 1, 1, 0, 14, tzinfo=UTC))
+    assert [line["seq"] for line in reading.lines(lambda line: True)] == list(range(14, 21))
+    assert (reading.starts, reading.faults, reading.remarks) == ((11, "2026-01-01T00:11:00.000Z"), [], [])
 
 
 def test_what_a_caller_or_an_intruder_has_put_into_a_line_hides_and_crashes_nothing(home: Home) -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -56,31 +56,42 @@ def _proof(key: bytes, said: bytes) -> str:
     return hmac.digest(key, _DOMAIN + said, "sha256").hex()
 
 
-def read(key: bytes, lines: Iterable[bytes], source: str) -> tuple[list[Anchor], list[str]]:
-    """The anchors in any text, such as a journal's, the newest MOST; and what is to be said of those that are none."""
+@dataclass(frozen=True, slots=True)
+class Strange:
+    """Something that looks like an anchor and was not written with this key; `line` is its number in `source`."""
+
+    source: str
+    line: int
+    seq: int
+    key_id: str
+
+
+def read(
+    key: bytes, lines: Iterable[bytes], source: str, ignored: Collection[str] = ()
+) -> tuple[list[Anchor], list[Strange]]:
+    """The anchors in any text, such as a journal's, the newest MOST; and those of another key, but the `ignored`
+    key_ids, or forged."""
     found: dict[tuple[int, bytes], Anchor] = {}
-    forged: list[int] = []
+    strange: list[Strange] = []
+    ours = key_id(key)
     for number, line in enumerate(lines, 1):
-        for seq, digest, when, _, proof in _FORM.findall(line):
+        for seq, digest, when, whose, proof in _FORM.findall(line):
             if not hmac.compare_digest(_proof(key, b"%s %s %s" % (seq, digest, when)).encode("ascii"), proof):
-                forged.append(number)
+                named = whose.decode("ascii")
+                if (named == ours or named not in ignored) and len(strange) < MOST:
+                    strange.append(Strange(source, number, int(seq), named))
                 continue
             found.pop((int(seq), digest), None)
             found[int(seq), digest] = Anchor(int(seq), digest, when.decode("ascii"), f"an anchor in {source}")
             if len(found) > MOST:
                 del found[next(iter(found))]
-    said = []
-    if forged:
-        many = "is forged, or another key's" if len(forged) == 1 else "are forged, or another key's"
-        first = f"{'line' if len(forged) == 1 else f'{len(forged)} anchors, first in line'} {forged[0]}"
-        said.append(f"{source}: {first} {many}, and ignored")
-    return list(found.values()), said
+    return list(found.values()), strange
 
 
-def read_file(key: bytes, path: Path) -> tuple[list[Anchor], list[str]]:
+def read_file(key: bytes, path: Path, ignored: Collection[str] = ()) -> tuple[list[Anchor], list[Strange]]:
     """The anchors in `audit.anchor_file`."""
     with os.fdopen(private_file.open_checked(path, os.O_RDONLY), "rb") as file:
-        return read(key, iter(lambda: file.readline(_LONGEST), b""), path.name)
+        return read(key, iter(lambda: file.readline(_LONGEST), b""), path.name, ignored)
 
 
 class Anchors:

@@ -102,15 +102,16 @@ def read_older(path: Path) -> Iterator[dict[str, Any]]:
 def _back(fd: int) -> Iterator[dict[str, Any]]:
     try:
         size = os.fstat(fd).st_size
-        start, rest = size, b""
+        start, rest, half = size, b"", True
         while start > 0:
             step = min(start, _CHUNK)
             start -= step
             rest, *whole = (read_at(fd, step, start) + rest).split(b"\n")
-            if start + step == size and whole and not whole[-1]:
+            if half and whole:
                 whole.pop()  # what stands behind the last line's end is no line
+                half = False
             yield from map(_parse, reversed(whole))
-            if not start:
+            if not start and not half:
                 yield _parse(rest)
     finally:
         os.close(fd)

@@ -3,35 +3,27 @@ be read is told, so that nobody takes a hole in the log for a "nobody".
 """
 
 import contextlib
-import gzip
-import io
-import itertools
 import json
-import os
-import re
-import stat
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from functools import partial
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from mcpctl import private_file
 from mcpctl.audit import files
-from mcpctl.errors import NotFoundError
+from mcpctl.audit.parts import HEAD, Chosen, Part, choose, opened
+from mcpctl.errors import Error, NotFoundError
 
-_HEAD = re.compile(rb'\{"seq":([0-9]{1,18}),"time":"([0-9TZ:.-]{20,32})"')
-_LONGEST = 16 << 20
-"""Bytes of a line beyond which it is none of ours: a statement has 1 MiB at most."""
+if TYPE_CHECKING:
+    from mcpctl.audit.anchors import Anchor
+
 _SHOWN = 8000
 _TAIL = 64 << 10
 _TOLD = 20
-_UNREADABLE = (OSError, EOFError, zlib.error)
-_PACKED = b"\x1f\x8b"
+_STEP = timedelta(seconds=5)
+"""How far back a line's time may be behind the one before it: they are taken before the log is locked."""
 
 
 @dataclass
@@ -76,35 +68,45 @@ def _decoded(line: bytes) -> Any:
 class Reading:
     """One pass over the log from `begin` to before `end` (None: all of it).
 
-    When `lines` has come to its end, `faults` says in words what was missing or could not be read, and `starts` is the
-    number and time of the first line that there is: of what was before it nothing is known.
+    `known` says where the log ended before this began. When `lines` has come to its end, `faults` says in words what
+    was missing or could not be read, `remarks` what else is to be known, and `starts` is the number and time of the
+    first line that there is: of what was before it nothing is known.
     """
 
     path: Path
     begin: datetime | None = None
     end: datetime | None = None
+    known: "Sequence[Anchor]" = ()
     faults: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
     starts: tuple[int, str] | None = None
     read: int = 0
     _from: bytes = b""
     _to: bytes = b"~"
     _last: tuple[int, bytes] = (0, b"")
+    _latest: bytes = b""
     _skipped: bool = False
-    _copies: dict[bytes, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._from = stamp(self.begin).encode() if self.begin else b""
         self._to = stamp(self.end).encode() if self.end else b"~"
 
     def lines(self, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any] = _decoded) -> Iterator[Any]:
-        """The lines of that time whose bytes are `wanted`, the oldest first, as dicts or what `decode` makes of them.
-        Raises NotFoundError where there is no log at all."""
+        """The lines of that time whose bytes are `wanted`, in the order of the chain, as dicts or what `decode` makes
+        of them. Where the clock was set back, lines behind one of that time count as of that time, too. Raises
+        NotFoundError where there is no log at all."""
         with contextlib.ExitStack() as stack:
-            for path, file in self._all(stack):
+            unread: list[tuple[str, str]] = []
+            chosen = choose(opened(self.path, stack, unread), self.path, unread)
+            self._look_at(chosen)
+            for part in self._needed(chosen.parts):
                 try:
-                    yield from self._of(path.name, file, wanted, decode)
-                except _UNREADABLE as problem:
-                    self._fault(f"{path.name} cannot be read to its end: {problem}")
+                    yield from self._of(part, wanted, decode)
+                except Error as problem:
+                    self._fault(problem.message)
+        far = max(self.known, key=lambda one: one.seq, default=None)
+        if far is not None and far.seq > self._last[0]:
+            self._fault(f"lines {self._last[0] + 1} to {far.seq} are missing at its end, says {far}")
 
     @property
     def missing_before(self) -> str | None:
@@ -114,66 +116,57 @@ class Reading:
         return f"the log here begins with line {self.starts[0]}, of {self.starts[1]}; nothing is known of before"
 
     def _fault(self, text: str) -> None:
-        if len(self.faults) < _TOLD:
-            self.faults.append(text)
-        elif len(self.faults) == _TOLD:
-            self.faults.append("and more of this kind")
+        self._tell(self.faults, text)
 
-    def _all(self, stack: contextlib.ExitStack) -> list[tuple[Path, io.BufferedIOBase]]:
-        """Every file of the log, open, since a rotation may rename them meanwhile; the oldest first."""
-        now: list[tuple[Path, io.BufferedIOBase]] = []
-        with contextlib.suppress(NotFoundError):
-            fd = private_file.open_checked(self.path, os.O_RDONLY)
-            now = [(self.path, stack.enter_context(_buffered(fd)))]
-        found = []
-        for path in itertools.chain(*files.older(self.path)):
-            try:
-                file = _opened(path, stack)
-                first = _HEAD.match(file.readline(_LONGEST)) if file is not None else None
-            except _UNREADABLE:
-                file, first = None, None
-            if file is None or first is None:
-                self._fault(f"{path.name} cannot be read as a part of the log")
-            elif not self._is_before(file):
-                file.seek(0)
-                found.append((first[2], path, file))
-        if not (now or found or self.faults):
+    def _tell(self, told: list[str], text: str) -> None:
+        if len(told) < _TOLD:
+            told.append(text)
+        elif len(told) == _TOLD:
+            told.append("and more of this kind")
+
+    def _look_at(self, chosen: Chosen) -> None:
+        for name, why in chosen.unread:
+            self._fault(f"{name} cannot be read as a part of the log: {why}")
+        for name in chosen.strangers:
+            self._fault(f"{name} cannot be read as a part of the log")
+        for one, other, line in chosen.forks:
+            self._fault(f"{one.name} and {other.name} begin alike, and differ from line {line} on: one is made up")
+        if not (chosen.parts or self.faults or self.known):
             raise NotFoundError(f"there is no audit log {self.path}", "nothing was written yet, or audit.file is wrong")
-        return [(path, file) for _, path, file in sorted(found, key=lambda one: one[0])] + now
+        if chosen.parts and chosen.parts[-1].path != self.path:
+            self.remarks.append(f"there is no {self.path.name}, only files that it was before")
 
-    def _is_before(self, file: io.BufferedIOBase) -> bool:
-        """Whether a file that is not packed ends before the time that is asked for."""
-        if not self._from or isinstance(file, gzip.GzipFile):
-            return False
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
-        heads = _HEAD.findall(file.read(_TAIL))
-        if not heads or heads[-1][1] >= self._from:
-            return False
-        self._last = max(self._last, (int(heads[-1][0]), heads[-1][1]))  # where the first line that is read goes on
-        self._skipped = True
-        return True
+    def _needed(self, parts: list[Part]) -> Iterator[Part]:
+        """Those that are to be read: one that is not packed is left out where its first lines, its last ones and the
+        next file's first ones are all of before the time that is asked for."""
+        for part, after in zip(parts, [*parts[1:], None], strict=False):
+            old = after is not None and self._from > max(self._latest, part.time, after.time or b"~")
+            heads = HEAD.findall(files.read_at(part.fd, _TAIL, max(0, part.size - _TAIL))) if old else []
+            if part.packed or not heads or max(when for _, when in heads) >= self._from:
+                yield part
+                continue
+            self._last = max(self._last, (int(heads[-1][0]), heads[-1][1]))  # where the first that is read goes on
+            self._skipped = True
 
-    def _of(
-        self, name: str, file: io.BufferedIOBase, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any]
-    ) -> Iterator[Any]:
-        first, broken, done = b"", 0, 0
+    def _of(self, part: Part, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any]) -> Iterator[Any]:
+        broken, latest = 0, self._latest
         last, before = self._last
         try:
-            for line in iter(partial(file.readline, _LONGEST), b""):
-                head = _HEAD.match(line)
-                if head is None or line[-2:] != b"}\n":
-                    broken += line.endswith(b"\n") or len(line) == _LONGEST  # else it is being written just now
+            for line in part.lines():
+                head = HEAD.match(line)
+                if head is None or line[-1:] != b"}":
+                    broken += 1
                     continue
                 number, when = int(head[1]), head[2]
-                if not first:
-                    first, done = line, self._copies.get(line, 0)
-                    self.starts = self.starts or (number, when.decode())
-                if number <= done:
-                    continue  # in a copy of a file that was read already
-                if number != last + 1 and last and when >= self._from and before <= self._to:
-                    self._gap(name, last, before.decode(), number, when.decode())
+                self.starts = self.starts or (number, when.decode())
+                if when > latest:
+                    latest = when
+                if number != last + 1 and last and latest >= self._from and before <= self._to:
+                    self._gap(part.name, last, before.decode(), number, when.decode())
+                if when < before:
+                    self._set_back(number, before.decode(), when.decode())
                 last, before = number, when
-                if not self._from <= when < self._to:
+                if latest < self._from or when >= self._to:
                     continue
                 self.read += 1
                 if wanted(line):
@@ -182,27 +175,17 @@ class Reading:
                     except (msgspec.DecodeError, ValueError, RecursionError):
                         broken += 1
         finally:
-            self._last = last, before
-            if first:
-                self._copies[first] = max(last, done)
+            self._last, self._latest = (last, before), latest
             if broken:
-                self._fault(f"{name}: {broken} lines cannot be read")
+                self._fault(f"{part.name}: {broken} lines cannot be read")
+
+    def _set_back(self, number: int, before: str, when: str) -> None:
+        with contextlib.suppress(ValueError):
+            if datetime.fromisoformat(before) - datetime.fromisoformat(when) > _STEP:
+                self._tell(self.remarks, f"the clock was set back at line {number}, from {before} to {when}")
 
     def _gap(self, name: str, last: int, before: str, number: int, when: str) -> None:
         if number > last:
             self._fault(f"lines {last + 1} to {number - 1} are missing, between {before} and {when}")
         else:
             self._fault(f"{name}: after line {last} comes line {number}: the log was begun anew, or tampered with")
-
-
-def _buffered(fd: int) -> io.BufferedReader:
-    return io.BufferedReader(io.FileIO(fd), 1 << 20)
-
-
-def _opened(path: Path, stack: contextlib.ExitStack) -> io.BufferedIOBase | None:
-    """A file that was moved away, whoever may read it by now, and unpacked where it is packed; None for no file."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    file = stack.enter_context(_buffered(fd))
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        return None
-    return stack.enter_context(gzip.GzipFile(fileobj=file)) if file.peek(2)[:2] == _PACKED else file

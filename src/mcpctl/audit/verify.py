@@ -7,26 +7,22 @@ added.
 """
 
 import contextlib
-import glob
-import gzip
 import hashlib
 import os
 import re
-import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 
 from mcpctl import private_file
 from mcpctl.audit import files
 from mcpctl.audit.anchors import Anchor
 from mcpctl.audit.log import FIRST, key_id
-from mcpctl.errors import ConfigError, Error, NotFoundError
+from mcpctl.audit.parts import Chosen, Part, choose, opened
+from mcpctl.errors import ConfigError, NotFoundError
 
-_CHUNK = 1 << 20
 _PATIENCE = 2.0
 _TAIL = 75
 """Bytes of `,"hash":"…"}`, with which a line ends."""
@@ -39,7 +35,7 @@ _FIRST = FIRST.encode("ascii")
 @dataclass(frozen=True)
 class Fault:
     """The first thing that is wrong. `kind`: changed, removed, added, reordered; missing (what the log began with), cut
-    (what it ended with)."""
+    (what it ended with); unread (a whole file). `line` is 0 where it is of no line."""
 
     kind: str
     file: str
@@ -48,7 +44,8 @@ class Fault:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}, line {self.line}{f' (seq {self.seq})' if self.seq else ''}: {self.reason}"
+        line = f", line {self.line}" if self.line else ""
+        return f"{self.file}{line}{f' (seq {self.seq})' if self.seq else ''}: {self.reason}"
 
 
 @dataclass
@@ -64,48 +61,6 @@ class Report:
     anchored: int = 0
     fault: Fault | None = None
     remarks: list[str] = field(default_factory=list)
-
-
-@dataclass
-class _Part:
-    """One of the log's files, open, up to where it ended when all of them were looked at."""
-
-    path: Path
-    fd: int
-    size: int
-    packed: bool
-    half: bytes = b""
-    count: int = 0
-    order: tuple[int, bytes] = (0, b"")
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    def lines(self) -> Iterator[bytes]:
-        """Its whole lines, without their ends; `count` is then how many, and `half` what stands behind the last."""
-        rest, self.count = b"", 0
-        for chunk in self._unpacked() if self.packed else self._chunks():
-            whole = (rest + chunk).split(b"\n")
-            rest = whole.pop()
-            self.count += len(whole)
-            yield from whole
-        self.half = rest
-
-    def _chunks(self) -> Iterator[bytes]:
-        done = 0
-        while done < self.size and (chunk := files.read_at(self.fd, min(_CHUNK, self.size - done), done)):
-            done += len(chunk)
-            yield chunk
-
-    def _unpacked(self) -> Iterator[bytes]:
-        os.lseek(self.fd, 0, os.SEEK_SET)
-        try:
-            with os.fdopen(os.dup(self.fd), "rb") as file, gzip.GzipFile(fileobj=file) as unpacked:
-                while chunk := unpacked.read(_CHUNK):
-                    yield chunk
-        except (OSError, EOFError, zlib.error) as problem:
-            raise Error(f"{self.path} cannot be unpacked: {problem}", "restore it from a backup") from None
 
 
 @dataclass(frozen=True)
@@ -140,36 +95,39 @@ def verify(path: Path, key: bytes, anchors: Iterable[Anchor] = (), kept_since: d
     Raises NotFoundError where there is no log, ConfigError where it is another key's.
     """
     with contextlib.ExitStack() as stack:
-        parts = _open(path, stack)
+        chosen = _chosen(path, stack)
         walk = _Walk(key, anchors, kept_since)
-        chosen, remarks = walk.in_order(parts, path)
-        walk.report = Report([part.name for part in chosen], remarks=remarks)
-        walk.report.fault = walk.through(chosen)
+        remarks = [f"not read, since it holds no line of this log: {name}" for name in chosen.strangers]
+        remarks += [f"not read, since it begins as {other} does: {name}" for name, other in chosen.copies]
+        if chosen.parts and chosen.parts[-1].path != path:
+            remarks.append(f"there is no {path.name}, only files that it was before")
+        walk.report = Report([part.name for part in chosen.parts], remarks=remarks)
+        walk.report.fault = _unread(chosen) or walk.through(chosen.parts)
         return walk.report
 
 
-def _open(path: Path, stack: contextlib.ExitStack) -> list[_Part]:
-    """All the files, each once, as they are at one moment. The lock is held only as long as that takes."""
-    parts: dict[int, _Part] = {}
-
-    def add(one: Path, fd: int) -> None:
-        stack.callback(os.close, fd)
-        about = os.fstat(fd)
-        parts.setdefault(about.st_ino, _Part(one, fd, about.st_size, one.suffix == ".gz"))
-
+def _chosen(path: Path, stack: contextlib.ExitStack) -> Chosen:
+    """The files as they are at one moment. The lock is held only as long as that takes."""
+    unread: list[tuple[str, str]] = []
     with contextlib.ExitStack() as held:
         with contextlib.suppress(NotFoundError):  # of a copy elsewhere there is none, and nobody writes to it
             lock = private_file.open_checked(path.with_name(path.name + ".lock"), os.O_RDONLY)
             held.callback(os.close, lock)
             private_file.lock(lock, _PATIENCE)
-        with contextlib.suppress(NotFoundError):
-            add(path, private_file.open_checked(path, os.O_RDONLY))
-        for one in sorted(path.parent.glob(glob.escape(path.name) + "[.-]*")):
-            if one.suffix != ".lock" and (fd := files.open_moved(one)) is not None:
-                add(one, fd)
-    if not parts:
+        found = opened(path, stack, unread)
+    chosen = choose(found, path, unread)
+    if not chosen.parts and not chosen.unread:
         raise NotFoundError(f"there is no audit log {path}", "is audit.file right? nothing may have been written yet")
-    return list(parts.values())
+    return chosen
+
+
+def _unread(chosen: Chosen) -> Fault | None:
+    """What is wrong with the files themselves."""
+    for name, why in chosen.unread:
+        return Fault("unread", name, 0, None, f"it cannot be read, and may hold lines: {why}")
+    for one, other, line in chosen.forks:
+        return Fault("changed", other.name, line, None, f"{one.name} begins alike, and has another line here")
+    return None
 
 
 class _Walk:
@@ -189,37 +147,9 @@ class _Walk:
             return None
         return _Line(int(found[1]), found[2].decode("utf-8", "replace"), found[4])
 
-    # -- the files -----------------------------------------------------------------------------------------------
-
-    def in_order(self, parts: list[_Part], path: Path) -> tuple[list[_Part], list[str]]:
-        """The files in the order of the chain, without copies; and what is to be said of the others."""
-        remarks, known = [], []
-        for part in parts:
-            if self._place(part) or part.path == path:
-                known.append(part)
-            elif part.size:
-                remarks.append(f"not read, since it holds no line of this log: {part.name}")
-        chosen: dict[bytes, _Part] = {}
-        for part in sorted(known, key=lambda one: (one.path != path, -one.size)):
-            other = chosen.setdefault(part.order[1] or part.name.encode(), part)
-            if other is not part:
-                remarks.append(f"not read, since it begins as {other.name} does: {part.name}")
-        return sorted(chosen.values(), key=lambda one: (one.path == path, one.order[0])), remarks
-
-    def _place(self, part: _Part) -> bool:
-        """Find a file's place in the chain: by the middle one of its first three lines, so that no single line that was
-        changed, added or moved changes the order of the files."""
-        first = list(islice(part.lines(), 3))
-        found = [(one.seq, line) for line in first if (one := self._authentic(line)) is not None]
-        if not found:
-            found = [(int(form[1]), line) for line in first if (form := _FORM.fullmatch(line)) is not None][:1]
-        if found:
-            part.order = sorted(found)[len(found) // 2]
-        return bool(found)
-
     # -- the chain -----------------------------------------------------------------------------------------------
 
-    def through(self, parts: list[_Part]) -> Fault | None:
+    def through(self, parts: list[Part]) -> Fault | None:
         """The first fault; None where the chain is whole up to its end, and that is where it should be."""
         digest, lines = self._digest, _all(parts)
         first, prev, seq, waiting = 1, _FIRST, 0, self._next_anchor(0)
@@ -248,7 +178,7 @@ class _Walk:
         if self.report.lines:
             self.report.first, self.report.last = first, last
 
-    def _begin(self, part: _Part, line: bytes) -> int | Fault | None:
+    def _begin(self, part: Part, line: bytes) -> int | Fault | None:
         """The number that the log may begin with, where older lines were removed on purpose; None where this is not
         what is wrong with its first line."""
         found = self._authentic(line)
@@ -288,6 +218,13 @@ class _Walk:
                 f"{self._key_id}",
                 "restore the key of this log from the backup",
             )
+        if line.endswith(b"\r"):
+            return "changed", "it ends with CR LF: the file was converted, or it is none of mcpctl's"
+        if other_key:
+            reason = (
+                f"its key_id, {other_key}, is another key's: audit.key was replaced, or somebody without it added it"
+            )
+            return "changed", reason
         if after is None:
             return "changed", "it was changed, or added by somebody without the key: its hash is not that of its text"
         return "changed", "it was changed: its hash is not that of its text"
@@ -307,7 +244,7 @@ class _Walk:
             return "removed", f"{gone} should stand here, and {'is' if seq == wanted + 1 else 'are'} gone"
         return "missing", f"the log begins here, with seq {seq}, and what was written before is not there"
 
-    def _half(self, parts: list[_Part]) -> Fault | None:
+    def _half(self, parts: list[Part]) -> Fault | None:
         """What stands behind the last whole line of a file: a crash leaves the beginning of one."""
         for part in parts:
             if not part.half:
@@ -315,9 +252,7 @@ class _Walk:
             if not (part.half.startswith(files.BEGINNING) or files.BEGINNING.startswith(part.half)):
                 reason = "it is no line of mcpctl's, and has no end"
                 return Fault("added", part.name, part.count + 1, None, reason)
-            self.report.remarks.append(
-                f"{part.name} ends with the half of a line, as a crash leaves it: no answer has left for it"
-            )
+            self.report.remarks.append(f"{part.name} ends with the half of a line, as a crash or somebody leaves it")
         return None
 
     # -- what is known from elsewhere ----------------------------------------------------------------------------
@@ -327,7 +262,7 @@ class _Walk:
         self._at = bisect_right(self._anchors, after, key=lambda one: one.seq)
         return self._anchors[self._at].seq if self._at < len(self._anchors) else 0
 
-    def _held_against(self, part: _Part, number: int, seq: int, digest: bytes) -> Fault | None:
+    def _held_against(self, part: Part, number: int, seq: int, digest: bytes) -> Fault | None:
         """A line held against the anchors that `_next_anchor` has found."""
         while self._at < len(self._anchors) and (anchor := self._anchors[self._at]).seq == seq:
             if anchor.hash != digest:
@@ -338,7 +273,7 @@ class _Walk:
             self.report.anchored = seq
         return None
 
-    def _end(self, parts: list[_Part]) -> Fault | None:
+    def _end(self, parts: list[Part]) -> Fault | None:
         last = self.report.last
         if not self._anchors or self._anchors[-1].seq <= last:
             return None
@@ -348,11 +283,15 @@ class _Walk:
         return Fault("cut", end.name, end.count + 1, last + 1, reason)
 
 
-_At = tuple[_Part, int, bytes]
+_At = tuple[Part, int, bytes]
 """A line and where it stands: its file and its number there."""
 
 
-def _all(parts: list[_Part]) -> Iterator[_At]:
+def _all(parts: list[Part]) -> Iterator[_At]:
+    """All lines; a last one that lacks only its newline is one, too."""
     for part in parts:
         for number, line in enumerate(part.lines(), 1):
             yield part, number, line
+        if _FORM.fullmatch(part.half):
+            part.count, line, part.half = part.count + 1, part.half, b""
+            yield part, part.count, line

@@ -9,8 +9,11 @@ from mcpctl.cli.audit import app
 from mcpctl.cli.common import ConfigOption, JsonOption, settings
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from mcpctl.audit.reading import Reading, Tally
     from mcpctl.audit.who_read import Found
+    from mcpctl.config_keys import Settings
 
 SinceOption = Annotated[
     str | None, typer.Option("--since", metavar="WHEN", help="Only from then on: 2h, 7d, or a time.")
@@ -22,17 +25,34 @@ UntilOption = Annotated[
 
 def reading_of(context: typer.Context, config: Any, since: str | None, until: str | None = None) -> "Reading":
     """The log that a command is to read, from and until when."""
-    from mcpctl.audit.reading import Reading
     from mcpctl.cli.audit import moment
 
     begin, end = moment("--since", since), moment("--until", until)
-    return Reading(settings(context, config, needs_log=False).audit.file, begin, end)
+    return reading_from(settings(context, config, needs_log=False), begin, end)
+
+
+def reading_from(found: "Settings", begin: "datetime | None", end: "datetime | None") -> "Reading":
+    """The same; where the log ends by the servers and by `audit.anchor_file` is looked at first."""
+    from mcpctl.audit.log import read_key
+    from mcpctl.audit.reading import Reading
+    from mcpctl.cli.audit_verify import known_ends
+    from mcpctl.errors import Error
+
+    key, remarks = b"", []
+    try:
+        key = read_key(found.audit.key_file)
+    except Error as problem:
+        remarks.append(f"audit.anchor_file is not looked at: {problem.message}")
+    elsewhere = known_ends(found, key)
+    return Reading(found.audit.file, begin, end, elsewhere.anchors, remarks=remarks + elsewhere.remarks)
 
 
 def tell_of(reading: "Reading") -> None:
     """Say what of the log was not there. A hole in it is an error: an answer from the rest may be wrong."""
     if (before := reading.missing_before) is not None:
         output.warn(before)
+    for remark in reading.remarks:
+        output.warn(remark)
     for fault in reading.faults:
         output.error(f"the log is not whole: {fault}", None)
     if reading.faults:
@@ -80,7 +100,7 @@ def who_read(
         if verbose:
             _put_statements(found)
     if not rows:
-        output.say("nobody")
+        output.say("nobody, in what could be read" if reading.faults else "nobody")
     if found.unknown:
         when, counts = found.unknown_when, ", ".join(f"{count} {name}" for name, count in found.unknown.items())
         output.warn(
@@ -105,6 +125,7 @@ def _put_json(target: str, reading: "Reading", found: "Found", rows: list[Any]) 
             "unknown": found.unknown.total(),
             "lines_read": reading.read,
             "missing_before": reading.missing_before,
+            "remarks": reading.remarks,
             "faults": reading.faults,
         }
     )

@@ -3,7 +3,7 @@
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, BinaryIO, NamedTuple
 
 import typer
 
@@ -11,10 +11,11 @@ from mcpctl.cli import output
 from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, settings
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from datetime import datetime
 
-    from mcpctl.audit.anchors import Anchor
-    from mcpctl.audit.verify import Report
+    from mcpctl.audit.anchors import Anchor, Strange
+    from mcpctl.audit.verify import Fault, Report
     from mcpctl.config_keys import Settings
 
 _STAMPED = re.compile(r"\.[0-9]{8}T[0-9]{6}Z(-[0-9]+)?")
@@ -32,6 +33,10 @@ def verify(
     kept: Annotated[
         str | None,
         typer.Option("--kept", metavar="90d", help="Lines older than that may be gone: they are removed on purpose."),
+    ] = None,
+    ignore_key: Annotated[
+        list[str] | None,
+        typer.Option("--ignore-key", metavar="ID", help="Leave out anchors of this key_id: another installation's."),
     ] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
@@ -52,10 +57,10 @@ def verify(
     text = _opened(anchors)  # the caller's: before root is given up
     found = settings(context, config)
     key = audit_log.read_key(found.audit.key_file)
-    known, remarks = _anchors(found, key, anchors or "", text)
-    report = audit_verify.verify(found.audit.file, key, known, since)
-    report.remarks += remarks
-    fault = report.fault
+    elsewhere = known_ends(found, key, anchors or "", text, ignore_key or ())
+    report = audit_verify.verify(found.audit.file, key, elsewhere.anchors, since)
+    report.remarks += elsewhere.remarks
+    report.fault = fault = report.fault or elsewhere.fault()
     if json:
         output.put_json({"whole": fault is None, **dataclasses.asdict(report)})
         if fault is not None:
@@ -96,31 +101,57 @@ def _opened(anchors: str | None) -> BinaryIO | None:
         raise NotFoundError(f"there is no file {anchors}", "name the file with the server's log, or -") from None
 
 
-def _anchors(found: "Settings", key: bytes, name: str, text: BinaryIO | None) -> "tuple[list[Anchor], list[str]]":
-    """Where the log ended, as others know it; and what is to be said of them. All of it is older than the look at the
-    log that follows."""
+class Elsewhere(NamedTuple):
+    """Where the log ended, as others know it; what looks like an anchor, and is not of this key; what is to be said;
+    and the text in which anchors were looked for in vain."""
+
+    anchors: "list[Anchor]"
+    strange: "list[Strange]"
+    remarks: list[str]
+    without: str | None
+
+    def fault(self) -> "Fault | None":
+        """What is wrong with the anchors themselves."""
+        from mcpctl.audit.verify import Fault
+
+        if self.strange:
+            first, many = self.strange[0], len(self.strange)
+            reason = (
+                f"{many} {'anchor' if many == 1 else 'anchors'} of another key, the first of key_id {first.key_id}: "
+                "the log or its key was replaced, or these are another log's (then --ignore-key), or forged"
+            )
+            return Fault("changed", first.source, first.line, first.seq, reason)
+        if self.without is not None:
+            return Fault("cut", self.without, 0, None, "there is no anchor of this log in it, and one was asked for")
+        return None
+
+
+def known_ends(
+    found: "Settings", key: bytes, name: str = "", text: BinaryIO | None = None, ignored: "Collection[str]" = ()
+) -> Elsewhere:
+    """Where the log ended, as others know it. All of it is older than the look at the log that follows."""
     from mcpctl import control
     from mcpctl.audit import anchors
     from mcpctl.errors import Error
 
-    known: list[anchors.Anchor] = []
-    remarks: list[str] = []
-    if text is not None:
-        known, remarks = anchors.read(key, text, "stdin" if name == "-" else name)
+    name = "stdin" if name == "-" else name
+    known, strange = anchors.read(key, text or (), name, ignored)
+    elsewhere = Elsewhere(known, strange, [], name if text is not None and not known else None)
     if found.audit.anchor_file is not None:
         try:
-            more, said = anchors.read_file(key, found.audit.anchor_file)
+            more, others = anchors.read_file(key, found.audit.anchor_file, ignored)
+            known += more
+            strange += others
         except Error as problem:
-            more, said = [], [f"audit.anchor_file: {problem.message}"]
-        known, remarks = known + more, remarks + said
+            elsewhere.remarks.append(f"audit.anchor_file: {problem.message}")
     answers = control.ask_all(control.folder_of(found.server.runtime_dir, found.auth.token_file), {"do": "audit_end"})
     for answer in answers:
         if isinstance(seq := answer.get("seq"), int):
             source = f"the running server, pid {answer.get('pid')}"
             known.append(anchors.Anchor(seq, str(answer.get("hash")).encode(), None, source))
     if silent := sum("error" in answer for answer in answers):
-        remarks.append(f"{silent} of {len(answers)} server processes did not say where the log ends for them")
-    return known, remarks
+        elsewhere.remarks.append(f"{silent} of {len(answers)} server processes did not say where the log ends for them")
+    return elsewhere
 
 
 def _tell(report: "Report") -> None:

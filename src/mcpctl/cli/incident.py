@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.audit_read import SinceOption, UntilOption, tally, tell_of
+from mcpctl.cli.audit_read import SinceOption, UntilOption, reading_from, tally, tell_of
 from mcpctl.cli.common import ConfigOption, JsonOption, settings, user_name
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def report(
     Example: mcpctl incident report --token 1hrspjl1 --out report.md
     """
     from mcpctl.audit import report as reports
-    from mcpctl.audit.reading import Reading
     from mcpctl.cli.audit import moment
     from mcpctl.errors import NotFoundError, UsageError
 
@@ -57,9 +56,10 @@ def report(
     begin, end = moment("--since", since), moment("--until", until)
     found = settings(context, config, needs_log=False)
     record, person = _records(found, token, user)
-    reading = Reading(found.audit.file, begin, end)
+    reading = reading_from(found, begin, end)
     facts = reports.gather(reading, token, user)
     if record is None and person is None and not facts.tokens and not facts.users:
+        tell_of(reading)
         what = f"token {token}" if _plain(token) else "such token or user"
         raise NotFoundError(f"there is no {what}, and no line of the log names one", "look further back, or at the id")
     values = _values(reading, facts, record, person)
@@ -129,6 +129,7 @@ def _values(reading: "Reading", facts: "Facts", record: "Token | None", person: 
             "until": reading.end and stamp(reading.end),
             "lines_read": reading.read,
             "missing_before": reading.missing_before,
+            "remarks": reading.remarks,
             "faults": reading.faults,
         },
     }
@@ -267,8 +268,8 @@ def _statements(found: dict[str, Any], kept: str) -> "Iterable[str]":
 
 def _whole(log: dict[str, Any]) -> "Iterable[str]":
     yield from ("## The log", "")
-    if log["missing_before"]:
-        yield from (_text(log["missing_before"]), "")
+    for said in (log["missing_before"], *log["remarks"]):
+        yield from (_text(said), "") if said else ()
     if log["faults"]:
         yield from ("**It is not whole. What is missing may be what matters.**", "")
         yield from (*(f"- {_text(fault)}" for fault in log["faults"]), "")

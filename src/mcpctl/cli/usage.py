@@ -32,7 +32,7 @@ def add(found: "Settings", values: list[dict[str, Any]], now: "datetime") -> Non
             "last_used": one.last or None, "calls": one.count, "rows": one.rows, "addresses": len(one.addresses),
         }  # fmt: skip
     output.say(f"used: by the log since {stamp(now - usage.DAYS)}")
-    for text in (reading.missing_before, *reading.faults):
+    for text in (reading.missing_before, *reading.remarks, *reading.faults):
         if text:
             output.warn(text)
 
