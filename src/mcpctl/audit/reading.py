@@ -31,6 +31,8 @@ _SHOWN = 8000
 _TAIL = 64 << 10
 _TOLD = 20
 _UNREADABLE = (OSError, EOFError, zlib.error)
+_BEGUN = b'"event":"tool.begun"'
+"""Of a call that has a line of its own, or was killed: it counts as no call."""
 _PACKED = b"\x1f\x8b"
 
 
@@ -176,7 +178,7 @@ class Reading:
                 if not self._from <= when < self._to:
                     continue
                 self.read += 1
-                if wanted(line):
+                if wanted(line) and _BEGUN not in line:
                     try:
                         yield decode(line)
                     except (msgspec.DecodeError, ValueError, RecursionError):

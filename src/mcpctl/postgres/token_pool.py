@@ -44,12 +44,13 @@ class Session:
     Of the caller's statement: `described` is whether PostgreSQL described columns of it (a text of which it has not may
     hold anything, a password too), `relations` what its plan reads. `did`: what the audit line must say of the call
     however it ends. `lingers`: it was told to end, and has not yet. `guard` hears of the relations that the statement
-    reads before anything of it is answered (None: nobody knows), and raises where it may not be.
+    reads before anything of it is answered (None: nobody knows), and raises where it may not be. `lasts` is called
+    before what a call has changed stays, and raises where it may not.
     """
 
     __slots__ = (
-        "conn", "cut", "described", "did", "guard", "lingers", "login", "pid", "place", "pool", "relations", "started",
-        "task",
+        "conn", "cut", "described", "did", "guard", "lasts", "lingers", "login", "pid", "place", "pool", "relations",
+        "started", "task",
     )  # fmt: skip
 
     def __init__(self, conn: "_Login", pool: "TokenPool", pid: int, started: str, login: str) -> None:
@@ -66,6 +67,7 @@ class Session:
         self.relations: tuple[str, ...] | None = None
         self.did: str | None = None
         self.guard: Guard | None = None
+        self.lasts: Callable[[], None] = lambda: None
 
     @property
     def backend(self) -> Backend:
