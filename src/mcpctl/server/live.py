@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Process:
         self.metrics = Metrics()
         self.lag: Callable[[], float] = lambda: 0.0
         self.begun = time.time()
+        self.over: dict[str, datetime | None] = {}
         self._counters: Counters | None = None
 
     def count_in(self, path: Path | None) -> Counters:

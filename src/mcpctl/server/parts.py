@@ -74,6 +74,7 @@ async def running(
         twins=logins.twins,
         databases=settings.databases,
         wrong=limiter.wrong,
+        over=process.over,
     )
     if files:
         logins.check_sealed(authenticator.read().people)
