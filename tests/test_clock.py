@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -10,8 +12,12 @@ import pytest
 
 import mcpctl
 from chain import KEY, lines, verify
+from mcpctl import config
 from mcpctl.audit.log import AuditLog
+from mcpctl.errors import UnauthorizedError
 from mcpctl.recorder import IN_FULL, Recorder
+from mcpctl.server.live import Place, Process
+from mcpctl.server.parts import running
 from site_of_mcpctl import Shop, Site
 from test_authenticate import START, House, enter, house, refused
 
@@ -34,6 +40,24 @@ def test_a_token_that_was_seen_to_expire_stays_so_when_the_clock_is_set_back(hou
     assert house.door.expired() == ([name] if noticed == "by a request" else [])
     house.change(name, expires_at=START + timedelta(days=2))  # the administrator gives it more time
     assert enter(house, text).token == name
+
+
+def test_what_was_seen_to_expire_stays_so_when_the_config_is_read_again(
+    make_site: Callable[..., Site], newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop)
+    _, text = at.token(seconds=600)
+
+    async def main() -> None:
+        settings, process = config.load(at.config, at.limits), Process(Place("here"))
+        for later in (timedelta(hours=1), timedelta(0)):  # the second generation, while the clock is set back
+            async with running(settings, files=True, process=process) as core:
+                core.authenticator._now = lambda later=later: datetime.now(UTC) + later
+                with pytest.raises(UnauthorizedError, match="expired"):
+                    await core.authenticator.authenticate(text, "192.0.2.1")
+        process.close()
+
+    asyncio.run(main())
 
 
 def test_a_clock_that_jumps_forward_ends_tokens_and_back_again_only_those_nobody_saw(house: House) -> None:

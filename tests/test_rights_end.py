@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import httpx
 import pytest
 
+from mcpctl import config
+from mcpctl.audit import top
+from mcpctl.audit.log import AuditLog
+from mcpctl.audit.reading import Reading
+from mcpctl.calls import Request
+from mcpctl.errors import UnavailableError
 from mcpctl.identity import tokens, users
 from mcpctl.postgres import roles
+from mcpctl.server.parts import running
 from site_of_mcpctl import Client, Shop, Site, eventually, in_background
 
 TOOLS = {"query_database": "query", "execute_statement": "statement"}
@@ -280,3 +289,48 @@ def test_what_a_removed_user_has_running_is_refused_in_our_words_and_not_in_post
         done = at.run("user", "remove", "gone", "--yes")
         assert _words(call.result()) == ENDED
     assert "cut: 1 query, 0 backends left" in done.stdout
+
+
+def test_what_writes_has_a_line_before_it_stays_and_else_does_not_stay(
+    at: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is killed between the COMMIT and the call's own line leaves no row that nothing explains."""
+    at.user("nina", "mcp-tools")
+    at.grant("nina", "--table", "franks.others", access="write")
+    text, append, full = at.token("nina")[1], AuditLog.append, False
+    seen: list[tuple[str, int]] = []
+
+    def rows() -> int:
+        with at.shop.admin() as admin:
+            return len(admin.execute("SELECT FROM franks.others WHERE body = 'nina'").fetchall())
+
+    def appending(log: AuditLog, event: str, **fields: object) -> None:
+        seen.append((event, rows()))
+        if full and event == "tool.begun":
+            raise UnavailableError("the disk is full")
+        append(log, event, **fields)
+
+    async def insert() -> None:
+        principal = await core.authenticator.authenticate(text, "127.0.0.1")
+        arguments = {"statement": "insert into franks.others (body) values ('nina')"}
+        await core.calls.call(principal, "execute_statement", arguments, Request("r", "127.0.0.1", "http"))
+
+    async def main() -> None:
+        nonlocal core, full
+        async with running(config.load(at.config, at.limits), files=True) as core:
+            monkeypatch.setattr(AuditLog, "append", appending)
+            await insert()
+            full = True
+            await insert()
+
+    core: Any = None
+    asyncio.run(main())
+    assert [one for one in seen if one[0].startswith("tool.")] == [
+        ("tool.begun", 0), ("tool.called", 1), ("tool.begun", 1), ("tool.called", 1),
+    ]  # fmt: skip
+    begun, called = [line for line in at.audit() if line.get("user") == "nina" and line["event"].startswith("tool.")][
+        :2
+    ]
+    same = ("request_id", "token", "tool", "database", "role", "backend_pid", "statement_hmac")
+    assert [begun[name] for name in same] == [called[name] for name in same]
+    assert top.count(Reading(at.folder / "audit.jsonl"), "user")["nina"].count == 2

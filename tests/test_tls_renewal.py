@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import signal
 import socket
 import ssl
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,14 +19,18 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 
 from mcpctl import certificates
+from mcpctl.certificates import Pair
 from mcpctl.cli import init
 from mcpctl.config import load
 from mcpctl.config_keys import Server, Settings, Tls
 from mcpctl.errors import ConfigError
-from mcpctl.server.tls import Certificates
+from mcpctl.server.tls import Certificates, aside
 from site_of_mcpctl import Client, Shop, Site, eventually
+from test_workers import children
 
 MakeSite = Callable[..., Site]
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -69,12 +77,13 @@ def authority(tmp_path: Path) -> Authority:
 class Eye:
     """The server's eye on the files, with times that the test sets."""
 
-    def __init__(self, tls: Tls) -> None:
+    def __init__(self, tls: Tls, last: Pair | None = None) -> None:
         self.now, self.clock = datetime.now(UTC), 0.0
         self.notes: list[tuple[str, str]] = []
         self.certificates = Certificates(
             Settings(server=Server(tls=tls)),
             lambda event, reason: self.notes.append((event, reason)),
+            last,
             now=lambda: self.now,
             clock=lambda: self.clock,
         )
@@ -102,6 +111,61 @@ class Eye:
         return found
 
 
+def test_files_that_are_out_of_order_at_the_start_of_a_further_worker_leave_what_was_served(
+    authority: Authority,
+) -> None:
+    eye = Eye(authority.tls)
+    old, last = eye.served(), eye.certificates._pair
+    authority.write(authority.issue()[0], "cert.pem")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        Eye(authority.tls)
+    further = Eye(authority.tls, last)
+    assert further.served() == old
+    new = authority.renew()
+    further.look()
+    assert further.served() == new
+
+
+def test_what_does_not_answer_is_no_certificate_and_holds_nobody_up(authority: Authority) -> None:
+    (authority.folder / "cert.pem").unlink()
+    os.mkfifo(authority.folder / "cert.pem")
+    with pytest.raises(ConfigError, match="it is no regular file"):
+        certificates.read(authority.tls)
+
+    async def main() -> None:
+        hangs, go_on = threading.Event(), threading.Event()
+        task = asyncio.create_task(aside(lambda: (hangs.set(), go_on.wait())[1]))
+        while not hangs.is_set():
+            await asyncio.sleep(0)  # the loop goes on
+        go_on.set()
+        assert await task
+
+    asyncio.run(main())
+
+
+def test_another_client_ca_ends_the_connections_that_an_earlier_one_let_in(authority: Authority) -> None:
+    eye, ended = Eye(authority.tls), []
+    eye.certificates.hang_up = lambda: ended.append(1)
+    authority.renew()
+    eye.look()
+    assert ended == []
+    clients = trustme.CA()
+    clients.cert_pem.write_to_path(authority.folder / "clients.pem")
+    for number, how in ((1, "required"), (2, "optional")):
+        tls = replace(authority.tls, client_ca=authority.folder / "clients.pem", client_certificate=how)
+        eye.certificates.take(*eye.certificates.read(tls))
+        assert len(ended) == number
+    found = x509.load_pem_x509_certificate(clients.cert_pem.bytes())
+    said = f"client_ca of server.tls; client_ca counts until {found.not_valid_after_utc.date()}, SHA-256 "
+    assert eye.notes[-1] == ("config.certificate_renewed", f"{said}{found.fingerprint(hashes.SHA256()).hex()[:16]}…")
+
+
+def test_a_client_ca_that_can_issue_nothing_is_refused(authority: Authority) -> None:
+    tls = replace(authority.tls, client_ca=authority.tls.cert)
+    with pytest.raises(ConfigError, match=r"the client CA .* is no CA"):
+        certificates.read(tls).context()
+
+
 def test_a_renewed_pair_is_taken_when_it_is_at_rest(authority: Authority) -> None:
     eye = Eye(authority.tls)
     old = eye.served()
@@ -112,7 +176,7 @@ def test_a_renewed_pair_is_taken_when_it_is_at_rest(authority: Authority) -> Non
     assert eye.served() == new != old
     ((event, reason),) = eye.notes
     assert event == "config.certificate_renewed"
-    assert reason.startswith("cert, key of server.tls; counts until ")
+    assert reason.startswith("cert, key of server.tls; cert counts until ")
     os.utime(authority.folder / "cert.pem")
     eye.look(3)
     assert len(eye.notes) == 1  # touched, and nothing else
@@ -316,4 +380,39 @@ def test_a_reload_takes_other_files_and_renewed_ones_at_once(served: Site, autho
     assert served.run("config", "reload").stdout == "changed: server\n"
     assert handshake(served, context, "localhost")[0] == ssl.PEM_cert_to_DER_cert(cert.decode()) != old
     (line,) = [line for line in served.audit() if line["event"] == "config.certificate_renewed"]
-    assert line["reason"].startswith("cert, key of server.tls; counts until ")
+    assert line["reason"].startswith("cert, key of server.tls; cert counts until ")
+    newest, newest_key = ssl.PEM_cert_to_DER_cert(cert.decode()), key
+    expired, key = authority.issue(not_after=datetime.now(UTC) - timedelta(days=1))
+    (other / "key.pem").write_bytes(key)
+    (other / "cert.pem").write_bytes(expired)
+    assert "counts from" in served.run("config", "reload", check=False).stderr
+    assert handshake(served, context, "localhost")[0] == newest
+    (other / "cert.pem").write_bytes(cert)
+    (other / "key.pem").write_bytes(newest_key)
+    with Client(served.url, served.token()[1], verify=context) as open_one:
+        assert open_one.rows("select 1") == [[1]]
+        ca = authority.folder / "ca.pem"
+        served.config.write_text(served.config.read_text().replace("key: ", f"client_ca: {ca}, key: "))
+        served.run("config", "reload")
+        with pytest.raises(httpx.HTTPError):  # it has shown no certificate
+            open_one.call("whoami")
+
+
+def test_files_that_are_broken_keep_no_worker_from_taking_a_dead_ones_place(served: Site, authority: Authority) -> None:
+    context, token = authority.client(), served.token()[1]
+    newest = authority.renew()
+    eventually(lambda: handshake(served, context, "localhost")[0] == newest)
+    eventually(lambda: any(line["event"] == "config.certificate_renewed" for line in served.audit()))
+    authority.write(b"half", "cert.pem")
+    entries = served.tokens.path.read_text()
+    served.tokens.path.write_text("broken: [")
+    dead = children(served)
+    for pid in dead:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: len(list(served.folder.glob("control.*.sock"))) == 2 and not set(dead) & set(children(served)))
+    eventually(lambda: len([one for one in children(served) if list(served.folder.glob(f"control.{one}.*"))]) == 2)
+    assert handshake(served, context, "localhost")[0] == newest
+    with Client(served.url, token, verify=context) as a:
+        assert a.call("whoami").status_code == 503
+        served.tokens.path.write_text(entries)
+        eventually(lambda: a.call("whoami").status_code == 200)

@@ -5,6 +5,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -86,6 +87,7 @@ class _Facts:
     client_ip: str | None = None
     seconds: float = 0.0
     limited: LimitedError | None = None
+    base: Mapping[str, Any] = field(default_factory=dict)
 
     def session(self, session: Session, database: str) -> None:
         """One of several databases that are asked at once adds to what the others have said."""
@@ -181,6 +183,7 @@ class Calls:
         entry = Running(principal, request, task, facts, arguments or {}, begun) if task is not None else None
         base = {"request_id": request.id, "token": principal.token, "user": principal.user, "tenant": principal.tenant,
                 "client_ip": request.client_ip, "transport": request.transport, "tool": facts.tool}  # fmt: skip
+        facts.base = base
         self._recorder.before_call()
         self._own.look()
         event, outcome, reason = "tool.called", "ok", None
@@ -326,9 +329,17 @@ class Calls:
         login = self._reach.login(principal, database, tool.access)
         bounds = self._bounds(login.settings, principal, facts.client_ip)
         async with self._borrow(principal, login, facts) as session:
+            if tool.changes:
+                session.use.lasts = partial(self._begins, arguments.get(tool.statement or ""), facts)
             result = await tool.ask(session, dict(arguments), replace(bounds, bytes=bounds.bytes // share))
         self._pools.check(principal, login.name)
         return result
+
+    def _begins(self, text: str | None, facts: _Facts) -> None:
+        """Write down what is about to stay: where the process is killed, the call's own line never comes. Raises
+        UnavailableError as the recorder does."""
+        kept = self._recorder.statement(text, described=False) if text is not None else {}
+        self._recorder.call("tool.begun", **facts.base, **facts.values, **kept, reason=facts.reason(None))
 
     async def _ask_several(
         self, tool: Tool, principal: Principal, names: list[str], arguments: dict[str, Any], facts: _Facts

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import ssl
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,13 @@ class Pair:
         """What tells this certificate from another one: the beginning of its SHA-256."""
         return self.own.fingerprint(hashes.SHA256()).hex()[:16]
 
+    def told(self, part: str) -> str:
+        """The end of the first certificate of that file, and what tells it from another one."""
+        first = self._certificates(part)[0]
+        return (
+            f"counts until {first.not_valid_after_utc.date()}, SHA-256 {first.fingerprint(hashes.SHA256()).hex()[:16]}…"
+        )
+
     def out_of_date(self, now: datetime) -> str | None:
         """What is to be said of its dates where clients refuse it for them."""
         begin, end = self.own.not_valid_before_utc, self.own.not_valid_after_utc
@@ -58,7 +66,9 @@ class Pair:
         except (OSError, ssl.SSLError) as problem:
             raise _cannot(self.tls, getattr(problem, "reason", None) or problem.strerror or str(problem)) from None
         if "client_ca" in self.contents:
-            self._certificates("client_ca")
+            if leaf := next((one for one in self._certificates("client_ca") if not _can_issue(one)), None):
+                reason = f"{leaf.subject.rfc4514_string()} is no CA, so nobody could come in by it"
+                raise _unusable("client_ca", self.tls.client_ca, reason)
             made.load_verify_locations(cadata=self.contents["client_ca"].decode("ascii", "replace"))
             made.verify_mode = ssl.CERT_OPTIONAL if self.tls.client_certificate == "optional" else ssl.CERT_REQUIRED
         return made
@@ -92,7 +102,9 @@ def read(tls: Tls) -> Pair:
         if path is None:
             continue
         try:
-            with path.open("rb") as file:
+            with open(path, "rb", opener=_at_once) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise OSError("it is no regular file")
                 if part == "key" and os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o007:
                     raise ConfigError(f"the private key {path} can be read by anybody", f"chmod o= {path}")
                 contents[part] = file.read()
@@ -100,6 +112,11 @@ def read(tls: Tls) -> Pair:
             reason = problem.strerror or str(problem)
             raise (_cannot(tls, reason) if part == "key" else _unusable(part, path, reason)) from None
     return Pair(tls, contents)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """A pipe has nobody at its other end, perhaps for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def context(settings: Settings) -> ssl.SSLContext:
@@ -137,7 +154,15 @@ def _stamp(path: Path | None) -> object:
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode
 
 
-def _unusable(part: str, path: Path, reason: str) -> ConfigError:
+def _can_issue(one: x509.Certificate) -> bool:
+    """Whether others can be issued by it; a root of the first version does not say so."""
+    try:
+        return one.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return one.issuer == one.subject
+
+
+def _unusable(part: str, path: Path | None, reason: str) -> ConfigError:
     what = {"cert": "certificate", "chain": "chain", "client_ca": "client CA"}[part]
     return ConfigError(f"the {what} {path} cannot be used: {reason}", "certificates in PEM, and nothing else")
 

@@ -36,7 +36,7 @@ FIELDS = (
 
 EVENTS = (
     "auth.ok", "auth.refused", "token.added", "token.revoked", "token.expired", "token.removed", "token.rotated",
-    "pool.opened", "pool.closed", "session.closed", "query.cancelled", "tool.called", "tool.refused",
+    "pool.opened", "pool.closed", "session.closed", "query.cancelled", "tool.begun", "tool.called", "tool.refused",
     "user.added", "user.roles",
     "user.removed",
     "user.disabled", "user.enabled", "tenant.added", "tenant.removed",

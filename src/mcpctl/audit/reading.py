@@ -24,6 +24,8 @@ _TAIL = 64 << 10
 _TOLD = 20
 _STEP = timedelta(seconds=5)
 """How far back a line's time may be behind the one before it: they are taken before the log is locked."""
+_BEGUN = b'"event":"tool.begun"'
+"""Of a call that has a line of its own, or was killed: it counts as no call."""
 
 
 @dataclass
@@ -169,7 +171,7 @@ class Reading:
                 if latest < self._from or when >= self._to:
                     continue
                 self.read += 1
-                if wanted(line):
+                if wanted(line) and _BEGUN not in line:
                     try:
                         yield decode(line)
                     except (msgspec.DecodeError, ValueError, RecursionError):

@@ -40,7 +40,8 @@ class Authenticator:
     request that noticed is answered. In use is what has been let in and not ended since. It also hears of those whose
     user's rights have become fewer: they live on, and `in_force` tells where what they have open does not. `fewer`
     compares two users' roles by what they give. `wrong` notes a wrong credential of an address, and says how long the
-    next one of it is answered 429; 0 for 401.
+    next one of it is answered 429; 0 for 401. `over` holds the tokens that were seen to have expired, {id: when}, for
+    the next one that knows the same files.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Authenticator:
         databases: Container[str] | None = None,
         now: Callable[[], datetime] = tokens.utcnow,
         wrong: Callable[[str | None], int] = lambda address: 0,
+        over: dict[str, datetime | None] | None = None,
     ) -> None:
         self._fewer = fewer
         self.tokens = tokens.token_file(token_path)
@@ -78,7 +80,7 @@ class Authenticator:
         self._verifying: dict[str, asyncio.Lock] = {}
         self._people: Mapping[str, users.User] = {}
         self._active: set[str] = set()
-        self._over: dict[str, datetime | None] = {}
+        self._over = {} if over is None else over
         self._places: Mapping[str, Tenant] = {}
         self._versions = (-1, -1, -1)
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="argon2")
@@ -117,7 +119,8 @@ class Authenticator:
         if versions == self._versions:
             return
         before, self._seen, self._versions = self._seen, dict(entries), versions
-        self._over = {name: end for name, end in self._over.items() if name in entries}
+        for name in self._over.keys() - entries.keys():
+            del self._over[name]
         narrowed = self._note_people(people, places)
         for name, old in before.items():
             new = entries.get(name)

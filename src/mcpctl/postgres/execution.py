@@ -58,6 +58,7 @@ class _Execution(Exchange):
                 raise StatementError(
                     "a row that it returns is far too large; nothing was changed", {"hint": "return fewer columns"}
                 ) from None
+            self.session.use.lasts()
             await self._commit(wire)
             return done
 

@@ -149,6 +149,7 @@ class _Settings(Exchange):
                     "the administrator grants admin access again: it comes with EXECUTE on pg_reload_conf()",
                 )
             self.session.use.did = _told(name, before, value)
+            self.session.use.lasts()
             applied = asyncio.ensure_future(self._applied(wire, name, value, before))
             try:
                 loaded = await asyncio.shield(applied)

@@ -46,13 +46,15 @@ class Use:
     Of the caller's statement: `described` is whether PostgreSQL described columns of it (a text of which it has not may
     hold anything, a password too), `relations` what its plan reads. `did`: what the audit line must say of the call
     however it ends. `guard` hears of the relations that the statement reads before anything of it is answered (None:
-    nobody knows), and raises where it may not be.
+    nobody knows), and raises where it may not be. `lasts` is called before what a call has changed stays, and raises
+    where it may not.
     """
 
     described: bool = False
     relations: tuple[str, ...] | None = None
     did: str | None = None
     guard: Guard | None = None
+    lasts: Callable[[], None] = lambda: None
 
 
 class Session:

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mcpctl.certificates import Pair
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, Error
 from mcpctl.server import credentials
@@ -13,12 +14,14 @@ from mcpctl.server.door import Door
 
 @dataclass(frozen=True)
 class Listening:
-    """The config's `server` with the command line's flags over it. `port`: the one in use, where the config says 0."""
+    """The config's `server` with the command line's flags over it. `port`: the one in use, where the config says 0;
+    `pair`: the certificate that was served last, for a worker that finds its files out of order."""
 
     settings: Settings
     behind_proxy: bool = False
     no_auth: bool = False
     port: int | None = None
+    pair: Pair | None = None
 
     @property
     def tls(self) -> bool:

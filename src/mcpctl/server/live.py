@@ -6,10 +6,11 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from mcpctl import __version__, certificates
+from mcpctl import __version__
 from mcpctl.calls import Calls, Running
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
@@ -51,6 +52,11 @@ class Process:
         self.metrics = Metrics()
         self.lag: Callable[[], float] = lambda: 0.0
         self.begun = time.time()
+        self.over: dict[str, datetime | None] = {}
+        self.begins = True
+        """Whether the server starts with it, which then wants every file in order."""
+        self.ends: Callable[[], datetime | None] = lambda: None
+        """When the certificate that is served ends."""
         self._counters: Counters | None = None
 
     def count_in(self, path: Path | None) -> Counters:
@@ -163,8 +169,8 @@ class Live:
         return self.settings.source is not None and fingerprint(self.settings.source) != self._config
 
     def tls_not_after(self) -> float | None:
-        """When the certificate ends, as Unix time; None without one that can be read."""
-        found = certificates.expires(self.settings)
+        """When the certificate that is served ends, as Unix time; None without one."""
+        found = self._process.ends()
         return found.timestamp() if found is not None else None
 
     def tokens(self) -> tuple[dict[str, int] | None, float | None]:

@@ -74,11 +74,12 @@ async def running(
         twins=logins.twins,
         databases=settings.databases,
         wrong=limiter.wrong,
+        over=process.over,
     )
-    if files:
-        logins.check_sealed(authenticator.read().people)
-    else:
+    if not files:
         authenticator.check_local()
+    elif process.begins or again:  # who takes a dead worker's place refuses calls meanwhile, as the others do
+        logins.check_sealed(authenticator.read().people)
     key = audit_log.read_key(settings.audit.key_file)
     book = audit_log.AuditLog(settings.audit.file, key, utcnow)
     refuse = settings.audit.on_failure == "refuse"

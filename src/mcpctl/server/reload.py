@@ -21,7 +21,7 @@ from mcpctl.identity.tokens import utcnow
 from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.listening import Listening
 from mcpctl.server.parts import Core, digest
-from mcpctl.server.tls import Certificates
+from mcpctl.server.tls import Certificates, aside
 
 log = logging.getLogger("mcpctl.reload")
 DRAIN = 5
@@ -110,6 +110,8 @@ class Serving:
         self.certificates: Certificates | None = None
         self.reload: Callable[[str], Any] | None = None
         """Answers a command that asks for a reload."""
+        self.taken: Callable[[certificates.Pair], None] = lambda pair: None
+        """Hears of each certificate that is served."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request with what is in force now."""
@@ -133,14 +135,19 @@ class Serving:
         await first.begin(self._build)
         self._take(first)
         if listening.tls:
-            self.certificates = Certificates(listening.settings, first.core.recorder.note, tells=self._tells)
+            note = first.core.recorder.note
+            self.certificates = Certificates(listening.settings, note, listening.pair, tells=self._tells)
+            self.certificates.taken = self.taken
             self._watching = asyncio.create_task(self.certificates.watch())
 
     async def prepare(self, listening: Listening) -> None:
         """Build the next generation beside the one in force. Raises Error where it cannot be built."""
         await self.abandon()
-        read = certificates.read(listening.settings.server.tls) if listening.tls else None
-        pair = (read, read.context()) if read is not None else None
+        held, pair = self.certificates, None
+        if held is not None:
+            pair = await aside(lambda: held.read(listening.settings.server.tls))
+            if wrong := pair[0].out_of_date(utcnow()):
+                log.warning("%s", wrong)
         made = _Generation(listening)
         await made.begin(self._build)
         self._next = (made, pair)
@@ -209,9 +216,7 @@ def successor(old: Listening, read: Read) -> Listening:
     if new.settings.audit != old.settings.audit:  # else every call would be refused from now on
         with _book(new.settings) as book:
             book.check()
-    if new.tls and (wrong := certificates.out_of_date(new.settings, utcnow())):
-        log.warning("%s", wrong)
-    return dataclasses.replace(new, port=old.port)
+    return dataclasses.replace(new, port=old.port, pair=old.pair)
 
 
 def settled(old: Listening, new: Listening) -> Outcome:

@@ -20,11 +20,12 @@ from mcp.server.sse import SseServerTransport
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
 
+from mcpctl import certificates
 from mcpctl.calls import Request
 from mcpctl.errors import Error
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import utcnow
-from mcpctl.server import http, metrics, protocol, tls
+from mcpctl.server import http, metrics, protocol
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.door import Door, Visitor
 from mcpctl.server.exchange import App, Caller, Receive, Scope, Send
@@ -59,9 +60,11 @@ def serve(
     listening.check()
     settings = listening.settings
     if listening.tls:
-        tls.context(settings)
-        if problem := tls.out_of_date(settings, utcnow()):
+        pair = certificates.read(settings.server.tls)
+        pair.context()
+        if problem := pair.out_of_date(utcnow()):
             log.warning("%s", problem)
+        listening = replace(listening, pair=pair)
     bound = bind(settings.server.host, settings.server.port)
     port = bound.getsockname()[1]
     scraped = metrics.bind(settings.metrics) if settings.metrics.port is not None else None
@@ -141,6 +144,11 @@ class _Uvicorn(uvicorn.Server):
         """Drain, without a signal."""
         self.should_exit = True
 
+    def hang_up(self) -> None:
+        """End the open connections, each when it has its answer."""
+        for one in list(self.server_state.connections):
+            one.shutdown()
+
     @property
     def captured(self) -> list[int]:
         """The signals that told it to stop."""
@@ -179,7 +187,9 @@ async def _worker(sockets: _Sockets, first: Place, listening: Listening, link: L
     process = Process(replace(first, worker=number))
     serving, config = _prepared(sockets.calls, process)
     server = _Uvicorn(config, link.up, [signal.SIGTERM])
+    process.begins = link.first
     serving.reload = link.outcome
+    serving.taken = link.taken
     link.stop = server.leave
     await _serve(serving, config, server, listening, sockets, process, [link.obey(serving)])
 
@@ -202,6 +212,8 @@ async def _serve(
             tasks.append(asyncio.create_task(metrics.serve(sockets.metrics, process, lambda: serving.current.core)))
         if (held := serving.certificates) is not None:
             config.ssl_context_factory = lambda config, default: held.live
+            held.hang_up = server.hang_up
+            process.ends = lambda: held.ends
         await server.serve(sockets=[sockets.calls])
     finally:
         for task in tasks:

@@ -12,12 +12,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any
 
+from mcpctl.certificates import Pair
 from mcpctl.errors import ConfigError, Error
 from mcpctl.server import reload
 from mcpctl.server.hangup import Hangup
@@ -36,9 +37,11 @@ Work = Callable[[Listening, "Link", int], Coroutine[Any, Any, object]]
 
 
 class Link:
-    """A worker's end of the pipe. `stop` is called when the supervisor is gone."""
+    """A worker's end of the pipe. `first`: whether the server is starting, and it takes no dead one's place. `stop` is
+    called when the supervisor is gone."""
 
-    def __init__(self, pipe: "Connection[Any, Any]") -> None:
+    def __init__(self, pipe: "Connection[Any, Any]", *, first: bool = True) -> None:
+        self.first = first
         self._pipe = pipe
         self._orders: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self._waiting = Waiting()
@@ -47,6 +50,10 @@ class Link:
     def up(self) -> None:
         """Say that this worker answers."""
         self._send("up", None)
+
+    def taken(self, pair: Pair) -> None:
+        """Say which certificate is served: broken files keep no worker from taking a dead one's place."""
+        self._send("pair", pair)
 
     async def outcome(self, name: str) -> Outcome:
         """Have the supervisor reload for a command, and wait for what became of it."""
@@ -214,6 +221,8 @@ class Supervisor:
                 continue
             if word == "up":
                 worker.up = True
+            elif word == "pair":
+                self._listening = replace(self._listening, pair=content)
             elif word == "reload":
                 self._ask(worker, content)
             else:
@@ -246,7 +255,7 @@ class Supervisor:
             return reload.refused(old, problem)
         for worker in self._workers:
             worker.send("commit")
-        self._listening = new
+        self._listening = replace(new, pair=self._listening.pair)
         logging.getLogger("mcpctl").setLevel(new.settings.log.level.upper())
         return reload.settled(old, new)
 
@@ -318,7 +327,7 @@ class Supervisor:
             os._exit(status)
 
     async def _serve(self, pipe: "Connection[Any, Any]", place: int) -> None:
-        await self._work(self._listening, Link(pipe), place)
+        await self._work(self._listening, Link(pipe, first=self._ready is not None), place)
 
 
 def stopping(hangup: Hangup | None) -> list[int]:
