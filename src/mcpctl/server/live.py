@@ -44,12 +44,14 @@ class Place:
 
 
 class Process:
-    """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late."""
+    """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late; `told` is
+    whom a command has told us to keep out although no file says so, {token: why}, "" for all."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.metrics = Metrics()
         self.lag: Callable[[], float] = lambda: 0.0
+        self.told: dict[str, str] = {}
         self.begun = time.time()
         self._counters: Counters | None = None
 

@@ -75,6 +75,8 @@ async def running(
         databases=settings.databases,
         wrong=limiter.wrong,
     )
+    authenticator.keep_out("command", process.told)
+    authenticator.lockdown.held = "" in process.told
     if files:
         logins.check_sealed(authenticator.read().people)
     else:
@@ -109,6 +111,7 @@ async def running(
     watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own)
     watch.answers.add({"audit_end": durable.end})
     watch.was_cut = metrics.cut
+    watch.told = process.told
     live = Live(settings, process, authenticator, logins, pools, calls, recorder)
     watch.answers.add(live.answers())
     core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live)
