@@ -218,3 +218,17 @@ def test_who_holds_the_token_file_is_named_and_the_servers_are_told_meanwhile(
             tokens.revoke(file, [name], tokens.utcnow())
         assert asked == [{"do": "bar", "tokens": [name]}]
     assert f"waiting for process {os.getpid()} (" in capsys.readouterr().err
+
+
+def test_a_fault_in_the_config_stops_nothing_that_an_incident_needs(home: Home) -> None:
+    home("user", "add", "alice")
+    name, _ = home.token("--user", "alice")
+    home.config.write_text(home.config.read_text() + "limits: {max_rows: many}\n")
+    assert home("token", "list").code == 3
+    for command in (("token", "revoke", name), ("user", "disable", "alice"), ("lockdown",)):
+        done = home(*command)
+        assert (done.code, "limits.max_rows" in done.err) == (0, True), done.err
+    for command in (("status",), ("session", "revoke", name)):
+        assert home(*command).code == 1
+    events = [line["event"] for line in lines(home.folder / "audit.jsonl")]
+    assert events[-3:] == ["token.revoked", "user.disabled", "server.locked"]

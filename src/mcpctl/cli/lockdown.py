@@ -30,7 +30,7 @@ def lockdown(
     from mcpctl.identity.tokens import rfc3339, utcnow
     from mcpctl.identity.users import check_note
 
-    found = settings(context, config, needs_log=False)
+    found = settings(context, config, needs_log=False, forgiving=True)
     check_note(reason, "--reason")
     lock = Lockdown(found.auth.token_file)
     folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)

@@ -259,7 +259,7 @@ def _switch(context: typer.Context, name: str, reason: str | None, json: bool, c
     from mcpctl.identity import tokens, users
     from mcpctl.postgres.roles import switch_login
 
-    files = files_of(context, config, needs_log=not off)
+    files = files_of(context, config, needs_log=not off, forgiving=off)
     found = files.settings
     if not off:
         ready_to_note(found)
