@@ -12,6 +12,8 @@ import trustme
 
 import mcpctl
 from command_line import Home, run
+from mcpctl import config
+from mcpctl.errors import ConfigError
 
 
 @pytest.fixture
@@ -162,3 +164,48 @@ def test_a_name_in_the_configs_lists_that_no_user_has_is_warned_of(home: Home) -
     assert f"{home.config}:{line}: auth.admin_users names alcie, and there is no such user" in done.err
     assert f"{home.config}:{line + 1}: auth.read_only_users names guest" in done.err
     assert done.err.count("warning: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("databases: {shop: {host: /x, dbname: y, pool: 3}}", "config.yaml:2: databases.shop.pool"),
+        ("limits:\n  max_rows: many", "config.yaml:3: limits.max_rows"),
+        ("server: {prt: 1, port: x}", "config.yaml:2: server.prt"),
+        ("databases: {shop: [", "not YAML"),
+        ("databases:\n\tshop: {}\nlog: {level: info}", "config.yaml:3: not YAML"),
+    ],
+)
+def test_what_an_incident_does_not_need_is_forgiven(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.touch(0o600)
+    path.write_text(f"auth: {{token_file: there.yaml}}\n{text}\naudit: {{file: elsewhere.jsonl}}\n")
+    forgiven: list[str] = []
+    found = config.load(path, {}, forgiven=forgiven)
+    assert found.auth.token_file == path.with_name("there.yaml")
+    assert found.audit.file == path.with_name("elsewhere.jsonl")
+    assert told in forgiven[0]
+    with pytest.raises(ConfigError):
+        config.load(path, {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "auth: {token_file: 3}",
+        "auth: {tokn_file: there.yaml}",
+        "auht: {token_file: there.yaml}",
+        "auth: there",
+        "server: {runtime_dir: [}",
+        "{auth: {token_file: there.yaml}, limits: [}",
+        "audit:\n  fil: x",
+        "auth: {user_file: a}\nauht:\n  token_file: [",
+    ],
+)
+def test_what_an_incident_needs_is_not_forgiven_and_says_what_locks_at_once(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.touch(0o600)
+    path.write_text(f"{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, {}, forgiven=[])
+    assert "`touch lockdown` beside tokens.yaml" in (caught.value.hint or "")

@@ -17,6 +17,7 @@ from mcpctl.identity import tokens
 from mcpctl.identity.lockdown import Lockdown
 from mcpctl.state import State
 from site_of_mcpctl import Shop, Site, eventually
+from test_control import process
 
 
 class Disk:
@@ -187,6 +188,40 @@ def test_a_server_refuses_calls_on_a_full_disk_and_serves_again_by_itself(disk: 
     finally:
         at.stop()
     whole(at.folder)
+
+
+@pytest.fixture
+def read_only(disk: Disk, home: Home) -> Iterator[Home]:
+    """An installation with a token, whose disk an error has made read-only."""
+    home("user", "add", "alice")
+    home.token("--user", "alice")
+    mount = ["mount", "-o", "remount", str(disk.folder)]
+    subprocess.run([*mount[:2], "remount,ro", str(disk.folder)], check=True)
+    try:
+        yield home
+    finally:
+        subprocess.run(mount, check=True)
+
+
+def test_on_a_disk_that_cannot_be_written_the_servers_are_told(read_only: Home, tmp_path: Path) -> None:
+    home, (name,) = read_only, tokens.token_file(read_only.folder / "tokens.yaml").current()
+    there = {"MCPCTL_SERVER__RUNTIME_DIR": str(tmp_path)}
+    commands = (("revoke", name), ("revoke", "--all"), ("remove", name, "--yes"))
+    for command in commands:
+        done = home("token", *command)
+        assert (done.code, "Read-only file system; no server runs" in done.error) == (1, True), done.err
+    with process(tmp_path, "1", b"{}\n") as asked:
+        for command in commands:
+            done = home("token", *command, env=there)
+            assert (done.code, f"the running servers keep {name} out until they restart" in done.error) == (1, True)
+        assert home("user", "disable", "alice", env=there).code == 1
+        assert [one for one in asked if one["do"] == "bar"] == [{"do": "bar", "tokens": [name]}] * 4
+        done = home("lockdown", env=there)
+        assert (done.code, "the running servers are locked until they restart" in done.error) == (1, True)
+        assert home("lockdown", "--lift", env=there).code == 0
+        assert [one["now"] for one in asked if one["do"] == "lock"] == [True, False]
+    done = home("lockdown")
+    assert (done.code, "no server answers here" in done.error) == (1, True)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["with the reserve", "without"])

@@ -13,10 +13,14 @@ import pytest
 
 from chain import lines
 from command_line import Home
-from mcpctl.errors import LockedError
+from mcpctl import config, control, private_file
+from mcpctl.cli import taking
+from mcpctl.errors import Error, LockedError
+from mcpctl.identity import tokens
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.lockdown import Lockdown
 from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually, in_background
+from test_control import process
 
 MakeSite = Callable[..., Site]
 
@@ -35,7 +39,10 @@ def test_it_is_on_from_one_command_to_the_other_and_twice_is_fine(home: Home) ->
     name, _ = home.token()
     before = {path: data for path, data in home.files().items() if "audit.jsonl" not in path}
     done = home("lockdown", "--reason", "somebody is in")
-    assert done.good == "locked: no call is answered\nno server runs\n"
+    assert (
+        done.good
+        == "locked: no call is answered\nno server answers here; one without tokens locks by itself within a second\n"
+    )
     again = home("lockdown", "--reason", "another reason").good
     assert again.startswith("it was locked already: the server is locked")
     assert again.splitlines()[0].endswith(": somebody is in")
@@ -187,6 +194,41 @@ def test_a_revocation_that_can_be_written_nowhere_is_done_by_the_servers_until_t
         assert a.call("whoami").status_code == 401
         assert b.rows("select 1") == [[1]]
         at.run("token", "revoke", name)
+        assert [one["lifted"] for one in control.ask_all(at.folder, {"do": "lock", "now": True})] == [False]
+        at.run("config", "reload")
+        assert b.call("whoami").status_code == 503
+        assert at.run("lockdown", "--lift").stdout == "calls are answered again\n"
+        assert b.rows("select 1") == [[1]]
+        assert a.call("whoami").status_code == 401
     at.stop()
     with at.start().client(text) as a:
         assert a.call("whoami").status_code == 401
+
+
+def test_who_holds_the_token_file_is_named_and_the_servers_are_told_meanwhile(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, _ = home.token()
+    found, file = config.load(home.config, {}), tokens.token_file(home.folder / "tokens.yaml")
+    monkeypatch.setattr(taking, "WAITED", 0.05)
+    monkeypatch.setattr(taking, "TOLD", 0.1)
+    monkeypatch.setattr(private_file, "PATIENCE", 0.5)
+    with process(home.folder, "1", b"{}\n") as asked, private_file.edit(file.path):
+        with pytest.raises(Error, match=f"held by another .* keep {name} out"), taking.taking(found, [name]):
+            tokens.revoke(file, [name], tokens.utcnow())
+        assert asked == [{"do": "bar", "tokens": [name]}]
+    assert f"waiting for process {os.getpid()} (" in capsys.readouterr().err
+
+
+def test_a_fault_in_the_config_stops_nothing_that_an_incident_needs(home: Home) -> None:
+    home("user", "add", "alice")
+    name, _ = home.token("--user", "alice")
+    home.config.write_text(home.config.read_text() + "limits: {max_rows: many}\n")
+    assert home("token", "list").code == 3
+    for command in (("token", "revoke", name), ("user", "disable", "alice"), ("lockdown",)):
+        done = home(*command)
+        assert (done.code, "limits.max_rows" in done.err) == (0, True), done.err
+    for command in (("status",), ("session", "revoke", name)):
+        assert home(*command).code == 1
+    events = [line["event"] for line in lines(home.folder / "audit.jsonl")]
+    assert events[-3:] == ["token.revoked", "user.disabled", "server.locked"]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from mcpctl import private_file
-from mcpctl.errors import ConfigError, ConflictError, FullError, NotFoundError
+from mcpctl.errors import ConfigError, ConflictError, FullError, NotFoundError, NotWrittenError
 from site_of_mcpctl import environment, eventually
 
 ROOT = os.geteuid() == 0
@@ -284,6 +284,15 @@ def test_the_lock_keeps_others_out_until_it_is_let_go_and_they_see_what_was_writ
     assert other.communicate(timeout=20)[0] == "inside two\n"
     assert other.returncode == 0
     assert path.read_bytes() == b"two\nthree\n"
+
+
+def test_what_takes_a_right_away_waits_no_longer_than_its_patience_for_the_lock(path: Path) -> None:
+    with (
+        private_file.edit(path),
+        pytest.raises(NotWrittenError, match="held by another process"),
+        private_file.edit(path, patience=0.05),
+    ):
+        pass
 
 
 def locked_by(pid: int) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from mcpctl import plain_yaml, private_file
-from mcpctl.config_keys import Settings
+from mcpctl.config_keys import Audit, Settings
 from mcpctl.config_values import Reader, is_loopback
 from mcpctl.errors import ConfigError, NotFoundError
 from mcpctl.plain_yaml import Branch, Value
@@ -69,10 +69,13 @@ def find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
     return None
 
 
-def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Settings:
+def load(
+    path: Path | None = None, environ: Mapping[str, str] = os.environ, *, forgiven: list[str] | None = None
+) -> Settings:
     """Read and check the configuration, or raise ConfigError with every fault in it (exit 3).
 
-    Where there is no file, `MCPCTL_DATABASE_URL` alone is enough; without either NotFoundError (exit 3).
+    Where there is no file, `MCPCTL_DATABASE_URL` alone is enough; without either NotFoundError (exit 3). With
+    `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there.
     """
     source = find(path, environ)
     if source is None and not environ.get("MCPCTL_DATABASE_URL"):
@@ -82,24 +85,78 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> S
             "`serve --stdio`",
             exit_code=3,
         )
-    faults: list[str] = []
-    tree = Branch({}, "the environment")
+    data = None
     if source is not None:
         private_file.become_owner(source)
-        content = private_file.read(source, mode=0o640, trusted_owner=0, limit=4 << 20)
-        tree = plain_yaml.parse(content.data, source, faults)
+        data = private_file.read(source, mode=0o640, trusted_owner=0, limit=4 << 20).data
+    faults: list[str] = []
+    tree = plain_yaml.parse(data, source, faults) if source and data else Branch({}, "the environment")
+    unread = bool(faults)
     _add_environment(tree, environ, faults)
+    settings = _checked(tree, source, faults)
+    hint = "docs/reference/config.md says what each key takes; `mcpctl config check` tries again"
+    if faults and forgiven is not None:
+        forgiven += faults
+        faults = []
+        if unread and source and data:
+            tree = plain_yaml.parse(_sections(data), source, faults)
+            _add_environment(tree, environ, [])
+        settings = _checked(_pruned(tree), source, faults)
+        hint = f"`touch lockdown` beside tokens.yaml locks the server at once; {hint}"
+    if faults:
+        raise ConfigError("the configuration is not in order:\n  " + "\n  ".join(faults), hint)
+    return settings
+
+
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "auth": ("token_file", "user_file", "tenant_file"),
+    "server": ("runtime_dir", "state_file"),
+    "keyring": ("file",),
+    "audit": tuple(found.name for found in dataclasses.fields(Audit)),
+}
+"""The keys that say where a right is taken away."""
+
+
+def _sections(data: bytes) -> bytes:
+    """The lines of a file that is not YAML that stand below _NEEDED, each where it was; all lines where it is not clear
+    which those are."""
+    known = {found.name.encode() for found in dataclasses.fields(Settings)}
+    kept, inside = [], False
+    for line in data.splitlines():
+        if line.strip() and line[:1] not in b" \t#":
+            name = line.partition(b":")[0]
+            if name not in known:
+                return data
+            inside = name.decode() in _NEEDED
+        kept.append(line if inside else b"")
+    return b"\n".join(kept)
+
+
+def _pruned(tree: Branch) -> Branch:
+    """What stands below _NEEDED, and what may be a misspelt key of it, which is a fault still."""
+    sections = {found.name: found.metadata for found in dataclasses.fields(Settings) if found.metadata}
+    kept: dict[str, Value | Branch] = {}
+    for name, child in tree.children.items():
+        if name in _NEEDED and isinstance(child, Branch):
+            known = {found.name for found in dataclasses.fields(sections[name]["section"])}
+            below = {
+                key: value
+                for key, value in child.children.items()
+                if key in _NEEDED[name] or (key not in known and _meant(key, _NEEDED[name]))
+            }
+            kept[name] = Branch(below, child.where)
+        elif name in _NEEDED or (name not in sections and _meant(name, _NEEDED)):
+            kept[name] = child
+    return Branch(kept, tree.where)
+
+
+def _checked(tree: Branch, source: Path | None, faults: list[str]) -> Settings:
     settings = _read(Settings, tree, "", faults)
     try:
         settings = dataclasses.replace(_place(settings, source), source=source)
     except RuntimeError as problem:  # ~somebody whom there is not
         faults.append(f"{tree.where.rpartition(':')[0] or tree.where}: a path cannot be found: {problem}")
     _check_together(settings, tree, faults)
-    if faults:
-        raise ConfigError(
-            "the configuration is not in order:\n  " + "\n  ".join(faults),
-            "docs/reference/config.md says what each key takes; `mcpctl config check` tries again",
-        )
     return settings
 
 

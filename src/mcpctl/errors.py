@@ -94,7 +94,7 @@ class LimitedError(Error):
 
 
 class NotWrittenError(ConfigError):
-    """A file could not be written, and is as it was."""
+    """A file could not be written or read for a reason of the system's: its disk, or its lock. It is as it was."""
 
 
 class FullError(UnavailableError):

@@ -40,6 +40,10 @@ _NOWAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 """For what turns out to be no file: a FIFO has nobody at its other end, a terminal is not to become ours."""
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+"""What a name, an owner or a mode is to blame for, and not the disk."""
+PATIENCE = 10.0
+"""Seconds that what takes a right away waits for another who holds its file, and may have been stopped."""
 
 Fingerprint = tuple[int, int, int, int]
 """(inode, size, mtime, ctime, both in ns): differs when the content, the mode or the owner may differ."""
@@ -241,6 +245,8 @@ def _open(path: Path, flags: int, mode: int = 0o600, trusted_owner: int | None =
             raise ConfigError(f"{shown} is not a regular file", "name a file in the config") from None
         if problem.errno == errno.ELOOP:
             raise ConfigError(f"{shown} is a symbolic link", "name the file itself in the config") from None
+        if problem.errno not in _FORBIDDEN and flags & (os.O_RDWR | os.O_WRONLY):
+            raise not_written(problem, f"{shown} cannot be written: {problem.strerror}") from None
         raise ConfigError(f"{shown} cannot be opened: {problem.strerror}", "check its owner and mode") from None
     try:
         found = os.fstat(fd)
@@ -270,7 +276,7 @@ def read(path: Path, *, mode: int = 0o600, trusted_owner: int | None = None, lim
         try:
             data = file.read(limit + 1)
         except OSError as problem:
-            raise ConfigError(f"cannot read {path}: {problem.strerror}", "is it a file on a disk?") from None
+            raise NotWrittenError(f"cannot read {path}: {problem.strerror}", "is it a file on a disk?") from None
         if len(data) > limit:
             raise ConfigError(f"{path} is larger than {limit >> 20} MiB", "this is not a file that mcpctl wrote")
     return Content(data, _fingerprint(found))
@@ -283,7 +289,7 @@ def create(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     except FileExistsError:
         raise ConflictError(f"{path} exists already", "it is left as it is; remove it or choose another name") from None
     except OSError as problem:
-        if problem.errno in NO_ROOM:
+        if problem.errno not in _FORBIDDEN:
             raise not_written(problem, f"cannot make {path}: {problem.strerror}") from None
         raise ConfigError(f"cannot make {path}: {problem.strerror}", "check the folder's owner and mode") from None
     try:
@@ -435,8 +441,9 @@ def _is(path: Path, found: os.stat_result) -> bool:
 
 
 @contextlib.contextmanager
-def edit(path: Path, *, mode: int = 0o600) -> Iterator[Edit]:
-    """Hold a private file of that mode at most for a change. Others who want to change it wait; readers don't.
+def edit(path: Path, *, mode: int = 0o600, patience: float | None = None) -> Iterator[Edit]:
+    """Hold a private file of that mode at most for a change. Others who want to change it wait, for `patience` seconds
+    at most if that is given (then NotWrittenError); readers don't.
 
     The lock is on the file itself, which nobody but its owner can open: no stranger can hold up a revocation.
     Since a change replaces the file, a waiter may wake up holding the old one; it then takes the new one's lock.
@@ -444,7 +451,10 @@ def edit(path: Path, *, mode: int = 0o600) -> Iterator[Edit]:
     while True:
         fd, real = _open(path, os.O_RDWR, mode)
         try:
-            lock(fd)
+            try:
+                lock(fd, patience)
+            except TimeoutError:
+                raise NotWrittenError(f"{path} is held by another process, which has stopped", "end it") from None
             if not _is(real, os.fstat(fd)):
                 continue  # if it is gone, the next open says so
             _sweep(real)

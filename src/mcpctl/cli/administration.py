@@ -116,7 +116,7 @@ def lines_of(admin: Path) -> "Lines":
         return {}
 
 
-def files_of(context: typer.Context, config: Path | None, *, needs_log: bool) -> Files:
+def files_of(context: typer.Context, config: Path | None, *, needs_log: bool, forgiving: bool = False) -> Files:
     """The installation; root reads the administrator's file before it becomes the owner of the others."""
     import os
 
@@ -126,6 +126,7 @@ def files_of(context: typer.Context, config: Path | None, *, needs_log: bool) ->
     source = configuration.find(config or context.find_root().obj.config, os.environ)
     admin = source.parent / administrator.FILE if source is not None else None
     lines = lines_of(admin) if admin is not None else {}
-    found = common.settings(context, config, needs_log=needs_log)
-    dsns = administrator.by_database(admin, lines, found) if admin is not None else {}
+    found = common.settings(context, config, needs_log=needs_log, forgiving=forgiving)
+    known = admin is not None and (found.databases or not forgiving)
+    dsns = administrator.by_database(admin, lines, found) if admin is not None and known else {}
     return Files(found, dsns, admin)

@@ -64,17 +64,20 @@ def config_flag(source: Path | None) -> str:
     return "" if usual else f" --config {shlex.quote(str(source))}"
 
 
-def settings(context: typer.Context, config: Path | None, *, needs_log: bool = True) -> "Settings":
+def settings(
+    context: typer.Context, config: Path | None, *, needs_log: bool = True, forgiving: bool = False
+) -> "Settings":
     """The configuration, with root's rights given up in favour of the owner of the files.
 
     `needs_log`: what only takes a right away, or only looks, goes on where the audit log is not as it must be.
+    `forgiving`: what an incident needs goes on where a fault is in what it does not need.
     """
     from dataclasses import replace
 
     from mcpctl import private_file
 
     begun_as_root = _is_root()
-    found = loaded(context, config)
+    found = loaded(context, config, forgiving=forgiving)
     if begun_as_root:
         found = replace(found, by_root=True)
         for path in (found.auth.token_file, found.auth.user_file):
@@ -103,16 +106,21 @@ def read_password(file: str) -> str:
     return data.decode("utf-8", "replace").rstrip("\r\n")
 
 
-def loaded(context: typer.Context, config: Path | None) -> "Settings":
+def loaded(context: typer.Context, config: Path | None, *, forgiving: bool = False) -> "Settings":
     """The configuration, as root still where the config file is root's."""
     import os
 
     from mcpctl import config as configuration
+    from mcpctl.cli import output
 
     source = configuration.find(config or context.find_root().obj.config, os.environ)
     if source is not None:
         import_before(source)
-    found = configuration.load(source)
+    forgiven: list[str] = []
+    found = configuration.load(source, forgiven=forgiven if forgiving else None)
+    if forgiven:
+        text = "the configuration is not in order, and this goes on by what it needs of it:\n  "
+        output.warn(text + "\n  ".join(forgiven), "`mcpctl config check` tries again")
     import_before(found.auth.token_file)
     return found
 

@@ -63,7 +63,7 @@ def status(context: typer.Context, json: JsonOption = False, config: ConfigOptio
 
     Example: mcpctl status && echo up
     """
-    found = settings(context, config, needs_log=False)
+    found = settings(context, config, needs_log=False, forgiving=True)
     answers, silent = ask_if_any(found, {"do": "status"})
     up = bool(answers)
     servers: dict[str, dict[int, dict[str, Any]]] = {}

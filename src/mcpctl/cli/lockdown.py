@@ -10,6 +10,8 @@ from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, settings,
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
 
+_NOBODY = "no server answers here; one without tokens locks by itself within a second"
+
 
 def lockdown(
     context: typer.Context,
@@ -23,22 +25,33 @@ def lockdown(
     Never asks. Nothing is removed: tokens, users and logs stay as they are. Twice is fine.
     """
     from mcpctl import control
+    from mcpctl.errors import Error
     from mcpctl.identity.lockdown import Lockdown
     from mcpctl.identity.tokens import rfc3339, utcnow
     from mcpctl.identity.users import check_note
 
-    found = settings(context, config, needs_log=False)
+    found = settings(context, config, needs_log=False, forgiving=True)
     check_note(reason, "--reason")
     lock = Lockdown(found.auth.token_file)
+    folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
+    failed: Error | None = None
     if lift:
         changed = lock.lift()
     else:
-        changed = lock.begin(rfc3339(utcnow()), context.find_root().obj.who, output.masked(reason) if reason else None)
-    if changed:
+        by, said = context.find_root().obj.who, output.masked(reason) if reason else None
+        try:
+            changed = lock.begin(rfc3339(utcnow()), by, said)
+        except Error as problem:
+            failed, changed = problem, True
+    now = {"now": failed is not None} if lift or failed else {}
+    answers = control.ask_all(folder, {"do": "lock", **now})
+    changed = changed or any(answer.get("lifted") for answer in answers)
+    if changed and (answers or not failed):
         note(found, "server.unlocked" if lift else "server.locked", reason=by_whom(context, reason))
-    folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
-    answers = control.ask_all(folder, {"do": "lock"})
-    words, cut = told(answers) if answers else ("no server runs", None)
+    words, cut = told(answers) if answers else (_NOBODY, None)
+    if failed is not None:
+        done = f"but the running servers are locked until they restart ({words})" if answers else words
+        raise Error(f"{failed.message}; {done}", f"{failed.hint or 'look at the disk'}, and run this again")
     if json:
         output.put_json({"locked": not lift, "changed": changed, "cut": cut})
     elif lift:

@@ -70,7 +70,7 @@ def revoke(
     """
     from mcpctl.identity import tokens
 
-    found = settings(context, config, needs_log=False)
+    found = settings(context, config, needs_log=False, forgiving=True)
     file = tokens.token_file(found.auth.token_file)
     known = file.current()
     wanted = list(dict.fromkeys(ids))

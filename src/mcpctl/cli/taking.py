@@ -1,33 +1,70 @@
-"""What takes a token's rights away where its file cannot be written at all: the running servers are told."""
+"""What takes a right away where that cannot be written, or not now: the running servers are told."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mcpctl.cli import output
 from mcpctl.cli.common import told
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
 
+WAITED, TOLD = 2.0, 5.0
+"""Seconds that another may hold the file until that is said, and until the servers are told."""
+
 
 @contextlib.contextmanager
-def taking(found: "Settings", names: list[str]) -> "Iterator[None]":
-    """Around a change that ends these tokens. Where it cannot be written, each running server keeps them out until it
-    restarts, and the Error says that this is all that was done (exit 1)."""
+def taking(found: "Settings", names: list[str], path: Path | None = None) -> "Iterator[None]":
+    """Around a change of the token file, or of `path`, that ends these tokens. Where it cannot be written, whatever the
+    reason, each running server keeps them out until it restarts, and the Error says that this is all that was done
+    (exit 1). Who holds the file is named."""
+    from threading import Timer
+
     from mcpctl import control
     from mcpctl.errors import Error, FullError, NotWrittenError
 
+    file = path or found.auth.token_file
+    answers: list[dict[str, Any]] = []
+
+    def bar() -> None:
+        folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
+        answers.extend(control.ask_all(folder, {"do": "bar", "tokens": names}) if names else [])
+
+    def say() -> None:
+        output.say(f"waiting for {_holder(file)} to let go of {file}")
+
+    timers = [Timer(WAITED, say), Timer(TOLD, bar)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
     try:
         yield
-    except (FullError, NotWrittenError) as problem:
-        folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
-        answers = control.ask_all(folder, {"do": "bar", "tokens": names}) if names else []
+    except (FullError, NotWrittenError, OSError) as problem:
+        said, hint = (problem.message, problem.hint) if isinstance(problem, Error) else (str(problem), None)
         if not answers:
-            said = "no server runs" if names else "it was not done"
-            raise Error(f"{problem.message}; {said}", f"{problem.hint}: the files still say what they said") from None
+            bar()
+        if not answers:
+            nobody = "no server runs" if names else "it was not done"
+            raise Error(f"{said}; {nobody}", f"{hint or 'look at the disk'}: the files say what they said") from None
         words, _ = told(answers)
         raise Error(
-            f"{problem.message}; but the running servers keep {', '.join(names)} out until they restart ({words})",
-            "make room and run this again: the files still say that it may come in",
+            f"{said}; but the running servers keep {', '.join(names)} out until they restart ({words})",
+            f"{hint or 'look at the disk'}, and run this again: the files still say that it may come in",
             exit_code=1,
         ) from None
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
+def _holder(path: Path) -> str:
+    """Which process holds the file's lock, as far as the system says (proc_locks(5))."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        inode = str(path.stat().st_ino)
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            words = line.split()
+            if words[1] == "FLOCK" and words[5].rpartition(":")[2] == inode:
+                return f"process {words[4]} ({Path(f'/proc/{words[4]}/comm').read_text(encoding='utf-8').strip()})"
+    return "another process"

@@ -321,7 +321,7 @@ def revoke(
         raise UsageError("name the tokens to revoke, or say --all", "`mcpctl token list` shows the ids")
     if but and not all_:
         raise UsageError("--except goes with --all", "else name the tokens to revoke")
-    found = settings(context, config, needs_log=False)
+    found = settings(context, config, needs_log=False, forgiving=True)
     file = tokens.token_file(found.auth.token_file)
     with taking(found, [name for name in file.current() if name not in (but or ())] if all_ else list(ids or ())):
         done = tokens.revoke(file, None if all_ else ids, tokens.utcnow(), but or ())

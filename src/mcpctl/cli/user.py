@@ -259,12 +259,13 @@ def _switch(context: typer.Context, name: str, reason: str | None, json: bool, c
     from mcpctl.identity import tokens, users
     from mcpctl.postgres.roles import switch_login
 
-    files = files_of(context, config, needs_log=not off)
+    files = files_of(context, config, needs_log=not off, forgiving=off)
     found = files.settings
     if not off:
         ready_to_note(found)
     file = users.user_file(found.auth.user_file)
-    with taking(found, [token.id for token in living_tokens(found).get(name, [])] if off else []):
+    theirs = [token.id for token in living_tokens(found).get(name, [])] if off else []
+    with taking(found, theirs, found.auth.user_file):
         user, changed = users.disable(file, name, tokens.utcnow() if off else None)
     word = "disabled" if off else "enabled"
     if changed:

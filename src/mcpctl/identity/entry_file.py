@@ -100,8 +100,8 @@ class EntryFile(Generic[E]):
     @contextlib.contextmanager
     def edit(self, *, though_full: bool = False) -> Iterator[dict[str, E]]:
         """The entries, held under the file's lock; what the block leaves in them is written when it ends well.
-        `though_full` as in `private_file.Edit.replace`."""
-        with private_file.edit(self.path) as held:
+        `though_full` as in `private_file.Edit.replace`; it does not wait for ever for another who holds the file."""
+        with private_file.edit(self.path, patience=private_file.PATIENCE if though_full else None) as held:
             before = self._parse(held.data)
             entries = dict(before)
             yield entries

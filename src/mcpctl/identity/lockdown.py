@@ -20,9 +20,13 @@ class Lockdown:
 
     def __init__(self, token_file: Path) -> None:
         self.path = token_file.with_name("lockdown")
+        self.held = False
+        """Whether it is on in this process alone, where no file could be made."""
 
     def on(self) -> bool:
         """Whether it is on. Costs one system call."""
+        if self.held:
+            return True
         try:
             os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError):
@@ -37,7 +41,7 @@ class Lockdown:
             raise LockedError
 
     def begin(self, since: str, by: str, reason: str | None) -> bool:
-        """Turn it on; False where it was on already."""
+        """Turn it on; False where it was on already. Raises FullError, ConfigError where no file can be made."""
         data = json.dumps({"since": since, "by": by, "reason": reason}).encode() + b"\n"
         for content in (data, data, b""):
             try:
@@ -56,6 +60,8 @@ class Lockdown:
         except FileNotFoundError:
             return False
         except OSError as problem:
+            if not os.path.lexists(self.path):  # a disk that nobody can write to says so first
+                return False
             raise ConfigError(f"cannot remove {self.path}: {problem.strerror}", "remove it by hand") from None
         return True
 
@@ -67,7 +73,7 @@ class Lockdown:
         with contextlib.suppress(Error, ValueError, AttributeError):
             found = json.loads(private_file.read(self.path, limit=_MOST).data)
             told = {name: str(found[name]) for name in ("since", "by", "reason") if found.get(name)}
-        words = "the server is locked, and answers no calls"
+        words = "the server is locked, and answers no calls" + (", until it restarts" if self.held else "")
         words += f", since {told['since']}" if "since" in told else ""
         words += f", by {told['by']}" if "by" in told else ""
         return words + (f": {told['reason']}" if "reason" in told else "")

@@ -45,12 +45,14 @@ class Place:
 
 
 class Process:
-    """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late."""
+    """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late; `told` is
+    whom a command has told us to keep out although no file says so, {token: why}, "" for all."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.metrics = Metrics()
         self.lag: Callable[[], float] = lambda: 0.0
+        self.told: dict[str, str] = {}
         self.begun = time.time()
         self.over: dict[str, datetime | None] = {}
         self.begins = True

@@ -76,6 +76,8 @@ async def running(
         wrong=limiter.wrong,
         over=process.over,
     )
+    authenticator.keep_out("command", process.told)
+    authenticator.lockdown.held = "" in process.told
     if not files:
         authenticator.check_local()
     elif process.begins or again:  # who takes a dead worker's place refuses calls meanwhile, as the others do
@@ -110,6 +112,7 @@ async def running(
     watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own)
     watch.answers.add({"audit_end": durable.end})
     watch.was_cut = metrics.cut
+    watch.told = process.told
     live = Live(settings, process, authenticator, logins, pools, calls, recorder)
     watch.answers.add(live.answers())
     core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live)

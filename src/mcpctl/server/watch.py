@@ -38,7 +38,7 @@ _REQUEST = 4 << 20
 class Watch:
     """One per process. `end_streams` ends what is open over HTTP of tokens that are no longer valid; `keys` are the ids
     of the keys that it opens passwords with, `own` the databases that users have brought. `was_cut(reason,
-    queries, backends left)` hears of each cut. `reload` has the config read again."""
+    queries, backends left)` hears of each cut. `reload` has the config read again. `told` is the process's."""
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class Watch:
         self.answers = Answers(self._settle, calls, own, keys)
         self.answers.add({"reload": self._reloaded, "lock": self._locked, "bar": self._barred, "note": self._noted})
         self.was_cut: Callable[[str, int, int], None] = lambda reason, queries, left: None
+        self.told: dict[str, str] = {}
         self._cuts: dict[str, asyncio.Task[Cut]] = {}
         self._warned: dict[str, int] = {}
         self._broken: str | None = None
@@ -196,13 +197,21 @@ class Watch:
         return {"pid": os.getpid(), "ok": outcome.ok, "said": outcome.said, "hint": outcome.hint}
 
     async def _locked(self, request: dict[str, Any]) -> dict[str, Any]:
-        return values(await self._settle(None))
+        """Look whether we are locked; with `now`, be it in memory alone, or no longer."""
+        lock = self._authenticator.lockdown
+        before = lock.held
+        if "now" in request:
+            lock.held = bool(request["now"])
+            self.told.pop("", None)
+            if lock.held:
+                self.told[""] = "locked"
+        return {**values(await self._settle(None)), "lifted": before and not lock.held}
 
     async def _barred(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Keep tokens out whose end their file has no room for."""
-        kept = self._authenticator.kept_out("command")
+        """Keep tokens out whose end could not be written into their file."""
         barred = {str(token): "revoked, but not in the file" for token in request["tokens"]}
-        self._authenticator.keep_out("command", {**kept, **barred})
+        self.told |= barred
+        self._authenticator.keep_out("command", self.told)
         return values(await self._settle(list(barred)))
 
     async def _noted(self, request: dict[str, Any]) -> dict[str, Any]:
