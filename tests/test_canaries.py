@@ -13,8 +13,11 @@ import pytest
 
 from chain import lines, verify
 from command_line import Home
+from mcpctl import config
 from mcpctl.errors import ConfigError
 from mcpctl.identity.blocked import Block, Blocked
+from mcpctl.keyring import Keyring
+from mcpctl.postgres.own import Own
 from mcpctl.state import State
 from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually, in_background
 
@@ -207,6 +210,27 @@ def test_while_nobody_can_say_who_is_blocked_nobody_is_let_in(make_site: MakeSit
         assert a.rows("select 1") == [[1]]
 
 
+def test_where_there_are_canaries_nothing_makes_an_empty_store_in_passing(tmp_path: Path) -> None:
+    """Nor does a failed unblock anywhere else: whoever was blocked would be let in."""
+    home = Home(tmp_path / "home", extra="canaries: {tables: [shop.public.honey]}\nown_databases: {hosts: [db.test]}\n")
+    store = home.folder / "state.db"
+    store.unlink()
+    own = Own(config.load(home.config), Keyring(home.folder / "secret.key"), None)
+    with pytest.raises(ConfigError, match="which tokens are blocked"):
+        own.start()
+    for command in (("token", "unblock", "ab12cd34"), ("key", "rotate"), ("doctor",), ("config", "check")):
+        home(*command)
+        assert not store.exists(), command
+    assert home("token", "unblock", "ab12cd34").code == 3
+    assert f"there is no {store}, which says" in home("config", "check").error
+    home("token", "unblock", "--all").good  # noqa: B018
+    assert store.exists()
+    bare = Home(tmp_path / "bare")
+    (bare.folder / "state.db").unlink()
+    assert bare("token", "unblock", "ab12cd34").code == 4
+    assert not (bare.folder / "state.db").exists()
+
+
 def test_what_cannot_be_a_canary_is_a_fault_of_the_config_and_a_token_that_is_gone_a_warning(tmp_path: Path) -> None:
     for number, (canaries, said) in enumerate(
         (
@@ -237,8 +261,8 @@ def test_the_store_keeps_the_first_reason_and_one_of_the_first_form_is_renewed(t
         connection.execute("DROP TABLE blocked")
         connection.execute("PRAGMA user_version = 1")
     connection.close()
-    first, second = State(path), State(path)
-    one, two = Blocked(first, needed=True), Blocked(second, needed=True)
+    first, second = State(path, must_exist=True), State(path)
+    one, two = Blocked(first), Blocked(second)
     one.block({"ab12cd34": Block("then", "one")})
     two.block({"ab12cd34": Block("later", "two"), "zz": Block("later", "two")})
     assert one.current() == {"ab12cd34": Block("then", "one"), "zz": Block("later", "two")}

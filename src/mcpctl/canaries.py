@@ -40,7 +40,7 @@ class Canaries:
             database, _, table = one.partition(".")
             self._tables.setdefault(database, set()).add(table)
         self._twins = twins
-        self._blocked = Blocked(state, needed=bool(wanted.tokens or wanted.tables))
+        self._blocked = Blocked(state)
         self._authenticator = authenticator
         self._recorder = recorder
         self._now = now

@@ -33,10 +33,12 @@ Version = tuple[int, int, int]
 
 
 class State:
-    """The store at `path`, opened when it is first needed and made where there is none. One thread's."""
+    """The store at `path`, opened when it is first needed and made where there is none, unless it `must_exist`. One
+    thread's."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, must_exist: bool = False) -> None:
         self.path = path
+        self.must_exist = must_exist
         self._connection: sqlite3.Connection | None = None
         self._fd = -1
         self._opened = 0
@@ -83,6 +85,8 @@ class State:
             return self._connection
         self.close()  # another file has taken its place: a backup was restored
         if not os.path.lexists(self.path):
+            if self.must_exist:
+                raise self.missing()
             make(self.path)
         # The descriptor stays open as long as the connection: to close one drops the locks that SQLite holds on the
         # file in this process (fcntl(2), and sqlite.org/howtocorrupt.html).
@@ -100,6 +104,13 @@ class State:
         self._connection, self._fd = connection, fd
         self._opened += 1
         return connection
+
+    def missing(self) -> ConfigError:
+        """What is wrong where there is none, and has to be."""
+        return ConfigError(
+            f"there is no {self.path}, which says which tokens are blocked",
+            "restore it from your backup; where nothing is to be blocked: mcpctl token unblock --all",
+        )
 
     def _is_the_file(self) -> bool:
         try:
