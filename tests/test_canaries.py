@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from mcpctl.errors import ConfigError
 from mcpctl.identity.blocked import Block, Blocked
 from mcpctl.keyring import Keyring
 from mcpctl.postgres.own import Own
+from mcpctl.server.live import Place, Process
+from mcpctl.server.parts import Core, running
 from mcpctl.state import State
 from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually, in_background
 
@@ -208,6 +212,47 @@ def test_while_nobody_can_say_who_is_blocked_nobody_is_let_in(make_site: MakeSit
     at.run("token", "unblock", "--all")
     with at.start().client(text) as a:
         assert a.rows("select 1") == [[1]]
+
+
+def test_what_no_file_has_room_for_outlives_a_reload_and_a_worker(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = Home(tmp_path / "home")
+    canary, barred = home.token()[0], home.token()[0]
+    with home.config.open("a") as file:
+        file.write(f"canaries: {{tokens: [{canary}]}}\n")
+    settings = config.load(home.config)
+    held = sqlite3.connect(settings.server.state_file, isolation_level=None)
+
+    def out(core: Core) -> list[list[str]]:
+        return [list(core.authenticator.kept_out(by)) for by in ("canary", "command")]
+
+    async def run() -> None:
+        process, other = Process(Place("one")), Process(Place("one", worker=1))
+        async with running(settings, files=True, process=process) as first:
+            held.execute("BEGIN IMMEDIATE")
+            begun = time.monotonic()
+            first.authenticator.tripped(first.authenticator.tokens.current()[canary], None)
+            assert time.monotonic() - begun < 1  # nobody waits for whoever holds the store
+            await first.watch.answers({"do": "bar", "tokens": [barred]})
+            assert out(first) == [[canary], [barred]]
+            for _ in range(3):
+                first.calls.canaries.look()
+            async with (
+                running(settings, files=True, process=process, again=True) as second,
+                running(settings, files=True, process=other) as third,
+            ):
+                assert [out(second), out(third)] == [[[canary], [barred]]] * 2
+                held.execute("ROLLBACK")
+                third.calls.canaries.look()
+        process.close()
+        other.close()
+
+    asyncio.run(run())
+    held.close()
+    said = [one for one in caplog.records if one.levelname == "WARNING" and one.name == "mcpctl.canaries"]
+    assert len(said) == 3  # once for each that lived
+    assert "blocked" in home("token", "show", canary).good
 
 
 def test_where_there_are_canaries_nothing_makes_an_empty_store_in_passing(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ APPLICATION = 0x6D637063
 SCHEMA_VERSION = 2
 _PATIENCE = 2.0
 """Seconds to wait for another writer, who needs some milliseconds."""
+SHORTLY = 0.05
+"""The patience of an event loop that comes again."""
 _SCHEMA = """
 CREATE TABLE own_databases (
   user TEXT NOT NULL, name TEXT NOT NULL, host TEXT NOT NULL, hostaddr TEXT NOT NULL, port INTEGER NOT NULL,
@@ -57,10 +59,12 @@ class State:
             return self._open().execute(sql, values).fetchall()
 
     @contextlib.contextmanager
-    def change(self) -> Iterator[sqlite3.Connection]:
-        """One transaction that others who write wait for; rolled back where the block fails."""
+    def change(self, patience: float | None = None) -> Iterator[sqlite3.Connection]:
+        """One transaction that others who write wait for; rolled back where the block fails. It waits `patience`
+        seconds for another writer."""
         with self._told():
             connection = self._open()
+            connection.execute(f"PRAGMA busy_timeout = {round(1000 * (patience or _PATIENCE))}")
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection

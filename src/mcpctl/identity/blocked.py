@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mcpctl.config_keys import Settings
 from mcpctl.errors import NotFoundError
-from mcpctl.state import State, Version
+from mcpctl.state import SHORTLY, State, Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class Blocked:
         return self._rows
 
     def block(self, blocks: Mapping[str, Block]) -> None:
-        """Block these tokens. One that is blocked already stays as it is."""
-        with self._state.change() as connection:
+        """Block these tokens. One that is blocked already stays as it is. Whoever holds the store is not waited for."""
+        with self._state.change(SHORTLY) as connection:
             values = [(token, one.at, one.reason) for token, one in blocks.items()]
             connection.executemany("INSERT OR IGNORE INTO blocked VALUES (?, ?, ?)", values)
 

@@ -15,6 +15,7 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.identity import tokens
 from mcpctl.identity.authenticate import Authenticator
+from mcpctl.identity.blocked import Block
 from mcpctl.identity.principal import Principal
 from mcpctl.metrics import Metrics, Sample
 from mcpctl.postgres.logins import Logins
@@ -44,13 +45,16 @@ class Place:
 
 
 class Process:
-    """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late."""
+    """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late, `kept_out`
+    and `unwritten` who is let in by no generation: see Authenticator and Canaries."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
         self.metrics = Metrics()
         self.lag: Callable[[], float] = lambda: 0.0
         self.begun = time.time()
+        self.kept_out: dict[str, Mapping[str, str]] = {}
+        self.unwritten: dict[str, Block] = {}
         self._counters: Counters | None = None
 
     def count_in(self, path: Path | None) -> Counters:

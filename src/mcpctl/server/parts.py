@@ -74,6 +74,7 @@ async def running(
         twins=logins.twins,
         databases=settings.databases,
         wrong=limiter.wrong,
+        kept_out=process.kept_out,
     )
     if files:
         logins.check_sealed(authenticator.read().people)
@@ -101,7 +102,7 @@ async def running(
     logins.brought = own.has
     if files:
         own.start()
-    canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins)
+    canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins, process.unwritten)
     if files:
         canaries.start()
     calls = Calls(settings, logins, own, pools, recorder, limiter, canaries, durable.answering)
@@ -117,6 +118,8 @@ async def running(
         async with contextlib.AsyncExitStack() as stack:
             if files:
                 await stack.enter_async_context(watch.listening())
+                if not again:
+                    await watch.learn()
             tasks.append(asyncio.create_task(watch.run() if files else watch.look_for_lock()))
             if not again:
                 recorder.note(
