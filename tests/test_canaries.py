@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,13 @@ import pytest
 
 from chain import lines, verify
 from command_line import Home
+from mcpctl import config
 from mcpctl.errors import ConfigError
 from mcpctl.identity.blocked import Block, Blocked
+from mcpctl.keyring import Keyring
+from mcpctl.postgres.own import Own
+from mcpctl.server.live import Place, Process
+from mcpctl.server.parts import Core, running
 from mcpctl.state import State
 from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually, in_background
 
@@ -207,6 +214,68 @@ def test_while_nobody_can_say_who_is_blocked_nobody_is_let_in(make_site: MakeSit
         assert a.rows("select 1") == [[1]]
 
 
+def test_what_no_file_has_room_for_outlives_a_reload_and_a_worker(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = Home(tmp_path / "home")
+    canary, barred = home.token()[0], home.token()[0]
+    with home.config.open("a") as file:
+        file.write(f"canaries: {{tokens: [{canary}]}}\n")
+    settings = config.load(home.config)
+    held = sqlite3.connect(settings.server.state_file, isolation_level=None)
+
+    def out(core: Core) -> list[list[str]]:
+        return [list(core.authenticator.kept_out(by)) for by in ("canary", "command")]
+
+    async def run() -> None:
+        process, other = Process(Place("one")), Process(Place("one", worker=1))
+        async with running(settings, files=True, process=process) as first:
+            held.execute("BEGIN IMMEDIATE")
+            begun = time.monotonic()
+            first.authenticator.tripped(first.authenticator.tokens.current()[canary], None)
+            assert time.monotonic() - begun < 1  # nobody waits for whoever holds the store
+            await first.watch.answers({"do": "bar", "tokens": [barred]})
+            assert out(first) == [[canary], [barred]]
+            for _ in range(3):
+                first.calls.canaries.look()
+            async with (
+                running(settings, files=True, process=process, again=True) as second,
+                running(settings, files=True, process=other) as third,
+            ):
+                assert [out(second), out(third)] == [[[canary], [barred]]] * 2
+                held.execute("ROLLBACK")
+                third.calls.canaries.look()
+        process.close()
+        other.close()
+
+    asyncio.run(run())
+    held.close()
+    said = [one for one in caplog.records if one.levelname == "WARNING" and one.name == "mcpctl.canaries"]
+    assert len(said) == 3  # once for each that lived
+    assert "blocked" in home("token", "show", canary).good
+
+
+def test_where_there_are_canaries_nothing_makes_an_empty_store_in_passing(tmp_path: Path) -> None:
+    """Nor does a failed unblock anywhere else: whoever was blocked would be let in."""
+    home = Home(tmp_path / "home", extra="canaries: {tables: [shop.public.honey]}\nown_databases: {hosts: [db.test]}\n")
+    store = home.folder / "state.db"
+    store.unlink()
+    own = Own(config.load(home.config), Keyring(home.folder / "secret.key"), None)
+    with pytest.raises(ConfigError, match="which tokens are blocked"):
+        own.start()
+    for command in (("token", "unblock", "ab12cd34"), ("key", "rotate"), ("doctor",), ("config", "check")):
+        home(*command)
+        assert not store.exists(), command
+    assert home("token", "unblock", "ab12cd34").code == 3
+    assert f"there is no {store}, which says" in home("config", "check").error
+    home("token", "unblock", "--all").good  # noqa: B018
+    assert store.exists()
+    bare = Home(tmp_path / "bare")
+    (bare.folder / "state.db").unlink()
+    assert bare("token", "unblock", "ab12cd34").code == 4
+    assert not (bare.folder / "state.db").exists()
+
+
 def test_what_cannot_be_a_canary_is_a_fault_of_the_config_and_a_token_that_is_gone_a_warning(tmp_path: Path) -> None:
     for number, (canaries, said) in enumerate(
         (
@@ -237,8 +306,8 @@ def test_the_store_keeps_the_first_reason_and_one_of_the_first_form_is_renewed(t
         connection.execute("DROP TABLE blocked")
         connection.execute("PRAGMA user_version = 1")
     connection.close()
-    first, second = State(path), State(path)
-    one, two = Blocked(first, needed=True), Blocked(second, needed=True)
+    first, second = State(path, must_exist=True), State(path)
+    one, two = Blocked(first), Blocked(second)
     one.block({"ab12cd34": Block("then", "one")})
     two.block({"ab12cd34": Block("later", "two"), "zz": Block("later", "two")})
     assert one.current() == {"ab12cd34": Block("then", "one"), "zz": Block("later", "two")}

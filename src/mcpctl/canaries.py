@@ -23,7 +23,8 @@ log = logging.getLogger("mcpctl.canaries")
 
 
 class Canaries:
-    """Those of one installation, and the tokens that they have blocked."""
+    """Those of one installation, and the tokens that they have blocked. `unwritten` are those that the store has had
+    no room for yet; they outlive this object."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class Canaries:
         authenticator: Authenticator,
         recorder: Recorder,
         twins: Mapping[str, str] = {},
+        unwritten: dict[str, Block] | None = None,
         now: Callable[[], datetime] = utcnow,
     ) -> None:
         wanted = settings.canaries
@@ -40,12 +42,14 @@ class Canaries:
             database, _, table = one.partition(".")
             self._tables.setdefault(database, set()).add(table)
         self._twins = twins
-        self._blocked = Blocked(state, needed=bool(wanted.tokens or wanted.tables))
+        self._blocked = Blocked(state)
         self._authenticator = authenticator
         self._recorder = recorder
         self._now = now
-        self._new: dict[str, Block] = {}
+        self.unwritten: dict[str, Block] = {} if unwritten is None else unwritten
         self._known: dict[str, str] = {}
+        self._needed = state.must_exist
+        self._said: str | None = None
         authenticator.canaries = frozenset(wanted.tokens)
         authenticator.tripped = self._used
 
@@ -55,25 +59,25 @@ class Canaries:
         self._keep_out()
 
     def _keep_out(self) -> None:
-        new = {token: one.words for token, one in self._new.items()}
+        new = {token: one.words for token, one in self.unwritten.items()}
         self._authenticator.keep_out("canary", {**new, **self._known})
 
     def look(self) -> None:
         """Take note of who is blocked now. While nobody can say, nobody is let in; while the store is only busy or
-        full, those count whom we know of."""
+        full, or there is no canary, those count whom we know of."""
+        before, self._said, self._authenticator.broken = self._said, None, None
         try:
-            if self._new:
-                self._blocked.block(self._new)
-                self._new = {}
+            if self.unwritten:
+                self._blocked.block(self.unwritten)
+                self.unwritten.clear()
             self.start()
-        except UnavailableError as problem:
-            log.warning("who is blocked is as it was: %s", problem.message)
-            self._keep_out()
         except Error as problem:
-            self._authenticator.broken = problem
+            self._said = problem.message
+            if self._needed and not isinstance(problem, UnavailableError):
+                self._authenticator.broken = problem
+            elif before != problem.message:
+                log.warning("who is blocked is as it was: %s", problem.message)
             self._keep_out()
-        else:
-            self._authenticator.broken = None
 
     def _used(self, token: Token, address: str | None) -> None:
         if token.id not in self._authenticator.kept_out("canary"):
@@ -107,5 +111,5 @@ class Canaries:
         log.error("ALERT canary: %s, from %s: %s", who, address or "this machine", why)
         self._recorder.note("token.blocked", token=token, user=user, client_ip=address, reason=why, **fields)
         if token is not None:
-            self._new[token] = Block(rfc3339(self._now()), why)
+            self.unwritten[token] = Block(rfc3339(self._now()), why)
             self.look()

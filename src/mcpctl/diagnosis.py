@@ -20,7 +20,7 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.granting import Granting
 from mcpctl.identity import tenants, tokens, users
-from mcpctl.identity.blocked import Blocked
+from mcpctl.identity.blocked import Blocked, store
 from mcpctl.identity.grants import ACCESSES, login_role
 from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.own_databases import OwnDatabases
@@ -31,7 +31,6 @@ from mcpctl.postgres.differences import BY_HAND
 from mcpctl.postgres.login import is_here
 from mcpctl.postgres.own_login import Hosts
 from mcpctl.postgres.roles import GONE
-from mcpctl.state import State
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 _MANY = 6
@@ -177,7 +176,7 @@ def _answering(patient: Patient, granting: Granting, name: str) -> tuple[str, in
 
 def _keys(patient: Patient) -> Iterator[Finding]:
     ring = Keyring(patient.settings.keyring.file)
-    with closing(State(patient.settings.server.state_file)) as state:
+    with closing(store(patient.settings)) as state:
         everything = [item for store in rotation.stores(patient.settings, state) for item in store.sealed()]
     rotation.check_opens(ring, everything)
     if not ring.path.exists():
@@ -197,7 +196,7 @@ def _own(patient: Patient) -> Iterator[Finding]:
     if not settings.server.state_file.exists():
         return
     people = users.user_file(settings.auth.user_file)
-    with closing(State(settings.server.state_file)) as state:
+    with closing(store(settings)) as state:
         brought = OwnDatabases(state, Keyring(settings.keyring.file), people).every()
     hosts = Hosts(settings.own_databases.hosts)
     for row in brought.values():
@@ -309,12 +308,11 @@ def _token_use(patient: Patient) -> Iterator[Finding]:
 
 def _canaries(patient: Patient, there: set[str]) -> Iterator[Finding]:
     """Who is blocked, and canaries that are not there."""
-    wanted = patient.settings.canaries
-    with closing(State(patient.settings.server.state_file)) as state:
-        blocked = Blocked(state, needed=bool(wanted.tokens or wanted.tables)).current()
+    with closing(store(patient.settings)) as state:
+        blocked = Blocked(state).current()
     for name, one in blocked.items():
         yield Finding("tokens", FAIL, f"token {name} is blocked {one.words}", f"mcpctl token unblock {name}")
-    if missing := [name for name in wanted.tokens if name not in there]:
+    if missing := [name for name in patient.settings.canaries.tokens if name not in there]:
         yield Finding("tokens", WARN, f"canaries.tokens names {_some(missing)}, and there is no such token")
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 from mcpctl import keyring, private_file
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, Error
-from mcpctl.identity import users
+from mcpctl.identity import blocked, users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.identity.own_databases import OwnDatabases
 from mcpctl.identity.users import User
@@ -119,7 +119,7 @@ def rotate(settings: Settings, known_by_servers: Callable[[str], list[int]]) -> 
     Raises ConfigError (exit 3) where something cannot be opened, before anything is changed, and Error where a server
     has to be restarted first; then it goes on where it was.
     """
-    state = State(settings.server.state_file)
+    state = blocked.store(settings)
     try:
         return _rotate(settings, state, known_by_servers)
     finally:

@@ -21,6 +21,8 @@ APPLICATION = 0x6D637063
 SCHEMA_VERSION = 2
 _PATIENCE = 2.0
 """Seconds to wait for another writer, who needs some milliseconds."""
+SHORTLY = 0.05
+"""The patience of an event loop that comes again."""
 _SCHEMA = """
 CREATE TABLE own_databases (
   user TEXT NOT NULL, name TEXT NOT NULL, host TEXT NOT NULL, hostaddr TEXT NOT NULL, port INTEGER NOT NULL,
@@ -33,10 +35,12 @@ Version = tuple[int, int, int]
 
 
 class State:
-    """The store at `path`, opened when it is first needed and made where there is none. One thread's."""
+    """The store at `path`, opened when it is first needed and made where there is none, unless it `must_exist`. One
+    thread's."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, must_exist: bool = False) -> None:
         self.path = path
+        self.must_exist = must_exist
         self._connection: sqlite3.Connection | None = None
         self._fd = -1
         self._opened = 0
@@ -55,10 +59,12 @@ class State:
             return self._open().execute(sql, values).fetchall()
 
     @contextlib.contextmanager
-    def change(self) -> Iterator[sqlite3.Connection]:
-        """One transaction that others who write wait for; rolled back where the block fails."""
+    def change(self, patience: float | None = None) -> Iterator[sqlite3.Connection]:
+        """One transaction that others who write wait for; rolled back where the block fails. It waits `patience`
+        seconds for another writer."""
         with self._told():
             connection = self._open()
+            connection.execute(f"PRAGMA busy_timeout = {round(1000 * (patience or _PATIENCE))}")
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -83,6 +89,8 @@ class State:
             return self._connection
         self.close()  # another file has taken its place: a backup was restored
         if not os.path.lexists(self.path):
+            if self.must_exist:
+                raise self.missing()
             make(self.path)
         # The descriptor stays open as long as the connection: to close one drops the locks that SQLite holds on the
         # file in this process (fcntl(2), and sqlite.org/howtocorrupt.html).
@@ -100,6 +108,13 @@ class State:
         self._connection, self._fd = connection, fd
         self._opened += 1
         return connection
+
+    def missing(self) -> ConfigError:
+        """What is wrong where there is none, and has to be."""
+        return ConfigError(
+            f"there is no {self.path}, which says which tokens are blocked",
+            "restore it from your backup; where nothing is to be blocked: mcpctl token unblock --all",
+        )
 
     def _is_the_file(self) -> bool:
         try:

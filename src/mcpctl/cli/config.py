@@ -179,9 +179,15 @@ def _check_tenants(found: "Settings", keyring: "Keyring", *, logins: bool) -> No
 
 
 def _check_own(found: "Settings", keyring: "Keyring") -> None:
-    """Whether the password of each database that a user has brought opens, as a server that starts sees to it."""
+    """Whether somebody can say who is blocked, where there are canaries; and whether the password of each database that
+    a user has brought opens, as a server that starts sees to it."""
+    from contextlib import closing
+
+    from mcpctl.identity.blocked import Blocked, store
     from mcpctl.postgres.own import Own
 
+    with closing(store(found)) as state:
+        Blocked(state).current()
     if not found.server.state_file.exists():
         return
     own = Own(found, keyring, None)

@@ -167,15 +167,15 @@ def _add(
         def tried() -> None:
             from mcpctl import rotation
             from mcpctl.identity import users
+            from mcpctl.identity.blocked import store
             from mcpctl.keyring import Keyring
             from mcpctl.postgres.logins import Logins
-            from mcpctl.state import State
 
             keyring = Keyring(new.keyring.file)
             own_database.check_free(new, name)
             if password is not None:
                 with (
-                    closing(State(found.server.state_file)) as state,
+                    closing(store(found)) as state,
                     users.user_file(new.auth.user_file).edit(),  # no key is dropped while we seal with it
                 ):
                     beside = (item for store in rotation.stores(found, state) for item in store.sealed())

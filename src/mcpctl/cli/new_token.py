@@ -36,13 +36,11 @@ def blocked_by_us(found: "Settings") -> "Mapping[str, Block]":
     from contextlib import closing
 
     from mcpctl.errors import Error
-    from mcpctl.identity.blocked import Blocked
-    from mcpctl.state import State
+    from mcpctl.identity.blocked import Blocked, store
 
-    wanted = found.canaries
     try:
-        with closing(State(found.server.state_file)) as state:
-            return Blocked(state, needed=bool(wanted.tokens or wanted.tables)).current()
+        with closing(store(found)) as state:
+            return Blocked(state).current()
     except Error as problem:
         output.warn(problem.message, problem.hint)
         return {}

@@ -384,7 +384,7 @@ def unblock(
     from contextlib import closing
 
     from mcpctl.errors import UsageError
-    from mcpctl.identity.blocked import Blocked
+    from mcpctl.identity.blocked import Blocked, store
     from mcpctl.identity.users import check_note
     from mcpctl.state import State
 
@@ -393,8 +393,8 @@ def unblock(
     check_note(reason, "--reason")
     found = settings(context, config)
     ready_to_note(found)
-    with closing(State(found.server.state_file)) as state:
-        blocked = Blocked(state, needed=False)
+    with closing(State(found.server.state_file) if all_ else store(found)) as state:
+        blocked = Blocked(state)
         if id is not None:
             blocked.lift(id)
         lifted = [id] if id is not None else blocked.lift_all()

@@ -40,8 +40,8 @@ class Authenticator:
     request that noticed is answered. In use is what has been let in and not ended since. It also hears of those whose
     user's rights have become fewer: they live on, and `in_force` tells where what they have open does not. `fewer`
     compares two users' roles by what they give. `wrong` notes a wrong credential of an address, and says how long the
-    next one of it is answered 429; 0 for 401. `over` holds the tokens that were seen to have expired, {id: when}, for
-    the next one that knows the same files.
+    next one of it is answered 429; 0 for 401. `over` holds the tokens that were seen to have expired, {id: when}, and
+    `kept_out` what `keep_out` was told; both outlive this object.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Authenticator:
         now: Callable[[], datetime] = tokens.utcnow,
         wrong: Callable[[str | None], int] = lambda address: 0,
         over: dict[str, datetime | None] | None = None,
+        kept_out: dict[str, Mapping[str, str]] | None = None,
     ) -> None:
         self._fewer = fewer
         self.tokens = tokens.token_file(token_path)
@@ -68,7 +69,7 @@ class Authenticator:
         self.canaries: Container[str] = ()
         self.tripped: Callable[[Token, str | None], None] = lambda token, address: None
         self.broken: Error | None = None
-        self._kept_out: dict[str, Mapping[str, str]] = {}
+        self._kept_out: dict[str, Mapping[str, str]] = {} if kept_out is None else kept_out
         self._now = now
         self._wrong = wrong
         self._key = secrets.token_bytes(32)
@@ -153,8 +154,8 @@ class Authenticator:
     def keep_out(self, by: str, why: Mapping[str, str]) -> None:
         """These tokens, {id: why}, open nothing from now on, whatever the files say; no others of those that were kept
         out `by` that name before."""
-        before, self._kept_out[by] = self._kept_out.get(by, {}), dict(why)
-        over = self._active & (why.keys() - before.keys())
+        self._kept_out[by] = dict(why)
+        over = self._active & why.keys()
         self._active -= over
         if over:
             self.ended(dict.fromkeys(sorted(over), "blocked"))

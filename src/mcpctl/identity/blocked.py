@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mcpctl.errors import ConfigError, NotFoundError
-from mcpctl.state import State, Version
+from mcpctl.config_keys import Settings
+from mcpctl.errors import NotFoundError
+from mcpctl.state import SHORTLY, State, Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +21,19 @@ class Block:
         return f"since {self.at}: {self.reason}"
 
 
-class Blocked:
-    """The rows of blocked, as they are now. `needed`: that there is no store is a fault, since nobody could say what
-    was blocked; else it means that nothing is."""
+def store(settings: Settings) -> State:
+    """The store of an installation. Where it has canaries nobody makes an empty one in passing: nobody could say then
+    who was blocked, and all would be let in."""
+    wanted = settings.canaries
+    return State(settings.server.state_file, must_exist=bool(wanted.tokens or wanted.tables))
 
-    def __init__(self, state: State, *, needed: bool) -> None:
+
+class Blocked:
+    """The rows of blocked, as they are now. That there is no store is a fault where it must exist; else it means that
+    nothing is blocked."""
+
+    def __init__(self, state: State) -> None:
         self._state = state
-        self._needed = needed
         self._version: Version | None = None
         self._rows: Mapping[str, Block] = {}
 
@@ -34,11 +41,8 @@ class Blocked:
         """{token id: why}; read again only when somebody has written. ConfigError where the store cannot be believed,
         or has gone since we have seen it."""
         if not self._state.path.exists():
-            if self._needed or self._version is not None:
-                raise ConfigError(
-                    f"there is no {self._state.path}, which says which tokens are blocked",
-                    "restore it from your backup; where nothing is to be blocked: mcpctl token unblock --all",
-                )
+            if self._state.must_exist or self._version is not None:
+                raise self._state.missing()
             return {}
         version = self._state.version()
         if version != self._version:
@@ -48,19 +52,18 @@ class Blocked:
         return self._rows
 
     def block(self, blocks: Mapping[str, Block]) -> None:
-        """Block these tokens. One that is blocked already stays as it is."""
-        with self._state.change() as connection:
+        """Block these tokens. One that is blocked already stays as it is. Whoever holds the store is not waited for."""
+        with self._state.change(SHORTLY) as connection:
             values = [(token, one.at, one.reason) for token, one in blocks.items()]
             connection.executemany("INSERT OR IGNORE INTO blocked VALUES (?, ?, ?)", values)
 
     def lift(self, token: str) -> Block:
         """Let a token in again. NotFoundError (exit 4) where it is not blocked."""
+        if (found := self.current().get(token)) is None:  # looked at first: to fail makes no store
+            raise NotFoundError(f"token {token} is not blocked", "`mcpctl token list` shows which are")
         with self._state.change() as connection:
-            found = connection.execute("SELECT at, reason FROM blocked WHERE token = ?", (token,)).fetchone()
-            if found is None:
-                raise NotFoundError(f"token {token} is not blocked", "`mcpctl token list` shows which are")
             connection.execute("DELETE FROM blocked WHERE token = ?", (token,))
-        return Block(*found)
+        return found
 
     def lift_all(self) -> list[str]:
         """Let all in again, and make the store where there is none; their ids."""

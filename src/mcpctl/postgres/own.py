@@ -15,6 +15,7 @@ from time import monotonic
 from mcpctl.config_keys import Database, Pool, Settings
 from mcpctl.errors import ConfigError, ConflictError, Error, ForbiddenError, UnavailableError, UsageError
 from mcpctl.identity import users
+from mcpctl.identity.blocked import store
 from mcpctl.identity.own_databases import Key, OwnDatabase, OwnDatabases, check_name
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import own_login
@@ -46,7 +47,7 @@ class Own:
         self._keyring = keyring
         self._pools = pools
         self._ask = ask
-        self._state = State(settings.server.state_file)
+        self._state = store(settings)
         self._people = users.user_file(settings.auth.user_file)
         self._rows = OwnDatabases(self._state, keyring, self._people)
         self._seen: Mapping[Key, OwnDatabase] = {}

@@ -16,6 +16,7 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.identity import tokens
 from mcpctl.identity.authenticate import Authenticator
+from mcpctl.identity.blocked import Block
 from mcpctl.identity.principal import Principal
 from mcpctl.metrics import Metrics, Sample
 from mcpctl.postgres.logins import Logins
@@ -46,7 +47,8 @@ class Place:
 
 class Process:
     """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late; `told` is
-    whom a command has told us to keep out although no file says so, {token: why}, "" for all."""
+    whom a command has told us to keep out although no file says so, {token: why}, "" for all; `kept_out` and
+    `unwritten` are who is let in by no generation: see Authenticator and Canaries."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -59,6 +61,8 @@ class Process:
         """Whether the server starts with it, which then wants every file in order."""
         self.ends: Callable[[], datetime | None] = lambda: None
         """When the certificate that is served ends."""
+        self.kept_out: dict[str, Mapping[str, str]] = {}
+        self.unwritten: dict[str, Block] = {}
         self._counters: Counters | None = None
 
     def count_in(self, path: Path | None) -> Counters:

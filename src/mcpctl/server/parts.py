@@ -75,6 +75,7 @@ async def running(
         databases=settings.databases,
         wrong=limiter.wrong,
         over=process.over,
+        kept_out=process.kept_out,
     )
     authenticator.keep_out("command", process.told)
     authenticator.lockdown.held = "" in process.told
@@ -104,7 +105,7 @@ async def running(
     logins.brought = own.has
     if files:
         own.start()
-    canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins)
+    canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins, process.unwritten)
     if files:
         canaries.start()
     calls = Calls(settings, logins, own, pools, recorder, limiter, canaries, durable.answering)
@@ -121,6 +122,8 @@ async def running(
         async with contextlib.AsyncExitStack() as stack:
             if files:
                 await stack.enter_async_context(watch.listening())
+                if not again:
+                    await watch.learn()
             tasks.append(asyncio.create_task(watch.run() if files else watch.look_for_lock()))
             if not again:
                 recorder.note(

@@ -16,6 +16,7 @@ from mcpctl.audit.log import EVENTS, FIELDS
 from mcpctl.calls import Calls
 from mcpctl.errors import Error, LockedError
 from mcpctl.identity.authenticate import Authenticator
+from mcpctl.identity.blocked import Block
 from mcpctl.identity.tokens import EXPIRING, utcnow
 from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.own import Own
@@ -61,6 +62,7 @@ class Watch:
         self._databases = own
         self.answers = Answers(self._settle, calls, own, keys)
         self.answers.add({"reload": self._reloaded, "lock": self._locked, "bar": self._barred, "note": self._noted})
+        self.answers.add({"kept_out": self._kept_out})
         self.was_cut: Callable[[str, int, int], None] = lambda reason, queries, left: None
         self.told: dict[str, str] = {}
         self._cuts: dict[str, asyncio.Task[Cut]] = {}
@@ -209,10 +211,26 @@ class Watch:
 
     async def _barred(self, request: dict[str, Any]) -> dict[str, Any]:
         """Keep tokens out whose end could not be written into their file."""
-        barred = {str(token): "revoked, but not in the file" for token in request["tokens"]}
-        self.told |= barred
+        tokens = [str(token) for token in request["tokens"]]
+        self._bar(tokens)
+        return values(await self._settle(tokens))
+
+    def _bar(self, tokens: list[str]) -> None:
+        self.told |= dict.fromkeys(tokens, "revoked, but not in the file")
+        self._authenticator.lockdown.held = "" in self.told
         self._authenticator.keep_out("command", self.told)
-        return values(await self._settle(list(barred)))
+
+    async def _kept_out(self, request: dict[str, Any]) -> dict[str, Any]:
+        blocked = {token: [one.at, one.reason] for token, one in self._calls.canaries.unwritten.items()}
+        return {"barred": [*self.told], "blocked": blocked}
+
+    async def learn(self) -> None:
+        """Keep out whom the others keep out without any file saying so."""
+        for answer in await self.ask_others({"do": "kept_out"}):
+            self._bar(answer.get("barred", []))
+            for token, (at, reason) in answer.get("blocked", {}).items():
+                self._calls.canaries.unwritten.setdefault(token, Block(at, reason))
+        self._calls.canaries.look()
 
     async def _noted(self, request: dict[str, Any]) -> dict[str, Any]:
         """Take a line of a command's that found no room for it anywhere, and write it when there is some."""
