@@ -32,6 +32,7 @@ TOUCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "a count": ("query_database", {"query": "select count(*) from honey"}),
     "a view": ("query_database", {"query": "select * from honey_view"}),
     "a subquery that yields nothing": ("query_database", {"query": "select 1 where exists (select from honey)"}),
+    "a function": ("query_database", {"query": "select word from ts_stat('select to_tsvector(id::text) from honey')"}),
     "TABLE": ("query_database", {"query": "table honey"}),
     "an odd name": ("query_database", {"query": 'select * from "Odd.Name"'}),
     "several databases": ("query_database", {"query": "select * from honey", "databases": ["shop"]}),

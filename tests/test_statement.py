@@ -13,6 +13,7 @@ import pytest
 
 import pg
 import site_of_mcpctl as site
+from mcpctl.postgres import verdicts
 from mcpctl.postgres.embedded import Binaries
 from site_of_mcpctl import Client, Shop, Site, eventually, in_background
 
@@ -412,6 +413,42 @@ def test_the_relations_of_a_question_are_in_the_audit_log(served: Site, a: Clien
     assert {"public.monthly_revenue", "public.orders", "public.order_items"} <= set(lines[-1]["relations"])
     assert lines[-1]["role"] == site.READER
     assert lines[-1]["statement"] == "select * from monthly_revenue limit 1"
+
+
+def test_what_a_function_reads_and_what_is_no_table_is_in_the_audit_log_too(
+    served: Site, shop: Shop, a: Client
+) -> None:
+    with shop.admin() as admin:
+        admin.execute(
+            "CREATE TABLE IF NOT EXISTS kinds AS SELECT 'x'::text AS kind; CREATE SEQUENCE IF NOT EXISTS numbers;"
+            "CREATE OR REPLACE FUNCTION kind() RETURNS text LANGUAGE plpgsql STABLE PARALLEL SAFE"
+            " AS $$BEGIN RETURN (SELECT kind FROM kinds); END$$;"
+            "GRANT SELECT ON kinds, numbers TO shop_reader; GRANT USAGE ON SCHEMA pg_toast TO shop_reader"
+        )
+        query = "SELECT reltoastrelid::regclass::text FROM pg_class WHERE relname = 'kinds'"
+        toast = (admin.execute(query).fetchone() or [""])[0]
+        admin.execute(f"GRANT SELECT ON {toast} TO shop_reader".encode())
+    questions = {
+        "select word from ts_stat('select to_tsvector(kind) from kinds')": "public.kinds",
+        "select kind()": "public.kinds",
+        f"select count(*) from {toast}": "public.kinds",
+        "select last_value from numbers": "public.numbers",
+    }
+    for query, relation in questions.items():
+        for _ in range(2):
+            a.rows(query)
+            assert served.audit()[-1]["relations"] == [relation], query
+
+
+def test_a_verdict_is_believed_for_seconds_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(verdicts, "monotonic", lambda: now[0])
+    known = verdicts.Verdicts()
+    known.remember(b"a text", verdict := verdicts.Verdict(True, ("public.replaced",), True))
+    now[0] = 4
+    assert known.get(b"a text") == verdict
+    now[0] = 6
+    assert known.get(b"a text") is None
 
 
 def test_a_password_typed_into_sql_is_not_in_the_audit_log(served: Site, a: Client) -> None:

@@ -49,9 +49,9 @@ READS = {
     "select * from sales.part_2": ["sales.part_2"],
     "select 'sales.secret' -- sales.secret": [],
     'select /* from sales.secret */ \'select * from sales.secret\', "n" from (values (1)) as "sales.secret" (n)': [],
-    "select sales.count_them()": [],
+    "select sales.count_them()": ["sales.secret"],
 }
-"""What PostgreSQL's plan of each statement reads. A function is opaque to it, and a materialized view is its own."""
+"""What each statement reads. A function is opaque to its plan, and not to its locks; a materialized view is its own."""
 
 
 @pytest.fixture

@@ -10,11 +10,13 @@ The second segment stands behind its own sync, since an error aborts the rest of
 before the statement, since SET TRANSACTION READ WRITE works until a query has taken the snapshot. It ends with
 ROLLBACK, never COMMIT: that undoes what PostgreSQL lets a read-only transaction write, and every setting. What a
 rollback cannot undo goes with the connection, which is closed unless PostgreSQL says that the text leaves nothing.
+Of such a text, and of a new one, the locks are looked at before the ROLLBACK: what functions read is in no plan.
 """
 
 import asyncio
 import random
 from collections.abc import Awaitable, Coroutine, Sequence
+from dataclasses import replace
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -38,8 +40,10 @@ _UNLOCK = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
  (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements), pg_catalog.setseed($1)"""
 _CURSOR = b"declare c no scroll cursor for\n"
 LOCKED = b"""SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_catalog.pg_locks l
- JOIN pg_catalog.pg_class c ON c.oid = l.relation JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+ JOIN pg_catalog.pg_class t ON t.oid = l.relation JOIN pg_catalog.pg_class c ON c.oid = CASE t.relkind WHEN 't'
+  THEN (SELECT o.oid FROM pg_catalog.pg_class o WHERE o.reltoastrelid = t.oid) ELSE t.oid END
+ JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
  AND l.relation NOT IN ('pg_catalog.pg_locks'::regclass, 'pg_catalog.pg_class'::regclass,
                         'pg_catalog.pg_namespace'::regclass) ORDER BY 1"""
 _GATHER = b"""SELECT pg_catalog.set_config($1, 'on', true),
@@ -168,10 +172,14 @@ class Exchange:
         with Wire(self._pgconn, self._growth, self._at_once) as wire:
             if params is not None:
                 return await self._framed(wire, text, params)
-            verdict = await self._judged(wire, text)
+            verdict, known = await self._judged(wire, text)
             self._leaves_nothing = verdict.leaves_nothing
             unseen = verdict.relations is None and self.session.use.guard is not None
-            rows = await self._framed(wire, text, (), look=unseen)
+            opaque = verdict.question and not (known and verdict.leaves_nothing)
+            rows = await self._framed(wire, text, (), look=unseen or opaque, must=unseen)
+            if opaque and not known:
+                more = replace(verdict, relations=self.session.use.relations)
+                self._verdicts.remember(self._verdicts.key(self.session.login, text), more)
             unknown = self._types.unknown(rows.types)
             if unknown and self._clean:  # made anew since the text was judged
                 await self._learn(wire, unknown)
@@ -187,12 +195,12 @@ class Exchange:
     async def ask(self, text: bytes) -> bool:
         """Whether the text is a question, without running it."""
         with Wire(self._pgconn, self._growth, self._at_once) as wire:
-            return (await self._judged(wire, text)).question
+            return (await self._judged(wire, text))[0].question
 
-    async def _judged(self, wire: Wire, text: bytes) -> Verdict:
-        """What PostgreSQL says of the text, now or in the last minutes. Raises NotAQuestionError."""
+    async def _judged(self, wire: Wire, text: bytes) -> tuple[Verdict, bool]:
+        """What PostgreSQL says of the text, and whether it said so in the last seconds. Raises NotAQuestionError."""
         key = self._verdicts.key(self.session.login, text)
-        verdict = self._verdicts.get(key)
+        verdict = known = self._verdicts.get(key)
         if verdict is None:
             question, shows = await self.judge(wire, text)
             if not question and not shows:
@@ -208,7 +216,7 @@ class Exchange:
             self.session.use.relations = verdict.relations
             if self.session.use.guard is not None:
                 self.session.use.guard(verdict.relations)
-        return verdict
+        return verdict, known is not None
 
     def _sync(self) -> None:
         self._pgconn.pipeline_sync()
@@ -322,8 +330,11 @@ class Exchange:
             and self._pgconn.transaction_status == pq.TransactionStatus.IDLE
         )
 
-    async def _framed(self, wire: Wire, text: bytes, params: Sequence[bytes | None], *, look: bool = False) -> Rows:
-        """The statement's rows. `look`: what it reads was not known before, and the guard is to hear of it."""
+    async def _framed(
+        self, wire: Wire, text: bytes, params: Sequence[bytes | None], *, look: bool = False, must: bool = False
+    ) -> Rows:
+        """The statement's rows. `look`: at what it has read, functions too, which is more than its plan says; `must`:
+        without that it is not answered."""
         self._send((text, params), *([(LOCKED, ())] if look else []))
         await wire.flush()
         await self._begun(wire)
@@ -343,7 +354,7 @@ class Exchange:
             locked = cells(await wire.command()) if look else []
             await self._ended(wire)
         except TooLargeError:
-            if look or not answer.columns:
+            if must or not answer.columns:
                 raise
             answer.too_large()
             await cutting.end(self.session)
@@ -359,15 +370,18 @@ class Exchange:
         if failed is not None:
             raise failed
         if look:
-            self.see(locked)
+            self.see(locked, must=must)
         return answer.done()
 
-    def see(self, locked: list[tuple[bytes, ...]] | StatementError) -> None:
-        """Note what a statement has locked, and let the session's guard hear of it."""
+    def see(self, locked: list[tuple[bytes, ...]] | StatementError, *, must: bool = True) -> None:
+        """Note what a statement has locked beside what its plan reads, and let the session's guard hear of it; where
+        PostgreSQL does not say (a statement that was stopped), only if it `must`."""
+        use, known = self.session.use, None
         if not isinstance(locked, StatementError):
-            self.session.use.relations = tuple(row[0].decode("utf-8", "replace") for row in locked)
-        if self.session.use.guard is not None:
-            self.session.use.guard(None if isinstance(locked, StatementError) else self.session.use.relations)
+            found = {row[0].decode("utf-8", "replace") for row in locked}
+            known = use.relations = tuple(sorted(found.union(use.relations or ())))
+        if use.guard is not None and (must or known is not None):
+            use.guard(known)
 
     @staticmethod
     def has_rows(result: Any) -> bool:

@@ -8,16 +8,17 @@ from time import monotonic
 from mcpctl.postgres.values import Types
 
 MOST = 4096
-SECONDS = 600.0
+SECONDS = 5.0
+"""How long a verdict is believed: a view may be replaced, a partition added, row security changed meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """`question`: PostgreSQL would open a cursor for it (SELECT, VALUES, TABLE, and nothing else).
 
-    `relations` are the tables in PostgreSQL's plan for it, schema-qualified; None where it made none. `leaves_nothing`:
-    PostgreSQL finds nothing in it that is PARALLEL UNSAFE, which is what may change the session for good (CREATE
-    FUNCTION in its manual).
+    `relations` are the tables in PostgreSQL's plan for it, and those that it has read beside when it ran first,
+    schema-qualified; None where it made none. `leaves_nothing`: PostgreSQL finds nothing in it that is PARALLEL
+    UNSAFE, which is what may change the session for good (CREATE FUNCTION in its manual).
     """
 
     question: bool
