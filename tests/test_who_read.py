@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -258,6 +259,16 @@ def test_a_file_is_left_out_only_where_all_that_is_known_of_it_is_older(home: Ho
     reading = Reading(path, datetime(2026, 1, 1, 0, 14, tzinfo=UTC))
     assert [line["seq"] for line in reading.lines(lambda line: True)] == list(range(14, 21))
     assert (reading.starts, reading.faults, reading.remarks) == ((11, "2026-01-01T00:11:00.000Z"), [], [])
+    old = path.with_name("audit.jsonl.3")
+    old.write_bytes(gzip.compress(old.read_bytes()))
+    reads = []
+    for year in (2027, 2025):
+        os.utime(old, (0, datetime(year, 1, 1, tzinfo=UTC).timestamp()))
+        reading = Reading(path, datetime(2026, 1, 1, 0, 14, tzinfo=UTC))
+        assert len(list(reading.lines(lambda line: True))) == 7
+        reads.append(reading.starts and reading.starts[0])
+        assert (reading.faults, reading.missing_before) == ([], None)
+    assert reads == [1, 11]
 
 
 def test_what_a_caller_or_an_intruder_has_put_into_a_line_hides_and_crashes_nothing(home: Home) -> None:

@@ -4,6 +4,7 @@ be read is told, so that nobody takes a hole in the log for a "nobody".
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -137,16 +138,23 @@ class Reading:
             self.remarks.append(f"there is no {self.path.name}, only files that it was before")
 
     def _needed(self, parts: list[Part]) -> Iterator[Part]:
-        """Those that are to be read: one that is not packed is left out where its first lines, its last ones and the
-        next file's first ones are all of before the time that is asked for."""
+        """Those that are to be read: one is left out where its first lines, its last ones (of a packed one the time of
+        the file) and the next file's first ones are all of before the time that is asked for."""
         for part, after in zip(parts, [*parts[1:], None], strict=False):
             old = after is not None and self._from > max(self._latest, part.time, after.time or b"~")
-            heads = HEAD.findall(files.read_at(part.fd, _TAIL, max(0, part.size - _TAIL))) if old else []
-            if part.packed or not heads or max(when for _, when in heads) >= self._from:
+            last = self._end_of(part) if old else None
+            if last is None or last[1] >= self._from:
                 yield part
                 continue
-            self._last = max(self._last, (int(heads[-1][0]), heads[-1][1]))  # where the first that is read goes on
+            self._last = max(self._last, last)  # where the first that is read goes on
             self._skipped = True
+
+    def _end_of(self, part: Part) -> tuple[int, bytes] | None:
+        """Number of a file's last line (0: not known) and its latest time."""
+        if part.packed:
+            return 0, stamp(datetime.fromtimestamp(os.fstat(part.fd).st_mtime, UTC)).encode()
+        heads = HEAD.findall(files.read_at(part.fd, _TAIL, max(0, part.size - _TAIL)))
+        return (int(heads[-1][0]), max(when for _, when in heads)) if heads else None
 
     def _of(self, part: Part, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any]) -> Iterator[Any]:
         broken, latest = 0, self._latest
