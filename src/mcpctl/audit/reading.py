@@ -5,6 +5,7 @@ be read is told, so that nobody takes a hole in the log for a "nobody".
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -20,11 +21,23 @@ from mcpctl.errors import Error, NotFoundError
 if TYPE_CHECKING:
     from mcpctl.audit.anchors import Anchor
 
+_COUNTED = re.compile(r"([0-9]{1,9}) more within a minute")
 _SHOWN = 8000
 _TAIL = 64 << 10
 _TOLD = 20
 _STEP = timedelta(seconds=5)
 """How far back a line's time may be behind the one before it: they are taken before the log is locked."""
+
+
+def counted(line: dict[str, Any]) -> int | None:
+    """How many refusals a line stands for that counts them; None where it is of one call."""
+    found = _COUNTED.match(str(line.get("reason"))) if str(line.get("event")).endswith(".refused") else None
+    return int(found[1]) if found else None
+
+
+def reason_of(line: dict[str, Any]) -> str:
+    """Why a refusal was, without the number of those that are counted."""
+    return str(line.get("reason", "no reason")) if counted(line) is None else "more within a minute, counted"
 
 
 @dataclass
@@ -36,11 +49,13 @@ class Tally:
     first: str = ""
     last: str = ""
 
-    def add(self, line: dict[str, Any], count: int = 1) -> None:
-        """Count a line."""
-        when, rows = str(line.get("time", "")), line.get("rows")
-        self.count += count
+    def add(self, line: dict[str, Any]) -> None:
+        """Count a line, or what it counts. When that was is told by those before it that are listed in full."""
+        when, rows, many = str(line.get("time", "")), line.get("rows"), counted(line)
+        self.count += 1 if many is None else many
         self.rows += rows if isinstance(rows, int) else 0
+        if many is not None and self.last:
+            return
         self.first = min(self.first or when, when)
         self.last = max(self.last, when)
 

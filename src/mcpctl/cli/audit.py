@@ -166,7 +166,7 @@ def _network(text: Any) -> "Network | None":
 
 def _is_within(text: Any, network: "Network") -> bool:
     found = _network(text)
-    return found is not None and found.version == network.version and found.overlaps(network)  # type: ignore[arg-type]
+    return found is not None and found.version == network.version and found.overlaps(network)
 
 
 def moment(option: str, text: str | None) -> "datetime | None":
