@@ -304,6 +304,14 @@ def test_of_several_databases_and_own_ones_each_is_told_apart(home: Home) -> Non
     assert home("audit", "who-read", "public.place", "--database", "own:lab").good == ""
 
 
+def test_a_database_called_own_hides_no_user_s_own(home: Home) -> None:
+    fill(home, 1, database="own,own:lab", relations=["own:lab:sales.orders", "own:public.place"])
+    assert found(home, "--database", "own:lab").good.split("\t")[2] == "own:lab"
+    home.config.write_text("databases: {own: {dsn: postgresql://r@127.0.0.1/x}}\n")
+    done = home("config", "check")
+    assert (done.code, "databases.own: the log names users' own databases own:NAME" in done.err) == (3, True), done.err
+
+
 def test_verbose_shows_statements_that_can_forge_nothing(home: Home) -> None:
     fill(home, 1, statement="select 1;\n2026-01-01T00:00:00.000Z  mallory\x1b[2J")
     shown = found(home, "--verbose").good.splitlines()

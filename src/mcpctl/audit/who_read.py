@@ -117,7 +117,8 @@ def databases(line: dict[str, Any]) -> Iterator[tuple[str | None, str]]:
     names = str(asked).split(",")
     relations = line.get("relations")
     for relation in map(str, relations if isinstance(relations, list) else ()):
-        name = next((one for one in names if len(names) > 1 and relation.startswith(f"{one}:")), None)
+        fitting = (one for one in names if len(names) > 1 and relation.startswith(f"{one}:"))
+        name = max(fitting, key=len, default=None)  # `own:lab`, where a database is called `own`
         yield (asked, relation) if name is None else (name, relation[len(name) + 1 :])
 
 
