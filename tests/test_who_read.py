@@ -87,7 +87,6 @@ def test_who_read_tells_what_the_plan_reads_and_nothing_that_only_the_text_names
         expected = [statement for statement, read in READS.items() if name.replace('"', "") in read]
         assert expected
         assert asked(at, name) == asked(at, f"shop.{name}") == asked(at, name, "--database", "shop") == expected
-        assert asked(at, name, "--database", "other") == []
     assert asked(at, "sales.*") == asked(at, "shop.sales.*") == [statement for statement, read in READS.items() if read]
     [row] = who(at, "sales.secret")["who"]
     assert (row["user"], row["database"], row["count"], row["rows"]) == ("alice", "shop", 7, 10)
@@ -310,6 +309,17 @@ def test_a_database_called_own_hides_no_user_s_own(home: Home) -> None:
     home.config.write_text("databases: {own: {dsn: postgresql://r@127.0.0.1/x}}\n")
     done = home("config", "check")
     assert (done.code, "databases.own: the log names users' own databases own:NAME" in done.err) == (3, True), done.err
+
+
+def test_a_database_that_nothing_knows_is_an_error_and_not_nobody(home: Home) -> None:
+    fill(home, 1, statement=',"database":"shpo"', database="store")
+    done = found(home, "--database", "shpo")
+    assert (done.code, "there is no database shpo in the config, and no line" in done.error) == (4, True)
+    assert home("audit", "who-read", "public.none", "--database", "store").code == 0  # the log knows it
+    assert found(home, "--database", "store", "--since", "1h").code == 4
+    home.config.write_text("databases: {shpo: {dsn: postgresql://r@127.0.0.1/x}}\n")
+    assert found(home, "--database", "shpo").code == 0
+    assert "no line fits" in home("audit", "tail", "--token", "nonesuch").err
 
 
 def test_verbose_shows_statements_that_can_forge_nothing(home: Home) -> None:

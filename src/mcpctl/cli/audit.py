@@ -75,6 +75,8 @@ def tail(
         lines = 10
     most = None if lines is None else min(lines, sys.maxsize)
     known = _known(found.audit.file, begin, wanted, most)
+    if not (known or follow or most == 0):
+        output.say("no line fits")
     heard = _show(known, json, sql)
     if newer is None or not heard:
         return
