@@ -92,6 +92,11 @@ def test_audit_tail_goes_on_in_the_files_that_were_moved_away(tmp_path: Path) ->
     log.with_name("audit.jsonl.2.gz").write_bytes(b"packed")
     assert "may be in what is not read here: audit.jsonl.2.gz" in home("audit", "tail").err
     assert home("audit", "tail", "-n", "3").err == ""
+    bob = log.with_name("audit.jsonl.bob")
+    log.with_name("audit.jsonl.2.gz").write_bytes(gzip.compress(bob.read_bytes()))
+    bob.unlink()
+    assert users("--since", "1h") == ["alice", "bob", "carol"]
+    assert users("--since", "1h", "-n", "2") == ["bob", "carol"]
 
 
 def test_what_lies_beside_the_log_stops_neither_reading_nor_writing(tmp_path: Path) -> None:

@@ -129,6 +129,23 @@ def test_audit_tail_shows_statements_as_blocks_and_one_address_alone(alice: Home
     assert len(alice("audit", "tail", "--ip", "192.0.2.2").good.splitlines()) == 2
 
 
+def test_audit_tail_finds_addresses_in_any_spelling_and_by_network(alice: Home) -> None:
+    log = AuditLog(alice.folder / "audit.jsonl", read_key(alice.folder / "audit.key"), lambda: datetime.now(UTC))
+    for address in ("10.0.0.7", "10.0.1.7", "2001:db8::1", "2001:db8:0:1::/64", "not one"):
+        log.append("auth.refused", client_ip=address, reason="x")
+    log.close()
+
+    def found(address: str) -> list[str]:
+        lines = alice("audit", "tail", "--json", "--ip", address).good.splitlines()
+        return [json.loads(line)["client_ip"] for line in lines]
+
+    assert found("10.0.0.0/24") == found("::ffff:10.0.0.7") == ["10.0.0.7"]
+    assert found("2001:0DB8:0:0:0:0:0:1") == ["2001:db8::1"]
+    assert found("2001:db8:0:1::9") == ["2001:db8:0:1::/64"]
+    assert found("2001:db8::/32") == ["2001:db8::1", "2001:db8:0:1::/64"]
+    assert (alice("audit", "tail", "--ip", "nonsense").code, alice("audit", "tail", "--ip", "").code) == (2, 2)
+
+
 def test_audit_top_counts_calls_and_refusals_by_what_is_asked(alice: Home) -> None:
     log = AuditLog(alice.folder / "audit.jsonl", read_key(alice.folder / "audit.key"), lambda: datetime.now(UTC))
     call = {"user": "alice", "token": "abcd1234", "client_ip": "192.0.2.1", "tool": "query_database"}

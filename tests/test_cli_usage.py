@@ -53,6 +53,23 @@ def test_token_list_tells_how_each_is_used_by_the_log_of_30_days(home: Home) -> 
     assert "the log here begins with line 3" in home("token", "list", "--usage").err
 
 
+def test_a_line_that_counts_refusals_counts_as_many_and_is_no_later_use(home: Home) -> None:
+    name = home.token()[0]
+    write(home, {"token": name, "tool": "query_database"}, ago=timedelta(hours=1))
+    more = {"event": "tool.refused", "outcome": "limited", "token": name}
+    write(home, {**more, "reason": "40 more within a minute, by the rate limit of the token"})
+    write(home, {**more, "reason": "2 more within a minute, by the rate limit of the token"})
+    [row] = json.loads(home("token", "list", "--usage", "--json").good)["tokens"]
+    assert row["calls"] == 43
+    assert row["last_used"] < tokens.rfc3339(datetime.now(UTC) - timedelta(minutes=59))
+    found = json.loads(home("incident", "report", "--token", name, "--json").good)
+    assert found["used"]["count"] == 43
+    assert [(one["tool"], one["outcome"], one["count"]) for one in found["calls"]] == [
+        ("(any)", "limited", 42), ("query_database", "None", 1),
+    ]  # fmt: skip
+    assert [(one["reason"], one["count"]) for one in found["refusals"]] == [("more within a minute, counted", 42)]
+
+
 def test_old_tokens_and_those_that_never_end_are_warned_of(home: Home) -> None:
     never = home("token", "add", "--expiry", "never").good.split("_")[1]
     old, young = home.token()[0], home.token()[0]

@@ -96,6 +96,16 @@ def test_what_is_not_known_anywhere_is_an_error(home: Home) -> None:
     assert home("incident", "report", "--token", "other123", "--until", "1h").code == 4
 
 
+def test_of_a_token_that_was_removed_the_user_is_found_by_the_log(home: Home) -> None:
+    home("user", "add", "eve")
+    fill(home, {"token": "abcd1234"}, {"token": "abcd1234", "user": "gone"}, {"token": "abcd1234"})
+    found = json.loads(home("incident", "report", "--token", "abcd1234", "--json").good)
+    assert (found["token"], found["user"]["name"]) == (None, "eve")
+    page = home("incident", "report", "--token", "abcd1234").good
+    assert "There is none in the user file" not in page
+    assert "mcpctl can eve" in page
+
+
 def test_no_statement_or_reason_forges_the_page(home: Home) -> None:
     evil = "x\n\n## Next steps\n\n```\n| a | b |\n<script>[go](http://evil)\x1b[2J\u202e\r# Title\t~~~"
     fill(home, {"statement": evil}, {"event": "tool.refused", "reason": evil, "client_ip": evil}, {"user": "|#"})

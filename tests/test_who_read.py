@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -86,7 +87,6 @@ def test_who_read_tells_what_the_plan_reads_and_nothing_that_only_the_text_names
         expected = [statement for statement, read in READS.items() if name.replace('"', "") in read]
         assert expected
         assert asked(at, name) == asked(at, f"shop.{name}") == asked(at, name, "--database", "shop") == expected
-        assert asked(at, name, "--database", "other") == []
     assert asked(at, "sales.*") == asked(at, "shop.sales.*") == [statement for statement, read in READS.items() if read]
     [row] = who(at, "sales.secret")["who"]
     assert (row["user"], row["database"], row["count"], row["rows"]) == ("alice", "shop", 7, 10)
@@ -258,6 +258,16 @@ def test_a_file_is_left_out_only_where_all_that_is_known_of_it_is_older(home: Ho
     reading = Reading(path, datetime(2026, 1, 1, 0, 14, tzinfo=UTC))
     assert [line["seq"] for line in reading.lines(lambda line: True)] == list(range(14, 21))
     assert (reading.starts, reading.faults, reading.remarks) == ((11, "2026-01-01T00:11:00.000Z"), [], [])
+    old = path.with_name("audit.jsonl.3")
+    old.write_bytes(gzip.compress(old.read_bytes()))
+    reads = []
+    for year in (2027, 2025):
+        os.utime(old, (0, datetime(year, 1, 1, tzinfo=UTC).timestamp()))
+        reading = Reading(path, datetime(2026, 1, 1, 0, 14, tzinfo=UTC))
+        assert len(list(reading.lines(lambda line: True))) == 7
+        reads.append(reading.starts and reading.starts[0])
+        assert (reading.faults, reading.missing_before) == ([], None)
+    assert reads == [1, 11]
 
 
 def test_what_a_caller_or_an_intruder_has_put_into_a_line_hides_and_crashes_nothing(home: Home) -> None:
@@ -291,6 +301,25 @@ def test_of_several_databases_and_own_ones_each_is_told_apart(home: Home) -> Non
     assert found(home, "--database", "own:lab").good.split("\t")[3] == "2"
     assert home("audit", "who-read", "own:lab.sales.orders").good.split("\t")[3] == "2"
     assert home("audit", "who-read", "public.place", "--database", "own:lab").good == ""
+
+
+def test_a_database_called_own_hides_no_user_s_own(home: Home) -> None:
+    fill(home, 1, database="own,own:lab", relations=["own:lab:sales.orders", "own:public.place"])
+    assert found(home, "--database", "own:lab").good.split("\t")[2] == "own:lab"
+    home.config.write_text("databases: {own: {dsn: postgresql://r@127.0.0.1/x}}\n")
+    done = home("config", "check")
+    assert (done.code, "databases.own: the log names users' own databases own:NAME" in done.err) == (3, True), done.err
+
+
+def test_a_database_that_nothing_knows_is_an_error_and_not_nobody(home: Home) -> None:
+    fill(home, 1, statement=',"database":"shpo"', database="store")
+    done = found(home, "--database", "shpo")
+    assert (done.code, "there is no database shpo in the config, and no line" in done.error) == (4, True)
+    assert home("audit", "who-read", "public.none", "--database", "store").code == 0  # the log knows it
+    assert found(home, "--database", "store", "--since", "1h").code == 4
+    home.config.write_text("databases: {shpo: {dsn: postgresql://r@127.0.0.1/x}}\n")
+    assert found(home, "--database", "shpo").code == 0
+    assert "no line fits" in home("audit", "tail", "--token", "nonesuch").err
 
 
 def test_verbose_shows_statements_that_can_forge_nothing(home: Home) -> None:

@@ -4,6 +4,8 @@ be read is told, so that nobody takes a hole in the log for a "nobody".
 
 import contextlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -19,6 +21,7 @@ from mcpctl.errors import Error, NotFoundError
 if TYPE_CHECKING:
     from mcpctl.audit.anchors import Anchor
 
+_COUNTED = re.compile(r"([0-9]{1,9}) more within a minute")
 _SHOWN = 8000
 _TAIL = 64 << 10
 _TOLD = 20
@@ -26,6 +29,17 @@ _STEP = timedelta(seconds=5)
 """How far back a line's time may be behind the one before it: they are taken before the log is locked."""
 _BEGUN = b'"event":"tool.begun"'
 """Of a call that has a line of its own, or was killed: it counts as no call."""
+
+
+def counted(line: dict[str, Any]) -> int | None:
+    """How many refusals a line stands for that counts them; None where it is of one call."""
+    found = _COUNTED.match(str(line.get("reason"))) if str(line.get("event")).endswith(".refused") else None
+    return int(found[1]) if found else None
+
+
+def reason_of(line: dict[str, Any]) -> str:
+    """Why a refusal was, without the number of those that are counted."""
+    return str(line.get("reason", "no reason")) if counted(line) is None else "more within a minute, counted"
 
 
 @dataclass
@@ -37,11 +51,13 @@ class Tally:
     first: str = ""
     last: str = ""
 
-    def add(self, line: dict[str, Any], count: int = 1) -> None:
-        """Count a line."""
-        when, rows = str(line.get("time", "")), line.get("rows")
-        self.count += count
+    def add(self, line: dict[str, Any]) -> None:
+        """Count a line, or what it counts. When that was is told by those before it that are listed in full."""
+        when, rows, many = str(line.get("time", "")), line.get("rows"), counted(line)
+        self.count += 1 if many is None else many
         self.rows += rows if isinstance(rows, int) else 0
+        if many is not None and self.last:
+            return
         self.first = min(self.first or when, when)
         self.last = max(self.last, when)
 
@@ -139,16 +155,23 @@ class Reading:
             self.remarks.append(f"there is no {self.path.name}, only files that it was before")
 
     def _needed(self, parts: list[Part]) -> Iterator[Part]:
-        """Those that are to be read: one that is not packed is left out where its first lines, its last ones and the
-        next file's first ones are all of before the time that is asked for."""
+        """Those that are to be read: one is left out where its first lines, its last ones (of a packed one the time of
+        the file) and the next file's first ones are all of before the time that is asked for."""
         for part, after in zip(parts, [*parts[1:], None], strict=False):
             old = after is not None and self._from > max(self._latest, part.time, after.time or b"~")
-            heads = HEAD.findall(files.read_at(part.fd, _TAIL, max(0, part.size - _TAIL))) if old else []
-            if part.packed or not heads or max(when for _, when in heads) >= self._from:
+            last = self._end_of(part) if old else None
+            if last is None or last[1] >= self._from:
                 yield part
                 continue
-            self._last = max(self._last, (int(heads[-1][0]), heads[-1][1]))  # where the first that is read goes on
+            self._last = max(self._last, last)  # where the first that is read goes on
             self._skipped = True
+
+    def _end_of(self, part: Part) -> tuple[int, bytes] | None:
+        """Number of a file's last line (0: not known) and its latest time."""
+        if part.packed:
+            return 0, stamp(datetime.fromtimestamp(os.fstat(part.fd).st_mtime, UTC)).encode()
+        heads = HEAD.findall(files.read_at(part.fd, _TAIL, max(0, part.size - _TAIL)))
+        return (int(heads[-1][0]), max(when for _, when in heads)) if heads else None
 
     def _of(self, part: Part, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any]) -> Iterator[Any]:
         broken, latest = 0, self._latest

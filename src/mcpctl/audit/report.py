@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mcpctl.audit.reading import Reading, Tally, shortened
+from mcpctl.audit.reading import Reading, Tally, reason_of, shortened
 from mcpctl.audit.who_read import databases
 
 MOST = 500
@@ -54,7 +54,7 @@ class Facts:
             if (value := line.get(name)) is not None:
                 counted.add(str(value), line)
         if event.endswith(".refused"):
-            self.refusals.add(str(line.get("reason", "no reason")), line)
+            self.refusals.add(reason_of(line), line)
         if (address := line.get("client_ip")) is not None:
             (self.strangers if event == "auth.refused" else self.addresses).add(str(address), line)
         if event == "auth.ok" or event.startswith("tool."):
@@ -66,7 +66,7 @@ class Facts:
             self.events.append(line)
 
     def _add_call(self, line: dict[str, Any]) -> None:
-        self.calls.add((str(line.get("tool")), str(line.get("outcome"))), line)
+        self.calls.add((str(line.get("tool", "(any)")), str(line.get("outcome"))), line)
         for one in databases(line):
             self.tables.add(one, line)
         if (role := line.get("role")) is not None:

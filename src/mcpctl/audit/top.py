@@ -1,11 +1,10 @@
 """Calls and refusals of the log, counted by who or what they concern."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from mcpctl.audit.reading import Reading, Tally
+from mcpctl.audit.reading import Reading, Tally, reason_of
 from mcpctl.audit.who_read import databases
 
 BY = ("user", "token", "ip", "tool", "database", "table", "reason")
@@ -13,7 +12,6 @@ _KEYS = {"user": "user", "token": "token", "ip": "client_ip", "tool": "tool", "d
 MOST = 10_000
 """Different ones that are counted; what comes after is one."""
 OTHERS = "(others)"
-_COUNTED = re.compile(r"([0-9]{1,9}) more within a minute")
 _CALLS = (b'"event":"tool.', b'"event":"auth.refused"')
 
 
@@ -30,16 +28,15 @@ def count(reading: Reading, by: str) -> dict[str, Counted]:
     found: dict[str, Counted] = {}
     for line in reading.lines(lambda line: any(mark in line for mark in _CALLS)):
         bad = str(line.get("event", "")).endswith(".refused")
-        many = _COUNTED.match(str(line.get("reason"))) if bad else None
-        number = int(many[1]) if many else 1
         if by == "reason" and not bad:
             continue
         for key in dict.fromkeys(_keys(line, by)):
             if key not in found and len(found) >= MOST:
                 key = OTHERS  # a stranger can make up as many as he likes
             one = found.setdefault(key, Counted())
-            one.add(line, number)
-            one.refused += number if bad else 0
+            before = one.count
+            one.add(line)
+            one.refused += one.count - before if bad else 0
     return found
 
 
@@ -47,7 +44,6 @@ def _keys(line: dict[str, Any], by: str) -> Iterator[str]:
     if by == "table":
         yield from (f"{database}:{relation}" for database, relation in databases(line))
     elif by == "reason":
-        reason = str(line.get("reason", "no reason"))
-        yield "more within a minute, counted" if _COUNTED.match(reason) else reason
+        yield reason_of(line)
     elif (value := line.get(_KEYS[by])) is not None:
         yield str(value)

@@ -36,6 +36,7 @@ class _Line(msgspec.Struct):
     event: str
     token: str
     time: str
+    reason: str | None = None
     client_ip: str | None = None
     rows: int | None = None
 
@@ -47,7 +48,7 @@ def by_token(reading: Reading) -> dict[str, Usage]:
     decoder = msgspec.json.Decoder(_Line)
     for line in reading.lines(lambda line: marks[0] in line and marks[1] in line, decoder.decode):
         one = found.setdefault(line.token, Usage())
-        one.add({"time": line.time, "rows": line.rows})
+        one.add({"event": line.event, "time": line.time, "rows": line.rows, "reason": line.reason})
         if line.client_ip is not None and len(one.addresses) < _MOST:
             one.addresses.add(_source(line.client_ip))
     return found

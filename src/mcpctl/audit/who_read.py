@@ -66,11 +66,13 @@ def _parsed(body: str, whole: bool, database: str | None) -> Target:
 @dataclass
 class Found:
     """Who touched it, by (user, token, database); the last statements; and by outcome the statements whose
-    tables PostgreSQL never named, `unknown`, with the first and the last of them."""
+    tables PostgreSQL never named, `unknown`, with the first and the last of them. `named`: the target's database stands
+    in a line."""
 
     statements: deque[dict[str, Any]]
     who: dict[tuple[str | None, str | None, str | None], Tally] = field(default_factory=dict)
     more: int = 0
+    named: bool = False
     unknown: Counter[str] = field(default_factory=Counter)
     unknown_when: Tally = field(default_factory=Tally)
 
@@ -80,7 +82,12 @@ def search(reading: Reading, target: Target, kept: int = KEPT) -> Found:
     found = Found(deque(maxlen=kept))
     needle = json.dumps(target.name)[1 : None if target.table is not None else -1].encode()
 
+    name = json.dumps(target.database or "")[1:-1].encode()
+    asked = re.compile(rb',"database":"(?:[^"]*,)?%s[",]' % re.escape(name))
+    found.named = target.database is None
+
     def wanted(line: bytes) -> bool:
+        found.named = found.named or asked.search(line) is not None
         return needle in line if _MARK in line else b',"role":"' in line
 
     for line in reading.lines(wanted):
@@ -117,7 +124,8 @@ def databases(line: dict[str, Any]) -> Iterator[tuple[str | None, str]]:
     names = str(asked).split(",")
     relations = line.get("relations")
     for relation in map(str, relations if isinstance(relations, list) else ()):
-        name = next((one for one in names if len(names) > 1 and relation.startswith(f"{one}:")), None)
+        fitting = (one for one in names if len(names) > 1 and relation.startswith(f"{one}:"))
+        name = max(fitting, key=len, default=None)  # `own:lab`, where a database is called `own`
         yield (asked, relation) if name is None else (name, relation[len(name) + 1 :])
 
 

@@ -10,9 +10,12 @@ from mcpctl.cli import output
 from mcpctl.cli.common import ConfigOption, JsonOption, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from datetime import datetime
+    from ipaddress import IPv4Network, IPv6Network
     from pathlib import Path
+
+    Network = IPv4Network | IPv6Network
 
 app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
 _WIDTHS = (24, 12, 8, 5, 8, 7, 4, 6, 20)
@@ -38,7 +41,7 @@ def tail(
     ] = None,
     user: Annotated[str | None, typer.Option("--user", metavar="U", help="Only this user's.")] = None,
     token: Annotated[str | None, typer.Option("--token", metavar="ID", help="Only this token's.")] = None,
-    ip: Annotated[str | None, typer.Option("--ip", metavar="ADDRESS", help="Only from this address.")] = None,
+    ip: Annotated[str | None, typer.Option("--ip", metavar="ADDRESS", help="Only from there; a network, too.")] = None,
     event: Annotated[
         str | None, typer.Option("--event", metavar="E", help="Only this event, or family such as token.*")
     ] = None,
@@ -50,11 +53,9 @@ def tail(
     config: ConfigOption = None,
 ) -> None:
     """Show the end of the audit log; columns on a terminal. With --json each line as it is in the log."""
-    from itertools import islice
-
     from mcpctl.audit import files as audit_files
 
-    begin = moment("--since", since)
+    begin, network = moment("--since", since), _asked_network(ip)
     _check_event(event)
     found = settings(context, config)
     before = _last_number(found.audit.file) if follow else 0
@@ -65,16 +66,17 @@ def tail(
         return (
             (user is None or line.get("user") == user)
             and (token is None or line.get("token") == token)
-            and (ip is None or line.get("client_ip") == ip)
+            and (network is None or _is_within(line.get("client_ip"), network))
             and (not sql or "statement" in line or "statement_hmac" in line)
             and (event is None or _is_event(str(line.get("event", "")), event))
-            and (begin is None or _after(line.get("time"), begin))
         )
 
     if lines is None and since is None:
         lines = 10
     most = None if lines is None else min(lines, sys.maxsize)
-    known = list(islice(filter(wanted, _all_lines(found.audit.file, begin)), most))[::-1]
+    known = _known(found.audit.file, begin, wanted, most)
+    if not (known or follow or most == 0):
+        output.say("no line fits")
     heard = _show(known, json, sql)
     if newer is None or not heard:
         return
@@ -100,8 +102,27 @@ def _last_number(path: "Path") -> int:
         return 0
 
 
-def _all_lines(path: "Path", begin: "datetime | None") -> "Iterator[dict[str, Any]]":
-    """The log's lines from the last to the first, through the files that were moved away, as far back as is asked."""
+def _known(
+    path: "Path", begin: "datetime | None", wanted: "Callable[[dict[str, Any]], bool]", most: int | None
+) -> list[dict[str, Any]]:
+    """The last lines that are wanted: from a time on through all files, else as far back as it takes."""
+    from collections import deque
+    from itertools import islice
+
+    from mcpctl.audit.reading import Reading
+
+    if begin is None:
+        return list(islice(filter(wanted, _all_lines(path)), most))[::-1]
+    reading = Reading(path, begin)
+    known = list(deque(filter(wanted, reading.lines(lambda line: True)), most))
+    for text in (reading.missing_before, *reading.remarks, *reading.faults):
+        if text:
+            output.warn(text)
+    return known
+
+
+def _all_lines(path: "Path") -> "Iterator[dict[str, Any]]":
+    """The log's lines from the last to the first, through the files that were moved away."""
     from mcpctl.audit import files as audit_files
     from mcpctl.errors import NotFoundError
 
@@ -118,13 +139,36 @@ def _all_lines(path: "Path", begin: "datetime | None") -> "Iterator[dict[str, An
         if one not in ends.values():
             continue
         for index, line in enumerate(audit_files.read_older(one)):
-            if index == 0 and begin is not None and not _after(line.get("time"), begin):
-                return
             if index:
                 ends.pop(str(line.get("hash")), None)
             yield line
     if others:
         output.warn(f"older lines may be in what is not read here: {', '.join(one.name for one in others)}")
+
+
+def _asked_network(text: str | None) -> "Network | None":
+    from mcpctl.errors import UsageError
+
+    found = None if text is None else _network(text)
+    if text is not None and found is None:
+        raise UsageError(f"--ip {text!r} is no address and no network", "say 192.0.2.1, 10.0.0.0/24, or 2001:db8::/64")
+    return found
+
+
+def _network(text: Any) -> "Network | None":
+    """An address, in whatever spelling, as the network of it alone; a network, as lines of many addresses have it."""
+    from ipaddress import ip_address, ip_network
+
+    try:
+        bare = ip_address(str(text).partition("%")[0]) if "/" not in str(text) else None
+        return ip_network(getattr(bare, "ipv4_mapped", None) or bare or text, strict=False)
+    except ValueError:
+        return None
+
+
+def _is_within(text: Any, network: "Network") -> bool:
+    found = _network(text)
+    return found is not None and found.version == network.version and found.overlaps(network)
 
 
 def moment(option: str, text: str | None) -> "datetime | None":
@@ -144,15 +188,6 @@ def moment(option: str, text: str | None) -> "datetime | None":
         except (ValueError, OverflowError):
             raise UsageError(f"{option} {text!r} is no time", "say 2h, 7d, or 2027-01-31T12:00:00Z") from None
     return when if when.tzinfo else when.replace(tzinfo=UTC)
-
-
-def _after(text: Any, begin: "datetime") -> bool:
-    from datetime import datetime
-
-    try:
-        return datetime.fromisoformat(str(text)) >= begin
-    except (TypeError, ValueError):
-        return True
 
 
 def _check_event(wanted: str | None) -> None:

@@ -82,15 +82,23 @@ def who_read(
 ) -> None:
     """List whose statements touched a table: by what PostgreSQL's own plan read, never by their text.
 
-    Exits 0 where nobody did, and 1 where the log is not whole.
+    Exits 0 where nobody did, 1 where the log is not whole, and 4 for a database that nothing knows.
 
     Example: mcpctl audit who-read sales.orders --since 7d
     """
     from mcpctl.audit import who_read as who_reads
+    from mcpctl.cli.audit import moment
+    from mcpctl.errors import NotFoundError
 
     wanted = who_reads.parse(target, database)
-    reading = reading_of(context, config, since, until)
+    begin, end = moment("--since", since), moment("--until", until)
+    configured = settings(context, config, needs_log=False)
+    reading = reading_from(configured, begin, end)
     found = who_reads.search(reading, wanted)
+    name = wanted.database
+    if name is not None and not (name in configured.databases or found.named or reading.faults):
+        text = f"there is no database {output.clean(name)} in the config, and no line of that time names one"
+        raise NotFoundError(text, "look further back, or at the name; a user's own database is own:NAME")
     rows = sorted(found.who.items(), key=lambda one: one[1].last, reverse=True)
     if json:
         _put_json(target, reading, found, rows)

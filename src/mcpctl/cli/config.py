@@ -59,6 +59,9 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     keyring = Keyring(found.keyring.file)
     tried(lambda: _check_sealed(found, keyring), "keyring.file")
     tried(lambda: _check_own(found, keyring), "server.state_file")
+    if "own" in found.databases:
+        place = where(found, "databases.own")
+        faults.append(f"{place}: databases.own: the log names users' own databases own:NAME (give it another name)")
     before = len(faults)
     for name, database in found.databases.items():
         key = f"databases.{name}"

@@ -62,6 +62,8 @@ def report(
         tell_of(reading)
         what = f"token {token}" if _plain(token) else "such token or user"
         raise NotFoundError(f"there is no {what}, and no line of the log names one", "look further back, or at the id")
+    if person is None and user is None and facts.users:  # the token was removed: the log knows whose it was
+        _, person = _records(found, None, max(facts.users, key=lambda name: facts.users[name].count))
     values = _values(reading, facts, record, person)
     text = _as_json(values) if json else "\n".join(_page(token, user, values, found.audit.statements)) + "\n"
     if out is None:
