@@ -208,8 +208,8 @@ def test_ten_in_a_row_are_one_or_few_and_the_last_config_counts(
 
 def test_during_the_start_it_is_remembered(make_site: MakeSite, newest_shop: Shop) -> None:
     """Sent as soon as the process takes it: SigCgt of /proc/PID/status has its bit."""
-    for workers in ("1", "2"):
-        at = make_site(newest_shop).start("--workers", workers, wait=False)
+    for number in ("1", "2"):
+        at = make_site(newest_shop).start("--workers", number, wait=False)
         process = at.process
         assert process is not None
         status = Path(f"/proc/{process.pid}/status")
