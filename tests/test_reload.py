@@ -99,6 +99,8 @@ def test_a_broken_config_changes_nothing_and_a_mended_one_is_taken(
             ("max_rows: 7}\naudit: {file: nowhere/audit.jsonl", "the audit log cannot be written"),
         ):
             change(at, "max_rows: 5", wrong)
+            asked = at.run("config", "reload", check=False)
+            assert (asked.returncode, "what was in force stays" in asked.stderr, why in asked.stderr) == (1, True, True)
             hang_up(at)
             change(at, wrong, "max_rows: 5")
             event, reason = reloads(at)[-1]

@@ -142,8 +142,8 @@ class Serving:
             self._watching = asyncio.create_task(self.certificates.watch())
 
     async def prepare(self, listening: Listening) -> None:
-        """Build the next generation beside the one in force. Raises Error where it cannot be built, or an earlier one is
-        still there, which has connections of its own."""
+        """Build the next generation beside the one in force. Raises Error where it cannot be built, or an earlier one
+        is still there, which has connections of its own."""
         await self.abandon()
         if self._old and (await asyncio.wait(self._old, timeout=DRAIN + 3))[1]:
             raise Error("what was in force before has not ended yet", "try again in a moment")
