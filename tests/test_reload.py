@@ -21,6 +21,7 @@ import pytest
 
 from mcpctl import config
 from mcpctl.calls import Request
+from mcpctl.cli import serve
 from mcpctl.config_keys import Server, Settings, Tls
 from mcpctl.errors import ConfigError, Error
 from mcpctl.server import workers
@@ -227,6 +228,21 @@ def test_during_the_start_it_is_remembered(make_site: MakeSite, newest_shop: Sho
         eventually(lambda at=at: any("serving at" in line for line in at.stderr), 20)
         eventually(lambda at=at: (at.folder / "audit.jsonl").exists() and reloads(at))
         assert at.stop() == -signal.SIGTERM
+
+
+def test_it_is_taken_before_the_config_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+
+    def reading(*_: object) -> Settings:
+        signal.raise_signal(signal.SIGHUP)
+        raise ConfigError("broken")
+
+    monkeypatch.setattr(serve, "settings", reading)
+    try:
+        with pytest.raises(ConfigError):
+            serve.serve(Mock())
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @both

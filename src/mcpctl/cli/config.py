@@ -147,7 +147,6 @@ def reload(context: typer.Context, json: JsonOption = False, config: ConfigOptio
 def _control_folder(context: typer.Context, config: "Path | None") -> "Path":
     """Where the control sockets are, by as much of a broken config as can be read."""
     import os
-
     from pathlib import Path
 
     from mcpctl import config as configuration
