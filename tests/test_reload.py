@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import os
 import pty
@@ -9,15 +11,26 @@ import re
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from multiprocessing import Pipe
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from mcpctl import config
+from mcpctl.calls import Request
+from mcpctl.cli import serve
 from mcpctl.config_keys import Server, Settings, Tls
-from mcpctl.errors import ConfigError
+from mcpctl.errors import ConfigError, Error
+from mcpctl.server import workers
+from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.listening import Listening
+from mcpctl.server.live import Place, Process
+from mcpctl.server.parts import Core, running
+from mcpctl.server.reload import Outcome, Requests, Serving
+from mcpctl.server.workers import Supervisor
 from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually, in_background
 
 MakeSite = Callable[..., Site]
@@ -87,6 +100,8 @@ def test_a_broken_config_changes_nothing_and_a_mended_one_is_taken(
             ("max_rows: 7}\naudit: {file: nowhere/audit.jsonl", "the audit log cannot be written"),
         ):
             change(at, "max_rows: 5", wrong)
+            asked = at.run("config", "reload", check=False)
+            assert (asked.returncode, "what was in force stays" in asked.stderr, why in asked.stderr) == (1, True, True)
             hang_up(at)
             change(at, wrong, "max_rows: 5")
             event, reason = reloads(at)[-1]
@@ -196,8 +211,8 @@ def test_ten_in_a_row_are_one_or_few_and_the_last_config_counts(
 
 def test_during_the_start_it_is_remembered(make_site: MakeSite, newest_shop: Shop) -> None:
     """Sent as soon as the process takes it: SigCgt of /proc/PID/status has its bit."""
-    for workers in ("1", "2"):
-        at = make_site(newest_shop).start("--workers", workers, wait=False)
+    for number in ("1", "2"):
+        at = make_site(newest_shop).start("--workers", number, wait=False)
         process = at.process
         assert process is not None
         status = Path(f"/proc/{process.pid}/status")
@@ -213,6 +228,21 @@ def test_during_the_start_it_is_remembered(make_site: MakeSite, newest_shop: Sho
         eventually(lambda at=at: any("serving at" in line for line in at.stderr), 20)
         eventually(lambda at=at: (at.folder / "audit.jsonl").exists() and reloads(at))
         assert at.stop() == -signal.SIGTERM
+
+
+def test_it_is_taken_before_the_config_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+
+    def reading(*_: object) -> Settings:
+        signal.raise_signal(signal.SIGHUP)
+        raise ConfigError("broken")
+
+    monkeypatch.setattr(serve, "settings", reading)
+    try:
+        with pytest.raises(ConfigError):
+            serve.serve(Mock())
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @both
@@ -274,6 +304,97 @@ def test_old_clients_streams_end_and_connect_again(make_site: MakeSite, newest_s
                 at.run("config", "reload")
                 list(lines)  # it ends, whole
     assert "Traceback" not in "".join(at.stderr)
+
+
+def test_a_call_that_a_reload_cuts_is_told_so_and_the_next_reload_waits_for_its_end(
+    make_site: MakeSite, newest_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a process there are two generations at most, with the connections of each."""
+    at = make_site(newest_shop)
+    listening = Listening(config.load(at.config, at.limits))
+    monkeypatch.setattr("mcpctl.server.reload.DRAIN", 0.3)
+    seen: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def build(listening: Listening) -> AsyncIterator[tuple[Core, App]]:
+        async with running(listening.settings, files=False, process=process, again=serving.begun) as core:
+
+            async def app(scope: Scope, receive: Receive, send: Send) -> None:
+                query = {"query": "select pg_sleep(60)"}
+                await core.calls.call(core.authenticator.local(), "query_database", query, Request("r", None, "http"))
+
+            seen.append("built")
+            yield core, app
+            seen.append("gone")
+
+    async def main() -> None:
+        await serving.begin(listening)
+        call = asyncio.ensure_future(serving({"path": "/mcp"}, None, None))  # type: ignore[arg-type]
+        while not newest_shop.backends("query ~ 'pg_sleep' and state = 'active'"):
+            await asyncio.sleep(0.01)
+        await serving.prepare(listening)
+        serving.commit()
+        await serving.prepare(listening)
+        assert seen == ["built", "built", "gone", "built"]
+        assert await asyncio.gather(call, return_exceptions=True) != [None]
+        await serving.end()
+
+    process = Process(Place("here"))
+    serving = Serving(build, lambda listening: None, tells=True)
+    asyncio.run(main())
+    (line,) = [one for one in at.audit() if one["event"] == "tool.called"]
+    assert line["reason"] == "the client went away, or the config was reloaded; ask again"
+
+
+def test_a_command_that_asks_every_worker_has_one_reload_and_one_that_is_stopped_holds_no_other_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    requests = Requests()
+    requests.ask("a")
+    assert requests.take() == {"a"}
+    requests.ask("a")  # the second worker's, while it runs
+    requests.ask("")
+    assert requests.take() == {""}
+    requests.answer({"a"}, Outcome(True, "done"))
+    requests.ask("a")
+    assert requests.take() == set()
+
+    monkeypatch.setattr(workers, "_ANSWER", 1.0)
+    settings = replace(Settings(), server=replace(Server(), workers=2))
+    supervisor = Supervisor(Listening(settings), Mock(), lambda: None, Mock(), None, None)
+    (stopped, _), (ours, theirs) = pipes = [Pipe() for _ in range(2)]
+    supervisor._workers, supervisor._due = [workers._Worker(0, os.getpid(), stopped)], {1: 0.0}
+    monkeypatch.setattr(os, "waitpid", lambda *_: (0, 0))
+    monkeypatch.setattr(supervisor, "_fork", lambda place: supervisor._workers.append(workers._Worker(place, 1, ours)))
+    with pytest.raises(Error, match="a worker did not answer in time"):
+        supervisor._prepare(Listening(settings))
+    assert theirs.recv()[0] == "prepare"  # another dead one's place was taken meanwhile
+    for pipe in pipes:
+        for end in pipe:
+            end.close()
+
+
+def test_a_command_that_waits_when_the_server_ends_leaves_no_traceback(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop)
+
+    async def main() -> None:
+        async with running(config.load(at.config, at.limits), files=False) as core:
+            asked = asyncio.Event()
+
+            async def reload(name: str) -> None:
+                asked.set()
+                await asyncio.Event().wait()
+
+            core.watch.reload = reload
+            reader, writer = asyncio.StreamReader(), Mock()
+            reader.feed_data(b'{"do": "reload", "id": "x"}\n')
+            task = asyncio.ensure_future(core.watch._serve(reader, writer))
+            await asked.wait()
+            task.cancel()
+            await asyncio.wait([task])
+            assert not task.cancelled()
+
+    asyncio.run(main())
 
 
 def on_terminal(at: Site, *before: str) -> tuple[subprocess.Popen[bytes], int]:

@@ -222,7 +222,7 @@ class Calls:
             outcome, reason = "error", _noted(problem)
             return _failed(problem)
         except asyncio.CancelledError:
-            outcome, reason = "cancelled", "the client went away, or the server stops"
+            outcome, reason = "cancelled", f"the client went away, or {self.ends}"
             if not self._pools.valid(principal):
                 event, outcome, reason = "tool.refused", "cut", "the token ended while the call ran"
             raise
@@ -414,7 +414,7 @@ class Calls:
     def _ended(self, principal: Principal, login: Login, session: Session) -> Error:
         """Why a session was cut under its call."""
         if self._pools.closed:
-            return UnavailableError("the server is stopping", "ask again in a moment")
+            return UnavailableError(self.ends, "ask again in a moment")
         try:
             self._pools.check(principal, login.name)
         except Error as problem:
@@ -444,6 +444,11 @@ class Calls:
         for one in self._running.intersection(victims):
             one.task.cancel()
         return done
+
+    @property
+    def ends(self) -> str:
+        """Why calls are cut where neither a client nor an administrator does it."""
+        return self._pools.ends
 
     def running(self) -> list[Running]:
         """What runs now, the longest first."""

@@ -9,11 +9,14 @@ from mcpctl.cli.common import ConfigOption, JsonOption, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from mcpctl.config_keys import Settings
     from mcpctl.identity.users import User
     from mcpctl.keyring import Keyring
 
+_PATIENCE = 40
+"""Seconds in which a server says what became of a reload: two that wait for each other's end."""
 app = typer.Typer(help="Check the configuration, and have it read again.", no_args_is_help=True)
 
 
@@ -120,16 +123,21 @@ def reload(context: typer.Context, json: JsonOption = False, config: ConfigOptio
     import secrets
 
     from mcpctl import control
-    from mcpctl.errors import Error
+    from mcpctl.errors import ConfigError, Error
 
-    found = settings(context, config, needs_log=False)
-    folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
-    answers = control.ask_all(folder, {"do": "reload", "id": secrets.token_hex(8)}, 60)
+    broken: ConfigError | None = None
+    try:
+        found = settings(context, config, needs_log=False)
+        folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
+    except ConfigError as problem:  # the server says so, too, and writes down that it was asked
+        broken, folder = problem, _control_folder(context, config)
+    answers = control.ask_all(folder, {"do": "reload", "id": secrets.token_hex(8)}, _PATIENCE)
     if not answers:
-        raise Error("no server runs", "the config is read when one starts")
+        raise broken or Error("no server runs", "the config is read when one starts")
     told = [answer for answer in answers if "ok" in answer]
     if not told:
-        raise Error(f"no server here has read its config again: {answers[0].get('error')}", "restart it")
+        why = answers[0].get("error")
+        raise Error(f"no server here has said what became of it: {why}", "its log does; where it does not, restart it")
     for answer in told:
         if not answer["ok"]:
             raise Error(f"what was in force stays: {answer['said']}", answer["hint"])
@@ -137,6 +145,30 @@ def reload(context: typer.Context, json: JsonOption = False, config: ConfigOptio
         output.put_json({"ok": True, "said": told[0]["said"]})
     else:
         output.put(told[0]["said"])
+
+
+def _control_folder(context: typer.Context, config: "Path | None") -> "Path":
+    """Where the control sockets are, by as much of a broken config as can be read."""
+    import os
+    from pathlib import Path
+
+    from mcpctl import config as configuration
+    from mcpctl import control, plain_yaml, private_file
+
+    source = configuration.find(config or context.find_root().obj.config, os.environ) or Path("config.yaml")
+    private_file.become_owner(source.parent / "tokens.yaml")
+    try:
+        whole = plain_yaml.parse(source.read_bytes(), source, [])
+    except OSError:
+        whole = plain_yaml.Branch({}, "")
+
+    def path(section: str, key: str) -> Path | None:
+        branch = whole.children.get(section)
+        one = branch.children.get(key) if isinstance(branch, plain_yaml.Branch) else None
+        found = one.value if isinstance(one, plain_yaml.Value) else None
+        return source.parent / found if isinstance(found, str) else None
+
+    return control.folder_of(path("server", "runtime_dir"), path("auth", "token_file") or source.parent / "tokens.yaml")
 
 
 def _limited_strangers(found: "Settings") -> "Iterator[tuple[str, str]]":

@@ -47,12 +47,13 @@ def serve(
     from functools import partial
 
     from mcpctl.errors import UsageError
+    from mcpctl.server.hangup import Hangup
 
     if stdio and http:
         raise UsageError("--stdio and --http exclude each other", "choose one")
+    hangup = Hangup()  # before all that takes long: who sends it means the config as it is then
     found = settings(context, config)
     _check_that_python_can_be_read()
-    from mcpctl.server.hangup import Hangup
     from mcpctl.server.logs import set_up
 
     set_up(found.log.level)
@@ -63,9 +64,9 @@ def serve(
         if behind_proxy or no_auth or any(value is not None for value in over_http):
             raise UsageError("the flags for HTTP do not go with --stdio", "leave them out")
         _check_administrator(found, public=False, http=False)
+        hangup.release()
         _stdio(found)
         return
-    hangup = Hangup()  # before what takes long to import: who sends it means the config as it is then
     flags = _Flags(host, port, tls_cert, tls_key, tls_chain, behind_proxy, workers, no_auth)
     listening = _listening(found, flags)
     from mcpctl.server import run

@@ -80,6 +80,8 @@ class Pools:
         self._finishing: set[asyncio.Task[None]] = set()
         self._cutting = 0
         self._closed = False
+        self.ends = "the server stops"
+        """What is said of its end."""
         self.failed: Callable[[str], None] = lambda database: None
 
     def _counted(self, asking: TokenPool, more: int) -> int:
@@ -127,7 +129,7 @@ class Pools:
 
     async def _pool(self, principal: Principal, login: Login) -> TokenPool:
         if self._closed:
-            raise UnavailableError("the server is stopping", "ask again in a moment")
+            raise UnavailableError(self.ends, "ask again in a moment")
         self.check(principal, login.name)
         shared = self._shared.get(login.key) or self._shared.setdefault(login.key, _Shared.of(login))
         shared.terminator.login = login  # its password may be another one by now
@@ -439,10 +441,10 @@ class Pools:
         tell("is gone")
 
     async def close(self) -> None:
-        """Cut everything, for the end of the server."""
+        """Cut everything, for the end of the server or of its config."""
         self._closed = True
         ending = {pool.principal.token for pool in self._pools.values()}
-        await asyncio.gather(*(self.cut(token, "the server stops") for token in ending))
+        await asyncio.gather(*(self.cut(token, self.ends) for token in ending))
         for task in self._finishing:
             task.cancel()
         await asyncio.gather(*self._finishing, return_exceptions=True)

@@ -18,8 +18,16 @@ class Hangup:
         self.told: Callable[[], None] = lambda: None
         self.stop: Callable[[int, FrameType | None], None] = _die
         if hasattr(signal, "SIGHUP"):
-            self._terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and _terminal()
+            self._before = signal.getsignal(signal.SIGHUP)
+            self._terminal = self._before != signal.SIG_IGN and _terminal()
             signal.signal(signal.SIGHUP, self._came)
+
+    def release(self) -> None:
+        """Let it be as it was before; what has come meanwhile comes again."""
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, self._before)
+            if self.asked:
+                signal.raise_signal(signal.SIGHUP)
 
     def _came(self, number: int, frame: FrameType | None) -> None:
         if self._terminal and not _terminal():

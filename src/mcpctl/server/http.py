@@ -32,7 +32,7 @@ from mcpctl.server.held import Bodies, TooMuchError
 
 log = logging.getLogger("mcpctl.http")
 _READY_FOR = 2.0
-_CANCELLED = "The call was cancelled: by its client, or because the server stops"
+_CANCELLED = "The call was cancelled: by its client, or because "
 _INVALID_REQUEST, _INTERNAL = -32600, -32603
 
 
@@ -143,7 +143,7 @@ class Http:
             if task is not None:
                 task.uncancel()
             if self._parts.authenticator.still_valid(principal):
-                raise UnavailableError(_CANCELLED) from None
+                raise UnavailableError(_CANCELLED + self._parts.calls.ends) from None
             raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
         finally:
             watcher.cancel()
@@ -381,7 +381,7 @@ class Http:
             headers.append((b"connection", b"close"))
         if problem.status >= 500 and problem.status != 505:
             log.warning("request %s: %s", request_id, problem.message)
-            told = problem.status == 503 and ("cannot be written" in message or message == _CANCELLED)
+            told = problem.status == 503 and ("cannot be written" in message or message.startswith(_CANCELLED))
             message = message if told else outside(problem)
         data = {"hint": hint} if hint and problem.status < 500 else None
         body = encoding.rpc_error(_INVALID_REQUEST, message, data)

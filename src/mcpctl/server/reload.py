@@ -28,6 +28,7 @@ DRAIN = 5
 """Seconds that running calls have to end when their generation, or the server, is to end."""
 Build = Callable[[Listening], AbstractAsyncContextManager[tuple[Core, App]]]
 Read = Callable[[], Listening]
+RELOADED = "the config was reloaded; ask again"
 _STREAMS = "/sse"
 
 
@@ -141,8 +142,11 @@ class Serving:
             self._watching = asyncio.create_task(self.certificates.watch())
 
     async def prepare(self, listening: Listening) -> None:
-        """Build the next generation beside the one in force. Raises Error where it cannot be built."""
+        """Build the next generation beside the one in force. Raises Error where it cannot be built, or an earlier one
+        is still there, which has connections of its own."""
         await self.abandon()
+        if self._old and (await asyncio.wait(self._old, timeout=DRAIN + 3))[1]:
+            raise Error("what was in force before has not ended yet", "try again in a moment")
         held, pair = self.certificates, None
         if held is not None:
             pair = await aside(lambda: held.read(listening.settings.server.tls))
@@ -166,6 +170,7 @@ class Serving:
         (made, pair), self._next = self._next, None
         old = self.current
         old.core.quiet = True
+        old.core.pools.ends = RELOADED
         self._take(made)
         if self.certificates is not None and pair is not None:
             self.certificates.note = made.core.recorder.note
@@ -256,20 +261,23 @@ class Requests:
 
     def __init__(self) -> None:
         self._wanted: set[str] = set()
+        self._underway: set[str] = set()
         self._answered: dict[str, Outcome] = {}
 
     def ask(self, name: str) -> None:
-        """Note that one is wanted, unless that one has been made."""
-        if name not in self._answered:
+        """Note that one is wanted, unless that one has been made, or is being made: a command asks every worker."""
+        if name not in self._answered and name not in self._underway:
             self._wanted.add(name)
 
     def take(self) -> set[str]:
         """Who asks; from now on whoever asks wants another one."""
         taken, self._wanted = self._wanted, set()
+        self._underway = taken - {""}
         return taken
 
     def answer(self, names: set[str], outcome: Outcome) -> None:
         """Note what became of it."""
+        self._underway = set()
         self._answered.update(dict.fromkeys(names - {""}, outcome))
         while len(self._answered) > 100:
             del self._answered[next(iter(self._answered))]

@@ -187,7 +187,7 @@ class Watch:
                 answer = await self.answers(request)
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
-        except (ValueError, KeyError, TypeError, TimeoutError, OSError) as problem:
+        except (ValueError, KeyError, TypeError, TimeoutError, OSError, asyncio.CancelledError) as problem:
             log.debug("control socket: %r", problem)
         finally:
             writer.close()

@@ -27,8 +27,8 @@ from mcpctl.server.reload import Outcome, Read, Requests, Serving, Waiting
 
 log = logging.getLogger("mcpctl")
 _TICK = 0.25
-_ANSWER = 30.0
-"""Seconds in which every worker has to have built what a reload asks for."""
+_ANSWER = 15.0
+"""Seconds in which every worker has to have built what a reload asks for, what was in force before gone."""
 _PAUSE, _LONGEST_PAUSE = 0.2, 30.0
 _LIVED = 60.0
 """Seconds after which a worker's death is no longer that of one that dies again and again."""
@@ -188,9 +188,7 @@ class Supervisor:
         if self._over:
             self._bound.close()  # else the system would go on taking connections that nobody answers
         else:
-            for place in [place for place, due in self._due.items() if due <= monotonic()]:
-                del self._due[place]
-                self._fork(place)
+            self._fork_due()
         self._listen([woken], _TICK)
         self._bury()
         if self._ready is not None and not self._due and all(one.up for one in self._workers) and not self._over:
@@ -199,6 +197,8 @@ class Supervisor:
         if self._hangup is not None and self._hangup.asked:
             self._hangup.asked = False
             self._requests.ask("")
+        if self._over and (names := self._requests.take()):
+            self._answer(names, Outcome(False, "the server stops"))
         # not while one is being started with what was in force when it was forked
         all_up = self._ready is None and not self._over and all(one.up for one in self._workers)
         if all_up and (names := self._requests.take()):
@@ -260,13 +260,12 @@ class Supervisor:
         return reload.settled(old, new)
 
     def _prepare(self, new: Listening) -> None:
-        """Have every worker build it. One that dies meanwhile is started with what is in force afterwards."""
-        missing = set(self._workers)
+        """Have every worker build it, also one that takes a dead one's place meanwhile."""
+        asked: set[_Worker] = set()
+        missing: set[_Worker] = set()
         self._number += 1
-        for worker in missing:
-            worker.send("prepare", (self._number, new))
         until = monotonic() + _ANSWER
-        while missing := {one for one in missing if not one.hung_up}:
+        while missing := {one for one in missing | self._ask_further(asked, new) if not one.hung_up}:
             if self._over or monotonic() > until:
                 raise Error("the server stops" if self._over else "a worker did not answer in time", "try again")
             for worker, (number, problem) in self._listen([], _TICK):
@@ -275,6 +274,17 @@ class Supervisor:
                 missing.discard(worker)
                 if problem is not None:
                     raise Error(*problem)
+            self._bury()
+            if not self._over:
+                self._fork_due()
+
+    def _ask_further(self, asked: "set[_Worker]", new: Listening) -> "set[_Worker]":
+        """Have those build it that were not asked yet."""
+        further = set(self._workers) - asked
+        for worker in further:
+            worker.send("prepare", (self._number, new))
+        asked |= further
+        return further
 
     def _bury(self) -> None:
         """Note the workers that have ended, and when another takes their place."""
@@ -283,6 +293,7 @@ class Supervisor:
             if not pid:
                 continue
             self._workers.remove(worker)
+            worker.hung_up = True
             worker.pipe.close()
             if self._over:
                 continue
@@ -298,6 +309,11 @@ class Supervisor:
             often = f", the {again + 1}th time in a row" if again > 2 else ""
             log.error("worker %d died (%s)%s; another takes its place in %g s", worker.pid, how, often, pause)
             self._due[worker.place] = monotonic() + pause
+
+    def _fork_due(self) -> None:
+        for place in [place for place, due in self._due.items() if due <= monotonic()]:
+            del self._due[place]
+            self._fork(place)
 
     def _fork(self, place: int) -> None:
         sys.stdout.flush()
