@@ -82,7 +82,7 @@ async def running(
     else:
         authenticator.check_local()
     key = audit_log.read_key(settings.audit.key_file)
-    book = audit_log.AuditLog(settings.audit.file, key, utcnow)
+    book = audit_log.AuditLog(settings.audit.file, key, utcnow, spare=auth.token_file.parent)
     refuse = settings.audit.on_failure == "refuse"
     anchors = Anchors(book, settings.audit.anchor_file, utcnow)
     durable = Durable(book, anchors, settings.audit.sync, refuse=refuse)
