@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,8 +14,10 @@ import pytest
 
 from chain import KEY, lines, verify
 from command_line import Home
+from mcpctl import config, reserve
 from mcpctl.audit import late
 from mcpctl.audit.log import AuditLog
+from mcpctl.cli.common import note_all
 from mcpctl.errors import UnavailableError
 from mcpctl.recorder import LATE, Recorder
 
@@ -138,7 +142,7 @@ def test_each_kept_line_is_written_once_also_when_its_writer_dies_in_between(boo
     before = late.place(book.path).read_bytes()
     with book.log._locked():
         try:
-            late.write(book.path, lambda: book.log._find_end().seq, append)
+            late.write(book.path, None, lambda: book.log._find_end().seq, append)
         except Died:
             pass
         else:  # it dies after the last line, and before the file is gone
@@ -185,6 +189,99 @@ def test_a_line_from_outside_says_nothing_of_its_place_in_the_chain(book: Book) 
     assert [one.get("user") for one in lines(book.path)] == [None, "alice", None]
     assert lines(book.path)[1]["time"] == "2026-11-20T12:00:00.000Z"
     assert verify(book.path) == 3
+
+
+@pytest.mark.parametrize("first", ["beside the log", "elsewhere"])
+def test_where_there_is_no_room_beside_the_log_lines_are_kept_beside_the_token_file_and_each_is_written_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    spare, other = tmp_path / "tokens", tmp_path / "log"
+    spare.mkdir()
+    other.mkdir()
+    reserve.keep(spare)
+    log = AuditLog(other / "audit.jsonl", KEY, lambda: NOON, spare=spare)
+    log.append("server.started")
+    beside, elsewhere = late.places(log.path, spare)
+    log.keep("token.revoked", token="first")
+    writing, full = os.write, {beside: True, elsewhere: True}
+
+    def write(fd: int, data: bytes) -> int:
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        if full.get(path, False) and not (path == elsewhere and not reserve.there(spare)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return writing(fd, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write)
+        log.keep("token.revoked", token="second")
+    assert not reserve.there(spare)
+    begun = elsewhere if first == "elsewhere" else beside
+    with log._locked():
+        end = log._find_end().seq
+    begun.write_bytes(b"%019d" % end + begun.read_bytes()[19:])
+    log.append("token.added", token="third")
+    found = [one["token"] for one in lines(log.path)[1:]]
+    assert found == (["second", "first", "third"] if first == "elsewhere" else ["first", "second", "third"])
+    assert not beside.exists()
+    assert not elsewhere.exists()
+    log.close()
+
+
+def test_lines_that_cannot_even_be_kept_are_counted(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
+    book.take_away()
+    book.recorder.note("token.expired", token="first")
+    book.recorder._lose("2026-11-20T12:00:00.000Z")
+
+    def no_room(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", no_room)
+        book.recorder.close()
+    book.log.lose(3)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", no_room)
+        AuditLog(book.path.with_name("other.jsonl"), KEY, lambda: NOON).lose(3)
+    book.log.keep("token.revoked", token="later")
+    book.give_back()
+    book.log.append("server.started")
+    reasons = [one.get("reason") for one in lines(book.path)[1:]]
+    assert reasons == [None, "at least 4 lines could neither be written nor be kept", None]
+    other = AuditLog(book.path.with_name("other.jsonl"), KEY, lambda: NOON)
+    assert late.place(other.path).stat().st_size == 0
+    other.append("server.started")
+    assert [one["event"] for one in lines(other.path)] == ["audit.lost", "server.started"]
+    other.close()
+
+
+def test_of_more_lines_than_can_be_kept_a_command_tells_the_number_and_so_does_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path / "home")
+    log = home.folder / "audit.jsonl"
+    home("user", "add", "bob")
+    log.chmod(0o644)
+    monkeypatch.setattr(late, "_MOST", 400)
+    note_all(config.load(home.config, {}), [("token.revoked", {"token": str(number)}) for number in range(10)])
+    said = capsys.readouterr().err
+    found = re.search(r"not in the audit log \(([0-9]) of 10 lines\)", said)
+    assert found, said
+    assert "the log will say that lines are missing" in said
+    log.chmod(0o600)
+    monkeypatch.undo()
+    home("user", "add", "alice")
+    events = [(one["event"], one.get("reason")) for one in lines(log)]
+    assert sum(event == "token.revoked" for event, _ in events) == 10 - int(found[1])
+    assert ("audit.lost", f"at least {found[1]} lines could neither be written nor be kept") in events
+
+
+def test_what_a_server_has_lost_is_told_after_its_end_too(book: Book) -> None:
+    book.take_away()
+    book.recorder._lose("2026-11-20T12:00:00.000Z")
+    book.recorder.close()
+    book.give_back()
+    book.log.append("server.started")
+    assert lines(book.path)[1]["reason"].startswith("1 lines could not be written between 2026-11-20T12:00:00.000Z")
 
 
 def test_what_is_kept_is_bounded_and_what_is_too_much_is_said(book: Book) -> None:

@@ -107,8 +107,7 @@ class Recorder:
             self._audit.append(event, **fields)
             self._late.popleft()
         if self._lost:
-            since, until, count = self._lost
-            self._audit.append("audit.lost", reason=f"{count} lines could not be written between {since} and {until}")
+            self._audit.append("audit.lost", reason=_lost(*self._lost))
             self._lost = None
 
     def catch_up(self) -> None:
@@ -122,11 +121,16 @@ class Recorder:
     def close(self) -> None:
         """Leave what is still kept beside the log, for the next who can write it."""
         self.catch_up()
+        left, lost = list(self._late), self._lost[2] if self._lost else 0
         try:
-            for event, fields in self._late:
-                self._audit.keep(event, **fields)
+            while left:
+                self._audit.keep(left[0][0], **left[0][1])
+                del left[0]
+            if self._lost:
+                self._audit.keep("audit.lost", reason=_lost(*self._lost))
         except Error as problem:
-            log.error("%d lines are lost to the audit log: %s", len(self._late), problem.message)
+            log.error("%d lines are lost to the audit log: %s", len(left) + lost, problem.message)
+            self._audit.lose(len(left) + lost)
 
     def before_call(self) -> None:
         """While the log cannot be written nothing is run, either. Raises UnavailableError as `call` does."""
@@ -214,6 +218,10 @@ class Recorder:
                 self.note("auth.refused", reason=reason)
                 self._uncounted = 0
             self._minute = now
+
+
+def _lost(since: str, until: str, count: int) -> str:
+    return f"{count} lines could not be written between {since} and {until}"
 
 
 def _no_log() -> UnavailableError:

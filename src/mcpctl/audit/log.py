@@ -66,10 +66,14 @@ _fdatasync: Sync = getattr(os, "fdatasync", os.fsync)  # macOS and Windows have 
 
 
 class AuditLog:
-    """Appends to one log. Not for threads; processes may share the file."""
+    """Appends to one log. Not for threads; processes may share the file. `spare` is a folder for lines that there is no
+    room for beside the log; it is the same for all who write."""
 
-    def __init__(self, path: Path, key: bytes, now: Callable[[], datetime], sync: Sync = _fdatasync) -> None:
+    def __init__(
+        self, path: Path, key: bytes, now: Callable[[], datetime], sync: Sync = _fdatasync, spare: Path | None = None
+    ) -> None:
         self.path = path
+        self._spare = spare
         self.key = key
         self.key_id = key_id(key)
         self.written: End | None = None
@@ -114,16 +118,20 @@ class AuditLog:
 
     def keep(self, event: str, **fields: Any) -> None:
         """Keep a line for the next who can write the log. Raises an Error where not even that is possible."""
-        late.keep(self.path, event, {"happened_at": self.time(), **fields})
+        late.keep(self.path, self._spare, event, {"happened_at": self.time(), **fields})
+
+    def lose(self, count: int) -> bool:
+        """Have the next who can write the log say that lines were lost; False where nobody will."""
+        return late.lose(self.path, self._spare, count)
 
     def catch_up(self) -> None:
         """Write what commands have kept beside the log. Raises UnavailableError where it cannot be written yet."""
-        if os.path.lexists(late.place(self.path)):
+        if any(map(os.path.lexists, late.places(self.path, self._spare))):
             with self._locked():
                 self._write_late()
 
     def _write_late(self) -> None:
-        late.write(self.path, lambda: self._find_end().seq, self._append_late)
+        late.write(self.path, self._spare, lambda: self._find_end().seq, self._append_late)
 
     def _append_late(self, event: str, fields: dict[str, Any]) -> None:
         if event not in EVENTS or fields.keys() - set(FIELDS):

@@ -185,7 +185,8 @@ def rotate(
     from mcpctl.identity.tokens import utcnow
 
     found = settings(context, config)
-    log = audit_log.AuditLog(found.audit.file, audit_log.read_key(found.audit.key_file), utcnow)
+    key, spare = audit_log.read_key(found.audit.key_file), found.auth.token_file.parent
+    log = audit_log.AuditLog(found.audit.file, key, utcnow, spare=spare)
     try:
         moved = log.rotate(f"; {by_whom(context)}")
         log.sync()

@@ -212,11 +212,26 @@ def note_all(found: "Settings", events: list[tuple[str, dict[str, Any]]]) -> Non
                     del left[0]
                 log.sync()
             except Error as problem:
-                for event, fields in left:
-                    _keep(found, log, event, {"transport": "cli", **fields})
-                output.warn(f"done, but not in the audit log yet: {problem.message}", "it is written there later")
+                lost = _keep_all(found, log, left)
+                if not lost:
+                    output.warn(f"done, but not in the audit log yet: {problem.message}", "it is written there later")
+                    return
+                told = "the log will say that lines are missing" if log.lose(lost) else "write down what you did"
+                output.warn(f"done, but not in the audit log ({lost} of {len(left)} lines): {problem.message}", told)
     except Error as problem:
         output.warn(f"done, but not in the audit log: {problem.message}", problem.hint)
+
+
+def _keep_all(found: "Settings", log: "AuditLog", left: list[tuple[str, dict[str, Any]]]) -> int:
+    """Keep these lines for the log; how many of them are lost."""
+    from mcpctl.errors import Error
+
+    for kept, (event, fields) in enumerate(left):
+        try:
+            _keep(found, log, event, {"transport": "cli", **fields})
+        except Error:
+            return len(left) - kept
+    return 0
 
 
 def _keep(found: "Settings", log: "AuditLog", event: str, fields: dict[str, Any]) -> None:
@@ -240,7 +255,8 @@ def _audit_log(found: "Settings") -> "Iterator[AuditLog]":
 
     if found.by_root:
         _refuse_links_of_log(found)
-    log = audit_log.AuditLog(found.audit.file, audit_log.read_key(found.audit.key_file), utcnow)
+    key, spare = audit_log.read_key(found.audit.key_file), found.auth.token_file.parent
+    log = audit_log.AuditLog(found.audit.file, key, utcnow, spare=spare)
     try:
         yield log
     finally:

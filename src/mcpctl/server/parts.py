@@ -84,7 +84,7 @@ async def running(
     elif process.begins or again:  # who takes a dead worker's place refuses calls meanwhile, as the others do
         logins.check_sealed(authenticator.read().people)
     key = audit_log.read_key(settings.audit.key_file)
-    book = audit_log.AuditLog(settings.audit.file, key, utcnow)
+    book = audit_log.AuditLog(settings.audit.file, key, utcnow, spare=auth.token_file.parent)
     refuse = settings.audit.on_failure == "refuse"
     anchors = Anchors(book, settings.audit.anchor_file, utcnow)
     durable = Durable(book, anchors, settings.audit.sync, refuse=refuse)

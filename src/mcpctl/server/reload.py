@@ -244,7 +244,8 @@ def refused(old: Listening, problem: Error) -> Outcome:
 
 
 def _book(settings: Settings) -> AbstractContextManager[AuditLog]:
-    return contextlib.closing(AuditLog(settings.audit.file, read_key(settings.audit.key_file), utcnow))
+    key, spare = read_key(settings.audit.key_file), settings.auth.token_file.parent
+    return contextlib.closing(AuditLog(settings.audit.file, key, utcnow, spare=spare))
 
 
 def _note(settings: Settings, event: str, reason: str) -> None:
