@@ -255,6 +255,25 @@ def test_what_no_file_has_room_for_outlives_a_reload_and_a_worker(
     assert "blocked" in home("token", "show", canary).good
 
 
+def test_a_rotation_is_no_way_around_a_block_and_makes_no_canary_a_living_token(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    canary, bad, good = (home.token()[0] for _ in range(3))
+    with home.config.open("a") as file:
+        file.write(f"canaries: {{tokens: [{canary}]}}\n")
+    store = State(home.folder / "state.db")
+    Blocked(store).block({bad: Block("then", "it touched a canary")})
+    store.close()
+    for name, hint in ((canary, "revoke"), (bad, "unblock")):
+        done = home("token", "rotate", name)
+        assert (done.code, done.out) == (5, "")
+        assert f"hint: mcpctl token {hint} {name}" in done.error
+    done = home("token", "rotate", "--all", "--out", str(tmp_path / "new"))
+    assert done.good.startswith(f"{good} replaced by ")
+    assert f"token {bad} is blocked, and is left as it is" in done.err
+    assert f"token {canary} is a canary, and is left as it is" in done.err
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
 def test_where_there_are_canaries_nothing_makes_an_empty_store_in_passing(tmp_path: Path) -> None:
     """Nor does a failed unblock anywhere else: whoever was blocked would be let in."""
     home = Home(tmp_path / "home", extra="canaries: {tables: [shop.public.honey]}\nown_databases: {hosts: [db.test]}\n")
