@@ -328,6 +328,7 @@ def test_what_cannot_be_a_canary_is_a_fault_of_the_config_and_a_token_that_is_go
         (
             ("{tables: [nowhere.public.t]}", "there is no database nowhere in the config"),
             ("{tables: [public.t]}", "takes tables such as shop.public.orders"),
+            ("{tables: ['shop.public.*']}", "takes tables such as shop.public.orders"),
             ("{tokens: [mcp_aaaaaaaa_secret]}", "takes ids of tokens"),
         )
     ):
