@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from chain import lines, verify
@@ -203,6 +204,7 @@ def test_while_nobody_can_say_who_is_blocked_nobody_is_let_in(make_site: MakeSit
         store.rename(at.folder / "away")
         eventually(lambda: a.call("whoami").status_code == 503)
         assert f"there is no {store}, which says which tokens are blocked" in "".join(at.stderr)
+        assert httpx.get(at.url.removesuffix("/mcp") + "/ready", trust_env=False).status_code == 503
         (at.folder / "away").rename(store)
         eventually(lambda: a.call("whoami").status_code == 200)
         at.stop()
@@ -256,6 +258,51 @@ def test_what_no_file_has_room_for_outlives_a_reload_and_a_worker(
     assert "blocked" in home("token", "show", canary).good
 
 
+def test_the_numbers_and_the_status_tell_of_a_block_and_of_a_lost_store(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    canary, _ = home.token()
+    with home.config.open("a") as file:
+        file.write(f"canaries: {{tokens: [{canary}]}}\n")
+
+    async def run() -> None:
+        async with running(config.load(home.config), files=True) as core:
+
+            async def gauges() -> dict[str, Any]:
+                return {"".join([name, *labels]): value for name, labels, value in await core.live.shared(1)}
+
+            core.authenticator.tripped(core.authenticator.tokens.current()[canary], None)
+            found = await gauges()
+            assert [found["mcpctl_tokens" + one] for one in ("blocked", "active")] == [1, 0]
+            assert [found["mcpctl_files_broken"], found["mcpctl_locked"]] == [0, 0]
+            (home.folder / "state.db").unlink()
+            (home.folder / "lockdown").touch(0o600)
+            core.calls.canaries.look()
+            found = await gauges()
+            assert [found["mcpctl_files_broken"], found["mcpctl_locked"]] == [1, 1]
+            assert (await core.watch.answers({"do": "status"}))["tokens"] is None
+
+    asyncio.run(run())
+
+
+def test_a_rotation_is_no_way_around_a_block_and_makes_no_canary_a_living_token(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    canary, bad, good = (home.token()[0] for _ in range(3))
+    with home.config.open("a") as file:
+        file.write(f"canaries: {{tokens: [{canary}]}}\n")
+    store = State(home.folder / "state.db")
+    Blocked(store).block({bad: Block("then", "it touched a canary")})
+    store.close()
+    for name, hint in ((canary, "revoke"), (bad, "unblock")):
+        done = home("token", "rotate", name)
+        assert (done.code, done.out) == (5, "")
+        assert f"hint: mcpctl token {hint} {name}" in done.error
+    done = home("token", "rotate", "--all", "--out", str(tmp_path / "new"))
+    assert done.good.startswith(f"{good} replaced by ")
+    assert f"token {bad} is blocked, and is left as it is" in done.err
+    assert f"token {canary} is a canary, and is left as it is" in done.err
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
 def test_where_there_are_canaries_nothing_makes_an_empty_store_in_passing(tmp_path: Path) -> None:
     """Nor does a failed unblock anywhere else: whoever was blocked would be let in."""
     home = Home(tmp_path / "home", extra="canaries: {tables: [shop.public.honey]}\nown_databases: {hosts: [db.test]}\n")
@@ -282,6 +329,7 @@ def test_what_cannot_be_a_canary_is_a_fault_of_the_config_and_a_token_that_is_go
         (
             ("{tables: [nowhere.public.t]}", "there is no database nowhere in the config"),
             ("{tables: [public.t]}", "takes tables such as shop.public.orders"),
+            ("{tables: ['shop.public.*']}", "takes tables such as shop.public.orders"),
             ("{tokens: [mcp_aaaaaaaa_secret]}", "takes ids of tokens"),
         )
     ):

@@ -106,6 +106,28 @@ def test_a_file_that_others_may_read_fails_and_the_other_checks_go_on(doctor: Do
     assert doctor.found(OK, "logs in")
 
 
+def test_a_canary_that_guards_nothing_or_is_not_seen_through_another_name_is_warned_of(
+    doctor: Doctor, here: Place
+) -> None:
+    def of(*tables: str) -> Callable[[], object]:
+        return changed(here.config, f"{was}canaries: {{tables: [{', '.join(tables)}]}}\n")
+
+    was = here.config.read_text()
+    gone = changed(here.config, was)
+    with here.admin("shop") as admin:
+        admin.execute('CREATE TABLE "Honey.Pot" (); CREATE VIEW honey_view AS SELECT 1')
+    for name in ("shared.public.honey.pot", "shop.public.orders_"):
+        doctor.appears(WARN, f"the canary {name} is no table or view there", of(name), gone)
+    of("shared.public.Honey.Pot", "shop.public.honey_view")()
+    try:
+        assert not [one for one in doctor.findings() if "canar" in one.what]
+    finally:
+        gone()
+    said = "alias is in PostgreSQL the same as other, whose canaries are not seen there"
+    doctor.appears(WARN, said, of("other.pg_catalog.pg_class"), of("other.a.b", "alias.a.b"))
+    gone()
+
+
 def test_a_second_name_of_a_tenants_database_fails_by_config_or_by_what_answers(doctor: Doctor, here: Place) -> None:
     file = here.folder / "tenants.yaml"
     lost = changed(file, file.read_text())

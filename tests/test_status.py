@@ -81,7 +81,7 @@ def test_the_status_says_what_is_out_of_order(newest_shop: Shop, make_site: Call
     (site.folder / "tokens.yaml").chmod(0o644)
     rows = site.run("status").stdout
     assert "config\tthe file has changed since" in rows
-    assert "tokens\tTHE TOKEN OR USER FILE IS BROKEN" in rows
+    assert "tokens\tA FILE IS BROKEN OR MISSING: nobody is let in" in rows
 
 
 def test_a_server_that_hangs_is_named_and_not_waited_for(newest_shop: Shop, make_site: Callable[..., Site]) -> None:

@@ -251,7 +251,8 @@ def token_ids(value: Any) -> tuple[str, ...]:
 def tables(value: Any) -> tuple[str, ...]:
     """A list of tables, each as database.schema.table."""
     found = texts(value)
-    if wrong := [item for item in found if not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}\..+\..+", item)]:
+    named = re.compile(r"[a-z][a-z0-9_-]{0,62}\..+\..+")
+    if wrong := [item for item in found if not named.fullmatch(item) or "*" in item.split(".")]:
         raise ValueError(f"tables such as shop.public.orders, with the database's name here ({wrong[0]!r} is none)")
     return found
 

@@ -144,11 +144,13 @@ def _files(patient: Patient) -> Iterator[Finding]:
 
 
 def _tenants(patient: Patient) -> Iterator[Finding]:
-    """Whether a tenant's database has a second name: by the config, as for the server, and by what answers."""
+    """Whether a tenant's database has a second name: by the config, as for the server, and by what answers. And one
+    with canaries, which are not seen through a name that the server does not know for the same."""
     granting, config = patient.granting(), patient.settings.databases
     every = tenants.tenant_file(patient.settings.auth.tenant_file, granting.logins.twins).current().values()
     theirs = {one.database for one in every} & config.keys()
-    if not theirs or len(config) < 2:
+    watched = {name for name in config if _canary_tables(patient, name)}
+    if not theirs | watched or len(config) < 2:
         return
     seen = {name: _answering(patient, granting, name) for name in config}
     for name in sorted(theirs):
@@ -157,6 +159,14 @@ def _tenants(patient: Patient) -> Iterator[Finding]:
                 "tenants", FAIL, f"{other} is in PostgreSQL the same as {name}, where a tenant is",
                 "leave one of them in the config: a tenant's database has one name",
             )  # fmt: skip
+    for name in sorted(watched):
+        for other in [one for one in config if one != name and seen[one] == seen[name] is not None]:
+            apart = granting.logins.twins.get(other) != name
+            if apart and set(_canary_tables(patient, name)) - set(_canary_tables(patient, other)):
+                yield Finding(
+                    "tenants", WARN, f"{other} is in PostgreSQL the same as {name}, whose canaries are not seen there",
+                    "write the host of both alike, or name the canaries for both",
+                )  # fmt: skip
     if unseen := [name for name, answering in seen.items() if answering is None]:
         what = f"nobody could see whether another database is in PostgreSQL the same as {_some(unseen)}"
         yield Finding("tenants", WARN, what, f"mcpctl database test {unseen[0]}")
@@ -316,6 +326,17 @@ def _canaries(patient: Patient, there: set[str]) -> Iterator[Finding]:
         yield Finding("tokens", WARN, f"canaries.tokens names {_some(missing)}, and there is no such token")
 
 
+def _canary_tables(patient: Patient, name: str) -> list[str]:
+    """The canaries in that database, as schema.table."""
+    return [one[len(name) + 1 :] for one in patient.settings.canaries.tables if one.startswith(f"{name}.")]
+
+
+def _guard_nothing(patient: Patient, check: str, name: str, connection: Connection) -> Iterator[Finding]:
+    for one in administrator.missing(connection, _canary_tables(patient, name)):
+        what = f"the canary {name}.{one} is no table or view there, and guards nothing"
+        yield Finding(check, WARN, what, "canaries.tables takes names as PostgreSQL has them, without quotes")
+
+
 def _database(patient: Patient, name: str) -> Iterator[Finding]:
     check, logins = f"database {name}", patient.granting().logins
     places = tenants.tenant_file(patient.settings.auth.tenant_file).current().values()
@@ -330,6 +351,7 @@ def _database(patient: Patient, name: str) -> Iterator[Finding]:
         if connection is None:
             continue
         with closing(connection):
+            yield from _guard_nothing(patient, check, name, connection)
             yield from _open_still(check, name, connection, None)
             for place in places:
                 if place.database == name and place.own and administrator.may_use(connection, place.own):
@@ -406,6 +428,7 @@ def _administered(patient: Patient, granting: Granting, name: str, check: str) -
         return
     who = Administrator.of(patient.dsns, granting.logins.host(name))
     with who.connected() as connection:
+        yield from _guard_nothing(patient, check, name, connection)
         room, worst = arithmetic.room(connection), granting.worst(name)
         enough = worst <= room
         yield Finding(

@@ -60,7 +60,8 @@ FAMILIES: dict[str, Family] = {
     "mcpctl_token_next_expiry_seconds": Family(
         "gauge", (), "Seconds until the next living token expires; left out where none does.", shared=True
     ),
-    "mcpctl_files_broken": Family("gauge", (), "1 while tokens, users or tenants cannot be read.", shared=True),
+    "mcpctl_files_broken": Family("gauge", (), "1 while nobody can say who may come in.", shared=True),
+    "mcpctl_locked": Family("gauge", (), "1 during a lockdown.", shared=True),
     "mcpctl_config_loaded_timestamp_seconds": Family("gauge", (), "Since when the config is in force."),
     "mcpctl_config_changed": Family(
         "gauge", (), "1 while the config file is another than the one in force.", shared=True
@@ -84,6 +85,7 @@ _REFUSED = (
     ("too many", "too_many"),
     ("the token is expired", "expired"),
     ("the token is revoked", "revoked"),
+    ("the token is blocked", "blocked"),
     ("not from this address", "address"),
     ("a token in the URL", "in_url"),
     ("another scheme", "malformed"),
@@ -92,7 +94,7 @@ _REFUSED = (
     ("no such session", "unknown"),
 )
 _USER = ((" is gone", "user_gone"), (" is disabled", "user_disabled"))
-_CUT = ("removed", "revoked", "changed", "expired", "its user is gone")
+_CUT = ("removed", "revoked", "changed", "expired", "blocked", "its user is gone")
 
 
 def reason_class(reason: str) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Answered = list[dict[str, Any]]
 Rows = list[list[object]]
 _RUNNING = ("SECONDS", "USER", "TOKEN", "TOOL", "DATABASE", "BACKEND", "ADDRESS")
+_BROKEN = "A FILE IS BROKEN OR MISSING: nobody is let in; `mcpctl doctor` says which"
 _USED = ("USER", "TOKEN", "CALLS", "FAILED", "REFUSED", "ROWS", "BYTES", "SECONDS", "ADDRESSES")
 
 
@@ -150,7 +151,7 @@ def _facts(one: dict[str, Any], last: int | None) -> Rows:
     counts = one["tokens"]
     shown = ", ".join(f"{count} {status}" for status, count in (counts or {}).items() if count) or "none"
     rows += [
-        ["tokens", "THE TOKEN OR USER FILE IS BROKEN: nobody is let in" if counts is None else shown],
+        ["tokens", _BROKEN if counts is None else shown],
         ["running", _count(one["running"], "call")],
         [
             "last minute",

@@ -46,6 +46,18 @@ def blocked_by_us(found: "Settings") -> "Mapping[str, Block]":
         return {}
 
 
+def not_to_rotate(found: "Settings") -> dict[str, str]:
+    """{token id: why}: its successor would be a way around the block, or no canary. Raises ConfigError where nobody can
+    say who is blocked."""
+    from contextlib import closing
+
+    from mcpctl.identity.blocked import Blocked, store
+
+    with closing(store(found)) as state:
+        blocked = dict.fromkeys(Blocked(state).current(), "blocked")
+    return {**dict.fromkeys(found.canaries.tokens, "a canary"), **blocked}
+
+
 def record(token: "Token", status: str) -> dict[str, Any]:
     """A token as `--json` shows it."""
     from mcpctl.identity.tokens import as_values

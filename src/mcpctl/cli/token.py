@@ -16,6 +16,7 @@ from mcpctl.cli.new_token import (
     expiry_of,
     handing_over,
     networks_of,
+    not_to_rotate,
     people,
     permission_of,
     record,
@@ -261,6 +262,8 @@ def _replace(
                 f"token {id} was given to an earlier {user.name}, and this one is another user of that name",
                 f"mcpctl token add --user {user.name} makes this one a token of their own",
             )
+    if why := not_to_rotate(found).get(id):
+        raise ConflictError(f"token {id} is {why}", f"mcpctl token {'unblock' if why == 'blocked' else 'revoke'} {id}")
     ready_to_note(found)
     with handing_over(out) as give:
         old, new, text = tokens.rotate(file, id, over, ends, now)
@@ -278,12 +281,14 @@ def _rotate_all(
     from mcpctl.identity import tokens
 
     file = tokens.token_file(found.auth.token_file)
-    spared, known = {tokens.show(file, name).id for name in but}, people(found)
+    spared, known, barred = {tokens.show(file, name).id for name in but}, people(found), not_to_rotate(found)
     living = [
         one
         for one in file.current().values()
         if one.id not in spared and tokens.standing(one, known, now) in ("active", "expiring")
     ]
+    for left in [living.pop(at).id for at in reversed(range(len(living))) if living[at].id in barred]:
+        output.warn(f"token {left} is {barred[left]}, and is left as it is", f"mcpctl token revoke {left}")
     ends = bounded(found, expiry, now)
     folder.mkdir(mode=0o700, exist_ok=True)
     done: list[dict[str, Any]] = []

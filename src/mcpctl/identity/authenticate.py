@@ -100,7 +100,9 @@ class Authenticator:
 
     def read(self) -> "Files":
         """What the files say now. ConfigError while one is broken, or does not go with the others: a tenant that is
-        named and not there has a database which would be everybody's."""
+        named and not there has a database which would be everybody's; or while nobody can say who is blocked."""
+        if self.broken is not None:
+            raise self.broken
         found = Files(self.tokens.current(), self.users.current(), self.tenants.current())
         versions = (self.tokens.version, self.users.version, self.tenants.version)
         if versions != self._versions:
@@ -111,8 +113,6 @@ class Authenticator:
         """Take note of what the files say now. Raises UnavailableError while one is broken (law 3: fail closed)."""
         self.check_lock()
         try:
-            if self.broken is not None:
-                raise self.broken
             entries, people, places = self.read()
         except Error as problem:
             raise UnavailableError(problem.message, problem.hint) from None

@@ -301,6 +301,16 @@ def connect_as(login: Login) -> Connection | None:
         return None
 
 
+def missing(connection: Connection, tables: Iterable[str]) -> list[str]:
+    """Which of these, as schema.table without quotes, are the name of no table or view in that database."""
+    query = (
+        "SELECT wanted FROM unnest(%s::text[]) wanted WHERE NOT EXISTS (SELECT FROM pg_class c "
+        "JOIN pg_namespace n ON n.oid = c.relnamespace WHERE relkind IN ('r', 'p', 'v', 'm', 'f') "
+        "AND n.nspname || '.' || c.relname = wanted)"
+    )
+    return [str(row[0]) for row in connection.execute(query, (list(tables),)).fetchall()]
+
+
 def is_member(connection: Connection, group: str) -> bool:
     """Whether the login of a connection is a member of a role, as pg_hba.conf counts it; a superuser is none."""
     query = (

@@ -190,7 +190,7 @@ class Live:
         counts = dict.fromkeys(("active", "expiring", "expired", "revoked", "disabled", "blocked"), 0)
         ends = []
         for token in found.tokens.values():
-            status = tokens.standing(token, found.people, now)
+            status = tokens.standing(token, found.people, now, self._authenticator.kept_out("canary"))
             counts[status] = counts.get(status, 0) + 1
             if status in ("active", "expiring") and token.expires_at is not None:
                 ends.append(token.expires_at)
@@ -270,6 +270,7 @@ class Live:
             ("mcpctl_workers", ["answering"], answering),
             ("mcpctl_config_changed", [], float(self.config_changed)),
             ("mcpctl_files_broken", [], float(counts is None)),
+            ("mcpctl_locked", [], float(self._authenticator.lockdown.on())),
         ]
         found += [("mcpctl_tokens", [status], count) for status, count in (counts or {}).items()]
         found += [("mcpctl_database_up", [name], float(up)) for name, up in (await self.reached()).items()]
