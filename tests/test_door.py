@@ -245,3 +245,90 @@ def test_a_cancelled_notification_that_is_none_or_is_not_an_older_clients_ends_n
             ):  # fmt: skip
                 httpx.post(served.url, json=message, headers={**client.http.headers, **headers})
         assert running.result().json()["result"]["isError"] is False
+
+
+async def _unauthorized(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+    await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"no"})
+
+
+CHUNKED = b"POST /mcp HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["refused", "read"])
+@pytest.mark.parametrize("size", [1, 64])
+def test_bodies_in_small_chunks_hold_up_nobody(read: bool, size: int) -> None:
+    late = 0.0
+
+    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+        while read and (await receive()).get("more_body", False):
+            pass
+        await _unauthorized(scope, receive, send)
+
+    async def look() -> None:
+        nonlocal late
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            await asyncio.sleep(0.01)
+            late = max(late, loop.time() - began - 0.01)
+
+    def visit(address: tuple[str, int]) -> None:
+        flood = b"%x\r\n%b\r\n" % (size, b"x" * size) * (400_000 // (size + 6))
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(20)]
+            for wire in wires:
+                wire.sendall(CHUNKED)
+            for wire in wires:
+                wire.setblocking(False)
+                with contextlib.suppress(OSError):
+                    for _ in range(4):
+                        wire.send(flood)
+
+    async def main() -> None:
+        looking = asyncio.create_task(look())
+        await _served(app, visit, 5)
+        looking.cancel()
+
+    asyncio.run(main())
+    assert late < 0.3
+
+
+def test_a_body_that_goes_on_behind_its_answer_closes_the_connection() -> None:
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.sendall(CHUNKED + b"1\r\nx\r\n")
+            head, body = _answer(wire)
+            assert b" 401 " in head
+            assert b"connection: close" in head.lower()
+            assert body == b"no"
+            sent = 0
+            with pytest.raises(ConnectionError):
+                while sent < 64 << 20:
+                    wire.sendall(bytes(1 << 20))
+                    sent += 1 << 20
+            assert sent < 64 << 20
+        with socket.create_connection(address, timeout=10) as wire:
+            for _ in range(2):  # whose body has come whole may stay
+                wire.sendall(CHUNKED + b"1\r\nx\r\n0\r\n\r\n")
+                assert b"close" not in _answer(wire)[0].lower()
+
+    asyncio.run(_served(_unauthorized, visit, 20))
+
+
+@pytest.mark.parametrize(
+    "much", [b"\r\n" * 9, CHUNKED + b"1\r\nx\r\n" * 1100, b"GET / HTTP/1.1\r\nX: " + b"x" * 17_000]
+)
+def test_what_costs_more_than_it_asks_closes_the_connection(much: bytes) -> None:
+    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+        while (await receive()).get("more_body", False):
+            pass
+        await _unauthorized(scope, receive, send)
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.sendall(much)
+            with contextlib.suppress(ConnectionError):
+                assert wire.recv(4096)[:12] in (b"", b"HTTP/1.1 400")
+
+    asyncio.run(_served(app, visit, 20))

@@ -85,6 +85,8 @@ class Http:
         try:
             if not scope["http_version"].startswith("1."):
                 raise Error("HTTP/1.1 is spoken here", status=505)
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+                raise UsageError("Content-Length and Transfer-Encoding in one request", "send one of them")
             credentials.to_origin_form(scope)
             if self._parts.no_auth and credentials.forwarded(scope["headers"]):
                 raise Error("--no-auth takes no request that a proxy has forwarded", "use tokens", status=403)
@@ -93,7 +95,7 @@ class Http:
                 raise Error("there is nothing here", "the server answers at /mcp", status=404)
             await route(scope, receive, send, request_id)
         except Error as problem:
-            await self._refuse(scope, receive, send, problem, request_id)
+            await self._refuse(scope, send, problem, request_id)
         except Exception:
             log.exception("request %s failed", request_id)
             await exchange.answer(
@@ -200,8 +202,6 @@ class Http:
         if (credentials.header(scope["headers"], b"content-encoding") or "identity").lower() != "identity":
             raise Error("a packed body is not taken", "send it without Content-Encoding", status=415)
         length = credentials.header(scope["headers"], b"content-length")
-        if length is not None and credentials.header(scope["headers"], b"transfer-encoding") is not None:
-            raise UsageError("Content-Length and Transfer-Encoding in one request", "send one of them")
         too_large = Error(f"the body is larger than {most} bytes", "ask for less at once", status=413)
         if length is not None and (not length.isascii() or not length.isdigit() or int(length) > most):
             raise too_large
@@ -357,7 +357,7 @@ class Http:
 
     # -- refusals --------------------------------------------------------------------------------------------------
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send, problem: Error, request_id: str) -> None:
+    async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
         """One answer for every refusal; a 401 says the same whatever the reason, which is in the audit log."""
         headers: list[tuple[bytes, bytes]] = []
         if isinstance(problem, UnauthorizedError) and self._parts.authenticator.locked:
@@ -385,8 +385,7 @@ class Http:
             message = message if told else outside(problem)
         data = {"hint": hint} if hint and problem.status < 500 else None
         body = encoding.rpc_error(_INVALID_REQUEST, message, data)
-        unread = receive if problem.status == 413 or isinstance(problem, TooMuchError) else None
-        await exchange.answer(send, problem.status, body, request_id, headers, unread=unread)
+        await exchange.answer(send, problem.status, body, request_id, headers)
 
 
 def outside(problem: Error) -> str:
