@@ -11,7 +11,7 @@ import pytest
 import mcpctl
 from chain import KEY, lines, verify
 from mcpctl.audit.log import AuditLog
-from mcpctl.recorder import IN_FULL, Recorder
+from mcpctl.recorder import STRANGERS_IN_FULL, Recorder
 from site_of_mcpctl import Shop, Site
 from test_authenticate import START, House, enter, house, refused
 
@@ -69,9 +69,9 @@ def test_what_is_counted_by_the_minute_goes_by_a_clock_that_is_never_set(tmp_pat
     recorder = Recorder(log, "full", refuse=True, clock=lambda: since[0])
     for step in (BACK, FORWARD, BACK):
         now[0] += step
-        for _ in range(IN_FULL):
+        for _ in range(STRANGERS_IN_FULL):
             recorder.auth_refused("192.0.2.1", "no such token id")
-    assert len(lines(tmp_path / "audit.jsonl")) == IN_FULL
+    assert len(lines(tmp_path / "audit.jsonl")) == STRANGERS_IN_FULL
     log.close()
 
 

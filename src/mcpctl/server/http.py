@@ -124,7 +124,8 @@ class Http:
         self, problem: LimitedError, principal: Principal | None, address: str | None, request_id: str
     ) -> None:
         """One line for a call that was too much, or a count; who is not known goes the way of strangers."""
-        recorder, where = self._parts.recorder, {"request_id": request_id, "transport": "http"}
+        recorder = self._parts.recorder
+        where: dict[str, Any] = {"request_id": request_id, "transport": "http"}
         if principal is None:
             recorder.auth_refused(address, problem.message, **where)
         else:
@@ -178,8 +179,12 @@ class Http:
                 raise UnauthorizedError("no credential")
             principal = await parts.authenticator.authenticate(text, address)
         except (UnauthorizedError, UsageError, LockedError) as problem:
-            known = problem.token_id if isinstance(problem, UnauthorizedError) else None
-            parts.recorder.auth_refused(address, problem.message, request_id=request_id, token=known, transport="http")
+            known, proven = None, False
+            if isinstance(problem, UnauthorizedError):
+                known, proven = problem.token_id, problem.proven
+            parts.recorder.auth_refused(
+                address, problem.message, proven=proven, request_id=request_id, token=known, transport="http"
+            )
             raise
         parts.recorder.auth_ok(principal.token, principal.user, address, request_id=request_id, transport="http")
         return address, principal
