@@ -32,6 +32,7 @@ from mcpctl.server.held import Bodies, TooMuchError
 
 log = logging.getLogger("mcpctl.http")
 _READY_FOR = 2.0
+_SAID_FOR = 60.0
 _CANCELLED = "The call was cancelled: by its client, or because the server stops"
 _INVALID_REQUEST, _INTERNAL = -32600, -32603
 
@@ -64,6 +65,7 @@ class Http:
         self._parts = parts
         self._bodies = Bodies(parts.settings.limits.request_bytes)
         self._ready: tuple[float, bool] | None = None
+        self._said: dict[str, tuple[float, int]] = {}
         self._asking = asyncio.Lock()
         self._streams: dict[asyncio.Task[Any], Principal] = {}
         self.answered_express = 0
@@ -385,12 +387,21 @@ class Http:
         if problem.status in (400, 408, 413, 505) or isinstance(problem, TooMuchError):
             headers.append((b"connection", b"close"))
         if problem.status >= 500 and problem.status != 505:
-            log.warning("request %s: %s", request_id, problem.message)
+            self._say(problem.message, request_id)
             told = problem.status == 503 and ("cannot be written" in message or message == _CANCELLED)
             message = message if told else outside(problem)
         data = {"hint": hint} if hint and problem.status < 500 else None
         body = encoding.rpc_error(_INVALID_REQUEST, message, data)
         await exchange.answer(send, problem.status, body, request_id, headers)
+
+    def _say(self, message: str, request_id: str) -> None:
+        """Say in the server's log what is wrong with us: once a minute, however many ask."""
+        since, more = self._said.get(message, (-_SAID_FOR, 0))
+        if monotonic() - since < _SAID_FOR:
+            self._said[message] = (since, more + 1)
+            return
+        log.warning("request %s: %s%s", request_id, message, f" ({more} requests more before)" if more else "")
+        self._said[message] = (monotonic(), 0)
 
 
 def outside(problem: Error) -> str:
