@@ -332,3 +332,47 @@ def test_what_costs_more_than_it_asks_closes_the_connection(much: bytes) -> None
                 assert wire.recv(4096)[:12] in (b"", b"HTTP/1.1 400")
 
     asyncio.run(_served(app, visit, 20))
+
+
+def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first() -> None:
+    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+        scope["state"]["known"] = scope["path"] == "/known"
+        await _unauthorized(scope, receive, send)
+
+    visitor = door.Visitor.of(1 << 20)
+    with door.Door() as bound:
+        bound.bind(("127.0.0.1", 0))
+        bound.make_room = visitor.make_room
+
+        def visit() -> None:
+            address = bound.getsockname()
+            sources = ["127.0.0.1", "127.0.0.2", *["127.0.0.3"] * 8]
+            with contextlib.ExitStack() as stack:
+                wires = []
+                for number, source in enumerate(sources):
+                    wire = socket.create_connection(address, timeout=10, source_address=(source, 0))
+                    wires.append(stack.enter_context(wire))
+                    wire.sendall(b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % (b"" if number else b"known"))
+                    assert wire.recv(12) == b"HTTP/1.1 401", number
+                bound.most = wires[-1].fileno() + 10
+                for number in range(8):
+                    with socket.create_connection(address, timeout=10) as wire:
+                        wire.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
+                        assert wire.recv(12) == b"HTTP/1.1 401"
+                    with contextlib.suppress(ConnectionResetError):
+                        wires[2 + number].recv(4096)
+                        assert wires[2 + number].recv(1) == b""
+                for wire in wires[:2]:
+                    wire.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
+                    assert b"HTTP/1.1 401" in wire.recv(4096)
+
+        async def main() -> None:
+            server = uvicorn.Server(uvicorn.Config(app, http=visitor, lifespan="off", log_config=None))
+            serving = asyncio.create_task(server.serve(sockets=[bound]))
+            while not server.started:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(visit)
+            server.should_exit = True
+            await serving
+
+        asyncio.run(main())

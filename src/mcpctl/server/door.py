@@ -9,7 +9,9 @@ import contextlib
 import functools
 import secrets
 import socket
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import h11
 from mcp_types import INVALID_REQUEST
@@ -18,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mcpctl.server import encoding
 from mcpctl.server.held import SMALL, Budget
+from mcpctl.shared_counters import source
 
 _HEAD = 16 << 10
 """Bytes of a request's head."""
@@ -27,13 +30,15 @@ _CHUNKS, _CHUNK = 500, 64
 """A body of more chunks than that has so many bytes in each, on average."""
 _TURNS = 16
 """Pieces of a body that may still be taken up before an answer."""
+_NEWCOMERS = 16
+"""Descriptors for those for whom others have to go, whose own are free only when the event loop comes to it."""
 _EMPTY = 16
 """Bytes of empty lines before a request."""
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
 
 
 class Door(socket.socket):
-    """A listening socket that turns away whoever would leave too few descriptors.
+    """A listening socket that turns away whoever would leave too few descriptors, and before has another go for him.
 
     asyncio would go on accepting until none is left, and then write thousands of lines a second about it.
     """
@@ -41,10 +46,14 @@ class Door(socket.socket):
     most: int | None = None
     """The number that an accepted connection's descriptor has to be below: a new one gets the lowest free number
     (POSIX), so that many are open."""
+    make_room: Callable[[], None] = staticmethod(lambda: None)
+    """Called for each that leaves too little room for further ones."""
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Take the next connection; as if there were none, where it has to be turned away."""
         conn, address = super().accept()
+        if self.most is not None and conn.fileno() >= self.most - _NEWCOMERS:
+            self.make_room()
         if self.most is not None and conn.fileno() >= self.most:
             conn.close()
             raise BlockingIOError
@@ -76,6 +85,8 @@ class Visitor(H11Protocol):
     nothing at all is sent away sooner, by uvicorn. Who reads nothing of an answer is sent away at the third look."""
     budget: Budget | None = None
     """What all visitors of the process may have sent together, beyond what is small."""
+    here: ClassVar["dict[Visitor, None]"] = {}
+    """All of the process, the one that has been there for longest first."""
     ahead = 64 << 10
     """Bytes of further requests that may come before the answer to the one before."""
     _counted = 0
@@ -96,7 +107,7 @@ class Visitor(H11Protocol):
     @classmethod
     def of(cls, request_bytes: int, patience: float = patience) -> "type[Visitor]":
         """The visitors of one process, whose bodies may be so large."""
-        made: type[Visitor] = type("Visitor", (cls,), {"patience": patience, "budget": Budget(0)})
+        made: type[Visitor] = type("Visitor", (cls,), {"patience": patience, "budget": Budget(0), "here": {}})
         made.allow(request_bytes)
         return made
 
@@ -107,9 +118,20 @@ class Visitor(H11Protocol):
         if cls.budget is not None:
             cls.budget.most = Budget.of_visitors(request_bytes).most
 
+    @classmethod
+    def make_room(cls) -> None:
+        """Have one go who is not known: of the address that has most of those the one that came first."""
+        unknown = [one for one in cls.here if one.scope is None or not one.scope["state"].get("known")]
+        if unknown:
+            sources = [source(one.client[0]) if one.client else None for one in unknown]
+            gone = unknown[sources.index(Counter(sources).most_common(1)[0][0])]
+            del cls.here[gone]
+            gone.transport.abort()
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection is there."""
         super().connection_made(transport)
+        self.here[self] = None
         self.app = functools.partial(self._answered, self.app)
         self.flow.resume_reading = self.resume_reading  # type: ignore[method-assign]
         self._patience = self.loop.call_later(self.patience, self._look)
@@ -251,6 +273,7 @@ class Visitor(H11Protocol):
             self._patience.cancel()
         if self._turn is not None:
             self._turn.cancel()
+        self.here.pop(self, None)
         self._gone.set()
         self._waiting.clear()
         self._count(0)
