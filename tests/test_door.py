@@ -353,9 +353,9 @@ def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first() ->
                     wire = socket.create_connection(address, timeout=10, source_address=(source, 0))
                     wires.append(stack.enter_context(wire))
                     wire.sendall(b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % (b"" if number else b"known"))
-                    assert wire.recv(12) == b"HTTP/1.1 401", number
+                    assert b" 401 " in _answer(wire)[0], number
                 bound.most = wires[-1].fileno() + 10
-                for number in range(8):
+                for number in range(6):
                     with socket.create_connection(address, timeout=10) as wire:
                         wire.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
                         assert wire.recv(12) == b"HTTP/1.1 401"
@@ -364,7 +364,7 @@ def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first() ->
                         assert wires[2 + number].recv(1) == b""
                 for wire in wires[:2]:
                     wire.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
-                    assert b"HTTP/1.1 401" in wire.recv(4096)
+                    assert b" 401 " in _answer(wire)[0]
 
         async def main() -> None:
             server = uvicorn.Server(uvicorn.Config(app, http=visitor, lifespan="off", log_config=None))
