@@ -176,6 +176,9 @@ def test_wrong_credentials_of_an_address_are_429_in_the_end_and_a_right_token_is
         assert refused(house, wrong).status == 401
     limited = refused(house, forged(text, 99))
     assert (limited.status, limited.token_id, limited.retry_after) == (429, name, WINDOW)
+    over, stolen = house.token(expires_at=house.now + timedelta(seconds=0))
+    told = refused(house, stolen)  # as a wrong one: that its secret is right is nobody's business
+    assert (told.status, told.proven, told.token_id, limited.proven) == (429, True, over, False)
     assert refused(house, "x").status == 429
     assert enter(house, text).token == name  # never seen before, from that address
     assert enter(house, other).token == other_name

@@ -248,8 +248,6 @@ def test_what_no_file_has_room_for_outlives_a_reload_and_a_worker(
                 assert [out(second), out(third)] == [[[canary], [barred]]] * 2
                 held.execute("ROLLBACK")
                 third.calls.canaries.look()
-        process.close()
-        other.close()
 
     asyncio.run(run())
     held.close()

@@ -15,7 +15,7 @@ from chain import KEY, lines, verify
 from mcpctl import config
 from mcpctl.audit.log import AuditLog
 from mcpctl.errors import UnauthorizedError
-from mcpctl.recorder import IN_FULL, Recorder
+from mcpctl.recorder import STRANGERS_IN_FULL, Recorder
 from mcpctl.server.live import Place, Process
 from mcpctl.server.parts import running
 from site_of_mcpctl import Shop, Site
@@ -55,7 +55,6 @@ def test_what_was_seen_to_expire_stays_so_when_the_config_is_read_again(
                 core.authenticator._now = lambda later=later: datetime.now(UTC) + later
                 with pytest.raises(UnauthorizedError, match="expired"):
                     await core.authenticator.authenticate(text, "192.0.2.1")
-        process.close()
 
     asyncio.run(main())
 
@@ -93,9 +92,9 @@ def test_what_is_counted_by_the_minute_goes_by_a_clock_that_is_never_set(tmp_pat
     recorder = Recorder(log, "full", refuse=True, clock=lambda: since[0])
     for step in (BACK, FORWARD, BACK):
         now[0] += step
-        for _ in range(IN_FULL):
+        for _ in range(STRANGERS_IN_FULL):
             recorder.auth_refused("192.0.2.1", "no such token id")
-    assert len(lines(tmp_path / "audit.jsonl")) == IN_FULL
+    assert len(lines(tmp_path / "audit.jsonl")) == STRANGERS_IN_FULL
     log.close()
 
 

@@ -245,3 +245,134 @@ def test_a_cancelled_notification_that_is_none_or_is_not_an_older_clients_ends_n
             ):  # fmt: skip
                 httpx.post(served.url, json=message, headers={**client.http.headers, **headers})
         assert running.result().json()["result"]["isError"] is False
+
+
+async def _unauthorized(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+    await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"no"})
+
+
+CHUNKED = b"POST /mcp HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["refused", "read"])
+@pytest.mark.parametrize("size", [1, 64])
+def test_bodies_in_small_chunks_hold_up_nobody(read: bool, size: int) -> None:
+    late = 0.0
+
+    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+        while read and (await receive()).get("more_body", False):
+            pass
+        await _unauthorized(scope, receive, send)
+
+    async def look() -> None:
+        nonlocal late
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            await asyncio.sleep(0.01)
+            late = max(late, loop.time() - began - 0.01)
+
+    def visit(address: tuple[str, int]) -> None:
+        flood = b"%x\r\n%b\r\n" % (size, b"x" * size) * (400_000 // (size + 6))
+        with contextlib.ExitStack() as stack:
+            wires = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(20)]
+            for wire in wires:
+                wire.sendall(CHUNKED)
+            for wire in wires:
+                wire.setblocking(False)
+                with contextlib.suppress(OSError):
+                    for _ in range(4):
+                        wire.send(flood)
+
+    async def main() -> None:
+        looking = asyncio.create_task(look())
+        await _served(app, visit, 5)
+        looking.cancel()
+
+    asyncio.run(main())
+    assert late < 0.3
+
+
+def test_a_body_that_goes_on_behind_its_answer_closes_the_connection() -> None:
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.sendall(CHUNKED + b"1\r\nx\r\n")
+            head, body = _answer(wire)
+            assert b" 401 " in head
+            assert b"connection: close" in head.lower()
+            assert body == b"no"
+            sent = 0
+            with pytest.raises(ConnectionError):
+                while sent < 64 << 20:
+                    wire.sendall(bytes(1 << 20))
+                    sent += 1 << 20
+            assert sent < 64 << 20
+        with socket.create_connection(address, timeout=10) as wire:
+            for _ in range(2):  # whose body has come whole may stay
+                wire.sendall(CHUNKED + b"1\r\nx\r\n0\r\n\r\n")
+                assert b"close" not in _answer(wire)[0].lower()
+
+    asyncio.run(_served(_unauthorized, visit, 20))
+
+
+@pytest.mark.parametrize(
+    "much", [b"\r\n" * 9, CHUNKED + b"1\r\nx\r\n" * 1100, b"GET / HTTP/1.1\r\nX: " + b"x" * 17_000]
+)
+def test_what_costs_more_than_it_asks_closes_the_connection(much: bytes) -> None:
+    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+        while (await receive()).get("more_body", False):
+            pass
+        await _unauthorized(scope, receive, send)
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.sendall(much)
+            with contextlib.suppress(ConnectionError):
+                assert wire.recv(4096)[:12] in (b"", b"HTTP/1.1 400")
+
+    asyncio.run(_served(app, visit, 20))
+
+
+def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first() -> None:
+    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+        scope["state"]["known"] = scope["path"] == "/known"
+        await _unauthorized(scope, receive, send)
+
+    visitor = door.Visitor.of(1 << 20)
+    with door.Door() as bound:
+        bound.bind(("127.0.0.1", 0))
+        bound.make_room = visitor.make_room
+
+        def visit() -> None:
+            address = bound.getsockname()
+            sources = ["127.0.0.1", "127.0.0.2", *["127.0.0.3"] * 8]
+            with contextlib.ExitStack() as stack:
+                wires = []
+                for number, source in enumerate(sources):
+                    wire = socket.create_connection(address, timeout=10, source_address=(source, 0))
+                    wires.append(stack.enter_context(wire))
+                    wire.sendall(b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % (b"" if number else b"known"))
+                    assert b" 401 " in _answer(wire)[0], number
+                bound.most = wires[-1].fileno() + 10
+                for number in range(6):
+                    with socket.create_connection(address, timeout=10) as wire:
+                        wire.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
+                        assert wire.recv(12) == b"HTTP/1.1 401"
+                    with contextlib.suppress(ConnectionResetError):
+                        wires[2 + number].recv(4096)
+                        assert wires[2 + number].recv(1) == b""
+                for wire in wires[:2]:
+                    wire.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
+                    assert b" 401 " in _answer(wire)[0]
+
+        async def main() -> None:
+            server = uvicorn.Server(uvicorn.Config(app, http=visitor, lifespan="off", log_config=None))
+            serving = asyncio.create_task(server.serve(sockets=[bound]))
+            while not server.started:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(visit)
+            server.should_exit = True
+            await serving
+
+        asyncio.run(main())

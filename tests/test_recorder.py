@@ -16,7 +16,7 @@ from mcpctl.audit.log import AuditLog
 from mcpctl.config_keys import Limits
 from mcpctl.errors import LimitedError, UnavailableError
 from mcpctl.policy.limits import LINES, Limiter
-from mcpctl.recorder import AGAIN, IN_FULL, Recorder
+from mcpctl.recorder import AGAIN, IN_FULL, STRANGERS_IN_FULL, Recorder
 from mcpctl.shared_counters import Counters
 
 NOW = datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC)
@@ -75,15 +75,15 @@ def test_a_credential_that_could_not_be_noted_is_noted_as_soon_as_it_can_be(book
 
 
 def test_refusals_are_told_in_full_at_first_and_then_counted(book: Book) -> None:
-    for number in range(IN_FULL + 5):
+    for number in range(STRANGERS_IN_FULL + 5):
         book.recorder.auth_refused("192.0.2.1", f"reason {number}")
     book.recorder.auth_refused("192.0.2.2", "another")
     assert [line["reason"] for line in book.events("auth.refused")] == [
-        *(f"reason {number}" for number in range(IN_FULL)), "another",
+        *(f"reason {number}" for number in range(STRANGERS_IN_FULL)), "another",
     ]  # fmt: skip
     book.now = 59.9
     book.recorder.flush()
-    assert len(book.events("auth.refused")) == IN_FULL + 1
+    assert len(book.events("auth.refused")) == STRANGERS_IN_FULL + 1
     book.now = 60
     book.recorder.flush()
     last = book.events("auth.refused")[-1]
@@ -93,7 +93,7 @@ def test_refusals_are_told_in_full_at_first_and_then_counted(book: Book) -> None
 
 
 def test_a_minute_that_is_over_is_told_by_the_next_refusal_also_without_a_flush(book: Book) -> None:
-    for _ in range(IN_FULL + 3):
+    for _ in range(STRANGERS_IN_FULL + 3):
         book.recorder.auth_refused("192.0.2.1", "wrong")
     book.now = 61
     book.recorder.auth_refused("192.0.2.1", "later")
@@ -101,7 +101,7 @@ def test_a_minute_that_is_over_is_told_by_the_next_refusal_also_without_a_flush(
 
 
 def test_what_was_counted_is_told_at_the_end(book: Book) -> None:
-    for _ in range(IN_FULL + 3):
+    for _ in range(STRANGERS_IN_FULL + 3):
         book.recorder.auth_refused(None, "wrong")
     book.recorder.flush(everything=True)
     assert book.events("auth.refused")[-1]["reason"] == "3 more within a minute"
@@ -114,11 +114,11 @@ def test_a_stranger_with_any_number_of_addresses_cannot_fill_the_disk(book: Book
         book.recorder.auth_refused(f"198.51.{number // 250}.{number % 250}", "many addresses")
     book.recorder.flush(everything=True)
     found = book.events("auth.refused")
-    assert len(found) <= LINES + LINES // IN_FULL + 1
+    assert len(found) <= 2 * LINES + 1
     in_full = sum(line["reason"].startswith(("one", "many")) for line in found)
     counted = sum(int(line["reason"].split()[0]) for line in found if " more" in line["reason"])
     assert in_full + counted == 15000
-    assert sum(line["reason"] == "one network" for line in found) <= IN_FULL
+    assert sum(line["reason"] == "one network" for line in found) <= STRANGERS_IN_FULL
     book.now = 61
     book.recorder.auth_refused("192.0.2.1", "in full again")
     assert book.events("auth.refused")[-1]["reason"] == "in full again"
@@ -153,6 +153,31 @@ def test_a_thousand_bogus_requests_a_second_write_less_than_a_megabyte_an_hour_a
     counted = sum(int(line["reason"].split()[0]) for line in found if " more" in line["reason"])
     assert in_full + counted == 60 * minutes * requests // 20
     verify(path)
+
+
+def test_a_thief_with_a_right_secret_is_in_the_log_whatever_strangers_do(book: Book) -> None:
+    for number in range(500):
+        book.recorder.auth_refused(f"198.51.{number // 250}.{number % 250}", "no such token id", token="00000000")
+    for _ in range(IN_FULL + 5):
+        book.recorder.auth_refused("192.0.2.1", "the token is revoked", proven=True, token="ab12cd34")
+    found = [line for line in book.events("auth.refused") if line.get("token") == "ab12cd34"]
+    assert len(found) == IN_FULL
+    book.now = 60
+    book.recorder.flush()
+    found = [line for line in book.events("auth.refused") if line.get("token") == "ab12cd34"]
+    assert found[IN_FULL]["reason"] == "5 more within a minute"
+
+
+def test_strangers_whose_token_has_the_form_of_one_are_counted_by_address_before_others(book: Book) -> None:
+    for number in range(40):
+        for _ in range(5):
+            book.recorder.auth_refused(f"198.51.100.{number}", "no credential")
+    for _ in range(5):
+        book.recorder.auth_refused("192.0.2.1", "wrong secret", token="ab12cd34")
+    book.now = 63
+    book.recorder.flush()
+    counted = [line for line in book.events("auth.refused") if "within" in line["reason"]]
+    assert (counted[0]["client_ip"], counted[0]["reason"]) == ("192.0.2.1", "5 more within a minute")
 
 
 def test_calls_of_a_known_token_that_are_too_many_are_told_in_full_at_first_and_then_counted(book: Book) -> None:

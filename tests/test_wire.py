@@ -205,3 +205,18 @@ def test_who_says_that_nothing_more_comes_ends_the_call(make_site: MakeSite, new
         wire.shutdown(socket.SHUT_WR)
         assert wire.recv(1) == b""
     eventually(lambda: not newest_shop.backends("query LIKE '%pg_sleep(43)%' AND state = 'active'"), 5)
+
+
+def test_a_fault_of_ours_is_said_once_in_the_servers_log_however_many_strangers_hear_of_it(
+    make_site: MakeSite, newest_shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    at = make_site(newest_shop)
+    at.run("lockdown")
+
+    async def main() -> list[bytes]:
+        async with attacked.served(at) as address:
+            asked = _head(address, "x", 0).replace(b"\r\nX: ", b"\r\nConnection: close")
+            return [await attacked.converse(address, asked) for _ in range(5)]
+
+    assert {answer[:12] for answer in asyncio.run(main())} == {b"HTTP/1.1 503"}
+    assert len([record for record in caplog.records if "request " in record.getMessage()]) == 1

@@ -57,12 +57,22 @@ class ConflictError(Error):
 
 
 class UnauthorizedError(Error):
-    """A credential that opens nothing. `message` is for the log; outside there is one 401 for all."""
+    """A credential that opens nothing. `message` is for the log; outside there is one 401 for all. `proven`: its secret
+    was right."""
 
     status = 401
 
-    def __init__(self, message: str, *, token_id: str | None = None, status: int = 401, retry_after: int = 0) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        token_id: str | None = None,
+        status: int = 401,
+        retry_after: int = 0,
+        proven: bool = False,
+    ) -> None:
         super().__init__(message, status=status)
+        self.proven = proven
         self.token_id = token_id
         self.retry_after = retry_after
 

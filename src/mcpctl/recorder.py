@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -14,13 +15,23 @@ log = logging.getLogger("mcpctl.audit")
 AGAIN = 3600.0
 """Seconds after which a credential's use from an address is noted once more."""
 MINUTE = 60.0
-IN_FULL = 10
-"""Refusals of one address (of IPv6, one /64), or of one token by one limit, in a minute that are written in full; one
-line counts the others."""
+IN_FULL, STRANGERS_IN_FULL = 10, 3
+"""Refusals of one token, by one limit or with its right secret, in a minute that are written in full, and those of one
+address (of IPv6, one /64) with a wrong one; one line counts the others."""
 _CREDENTIALS = 10_000
 Count = Callable[[str, Mapping[str, Any], "bool | None"], None]
 LATE = 1000
 """Lines that are kept while the log cannot be written, the newest; of older ones only their number is."""
+
+
+@dataclass
+class _Stranger:
+    """What one address had refused in a minute. `named`: some of it had the form of a token, and its checksum."""
+
+    since: float
+    written: int = 0
+    others: int = 0
+    named: bool = False
 
 
 class Recorder:
@@ -47,7 +58,8 @@ class Recorder:
         self._line = line
         self._failing = False
         self._greeted: OrderedDict[tuple[str | None, str | None], float] = OrderedDict()
-        self._refused: dict[str | None, tuple[float, int]] = {}
+        self._refused: dict[str | None, _Stranger] = {}
+        self._proven: dict[str | None, tuple[float, int]] = {}
         self._limited: dict[tuple[str | None, str, str], tuple[float, int, dict[str, Any]]] = {}
         self._minute = self._looked = clock()
         self._uncounted = 0
@@ -162,22 +174,38 @@ class Recorder:
         while len(self._greeted) > _CREDENTIALS:
             self._greeted.popitem(last=False)
 
-    def auth_refused(self, address: str | None, reason: str, **fields: Any) -> None:
-        """The first of an address and minute in full, the others counted: see `flush`."""
+    def auth_refused(self, address: str | None, reason: str, *, proven: bool = False, **fields: Any) -> None:
+        """The first of an address and minute in full, the others counted: see `flush`. Those whose secret was right
+        (`proven`) count for their token, and no number of strangers keeps them from the log."""
         self._count("auth.refused", {"reason": reason}, None)
         self._look()
-        who = source(address)
-        since, count = self._refused.get(who, (self._clock(), 0))
-        if count < IN_FULL and not self._line():
-            self._uncounted += 1
-            return
-        self._refused[who] = (since, count + 1)
-        if count < IN_FULL:
+        if proven:
+            since, count = self._proven.get(fields["token"], (self._clock(), 0))
+            self._proven[fields["token"]] = (since, count + 1)
+            in_full = count < IN_FULL
+        else:
+            in_full = self._stranger(source(address), fields)
+        if in_full:
             if not self._write("auth.refused", {"client_ip": address, "reason": reason, **fields}):
                 self._lose(self._audit.time())
             log.warning(
                 "Unauthorized: %s client=%s", reason, address or "-"
             )  # the address last: see docs/monitoring.md
+
+    def _stranger(self, who: str | None, fields: Mapping[str, Any]) -> bool:
+        """Count a wrong credential; whether it is written in full."""
+        found = self._refused.get(who)
+        if found is None:
+            if len(self._refused) >= _CREDENTIALS:
+                self._uncounted += 1
+                return False
+            found = self._refused[who] = _Stranger(self._clock())
+        found.named |= fields.get("token") is not None
+        if found.written < STRANGERS_IN_FULL and self._line():
+            found.written += 1
+            return True
+        found.others += 1
+        return False
 
     def limited(self, problem: LimitedError, **fields: Any) -> None:
         """A known token's call that was too much: the first of a limit and minute in full, the others counted."""
@@ -205,13 +233,18 @@ class Recorder:
                     same = {name: fields.get(name) for name in ("token", "user", "tenant", "transport")}
                     reason = f"{count - IN_FULL} more within a minute, by the {key[2]} limit of the {key[1]}"
                     self.note("tool.refused", **same, outcome="limited", reason=reason)
-        for who, (since, count) in list(self._refused.items()):
+        for token, (since, count) in list(self._proven.items()):
             if everything or now - since >= MINUTE:
-                del self._refused[who]
-                if count > IN_FULL and (everything or self._line()):
-                    self.note("auth.refused", client_ip=who, reason=f"{count - IN_FULL} more within a minute")
-                elif count > IN_FULL:
-                    self._uncounted += count - IN_FULL
+                del self._proven[token]
+                if count > IN_FULL:
+                    self.note("auth.refused", token=token, reason=f"{count - IN_FULL} more within a minute")
+        over = [who for who, found in self._refused.items() if everything or now - found.since >= MINUTE]
+        for who in sorted(over, key=lambda who: not self._refused[who].named):
+            found = self._refused.pop(who)
+            if found.others and (self._line() or (everything and found.written)):
+                self.note("auth.refused", client_ip=who, reason=f"{found.others} more within a minute")
+            else:
+                self._uncounted += found.others
         if everything or now - self._minute >= MINUTE:
             if self._uncounted and (everything or self._line()):
                 reason = f"{self._uncounted} more, from other addresses than those that are listed"

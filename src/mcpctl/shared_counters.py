@@ -1,9 +1,9 @@
-"""Counters that all workers of a server share, and that outlive it: a table of fixed size, mapped into memory.
+"""Counters that all workers of a server share, and that outlive it: a table of fixed size, in memory that they share.
 
 Two tables of slots, one for principals and one for addresses, so that no number of addresses evicts a principal. A slot
-is found by a keyed digest of a name, in a bucket of eight of which the stalest is evicted. The file is allocated in
-full before it is mapped, so that a full disk is no SIGBUS. What is read is judged by who reads it (policy/limits.py):
-a worker may be killed between two writes. Redis or Valkey would take the place of this class.
+is found by a keyed digest of a name, in a bucket of eight of which the stalest is evicted. The memory has no file, so
+that nobody can cut it under a worker; what is counted is saved beside now and then. What is read is judged by who reads
+it (policy/limits.py): a worker may be killed between two writes. Redis or Valkey would take the place of this class.
 """
 
 import contextlib
@@ -13,12 +13,15 @@ import logging
 import mmap
 import os
 import secrets
+import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
 from struct import Struct
+from typing import IO
 
 from mcpctl import private_file
+from mcpctl.errors import NotFoundError
 
 try:
     import fcntl
@@ -29,10 +32,12 @@ log = logging.getLogger("mcpctl.limits")
 PRINCIPALS, ADDRESSES = 0, 1
 PLACES = 64
 """Workers that there can be; each counts what runs in it in a place of its own."""
-_FORM = b"mcpctl counters 1"
-_HEADER = Struct("32s16s")
-"""What the file is, and the key of its digests."""
-_START = 64
+SAVED_EVERY = 5.0
+"""Seconds after which what is counted is saved: so much of it a power cut may forget."""
+_FORM = b"mcpctl counters 2"
+_HEADER = Struct("<32s16sd")
+"""What the file is, the key of its digests, and when the clock began."""
+_START = 0
 _EIGHT = 8
 _BUCKETS = (2048, 1024)
 _KEY = 16
@@ -40,6 +45,8 @@ _TAT = Struct("d")
 _FAILED = Struct("dI")
 _SPENT = Struct("II8Q")
 _FAILED_AT, _SPENT_AT, _VALUES = 8, 24, 96
+_RECORD = Struct(f"<B{_KEY}s{_VALUES}s")
+"""A slot in the file: its table, digest and values."""
 _BUCKET = _EIGHT * (_KEY + _VALUES)
 _SLOTS = _EIGHT * sum(_BUCKETS)
 _RUNNING_AT = _START + _BUCKET * sum(_BUCKETS)
@@ -50,8 +57,8 @@ _PATIENCE = 0.25
 """Seconds to wait for another worker's lock, which is held for microseconds: one that was stopped stops no other."""
 _STEP = 60.0
 """Seconds that the clock may have been set by before a start is taken for one after a boot."""
-_OPENING = 5.0
-"""The same for who opens the file, which another may be making."""
+_WITHOUT = 10.0
+"""Seconds to go on without the lock after that."""
 
 
 Slot = tuple[int, int]
@@ -61,74 +68,101 @@ Slot = tuple[int, int]
 class Counters:
     """The tables. Held (`with counters:`) while something is read and written back; alone in its process, for free.
 
-    `path` None: in this process's memory alone. `place` is this worker's number, of `workers`; `booted` when the clock
-    began that its times are of.
+    Made before the workers are forked, each of which then takes its place (`as_worker`). `path`: the file that they
+    come from and are saved in; None, or a system without fork: in memory alone. `booted`: when the clock began that
+    its times are of.
     """
 
-    def __init__(
-        self, path: Path | None = None, *, place: int = 0, workers: int = 1, booted: float | None = None
-    ) -> None:
-        self._place = place * _RUNNING.size
+    def __init__(self, path: Path | None = None, *, workers: int = 1, booted: float | None = None) -> None:
+        self._path = path if fcntl is not None else None
+        self._place = 0
         self._workers = Struct(f"{workers}H")
-        self._fd = -1
-        self._map = mmap.mmap(-1, SIZE) if path is None or fcntl is None else self._open(path)
-        self._locks = self._fd >= 0 and fcntl is not None and workers > 1
-        if self._map[:32] != _FORM.ljust(32, b"\0"):
-            self._map[: _HEADER.size] = _HEADER.pack(_FORM, secrets.token_bytes(16))
-        self._salt = self._map[32:48]
-        self._forget_times(time.time() - time.monotonic() if booted is None else booted)
+        self._map = mmap.mmap(-1, SIZE)
+        self._lock = _lock_file() if workers > 1 and fcntl is not None else None
+        self._without_until = 0.0
+        self._booted = time.time() - time.monotonic() if booted is None else booted
+        self._salt = secrets.token_bytes(16)
+        self._saved: bytes | None = None
+        self._failing = False
+        if self._path is not None:
+            self._load(self._path)
+
+    def as_worker(self, place: int) -> None:
+        """This process is the worker of that number, and whoever was it before is dead."""
+        self._place = place * _RUNNING.size
         places = memoryview(self._map)[_RUNNING_AT:].cast("H")
-        places[place::PLACES] = memoryview(bytes(2 * _SLOTS)).cast("H")  # whoever had the place before is dead
+        places[place::PLACES] = memoryview(bytes(2 * _SLOTS)).cast("H")
         places.release()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Save what is counted, and let go of it."""
+        self.save()
         self._map.close()
-        if self._fd >= 0:
-            os.close(self._fd)
+        if self._lock is not None:
+            self._lock.close()
 
-    def _open(self, path: Path) -> mmap.mmap:
-        """The file, mapped; made anew where it is none of this form. Memory alone where there is no room for it."""
+    def _load(self, path: Path) -> None:
+        """What was saved. Of another boot of the machine the times say nothing, not even which slot is the stalest."""
         try:
-            self._fd = _file(path)
-            return mmap.mmap(self._fd, SIZE)
-        except OSError as problem:
-            log.warning("%s cannot be made (%s): each worker counts for itself", path, problem.strerror)
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
-        return mmap.mmap(-1, SIZE)
+            data = private_file.read(path).data
+        except NotFoundError:
+            return
+        form, salt, booted = _HEADER.unpack_from(data.ljust(_HEADER.size, b"\0"))
+        if form != _FORM.ljust(32, b"\0") or (len(data) - _HEADER.size) % _RECORD.size:
+            log.warning("%s is of another form, or torn: what it counted begins anew", path)
+            return
+        self._salt = salt
+        for table, digest, values in _RECORD.iter_unpack(data[_HEADER.size :]):
+            at = self.slot(min(table, 1), digest)[0]
+            times = values[:_SPENT_AT] if abs(booted - self._booted) < _STEP else bytes(_SPENT_AT)
+            self._map[at : at + _VALUES] = times + values[_SPENT_AT:]
 
-    def _forget_times(self, booted: float) -> None:
-        """Of another boot of the machine the times say nothing, not even which slot is the stalest."""
-        before: float = _TAT.unpack_from(self._map, _HEADER.size)[0]
-        if abs(before - booted) < _STEP:
+    def copy(self) -> bytes:
+        """The tables as they are now, for `save`."""
+        with self:
+            return self._map[:_RUNNING_AT]
+
+    def save(self, tables: bytes | None = None) -> None:
+        """Save what is counted, if there is anything new: what a copy says, which may be on another thread. Where it
+        cannot be, it is said once, and tried again the next time."""
+        tables = tables or self.copy()
+        if self._path is None or tables == self._saved:
             return
-        _TAT.pack_into(self._map, _HEADER.size, booted)
-        if before == 0.0:  # it is new
-            return
+        found = [_HEADER.pack(_FORM, self._salt, self._booted)]
         for bucket in range(_START, _RUNNING_AT, _BUCKET):
-            for at in range(bucket + _EIGHT * _KEY, bucket + _BUCKET, _VALUES):
-                self._map[at : at + _SPENT_AT] = bytes(_SPENT_AT)
+            for index in range(_EIGHT):
+                key, at = bucket + index * _KEY, bucket + _EIGHT * _KEY + index * _VALUES
+                if any(tables[key : key + _KEY]):
+                    table = bucket >= _START + _BUCKETS[0] * _BUCKET
+                    found.append(_RECORD.pack(table, tables[key : key + _KEY], tables[at : at + _VALUES]))
+        try:
+            _replace(self._path, b"".join(found))
+        except OSError as problem:
+            if not self._failing:
+                log.warning("%s cannot be saved (%s): a restart may forget budgets", self._path, problem.strerror)
+            self._failing = True
+        else:
+            self._saved, self._failing = tables, False
 
     def __enter__(self) -> None:
-        if not self._locks:
+        if self._lock is None or self._without_until > time.monotonic():
             return
         until = 0.0
         while True:
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
                 now = time.monotonic()
                 until = until or now + _PATIENCE
-                if now > until:
-                    return  # its holder was stopped: a count may be lost, and no call is
+                if now > until:  # its holder was stopped: a count may be lost, and no call is
+                    self._without_until = now + _WITHOUT
+                    return
                 os.sched_yield()
 
     def __exit__(self, *_: object) -> None:
-        if self._locks:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+        if self._lock is not None:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN)
 
     def digest(self, name: str) -> bytes:
         """The key of a name. Nobody who does not know the file can have two names meet in one bucket."""
@@ -142,8 +176,14 @@ class Counters:
         found = self._map.find(digest, keys, values)
         index = (found - keys) // _KEY
         if found < 0 or (found - keys) % _KEY:
-            index = min(range(_EIGHT), key=lambda one: _TAT.unpack_from(self._map, values + one * _VALUES)[0])
+            stale = [
+                (_TAT.unpack_from(self._map, values + one * _VALUES)[0], any(self._map[at : at + _KEY]), one)
+                for one, at in enumerate(range(keys, values, _KEY))
+            ]
+            index = min(stale)[2]
             at = values + index * _VALUES
+            runs = _RUNNING_AT + (bucket * _EIGHT + index) * _COUNTS
+            self._map[runs : runs + _COUNTS] = bytes(_COUNTS)
             self._map[at : at + _VALUES] = bytes(_VALUES)
             self._map[keys + index * _KEY : keys + (index + 1) * _KEY] = digest
         return values + index * _VALUES, _RUNNING_AT + (bucket * _EIGHT + index) * _COUNTS
@@ -187,58 +227,19 @@ class Counters:
         _RUNNING.pack_into(self._map, at, min(max(count + by, 0), 0xFFFF))
 
 
-def _file(path: Path) -> int:
-    """A descriptor of the file in its full size. Another form or size, or one that was left half made, is replaced as a
-    whole: what others have mapped must not shrink under them. Raises OSError where there is no room, ConfigError where
-    it breaks a rule of `private_file`."""
-    while True:
-        fd = private_file.open_checked(path, os.O_RDWR | os.O_CREAT)
-        try:
-            private_file.lock(fd, _OPENING)
-            about, now = os.fstat(fd), os.stat(path)
-            if (about.st_ino, about.st_dev) == (now.st_ino, now.st_dev):
-                if about.st_size == 0:
-                    _fill(fd)
-                elif about.st_size != SIZE or os.pread(fd, 32, 0) != _FORM.ljust(32, b"\0"):
-                    log.warning("%s is of another form, or torn: what it counted begins anew", path)
-                    _replace(path)
-                    continue
-                else:
-                    _allocate(fd)  # a copy may have holes
-                private_file.unlock(fd)
-                done, fd = fd, -1
-                return done
-        except FileNotFoundError:
-            continue
-        finally:
-            if fd >= 0:
-                os.close(fd)
+def _lock_file() -> IO[bytes]:
+    """A file of nobody's. A record lock on it is a process's own, and ends with it."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("mcpctl limits"), "r+b")
+    return tempfile.TemporaryFile()
 
 
-def _fill(fd: int) -> None:
-    try:
-        _allocate(fd)
-    except OSError:
-        os.ftruncate(fd, 0)
-        raise
-    os.pwrite(fd, _HEADER.pack(_FORM, secrets.token_bytes(16)), 0)
-
-
-def _allocate(fd: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, SIZE)
-    elif os.fstat(fd).st_size < SIZE:
-        os.pwrite(fd, bytes(SIZE), 0)
-
-
-def _replace(path: Path) -> None:
+def _replace(path: Path, data: bytes) -> None:
     beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
-        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
-        try:
-            _fill(fd)
-        finally:
-            os.close(fd)
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
         os.replace(beside, path)
     except OSError:
         with contextlib.suppress(OSError):

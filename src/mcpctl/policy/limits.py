@@ -255,9 +255,9 @@ class Limiter:
 
     # -- strangers -----------------------------------------------------------------------------------------------------
 
-    def wrong(self, address: str | None) -> int:
-        """Note a wrong credential of an address; 0, or where it is one too many, the seconds until the next is answered
-        401 again. A right credential never asks here."""
+    def wrong(self, address: str | None, note: bool = True) -> int:
+        """0, or where there were too many wrong credentials of an address, the seconds until a refusal is 401 again.
+        `note` one more. A credential that is let in never asks here."""
         if address is None:
             return 0
         subject, now, most = self._subject("address", address), self._clock(), self._limits.failed_sign_ins
@@ -266,7 +266,7 @@ class Limiter:
             until, count = self._counters.failed(slot)
             if not now < until <= now + WINDOW:
                 until, count = now + WINDOW, 0
-            if count < most:
+            if count < most and note:
                 self._counters.fail(slot, until, count + 1)
         return math.ceil(until - now) if count >= most else 0
 

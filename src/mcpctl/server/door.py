@@ -5,22 +5,40 @@ control socket, of the connections to PostgreSQL.
 """
 
 import asyncio
+import contextlib
+import functools
 import secrets
 import socket
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import h11
 from mcp_types import INVALID_REQUEST
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER, HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mcpctl.server import encoding
 from mcpctl.server.held import SMALL, Budget
+from mcpctl.shared_counters import source
 
-_PIECE = 16 << 10
+_HEAD = 16 << 10
+"""Bytes of a request's head."""
+_PIECE, _CHUNKED_PIECE = 16 << 10, 1 << 10
+"""Bytes of a body that h11 has at once: some milliseconds of work, in the worst case."""
+_CHUNKS, _CHUNK = 500, 64
+"""A body of more chunks than that has so many bytes in each, on average."""
+_TURNS = 16
+"""Pieces of a body that may still be taken up before an answer."""
+_NEWCOMERS = 16
+"""Descriptors for those for whom others have to go, whose own are free only when the event loop comes to it."""
+_EMPTY = 16
+"""Bytes of empty lines before a request."""
+_LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
 
 
 class Door(socket.socket):
-    """A listening socket that turns away whoever would leave too few descriptors.
+    """A listening socket that turns away whoever would leave too few descriptors, and before has another go for him.
 
     asyncio would go on accepting until none is left, and then write thousands of lines a second about it.
     """
@@ -28,14 +46,35 @@ class Door(socket.socket):
     most: int | None = None
     """The number that an accepted connection's descriptor has to be below: a new one gets the lowest free number
     (POSIX), so that many are open."""
+    make_room: Callable[[], None] = staticmethod(lambda: None)
+    """Called for each that leaves too little room for further ones."""
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Take the next connection; as if there were none, where it has to be turned away."""
         conn, address = super().accept()
+        if self.most is not None and conn.fileno() >= self.most - _NEWCOMERS:
+            self.make_room()
         if self.most is not None and conn.fileno() >= self.most:
             conn.close()
             raise BlockingIOError
         return conn, address
+
+
+class _Connection(h11.Connection):
+    """h11's, which takes no body in thousands of tiny chunks: each costs more than a hundred times its bytes."""
+
+    _chunks = _bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
+            self._bytes += len(event.data)
+            if self._chunks > _CHUNKS and self._bytes < _CHUNK * self._chunks:
+                raise h11.RemoteProtocolError("the chunks are too small")
+        return event
 
 
 class Visitor(H11Protocol):
@@ -46,18 +85,29 @@ class Visitor(H11Protocol):
     nothing at all is sent away sooner, by uvicorn. Who reads nothing of an answer is sent away at the third look."""
     budget: Budget | None = None
     """What all visitors of the process may have sent together, beyond what is small."""
+    here: ClassVar["dict[Visitor, None]"] = {}
+    """All of the process, the one that has been there for longest first."""
     ahead = 64 << 10
     """Bytes of further requests that may come before the answer to the one before."""
     _counted = 0
     _patience: asyncio.TimerHandle | None = None
     _seen: object = None
-    _ahead = 0
     _unread: tuple[int, ...] = ()
+    _turn: asyncio.Handle | None = None
+    _deaf = False
+    _dropped = 0
+    _empty = 0
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.conn = _Connection(h11.SERVER, _HEAD)
+        self._waiting = bytearray()
+        self._gone = asyncio.Event()
 
     @classmethod
     def of(cls, request_bytes: int, patience: float = patience) -> "type[Visitor]":
         """The visitors of one process, whose bodies may be so large."""
-        made: type[Visitor] = type("Visitor", (cls,), {"patience": patience, "budget": Budget(0)})
+        made: type[Visitor] = type("Visitor", (cls,), {"patience": patience, "budget": Budget(0), "here": {}})
         made.allow(request_bytes)
         return made
 
@@ -68,42 +118,130 @@ class Visitor(H11Protocol):
         if cls.budget is not None:
             cls.budget.most = Budget.of_visitors(request_bytes).most
 
+    @classmethod
+    def make_room(cls) -> None:
+        """Have one go who is not known: of the address that has most of those the one that came first."""
+        unknown = [one for one in cls.here if one.scope is None or not one.scope["state"].get("known")]
+        if unknown:
+            sources = [source(one.client[0]) if one.client else None for one in unknown]
+            gone = unknown[sources.index(Counter(sources).most_common(1)[0][0])]
+            del cls.here[gone]
+            gone.transport.abort()
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection is there."""
         super().connection_made(transport)
+        self.here[self] = None
+        self.app = functools.partial(self._answered, self.app)
+        self.flow.resume_reading = self.resume_reading  # type: ignore[method-assign]
         self._patience = self.loop.call_later(self.patience, self._look)
 
     def data_received(self, data: bytes) -> None:
         """Bytes came. While an answer is being made there may be some for the next request, and they are kept: uvicorn
         would stop reading, and not see that the client goes away."""
+        if self._deaf:
+            self._dropped += len(data)
+            if self._dropped > _LINGER_BYTES:
+                self._gone.set()
+            return
         if self.conn.their_state is h11.MUST_CLOSE:
             return  # no request follows one that said so
-        busy = self.conn.their_state is h11.DONE
-        if (busy or self.conn.their_state is h11.IDLE) and not self.conn.trailing_data[0]:
-            data = data.lstrip(b"\r\n")  # an empty line that comes before a request (RFC 9112, section 2.2)
-            if not data:
-                return
-        if not busy and len(data) > _PIECE:
-            # A quarter of a MiB may come at once, and h11 would take a head of that length (else 16 KiB).
-            for start in range(0, len(data), _PIECE):
-                if not self.transport.is_closing():
-                    self.data_received(data[start : start + _PIECE])
-            return
-        self._ahead = self._ahead + len(data) if busy else 0
-        if self._ahead > self.ahead:
+        self._waiting += data
+        if self.conn.their_state is h11.DONE and len(self._waiting) > self.ahead:
             self.transport.abort()
+        elif self._turn is None:
+            self._feed()
+        self._count_waiting()
+
+    def _feed(self) -> None:
+        """Give h11 what it may have now: a whole head, or a piece of a body, and the others their turn before the rest.
+        Never anything behind the request that is being answered."""
+        self._turn = None
+        state = self.conn.their_state
+        if not self._waiting or self._deaf or self.transport.is_closing() or state is h11.DONE or self._full():
             return
-        super().data_received(data)
-        if self.conn.their_state is h11.DONE:
+        if state is h11.IDLE and not self._skip_empty_lines():
+            return
+        size = _PIECE
+        if state is h11.IDLE:
+            size = _HEAD + 1 - len(self.conn._receive_buffer)
+            if (end := self._waiting.find(b"\r\n\r\n")) >= 0:
+                size = min(size, end + _CHUNKED_PIECE)
+        elif any(name == b"transfer-encoding" for name, _ in self.headers):
+            size = _CHUNKED_PIECE
+        piece = bytes(self._waiting[:size])
+        del self._waiting[:size]
+        super().data_received(piece)
+        if self._waiting and self.conn.their_state is not h11.DONE:
+            self.flow.pause_reading()
+            self._turn = self.loop.call_soon(self._feed)
+        elif not self._full():
             self.flow.resume_reading()
-        if not self._count(len(self.conn._receive_buffer)):
+
+    def _full(self) -> bool:
+        """Whether enough of a body waits for the app, which says when it has taken it: see `resume_reading`."""
+        return self.conn.their_state is h11.SEND_BODY and len(self.cycle.body) > HIGH_WATER_LIMIT
+
+    def _skip_empty_lines(self) -> bool:
+        """Pass over a few empty lines before a request (RFC 9112, section 2.2); whether anything is left."""
+        if self.conn._receive_buffer:
+            return True
+        found = self._waiting.lstrip(b"\r\n")
+        self._empty += len(self._waiting) - len(found)
+        self._waiting = found
+        if self._empty > _EMPTY:
             self.transport.abort()
+            return False
+        if found:
+            self._empty = 0
+        return bool(found)
+
+    def resume_reading(self) -> None:
+        """uvicorn wants more of the request: of what has come already, first."""
+        if self._waiting and self.conn.their_state is not h11.DONE:
+            if self._turn is None:
+                self._turn = self.loop.call_soon(self._feed)
+        else:
+            FlowControl.resume_reading(self.flow)
+
+    async def _answered(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        """Ask the app. Where it answers before the request's body has come to its end, nothing more is read as HTTP:
+        the connection closes behind the answer, after a moment in which what comes is dropped. Closed at once, the
+        answer would be lost to a reset (RFC 9112, section 9.6)."""
+
+        async def say(message: Any) -> None:
+            start = message["type"] == "http.response.start"
+            for _ in range(_TURNS if start else 0):  # of a small body all has come, if not been read
+                if self._turn is not None:
+                    await asyncio.sleep(0)
+            if start and self.conn.their_state is h11.SEND_BODY:
+                self._deaf = True
+                self._waiting.clear()
+                self.flow.resume_reading()
+                others = [item for item in message["headers"] if item[0] != b"connection"]
+                message = {**message, "headers": [*others, CLOSE_HEADER]}
+            elif self._deaf and not start and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LINGER_SECONDS):
+                        await self._gone.wait()
+                message = {**message, "body": b""}
+            await send(message)
+
+        await app(scope, receive, say)
 
     def on_response_complete(self) -> None:
-        """An answer has left; what has come meanwhile counts as the next request's."""
-        self._ahead = 0
+        """An answer has left; what has come meanwhile is the next request's."""
         super().on_response_complete()
-        self._count(len(self.conn._receive_buffer))
+        if self._turn is None:
+            self._feed()
+        self._count_waiting()
+
+    def _count_waiting(self) -> None:
+        """Count what is kept of heads and of further requests; a body's pieces are on their way."""
+        kept = 0 if self.conn.their_state is h11.SEND_BODY else len(self._waiting) + len(self.conn._receive_buffer)
+        if not self._count(kept):
+            self.transport.abort()
 
     def _count(self, waiting: int) -> bool:
         """Count the bytes that wait to be a request; whether there is room for them beside the others'."""
@@ -133,6 +271,11 @@ class Visitor(H11Protocol):
         """It has ended."""
         if self._patience is not None:
             self._patience.cancel()
+        if self._turn is not None:
+            self._turn.cancel()
+        self.here.pop(self, None)
+        self._gone.set()
+        self._waiting.clear()
         self._count(0)
         super().connection_lost(exc)
 

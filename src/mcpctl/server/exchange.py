@@ -1,7 +1,6 @@
 """One HTTP request and its answer, as ASGI has them: what is accepted, how an app is asked, how an answer is sent."""
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _JSON = b"application/json"
 _PIECE = 64 << 10
-_LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
 
 
 @dataclass
@@ -109,11 +107,9 @@ async def answer(
     request_id: str,
     headers: list[tuple[bytes, bytes]] | None = None,
     *,
-    unread: Receive | None = None,
     wanted: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Answer. `unread`: the request's body is still coming, and the connection will be closed. `wanted`: whether the
-    rest of a long answer may still leave; else the connection is closed under it."""
+    """Answer. `wanted`: whether the rest of a long answer may still leave; else the connection is closed under it."""
     own = encoding.headers(body, request_id) + (headers or [])
     await send({"type": "http.response.start", "status": status, "headers": own})
     whole = memoryview(body)
@@ -122,21 +118,4 @@ async def answer(
         whole = whole[_PIECE:]
         if not wanted():
             return
-    body = bytes(whole)
-    if unread is not None:
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-        await _linger(unread)
-        body = b""
-    await send({"type": "http.response.body", "body": body})
-
-
-async def _linger(receive: Receive) -> None:
-    """Read on for a moment: closed at once, the answer would be lost to a reset (RFC 9112, section 9.6)."""
-    left = _LINGER_BYTES
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_LINGER_SECONDS):
-            while left > 0:
-                message = await receive()
-                left -= len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
+    await send({"type": "http.response.body", "body": bytes(whole)})

@@ -32,6 +32,7 @@ from mcpctl.server.held import Bodies, TooMuchError
 
 log = logging.getLogger("mcpctl.http")
 _READY_FOR = 2.0
+_SAID_FOR = 60.0
 _CANCELLED = "The call was cancelled: by its client, or because "
 _INVALID_REQUEST, _INTERNAL = -32600, -32603
 
@@ -64,6 +65,7 @@ class Http:
         self._parts = parts
         self._bodies = Bodies(parts.settings.limits.request_bytes)
         self._ready: tuple[float, bool] | None = None
+        self._said: dict[str, tuple[float, int]] = {}
         self._asking = asyncio.Lock()
         self._streams: dict[asyncio.Task[Any], Principal] = {}
         self.answered_express = 0
@@ -85,6 +87,8 @@ class Http:
         try:
             if not scope["http_version"].startswith("1."):
                 raise Error("HTTP/1.1 is spoken here", status=505)
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+                raise UsageError("Content-Length and Transfer-Encoding in one request", "send one of them")
             credentials.to_origin_form(scope)
             if self._parts.no_auth and credentials.forwarded(scope["headers"]):
                 raise Error("--no-auth takes no request that a proxy has forwarded", "use tokens", status=403)
@@ -93,7 +97,7 @@ class Http:
                 raise Error("there is nothing here", "the server answers at /mcp", status=404)
             await route(scope, receive, send, request_id)
         except Error as problem:
-            await self._refuse(scope, receive, send, problem, request_id)
+            await self._refuse(scope, send, problem, request_id)
         except Exception:
             log.exception("request %s failed", request_id)
             await exchange.answer(
@@ -122,7 +126,8 @@ class Http:
         self, problem: LimitedError, principal: Principal | None, address: str | None, request_id: str
     ) -> None:
         """One line for a call that was too much, or a count; who is not known goes the way of strangers."""
-        recorder, where = self._parts.recorder, {"request_id": request_id, "transport": "http"}
+        recorder = self._parts.recorder
+        where: dict[str, Any] = {"request_id": request_id, "transport": "http"}
         if principal is None:
             recorder.auth_refused(address, problem.message, **where)
         else:
@@ -176,9 +181,14 @@ class Http:
                 raise UnauthorizedError("no credential")
             principal = await parts.authenticator.authenticate(text, address)
         except (UnauthorizedError, UsageError, LockedError) as problem:
-            known = problem.token_id if isinstance(problem, UnauthorizedError) else None
-            parts.recorder.auth_refused(address, problem.message, request_id=request_id, token=known, transport="http")
+            known, proven = None, False
+            if isinstance(problem, UnauthorizedError):
+                known, proven = problem.token_id, problem.proven
+            parts.recorder.auth_refused(
+                address, problem.message, proven=proven, request_id=request_id, token=known, transport="http"
+            )
             raise
+        scope["state"]["known"] = True  # see door.py:Visitor.make_room
         parts.recorder.auth_ok(principal.token, principal.user, address, request_id=request_id, transport="http")
         return address, principal
 
@@ -200,8 +210,6 @@ class Http:
         if (credentials.header(scope["headers"], b"content-encoding") or "identity").lower() != "identity":
             raise Error("a packed body is not taken", "send it without Content-Encoding", status=415)
         length = credentials.header(scope["headers"], b"content-length")
-        if length is not None and credentials.header(scope["headers"], b"transfer-encoding") is not None:
-            raise UsageError("Content-Length and Transfer-Encoding in one request", "send one of them")
         too_large = Error(f"the body is larger than {most} bytes", "ask for less at once", status=413)
         if length is not None and (not length.isascii() or not length.isdigit() or int(length) > most):
             raise too_large
@@ -358,7 +366,7 @@ class Http:
 
     # -- refusals --------------------------------------------------------------------------------------------------
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send, problem: Error, request_id: str) -> None:
+    async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
         """One answer for every refusal; a 401 says the same whatever the reason, which is in the audit log."""
         headers: list[tuple[bytes, bytes]] = []
         if isinstance(problem, UnauthorizedError) and self._parts.authenticator.locked:
@@ -381,13 +389,21 @@ class Http:
         if problem.status in (400, 408, 413, 505) or isinstance(problem, TooMuchError):
             headers.append((b"connection", b"close"))
         if problem.status >= 500 and problem.status != 505:
-            log.warning("request %s: %s", request_id, problem.message)
+            self._say(problem.message, request_id)
             told = problem.status == 503 and ("cannot be written" in message or message.startswith(_CANCELLED))
             message = message if told else outside(problem)
         data = {"hint": hint} if hint and problem.status < 500 else None
         body = encoding.rpc_error(_INVALID_REQUEST, message, data)
-        unread = receive if problem.status == 413 or isinstance(problem, TooMuchError) else None
-        await exchange.answer(send, problem.status, body, request_id, headers, unread=unread)
+        await exchange.answer(send, problem.status, body, request_id, headers)
+
+    def _say(self, message: str, request_id: str) -> None:
+        """Say in the server's log what is wrong with us: once a minute, however many ask."""
+        since, more = self._said.get(message, (-_SAID_FOR, 0))
+        if monotonic() - since < _SAID_FOR:
+            self._said[message] = (since, more + 1)
+            return
+        log.warning("request %s: %s%s", request_id, message, f" ({more} requests more before)" if more else "")
+        self._said[message] = (monotonic(), 0)
 
 
 def outside(problem: Error) -> str:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from mcpctl import __version__
@@ -25,7 +24,7 @@ from mcpctl.postgres.token_pool import TokenPool
 from mcpctl.private_file import fingerprint
 from mcpctl.recorder import Recorder
 from mcpctl.server.answers import Answer, Request, values
-from mcpctl.shared_counters import Counters
+from mcpctl.shared_counters import SAVED_EVERY, Counters
 from mcpctl.tools.table import TOOLS
 
 _REACHED_WITHIN, _REACHED_FOR = 1.0, 2.0
@@ -46,12 +45,15 @@ class Place:
 
 
 class Process:
-    """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late; `told` is
-    whom a command has told us to keep out although no file says so, {token: why}, "" for all; `kept_out` and
-    `unwritten` are who is let in by no generation: see Authenticator and Canaries."""
+    """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late, `counters`
+    what the limits count: all workers of a server have the same. `told` is whom a command has told us to keep out
+    although no file says so, {token: why}, "" for all; `kept_out` and `unwritten` are who is let in by no generation:
+    see Authenticator and Canaries."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, counters: Counters | None = None) -> None:
         self.place = place
+        self.counters = counters or Counters()
+        self.counters.as_worker(place.worker)
         self.metrics = Metrics()
         self.lag: Callable[[], float] = lambda: 0.0
         self.told: dict[str, str] = {}
@@ -63,19 +65,12 @@ class Process:
         """When the certificate that is served ends."""
         self.kept_out: dict[str, Mapping[str, str]] = {}
         self.unwritten: dict[str, Block] = {}
-        self._counters: Counters | None = None
 
-    def count_in(self, path: Path | None) -> Counters:
-        """What the limits count: the same for as long as the process lives, since what runs is counted there."""
-        if self._counters is None:
-            self._counters = Counters(path, place=self.place.worker, workers=self.place.workers)
-        return self._counters
-
-    def close(self) -> None:
-        """Let go of it."""
-        if self._counters is not None:
-            self._counters.close()
-            self._counters = None
+    async def save(self) -> None:
+        """Save what is counted now and then: one worker does."""
+        while True:
+            await asyncio.sleep(SAVED_EVERY)
+            await asyncio.to_thread(self.counters.save, self.counters.copy())
 
 
 class Live:

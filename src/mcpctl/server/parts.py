@@ -31,8 +31,6 @@ from mcpctl.server.live import Live, Place, Process
 from mcpctl.server.watch import Watch
 
 log = logging.getLogger("mcpctl")
-COUNTED = "limits.bin"
-"""The name of what the limits count, beside the state file."""
 
 
 @dataclass
@@ -63,9 +61,8 @@ async def running(
     keyring = Keyring(place(settings.keyring.file))
     logins = Logins(settings.databases, keyring)
     auth = settings.auth
-    counted = settings.server.state_file.with_name(COUNTED) if process is not None and files else None
     process = process or Process(Place(f"{os.getpid()}-{secrets.token_hex(4)}"))
-    limiter = Limiter(settings.limits, process.count_in(counted))
+    limiter = Limiter(settings.limits, process.counters)
     authenticator = Authenticator(
         auth.token_file,
         auth.user_file,

@@ -36,17 +36,21 @@ from mcpctl.server.live import Place, Process
 from mcpctl.server.parts import Core, running
 from mcpctl.server.reload import DRAIN, Alone, Read, Serving
 from mcpctl.server.workers import Link, Supervisor, stopping
+from mcpctl.shared_counters import Counters
 
 log = logging.getLogger("mcpctl")
 Ready = Callable[[str], None]
+COUNTED = "limits.bin"
+"""The name of what the limits count, beside the state file."""
 
 
 @dataclass(frozen=True)
-class _Sockets:
-    """What was made before the workers are: where calls are answered, and where /metrics is."""
+class _Shared:
+    """What was made before the workers are: where calls are answered, where /metrics is, and what the limits count."""
 
     calls: Door
     metrics: socket.socket | None
+    counters: Counters
 
 
 def serve(
@@ -68,7 +72,7 @@ def serve(
     bound = bind(settings.server.host, settings.server.port)
     port = bound.getsockname()[1]
     scraped = metrics.bind(settings.metrics) if settings.metrics.port is not None else None
-    sockets = _Sockets(bound, scraped)
+    shared = _Shared(bound, scraped, _counters(listening))
     listening = replace(listening, port=port)
     shown = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
     url = settings.server.public_url or f"{'https' if listening.tls else 'http'}://{shown}:{port}"
@@ -85,11 +89,12 @@ def serve(
 
     try:
         if settings.server.workers == 1:
-            told = asyncio.run(_alone(listening, sockets, place, up, read, hangup))
+            told = asyncio.run(_alone(listening, shared, place, up, read, hangup))
         else:
-            work = partial(_worker, sockets, place)
+            work = partial(_worker, shared, place)
             told = Supervisor(listening, bound, up, work, read, hangup).run()
     finally:
+        shared.counters.close()
         bound.close()
         if scraped is not None:
             scraped.close()
@@ -97,6 +102,13 @@ def serve(
         if hangup is not None and number == getattr(signal, "SIGHUP", None):
             signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)  # so that the exit status tells what ended it
+
+
+def _counters(listening: Listening) -> Counters:
+    """What the limits of all workers count; where nobody has a token it outlives nothing."""
+    server = listening.settings.server
+    path = None if listening.no_auth else server.state_file.with_name(COUNTED)
+    return Counters(path, workers=server.workers)
 
 
 def _all_descriptors(connections: int) -> int | None:
@@ -157,15 +169,15 @@ class _Uvicorn(uvicorn.Server):
 
 async def _alone(
     listening: Listening,
-    sockets: _Sockets,
+    shared: _Shared,
     place: Place,
     up: Callable[[], None],
     read: Read | None,
     hangup: Hangup | None,
 ) -> list[int]:
     """The server where there is one process; returns the signals that ended it."""
-    process = Process(place)
-    serving, config = _prepared(sockets.calls, process)
+    process = Process(place, shared.counters)
+    serving, config = _prepared(shared.calls, process)
     server = _Uvicorn(config, up, stopping(hangup))
     works = []
     if read is not None:
@@ -178,20 +190,20 @@ async def _alone(
             hangup.told = lambda: _soon(loop, alone.ask)
             if hangup.asked:
                 alone.ask()
-    await _serve(serving, config, server, listening, sockets, process, works)
+    await _serve(serving, config, server, listening, shared, process, works)
     return server.captured
 
 
-async def _worker(sockets: _Sockets, first: Place, listening: Listening, link: Link, number: int) -> None:
+async def _worker(shared: _Shared, first: Place, listening: Listening, link: Link, number: int) -> None:
     """One of several processes, which all have a place of their own."""
-    process = Process(replace(first, worker=number))
-    serving, config = _prepared(sockets.calls, process)
+    process = Process(replace(first, worker=number), shared.counters)
+    serving, config = _prepared(shared.calls, process)
     server = _Uvicorn(config, link.up, [signal.SIGTERM])
     process.begins = link.first
     serving.reload = link.outcome
     serving.taken = link.taken
     link.stop = server.leave
-    await _serve(serving, config, server, listening, sockets, process, [link.obey(serving)])
+    await _serve(serving, config, server, listening, shared, process, [link.obey(serving)])
 
 
 async def _serve(
@@ -199,7 +211,7 @@ async def _serve(
     config: uvicorn.Config,
     server: _Uvicorn,
     listening: Listening,
-    sockets: _Sockets,
+    shared: _Shared,
     process: Process,
     works: list[Coroutine[Any, Any, None]],
 ) -> None:
@@ -208,19 +220,20 @@ async def _serve(
     try:
         await serving.begin(listening)
         tasks += map(asyncio.create_task, works)
-        if sockets.metrics is not None:
-            tasks.append(asyncio.create_task(metrics.serve(sockets.metrics, process, lambda: serving.current.core)))
+        if process.place.worker == 0:
+            tasks.append(asyncio.create_task(process.save()))
+        if shared.metrics is not None:
+            tasks.append(asyncio.create_task(metrics.serve(shared.metrics, process, lambda: serving.current.core)))
         if (held := serving.certificates) is not None:
             config.ssl_context_factory = lambda config, default: held.live
             held.hang_up = server.hang_up
             process.ends = lambda: held.ends
-        await server.serve(sockets=[sockets.calls])
+        await server.serve(sockets=[shared.calls])
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await serving.end(at_once=server.force_exit)
-        process.close()
 
 
 def _soon(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
@@ -232,6 +245,7 @@ def _prepared(bound: Door, process: Process) -> tuple[Serving, uvicorn.Config]:
     """What a process serves with, and what uvicorn has to know of it."""
     # h11, which strips header values on both sides (RFC 9110); httptools leaves the end
     visitor = Visitor.of(0)
+    bound.make_room = visitor.make_room
 
     def applied(listening: Listening) -> None:
         limits = listening.settings.limits
