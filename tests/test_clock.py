@@ -114,6 +114,8 @@ WALL = re.compile(r"time\.time(_ns)?\(|datetime\.now\(")
 GO_BY_IT = {  # who reads the wall clock without being handed it, and why a step does no harm there
     "identity/tokens.py": "the one clock that all is handed",
     "private_file.py": "a file's stamp, which is only ever compared for being another one",
+    "server/live.py": "since when something is so, for people",
+    "shared_counters.py": "when the machine was booted: rates of before are forgotten, and no harm is done",
     "postgres/own.py": "when a database was registered, for people",
 }
 
