@@ -51,13 +51,17 @@ def test_a_file_that_cannot_be_read_is_named_and_is_a_fault(path: Path) -> None:
     write(path.with_name("elsewhere"), 5)
     path.with_name("elsewhere").rename(path)
     path.with_name("audit.jsonl.1").symlink_to("elsewhere")
+    path.with_name("audit.jsonl.2").mkdir()
     fault = broken(path, kept_since=NOW)
     assert (fault.kind, str(fault)) == (
         "unread", "audit.jsonl.1: it cannot be read, and may hold lines: it is a symbolic link",
     )  # fmt: skip
     reading = Reading(path)
     list(reading.lines(lambda line: True))
-    assert reading.faults == ["audit.jsonl.1 cannot be read as a part of the log: it is a symbolic link"]
+    assert reading.faults == [
+        f"audit.jsonl.{name} cannot be read as a part of the log: {why}"
+        for name, why in ((1, "it is a symbolic link"), (2, "it is no file"))
+    ]
 
 
 def test_a_line_that_has_no_end_is_not_read_to_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,8 @@ def opened(path: Path, stack: contextlib.ExitStack, unread: list[tuple[str, str]
         if stat.S_ISREG(about.st_mode):
             packed = one != path and files.read_at(fd, 2, 0) == _PACKED
             parts.setdefault(about.st_ino, Part(one, fd, about.st_size, packed))
+        else:
+            unread.append((one.name, "it is no file"))
 
     with contextlib.suppress(NotFoundError):
         add(path, private_file.open_checked(path, os.O_RDONLY))
