@@ -80,6 +80,14 @@ def test_whatever_a_statement_holds_the_line_is_printable_ascii_and_reads_back_t
     assert json.loads(body)["statement"] == whole
 
 
+def test_a_token_in_a_statement_or_a_reason_is_cut_down_to_its_id(log: AuditLog, path: Path) -> None:
+    token = f"mcp_24fu72po_{'6' * 43}_4Yyfcn"
+    log.append("tool.called", statement=f"select '{token}', mcp_customer_orders", reason=f"no table '{token}'")
+    [found] = lines(path)
+    assert found["statement"] == "select 'mcp_24fu72po_…', mcp_customer_orders"
+    assert found["reason"] == "no table 'mcp_24fu72po_…'"
+
+
 def test_no_control_character_and_no_half_of_a_pair_reaches_the_file_raw(log: AuditLog, path: Path) -> None:
     nasty = "".join(map(chr, range(0xA0))) + '\u2028\u2029\u202e\u2066\udfff\ud800 \U000e0041\n{"seq":9}'
     log.append("tool.refused", reason=nasty, user=nasty, client_ip=nasty)

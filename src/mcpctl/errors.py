@@ -1,8 +1,17 @@
-"""The one exception base. Imports nothing.
+"""The one exception base, and what no message may show. Imports nothing of ours.
 
 An `Error` is for a person: it says what was wrong, where, and (in `hint`) what to do. It carries the
 command line's exit code and the HTTP status, so that one place at each edge turns it into an answer.
 """
+
+import re
+
+_TOKEN = re.compile(r"(mcp_[0-9a-z]{8}_)[0-9A-Za-z]{20,}(?:_[0-9A-Za-z]+)?")
+
+
+def masked(text: str) -> str:
+    """The text with every token in it cut down to its id."""
+    return _TOKEN.sub(r"\1…", text)
 
 
 class Error(Exception):

@@ -24,7 +24,7 @@ from typing import Any
 
 from mcpctl import private_file
 from mcpctl.audit import files, late
-from mcpctl.errors import ConfigError, Error, FullError, NotFoundError, UnavailableError
+from mcpctl.errors import ConfigError, Error, FullError, NotFoundError, UnavailableError, masked
 
 FIRST = "0" * 64
 FIELDS = (
@@ -262,6 +262,9 @@ class AuditLog:
         """The line that comes next, in printable ASCII alone, and its hash."""
         values = {**fields, "seq": end.seq + 1, "key_id": self.key_id, "prev": end.hash, "hash": None}
         ordered = {name: values[name] for name in FIELDS if values.get(name) is not None}
+        for name in ("statement", "reason"):
+            if isinstance(value := ordered.get(name), str):
+                ordered[name] = masked(value)
         text = json.dumps(ordered, ensure_ascii=True, separators=(",", ":")).replace("\x7f", "\\u007f")
         body = text.encode("ascii")[:-1]
         digest = chain_hash(self.key, end.hash, body)

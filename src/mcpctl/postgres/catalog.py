@@ -1,5 +1,6 @@
 """What there is to ask about: tables, and one table's columns, keys and indexes, as the caller's role may see them."""
 
+import re
 from typing import Any
 
 from mcpctl.errors import Error, NotFoundError
@@ -7,6 +8,7 @@ from mcpctl.postgres import statement
 from mcpctl.postgres.answer import Bounds, Rows
 from mcpctl.postgres.token_pool import Session
 
+_NAME = re.compile(r"[\w$.-]{1,127}")
 READABLE = """pg_catalog.has_schema_privilege(n.oid, 'USAGE')
  AND (pg_catalog.has_table_privilege(c.oid, 'SELECT') OR pg_catalog.has_any_column_privilege(c.oid, 'SELECT'))"""
 """Whether the role may read something of relation `c` in schema `n`: nothing else is ever named to it."""
@@ -72,7 +74,7 @@ async def table(session: Session, schema: str | None, name: str, bounds: Bounds)
         )
     if not found.rows:
         raise NotFoundError(
-            f"there is no table {_said(name)}{f' in {_said(schema)}' if schema else ''} that you may read",
+            f"there is no table {_said(name)}{f' in schema {_said(schema)}' if schema else ''} that you may read",
             "get_schema_info without arguments lists those there are",
         )
     described: dict[str, Any] = found.rows[0][0]
@@ -80,8 +82,8 @@ async def table(session: Session, schema: str | None, name: str, bounds: Bounds)
 
 
 def _said(name: str) -> str:
-    """A name that was not found, in words that are logged, too: what may be a connection string is not repeated."""
-    return "of that name" if "://" in name or "=" in name else repr(name)
+    """A name that was not found, in words that are logged, too: what has not the form of one is not repeated."""
+    return repr(name) if _NAME.fullmatch(name) else "of that name"
 
 
 def _param(text: str | None) -> bytes | None:

@@ -1,20 +1,14 @@
 """The server's own messages: to stderr, and never with a token in them."""
 
 import logging
-import re
 import sys
 
-_TOKEN = re.compile(r"(mcp_[0-9a-z]{8})_[0-9A-Za-z]{20,}(?:_[0-9A-Za-z]+)?")
-
-
-def redacted(text: str) -> str:
-    """The text with every token cut down to its id."""
-    return _TOKEN.sub(r"\1_…", text)
+from mcpctl.errors import masked
 
 
 class _Redacting(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record)).translate(_CONTROL)
+        return masked(super().format(record)).translate(_CONTROL)
 
 
 _CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if code not in (9, 10)}
