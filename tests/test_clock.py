@@ -55,8 +55,10 @@ def test_what_was_seen_to_expire_stays_so_when_the_config_is_read_again(
                 core.authenticator._now = lambda later=later: datetime.now(UTC) + later
                 with pytest.raises(UnauthorizedError, match="expired"):
                     await core.authenticator.authenticate(text, "192.0.2.1")
+                core.recorder.auth_ok("it", None, "192.0.2.1")
 
     asyncio.run(main())
+    assert [line["event"] for line in at.audit()].count("auth.ok") == 1  # once an hour, whatever is reloaded
 
 
 def test_a_clock_that_jumps_forward_ends_tokens_and_back_again_only_those_nobody_saw(house: House) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 
@@ -9,7 +10,9 @@ import pytest
 
 import site_of_mcpctl as site
 from bouncer import bouncer
-from mcpctl import private_file
+from mcpctl import config, private_file
+from mcpctl.calls import Request
+from mcpctl.server.parts import running
 from site_of_mcpctl import Shop, Site, eventually, in_background
 from test_cutting import STUBBORN, UNENDING
 
@@ -98,3 +101,27 @@ def test_a_users_own_login_does_not_go_through_a_pooler(
             said = client.error("select 1")
             assert "a pooler stands before it" in said or "cannot be reached right now" in said
             assert ("a pooler" in said) == bool(settings)
+
+
+def test_a_connection_that_a_pooler_gives_another_backend_is_served_no_more(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    """As PgBouncer does that is told another pool_mode while connections are open."""
+    at = make_site(newest_shop)
+
+    async def main() -> None:
+        async with running(config.load(at.config, at.limits), files=False) as core:
+
+            async def ask() -> str:
+                request = Request("r", None, "stdio")
+                local = core.authenticator.local()
+                return (await core.calls.call(local, "query_database", {"query": "select 'it'"}, request)).text
+
+            assert "it" in await ask()
+            [session] = [one for pool in core.pools.all for one in pool.sessions.values()]
+            session.pid += 1
+            assert "pool_mode transaction" in await ask()
+            assert session.conn.closed
+            assert "it" in await ask()
+
+    asyncio.run(main())

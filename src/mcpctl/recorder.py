@@ -20,6 +20,8 @@ IN_FULL, STRANGERS_IN_FULL = 10, 3
 address (of IPv6, one /64) with a wrong one; one line counts the others."""
 _CREDENTIALS = 10_000
 Count = Callable[[str, Mapping[str, Any], "bool | None"], None]
+Greeted = OrderedDict[tuple[str | None, str | None], float]
+"""When the use of a credential from an address was noted last."""
 LATE = 1000
 """Lines that are kept while the log cannot be written, the newest; of older ones only their number is."""
 
@@ -49,6 +51,7 @@ class Recorder:
         clock: Callable[[], float] = monotonic,
         count: Count = lambda event, fields, written: None,
         line: Callable[[], bool] = lambda: True,
+        greeted: Greeted | None = None,
     ) -> None:
         self._audit = audit
         self._statements = statements
@@ -57,7 +60,7 @@ class Recorder:
         self._count = count
         self._line = line
         self._failing = False
-        self._greeted: OrderedDict[tuple[str | None, str | None], float] = OrderedDict()
+        self._greeted = OrderedDict() if greeted is None else greeted
         self._refused: dict[str | None, _Stranger] = {}
         self._proven: dict[str | None, tuple[float, int]] = {}
         self._limited: dict[tuple[str | None, str, str], tuple[float, int, dict[str, Any]]] = {}

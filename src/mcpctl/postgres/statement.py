@@ -23,9 +23,10 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg import pq
 
-from mcpctl.errors import Error
+from mcpctl.errors import Error, ForbiddenError
 from mcpctl.postgres import cutting
 from mcpctl.postgres.answer import Answer, Bounds, Rows
+from mcpctl.postgres.login import SHARED_BACKENDS
 from mcpctl.postgres.token_pool import Session
 from mcpctl.postgres.values import Types, UnknownType
 from mcpctl.postgres.verdicts import Verdict, Verdicts
@@ -35,7 +36,7 @@ T = TypeVar("T")
 Statement = tuple[bytes, Sequence[bytes | None]]
 _Status = pq.ExecStatus
 _LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, true),
- pg_catalog.set_config('lock_timeout', $1, true)"""
+ pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.pg_backend_pid()"""
 _UNLOCK = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
  (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements), pg_catalog.setseed($1)"""
 _CURSOR = b"declare c no scroll cursor for\n"
@@ -316,6 +317,9 @@ class Exchange:
         if begin.status != _Status.COMMAND_OK or limits.status != _Status.TUPLES_OK:
             self._clean = False
             raise error(begin if begin.status != _Status.COMMAND_OK else limits)
+        if limits.get_value(0, 2) != b"%d" % self.session.pid:  # a pooler gives its clients any backend by now
+            self.session.close()
+            raise ForbiddenError(f"database {self.session.pool.login.name!r} is not served: {SHARED_BACKENDS}")
 
     async def _ended(self, wire: Wire) -> None:
         """Take the rest of the frame, and see whether it is as it should be."""

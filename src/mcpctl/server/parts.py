@@ -87,7 +87,14 @@ async def running(
     durable = Durable(book, anchors, settings.audit.sync, refuse=refuse)
     metrics = process.metrics
     metrics.know(settings.databases)
-    recorder = Recorder(book, settings.audit.statements, refuse=refuse, count=metrics.count, line=limiter.line)
+    recorder = Recorder(
+        book,
+        settings.audit.statements,
+        refuse=refuse,
+        count=metrics.count,
+        line=limiter.line,
+        greeted=process.greeted,
+    )
     large_blocks_apart()
     pools = Pools(
         max(2, settings.limits.connections // process.place.workers),
