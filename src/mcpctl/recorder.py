@@ -162,8 +162,9 @@ class Recorder:
         while len(self._greeted) > _CREDENTIALS:
             self._greeted.popitem(last=False)
 
-    def auth_refused(self, address: str | None, reason: str, **fields: Any) -> None:
-        """The first of an address and minute in full, the others counted: see `flush`."""
+    def auth_refused(self, address: str | None, reason: str, *, locked: bool = False, **fields: Any) -> None:
+        """The first of an address and minute in full, the others counted: see `flush`. `locked`: the credential was
+        good, and the server's log, by which addresses are banned, has no line."""
         self._count("auth.refused", {"reason": reason}, None)
         self._look()
         who = source(address)
@@ -175,9 +176,8 @@ class Recorder:
         if count < IN_FULL:
             if not self._write("auth.refused", {"client_ip": address, "reason": reason, **fields}):
                 self._lose(self._audit.time())
-            log.warning(
-                "Unauthorized: %s client=%s", reason, address or "-"
-            )  # the address last: see docs/monitoring.md
+            if not locked:  # the address last: see docs/monitoring.md
+                log.warning("Unauthorized: %s client=%s", reason, address or "-")
 
     def limited(self, problem: LimitedError, **fields: Any) -> None:
         """A known token's call that was too much: the first of a limit and minute in full, the others counted."""

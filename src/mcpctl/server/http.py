@@ -115,6 +115,10 @@ class Http:
             raise
         try:
             await self._served(scope, receive, send, Request(request_id, address, "http"), principal)
+        except UnauthorizedError:
+            if self._parts.authenticator.locked:
+                raise LockedError from None
+            raise
         finally:
             limiter.leave(slots)
 
@@ -122,7 +126,8 @@ class Http:
         self, problem: LimitedError, principal: Principal | None, address: str | None, request_id: str
     ) -> None:
         """One line for a call that was too much, or a count; who is not known goes the way of strangers."""
-        recorder, where = self._parts.recorder, {"request_id": request_id, "transport": "http"}
+        recorder = self._parts.recorder
+        where: dict[str, Any] = {"request_id": request_id, "transport": "http"}
         if principal is None:
             recorder.auth_refused(address, problem.message, **where)
         else:
@@ -176,8 +181,11 @@ class Http:
                 raise UnauthorizedError("no credential")
             principal = await parts.authenticator.authenticate(text, address)
         except (UnauthorizedError, UsageError, LockedError) as problem:
-            known = problem.token_id if isinstance(problem, UnauthorizedError) else None
-            parts.recorder.auth_refused(address, problem.message, request_id=request_id, token=known, transport="http")
+            who: dict[str, Any] = {"token": getattr(problem, "token_id", None), "user": getattr(problem, "user", None)}
+            locked = isinstance(problem, LockedError)
+            parts.recorder.auth_refused(
+                address, problem.message, locked=locked, **who, request_id=request_id, transport="http"
+            )
             raise
         parts.recorder.auth_ok(principal.token, principal.user, address, request_id=request_id, transport="http")
         return address, principal
@@ -360,8 +368,6 @@ class Http:
     async def _refuse(self, scope: Scope, receive: Receive, send: Send, problem: Error, request_id: str) -> None:
         """One answer for every refusal; a 401 says the same whatever the reason, which is in the audit log."""
         headers: list[tuple[bytes, bytes]] = []
-        if isinstance(problem, UnauthorizedError) and self._parts.authenticator.locked:
-            problem = LockedError()
         message, hint = problem.message, problem.hint
         if isinstance(problem, UnauthorizedError):
             message, hint = "Unauthorized: a valid token is needed", "send it as Authorization: Bearer …"
