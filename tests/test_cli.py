@@ -379,7 +379,7 @@ def test_an_unknown_thing_exits_4_and_nothing_changes(alice: Home) -> None:
     for arguments in (
         ["token", "show", "zzzzzzzz"],
         ["token", "rotate", "zzzzzzzz"],
-        ["token", "revoke", name, "zzzzzzzz"],
+        ["token", "revoke", "zzzzzzzz"],
         ["token", "revoke", text],
         ["token", "remove", "zzzzzzzz", "--yes"],
         ["token", "add", "--user", "nobody-here", "--expiry", "1d"],
