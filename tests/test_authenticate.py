@@ -14,7 +14,7 @@ import pytest
 from mcpctl import private_file
 from mcpctl.config_keys import Limits
 from mcpctl.config_values import network
-from mcpctl.errors import UnauthorizedError, UnavailableError
+from mcpctl.errors import LockedError, UnauthorizedError, UnavailableError
 from mcpctl.identity import authenticate, tenants, tokens, users
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import LOCAL, Principal
@@ -434,3 +434,17 @@ def test_a_token_that_expires_while_the_files_are_broken_still_ends(house: House
         house.door.refresh()
     assert house.door.expired() == [name]
     assert not house.door.still_valid(found)
+
+
+def test_while_the_server_is_locked_a_wrong_credential_is_wrong_and_a_right_one_is_told_and_known(house: House) -> None:
+    name, text = house.token(user="alice")
+    tripped: list[str] = []
+    house.door.canaries, house.door.tripped = {name}, lambda token, address: tripped.append(token.id)
+    house.door.lockdown.path.touch()
+    assert refused(house, forged(text)).token_id == name
+    assert tripped == []
+    with pytest.raises(LockedError) as caught:
+        enter(house, text)
+    assert (caught.value.token_id, caught.value.user, tripped) == (name, "alice", [name])
+    house.change(name, revoked_at=house.now)
+    assert refused(house, text).message == "the token is revoked"

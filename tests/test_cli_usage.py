@@ -13,6 +13,7 @@ from command_line import Home
 from mcpctl.audit import usage
 from mcpctl.audit.log import AuditLog, read_key
 from mcpctl.identity import tokens
+from test_control import process
 
 
 @pytest.fixture
@@ -132,3 +133,23 @@ def test_all_tokens_are_rotated_into_private_files(home: Home) -> None:
     again = home("token", "rotate", "--all", "--out", str(out), "--overlap", "1h")
     assert again.good.count(" replaced by ") == 3
     assert again.good.endswith("no server runs\n")
+
+
+def test_a_typo_beside_a_right_id_does_not_keep_that_one_alive(home: Home) -> None:
+    one, other = home.token()[0], home.token()[0]
+    done = home("token", "revoke", one, "zzzzzzzz", "yyyyyyyy", other)
+    assert (done.code, done.out) == (4, f"{one} revoked\n{other} revoked\nno server runs\n")
+    assert "there is no token zzzzzzzz; there is no token yyyyyyyy" in done.error
+    with process(home.folder, "1", b'{"sessions": [], "open": false}\n') as asked:
+        done = home("session", "revoke", "zzzzzzzz", one)
+    assert (done.code, done.out) == (4, f"{one}: had nothing open\n")
+    assert "there is no token zzzzzzzz" in done.error
+    assert [request["token"] for request in asked if request["do"] == "end_session"] == [one]
+
+
+@pytest.mark.parametrize("words", [("--all", "zzzzzzzz"), ("--except", "zzzzzzzz"), ("zzzzzzzz", "--except", "x"), ()])
+def test_what_does_not_go_with_all_is_said(home: Home, words: tuple[str, ...]) -> None:
+    done = home("token", "revoke", *words)
+    assert done.code == 2
+    assert "or say --all" in done.error
+    assert "--except goes with --all" in done.error

@@ -12,7 +12,8 @@ import pytest
 from chain import lines, verify
 from command_line import Home
 from mcpctl import private_file, reserve
-from mcpctl.errors import FullError, UnavailableError
+from mcpctl.cli.taking import known_of
+from mcpctl.errors import Failures, FullError, NotWrittenError, UnavailableError
 from mcpctl.identity import tokens
 from mcpctl.identity.lockdown import Lockdown
 from mcpctl.state import State
@@ -222,6 +223,17 @@ def test_on_a_disk_that_cannot_be_written_the_servers_are_told(read_only: Home, 
         assert [one["now"] for one in asked if one["do"] == "lock"] == [True, False]
     done = home("lockdown")
     assert (done.code, "no server answers here" in done.error) == (1, True)
+
+
+def test_ids_are_kept_out_also_where_their_file_cannot_even_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise NotWrittenError("cannot read it: Input/output error")
+
+    monkeypatch.setattr(private_file, "read", broken)
+    file = tokens.token_file(tmp_path / "tokens.yaml")
+    assert known_of(file, ["aaaaaaaa", "bbbbbbbb", "aaaaaaaa"], Failures()) == ["aaaaaaaa", "bbbbbbbb"]
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["with the reserve", "without"])

@@ -19,6 +19,8 @@ from mcpctl.errors import Error, LockedError
 from mcpctl.identity import tokens
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.lockdown import Lockdown
+from mcpctl.identity.principal import LOCAL
+from mcpctl.postgres.pools import ended
 from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually, in_background
 from test_control import process
 
@@ -65,10 +67,13 @@ def test_it_is_on_from_one_command_to_the_other_and_twice_is_fine(home: Home) ->
 
 
 def test_a_reason_is_a_short_line_of_text(home: Home) -> None:
-    _, text = home.token()
+    name, text = home.token()
     for reason in ("two\nlines", "x" * 1001, f"look at {text}"):
         assert home("lockdown", "--reason", reason).code == 2
     assert not (home.folder / "lockdown").exists()
+    for command in (("token", "revoke", name), ("session", "revoke", name), ("token", "unblock", name)):
+        assert "--reason takes" in home(*command, "--reason", "two\nlines").error
+    assert home("token", "revoke", name).good.startswith(f"{name} revoked\n")
 
 
 @pytest.mark.parametrize("how", ["empty", "garbage", "open to all", "a folder", "a link to nothing", "huge"])
@@ -93,8 +98,8 @@ def test_what_cannot_be_believed_locks_too(lock: Lockdown, how: str) -> None:
 
 def test_what_is_open_ends_once_and_nobody_is_valid_until_it_is_lifted(home: Home) -> None:
     door = Authenticator(home.folder / "tokens.yaml", home.folder / "users.yaml")
-    ended: list[dict[str, str]] = []
-    door.ended = ended.append
+    told: list[dict[str, str]] = []
+    door.ended = told.append
     (home.folder / "tokens.yaml").unlink()
     (home.folder / "users.yaml").unlink()
     (home.folder / "tenants.yaml").unlink()
@@ -104,7 +109,7 @@ def test_what_is_open_ends_once_and_nobody_is_valid_until_it_is_lifted(home: Hom
     for _ in range(2):
         with pytest.raises(LockedError):
             door.local()
-    assert ended == [{"": "the server is locked"}]
+    assert told == [{"": "the server is locked"}]
     assert not door.still_valid(caller)
     door.lockdown.lift()
     assert door.still_valid(door.local())
@@ -118,7 +123,7 @@ def two_workers(make_site: MakeSite, newest_shop: Shop) -> Site:
 
 def test_no_worker_answers_a_call_after_it_and_what_runs_is_cut(two_workers: Site) -> None:
     at = two_workers
-    _, text = at.token()
+    name, text = at.token()
     with at.client(text) as a:
         assert a.rows("select 1") == [[1]]
         running = in_background(a.call, "query_database", {"query": "select pg_sleep(20)"})
@@ -131,9 +136,12 @@ def test_no_worker_answers_a_call_after_it_and_what_runs_is_cut(two_workers: Sit
             with at.client(text) as other:
                 answer = other.call("whoami")
             assert (answer.status_code, "the server is locked" in answer.text) == (503, True)
-            assert httpx.post(at.url, content=b"{}", trust_env=False).status_code == 503
+            assert httpx.post(at.url, content=b"{}", trust_env=False).status_code == 401
             assert httpx.get(f"{base}/ready", trust_env=False).status_code == 503
             assert httpx.get(f"{base}/health", trust_env=False).status_code == 200
+        knocked = next(line for line in reversed(at.audit()) if line.get("token") == name)
+        assert (knocked["event"], knocked["user"], "is locked" in knocked["reason"]) == ("auth.refused", "alice", True)
+        assert "Unauthorized: the server is locked" not in "".join(at.stderr)
         assert at.shop.backends("state = 'active'") == []
         assert "ON: the server is locked" in at.run("status").stdout
         at.stop()
@@ -232,3 +240,7 @@ def test_a_fault_in_the_config_stops_nothing_that_an_incident_needs(home: Home) 
         assert home(*command).code == 1
     events = [line["event"] for line in lines(home.folder / "audit.jsonl")]
     assert events[-3:] == ["token.revoked", "user.disabled", "server.locked"]
+
+
+def test_who_comes_without_a_token_is_told_that_the_server_was_locked() -> None:
+    assert ended(LOCAL) == "the server was locked while the call ran"

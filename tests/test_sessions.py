@@ -91,7 +91,7 @@ def test_what_has_nothing_open_is_said_and_an_unknown_id_ends_nothing(site: Site
     (name, token), (idle, _) = site.token("alice"), site.token("bob")
     with site.client(token) as client:
         client.rows("select 1")
-        done = site.run("session", "revoke", name, "zzzzzzzz", check=False)
+        done = site.run("session", "revoke", "yyyyyyyy", "zzzzzzzz", check=False)
         assert (done.returncode, done.stdout) == (4, "")
         assert "there is no token zzzzzzzz" in done.stderr
         assert set(sessions(site)) == {name}

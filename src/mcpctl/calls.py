@@ -31,7 +31,7 @@ from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
-from mcpctl.postgres.pools import NarrowedError, Pools
+from mcpctl.postgres.pools import NarrowedError, Pools, ended
 from mcpctl.postgres.statement import NotAQuestionError, StatementError, elapsed
 from mcpctl.postgres.token_pool import Session, Use
 from mcpctl.reach import Reach
@@ -224,7 +224,7 @@ class Calls:
         except asyncio.CancelledError:
             outcome, reason = "cancelled", f"the client went away, or {self.ends}"
             if not self._pools.valid(principal):
-                event, outcome, reason = "tool.refused", "cut", "the token ended while the call ran"
+                event, outcome, reason = "tool.refused", "cut", ended(principal)
             raise
         except Exception:
             outcome, reason = "error", "internal error"

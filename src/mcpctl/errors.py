@@ -121,10 +121,13 @@ class FullError(UnavailableError):
 
 
 class LockedError(UnavailableError):
-    """An administrator has locked the server. Unlike other faults of ours it is told to whoever calls."""
+    """An administrator has locked the server. Unlike other faults of ours it is told to whoever may call. `token_id`
+    and `user` are whose credential was good."""
 
-    def __init__(self) -> None:
+    def __init__(self, token_id: str | None = None, user: str | None = None) -> None:
         super().__init__("the server is locked: it answers no calls until its administrator lifts that")
+        self.token_id = token_id
+        self.user = user
 
 
 class Failures:

@@ -177,9 +177,12 @@ class Recorder:
         while len(self._greeted) > _CREDENTIALS:
             self._greeted.popitem(last=False)
 
-    def auth_refused(self, address: str | None, reason: str, *, proven: bool = False, **fields: Any) -> None:
+    def auth_refused(
+        self, address: str | None, reason: str, *, proven: bool = False, locked: bool = False, **fields: Any
+    ) -> None:
         """The first of an address and minute in full, the others counted: see `flush`. Those whose secret was right
-        (`proven`) count for their token, and no number of strangers keeps them from the log."""
+        (`proven`) count for their token, and no number of strangers keeps them from the log. `locked`: the credential
+        was good, and the server's log, by which addresses are banned, has no line."""
         self._count("auth.refused", {"reason": reason}, None)
         self._look()
         if proven:
@@ -191,9 +194,8 @@ class Recorder:
         if in_full:
             if not self._write("auth.refused", {"client_ip": address, "reason": reason, **fields}):
                 self._lose(self._audit.time())
-            log.warning(
-                "Unauthorized: %s client=%s", reason, address or "-"
-            )  # the address last: see docs/monitoring.md
+            if not locked:  # the address last: see docs/monitoring.md
+                log.warning("Unauthorized: %s client=%s", reason, address or "-")
 
     def _stranger(self, who: str | None, fields: Mapping[str, Any]) -> bool:
         """Count a wrong credential; whether it is written in full."""

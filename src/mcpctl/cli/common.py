@@ -27,6 +27,19 @@ ConfigOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+def _reason(text: str | None) -> str | None:
+    if text is not None:
+        from mcpctl.identity.users import check_note
+
+        check_note(text, "--reason")
+    return text
+
+
+ReasonOption = Annotated[
+    str | None, typer.Option("--reason", metavar="T", help="Why, for the audit log.", callback=_reason)
+]
+
+
 @dataclass(frozen=True)
 class Invocation:
     """What was said before the command's own name, and who said it: asked before root is given up."""

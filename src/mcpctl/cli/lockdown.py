@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, settings, told
+from mcpctl.cli.common import ConfigOption, JsonOption, ReasonOption, by_whom, note, settings, told
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
@@ -16,7 +16,7 @@ _NOBODY = "no server answers here; one without tokens locks by itself within a s
 def lockdown(
     context: typer.Context,
     lift: Annotated[bool, typer.Option("--lift", help="Answer calls again.")] = False,
-    reason: Annotated[str | None, typer.Option("--reason", metavar="T", help="Why, for the audit log.")] = None,
+    reason: ReasonOption = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -28,10 +28,8 @@ def lockdown(
     from mcpctl.errors import Error
     from mcpctl.identity.lockdown import Lockdown
     from mcpctl.identity.tokens import rfc3339, utcnow
-    from mcpctl.identity.users import check_note
 
     found = settings(context, config, needs_log=False, forgiving=True)
-    check_note(reason, "--reason")
     lock = Lockdown(found.auth.token_file)
     folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
     failed: Error | None = None

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note_all, settings, told
+from mcpctl.cli.common import ConfigOption, JsonOption, ReasonOption, by_whom, note_all, settings, told
 from mcpctl.cli.live import ago, ask
 
 if TYPE_CHECKING:
@@ -61,13 +61,14 @@ def _together(found: "Iterable[dict[str, Any]]") -> list[dict[str, Any]]:
 def revoke(
     context: typer.Context,
     ids: Annotated[list[str], typer.Argument(metavar="ID…", help="The tokens' ids.")],
-    reason: Annotated[str | None, typer.Option("--reason", metavar="T", help="Why, for the audit log.")] = None,
+    reason: ReasonOption = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
     """End what tokens have open: running calls are cut, connections closed. The tokens stay valid, and their next call
     begins anew; `mcpctl token revoke` ends a token.
     """
+    from mcpctl.errors import Failures
     from mcpctl.identity import tokens
 
     found = settings(context, config, needs_log=False, forgiving=True)
@@ -76,9 +77,15 @@ def revoke(
     wanted = list(dict.fromkeys(ids))
     answers, _ = ask(found, {"do": "sessions"})
     open_ = {one["id"] for answer in answers for one in answer["sessions"]}
+    missing, there = Failures(), list[str]()
     for name in wanted:
-        if name not in open_:
-            tokens.show(file, name)
+        with missing:
+            if name not in open_:
+                tokens.show(file, name)
+            there.append(name)
+    if not there:
+        missing.check()
+    wanted = there
     done: list[dict[str, Any]] = []
     ended = []
     for name in wanted:
@@ -92,9 +99,11 @@ def revoke(
     words, values = told(done)
     if json:
         output.put_json({"closed": ended, "not_open": [name for name in wanted if name not in ended], "cut": values})
+        missing.check()
         return
     for name in wanted:
         output.put(f"{name}: {'closed' if name in ended else 'had nothing open'}")
     output.say(words)
     if ended:
         output.say("the tokens are still valid, and their next call begins anew; `mcpctl token revoke` ends a token")
+    missing.check()

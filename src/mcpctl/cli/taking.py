@@ -10,6 +10,9 @@ from mcpctl.cli.common import told
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
+    from mcpctl.errors import Failures
+    from mcpctl.identity.entry_file import EntryFile
+    from mcpctl.identity.tokens import Token
 
 WAITED, TOLD = 2.0, 5.0
 """Seconds that another may hold the file until that is said, and until the servers are told."""
@@ -57,6 +60,25 @@ def taking(found: "Settings", names: list[str], path: Path | None = None) -> "It
     finally:
         for timer in timers:
             timer.cancel()
+
+
+def known_of(file: "EntryFile[Token]", ids: list[str], missing: "Failures") -> list[str]:
+    """Those of the ids that there are; all, where the disk lets nobody read the file. What is not there beside others
+    goes into `missing`; Error where there is none."""
+    from mcpctl.errors import NotWrittenError
+    from mcpctl.identity import tokens
+
+    known: list[str] = []
+    for name in dict.fromkeys(ids):
+        with missing:
+            try:
+                tokens.show(file, name)
+            except NotWrittenError as problem:
+                output.warn(problem.message)
+            known.append(name)
+    if not known:
+        missing.check()
+    return known
 
 
 def _holder(path: Path) -> str:

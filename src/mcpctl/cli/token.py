@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcpctl.cli import lockdown, output, usage
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, confirm, note, note_all, proof, ready_to_note, settings
+from mcpctl.cli.common import (
+    ConfigOption,
+    JsonOption,
+    ReasonOption,
+    by_whom,
+    confirm,
+    note,
+    note_all,
+    proof,
+    ready_to_note,
+    settings,
+)
 from mcpctl.cli.new_token import (
     blocked_by_us,
     bounded,
@@ -22,7 +33,7 @@ from mcpctl.cli.new_token import (
     record,
     tell,
 )
-from mcpctl.cli.taking import taking
+from mcpctl.cli.taking import known_of, taking
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
@@ -311,7 +322,7 @@ def revoke(
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID…", help="The tokens' ids.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every token there is.")] = False,
     but: ExceptOption = None,
-    reason: Annotated[str | None, typer.Option("--reason", metavar="T", help="Why, for the audit log.")] = None,
+    reason: ReasonOption = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -319,34 +330,30 @@ def revoke(
 
     Never asks. Revoking twice is fine.
     """
-    from mcpctl.errors import UsageError
+    from mcpctl.errors import Failures, UsageError
     from mcpctl.identity import tokens
 
-    if bool(ids) == all_:
-        raise UsageError("name the tokens to revoke, or say --all", "`mcpctl token list` shows the ids")
-    if but and not all_:
-        raise UsageError("--except goes with --all", "else name the tokens to revoke")
+    if bool(ids) == all_ or (but and not all_):
+        raise UsageError("name the tokens to revoke, or say --all without any", "--except goes with --all alone")
     found = settings(context, config, needs_log=False, forgiving=True)
     file = tokens.token_file(found.auth.token_file)
-    with taking(found, [name for name in file.current() if name not in (but or ())] if all_ else list(ids or ())):
-        done = tokens.revoke(file, None if all_ else ids, tokens.utcnow(), but or ())
+    missing = Failures()
+    known = [name for name in file.current() if name not in (but or ())] if all_ else known_of(file, ids or [], missing)
+    with taking(found, known):
+        done = tokens.revoke(file, None if all_ else known, tokens.utcnow(), but or ())
     fresh = [entry for entry, alive in done if alive]
     why = by_whom(context, reason)
     # The servers see the file by themselves meanwhile; whoever interrupts the wait for their proof leaves a record.
     note_all(found, [("token.revoked", {"token": entry.id, "user": entry.user, "reason": why}) for entry in fresh])
     words, values = proof(found, [entry.id for entry, _ in done])
     if json:
-        output.put_json(
-            {
-                "revoked": [entry.id for entry, _ in done],
-                "already": [entry.id for entry, alive in done if not alive],
-                "cut": values,
-            }
-        )
-        return
-    for entry, alive in done:
-        output.put(f"{entry.id} {'revoked' if alive else 'was revoked already'}")
-    output.put(words)
+        already = [entry.id for entry, alive in done if not alive]
+        output.put_json({"revoked": [entry.id for entry, _ in done], "already": already, "cut": values})
+    else:
+        for entry, alive in done:
+            output.put(f"{entry.id} {'revoked' if alive else 'was revoked already'}")
+        output.put(words)
+    missing.check()
 
 
 @app.command("remove")
@@ -358,7 +365,6 @@ def remove(
     config: ConfigOption = None,
 ) -> None:
     """Take a token out of the file, record and all. `revoke` keeps the record."""
-
     from mcpctl.identity import tokens
 
     found = settings(context, config, needs_log=False)
@@ -381,7 +387,7 @@ def unblock(
     context: typer.Context,
     id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The token's id.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every token that is blocked.")] = False,
-    reason: Annotated[str | None, typer.Option("--reason", metavar="T", help="Why, for the audit log.")] = None,
+    reason: ReasonOption = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -390,12 +396,10 @@ def unblock(
 
     from mcpctl.errors import UsageError
     from mcpctl.identity.blocked import Blocked, store
-    from mcpctl.identity.users import check_note
     from mcpctl.state import State
 
     if (id is not None) == all_:
         raise UsageError("name the token to let in again, or say --all", "`mcpctl token list` shows which are blocked")
-    check_note(reason, "--reason")
     found = settings(context, config)
     ready_to_note(found)
     with closing(State(found.server.state_file) if all_ else store(found)) as state:

@@ -9,6 +9,7 @@ from mcpctl.cli.administration import files_of
 from mcpctl.cli.common import (
     ConfigOption,
     JsonOption,
+    ReasonOption,
     by_whom,
     config_flag,
     confirm,
@@ -237,7 +238,7 @@ def roles(
 def disable(
     context: typer.Context,
     name: Name,
-    reason: Annotated[str | None, typer.Option("--reason", metavar="T", help="Why, for the audit log.")] = None,
+    reason: ReasonOption = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:

@@ -112,6 +112,10 @@ class Authenticator:
     def refresh(self) -> None:
         """Take note of what the files say now. Raises UnavailableError while one is broken (law 3: fail closed)."""
         self.check_lock()
+        self._renew()
+
+    def _renew(self) -> None:
+        """`refresh`, also while the server is locked."""
         try:
             entries, people, places = self.read()
         except Error as problem:
@@ -143,13 +147,15 @@ class Authenticator:
     def check_lock(self) -> None:
         """Raises LockedError while the server is locked. What is open ends with the first look that finds it so; the
         caller without a token, where there is one, has the id ""."""
+        if self._look_for_lock():
+            raise LockedError
+
+    def _look_for_lock(self) -> bool:
         before, self.locked = self.locked, self.lockdown.on()
-        if not self.locked:
-            return
-        if not before:
+        if self.locked and not before:
             over, self._active = {"", *self._active}, set()
             self.ended(dict.fromkeys(sorted(over), "the server is locked"))
-        raise LockedError
+        return self.locked
 
     def keep_out(self, by: str, why: Mapping[str, str]) -> None:
         """These tokens, {id: why}, open nothing from now on, whatever the files say; no others of those that were kept
@@ -266,8 +272,10 @@ class Authenticator:
             )
 
     async def authenticate(self, text: str, address: str | None) -> Principal:
-        """The principal of a bearer token, or UnauthorizedError with the reason, for the log alone."""
-        self.refresh()
+        """The principal of a bearer token, or UnauthorizedError with the reason, for the log alone. LockedError where
+        it would be let in while the server is locked: a wrong one is wrong then, too, and a canary is one."""
+        self._look_for_lock()
+        self._renew()
         name = tokens.token_id(text)
         if name is None:
             raise self._is_wrong("not one of our tokens: form or checksum is wrong", address)
@@ -285,6 +293,8 @@ class Authenticator:
             raise self._is_over(f"not from this address ({address})", address, name)
         if principal.within is not None and not tokens.in_networks(principal.within.allow_ips, address):
             raise self._is_over(f"not from this address ({address})", address, name)
+        if self.locked:
+            raise LockedError(name, token.user)
         self._active.add(name)
         return principal
 
@@ -315,7 +325,8 @@ class Authenticator:
         at once costs one together."""
         async with self._verifying.setdefault(token.id, asyncio.Lock()):
             while True:
-                self.refresh()
+                self._look_for_lock()
+                self._renew()
                 current = self._seen.get(token.id)
                 if current is None:
                     raise self._is_wrong("no such token id", address, token.id)

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from mcpctl import plain_yaml, private_file, reserve
-from mcpctl.errors import ConfigError, Error, NotFoundError
+from mcpctl.errors import ConfigError, Error, NotFoundError, NotWrittenError
 from mcpctl.plain_yaml import Branch
 from mcpctl.private_file import Fingerprint
 
@@ -78,6 +78,8 @@ class EntryFile(Generic[E]):
             self._fingerprint = None  # what cannot even be read is tried again each time: its folder may be at fault
             try:
                 content = private_file.read(self.path)
+            except NotWrittenError:
+                raise
             except Error as problem:
                 hint = self.missing if isinstance(problem, NotFoundError) else problem.hint
                 raise ConfigError(problem.message, hint) from None

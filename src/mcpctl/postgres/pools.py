@@ -30,6 +30,11 @@ _PING_SECONDS = 2.0
 Told = Callable[..., None]
 
 
+def ended(principal: Principal) -> str:
+    """Why a call was cut. Who comes without a token is cut by the lockdown alone."""
+    return f"{'the token ended' if principal.token else 'the server was locked'} while the call ran"
+
+
 class NarrowedError(ForbiddenError):
     """A call's rights became fewer while it ran. Its token lives."""
 
@@ -177,7 +182,7 @@ class Pools:
         """See that a call may go on there: UnauthorizedError where its token has ended, NarrowedError where its rights
         have become fewer since it came in."""
         if not self._valid(principal):
-            raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
+            raise UnauthorizedError(ended(principal), token_id=principal.token)
         if not self._in_force(principal, database):
             raise NarrowedError(
                 f"your access to {database!r} was taken or narrowed while the call ran", "whoami shows what you have"

@@ -119,6 +119,10 @@ class Http:
             raise
         try:
             await self._served(scope, receive, send, Request(request_id, address, "http"), principal)
+        except UnauthorizedError:
+            if self._parts.authenticator.locked:
+                raise LockedError from None
+            raise
         finally:
             limiter.leave(slots)
 
@@ -181,11 +185,11 @@ class Http:
                 raise UnauthorizedError("no credential")
             principal = await parts.authenticator.authenticate(text, address)
         except (UnauthorizedError, UsageError, LockedError) as problem:
-            known, proven = None, False
-            if isinstance(problem, UnauthorizedError):
-                known, proven = problem.token_id, problem.proven
+            locked = isinstance(problem, LockedError)
+            who: dict[str, Any] = {"token": getattr(problem, "token_id", None), "user": getattr(problem, "user", None)}
+            proven = who["token"] is not None and (locked or getattr(problem, "proven", False))
             parts.recorder.auth_refused(
-                address, problem.message, proven=proven, request_id=request_id, token=known, transport="http"
+                address, problem.message, locked=locked, proven=proven, **who, request_id=request_id, transport="http"
             )
             raise
         scope["state"]["known"] = True  # see door.py:Visitor.make_room
@@ -369,8 +373,6 @@ class Http:
     async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
         """One answer for every refusal; a 401 says the same whatever the reason, which is in the audit log."""
         headers: list[tuple[bytes, bytes]] = []
-        if isinstance(problem, UnauthorizedError) and self._parts.authenticator.locked:
-            problem = LockedError()
         message, hint = problem.message, problem.hint
         if isinstance(problem, UnauthorizedError):
             message, hint = "Unauthorized: a valid token is needed", "send it as Authorization: Bearer …"

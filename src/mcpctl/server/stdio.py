@@ -29,7 +29,7 @@ from mcp_types import (
 )
 
 from mcpctl.calls import Request
-from mcpctl.errors import UnauthorizedError
+from mcpctl.errors import LockedError, UnauthorizedError
 from mcpctl.identity.principal import Principal
 from mcpctl.server import messages
 from mcpctl.server.parts import Core
@@ -52,6 +52,10 @@ async def serve(core: Core, token: str | None) -> None:
         except UnauthorizedError as problem:
             core.recorder.auth_refused(None, problem.message, token=problem.token_id, transport="stdio")
             raise UnauthorizedError(f"the token in MCPCTL_TOKEN is not valid: {problem.message}") from None
+        except LockedError as problem:
+            whose: dict[str, Any] = {"token": problem.token_id, "user": problem.user}
+            core.recorder.auth_refused(None, problem.message, locked=True, proven=True, **whose, transport="stdio")
+            raise
         core.recorder.auth_ok(principal.token, principal.user, None, transport="stdio")
         return principal, request
 
