@@ -189,7 +189,8 @@ def test_the_first_use_of_a_canary_token_blocks_it_also_over_stdio(make_site: Ma
         '{"io.modelcontextprotocol/protocolVersion":"2026-07-28","io.modelcontextprotocol/clientCapabilities":{}}}}\n',
         env=environment(MCPCTL_TOKEN=text), text=True,
     )  # fmt: skip
-    assert "error" in json.loads(done.stdout)
+    assert "wrong secret" in json.loads(done.stdout)["error"]["message"]  # as any wrong one
+    assert "blocked" not in done.stdout
     assert list(blocked(at)) == [name]  # the canary has stayed
     key = bytes.fromhex((at.folder / "audit.key").read_text())
     assert verify(at.folder / "audit.jsonl", key=key) == len(lines(at.folder / "audit.jsonl"))

@@ -140,6 +140,16 @@ def test_a_restored_file_is_the_one_that_is_read_from_then_on(state: State, tmp_
     state.close()
 
 
+def test_a_file_that_is_written_over_in_its_place_is_noticed(state: State) -> None:
+    add(state, "a")
+    assert names(state) == ["a"]
+    state.path.write_bytes(b"x" * 8192)
+    with pytest.raises(ConfigError, match="written over") as told:
+        state.version()
+    assert "mcpctl token unblock --all" in str(told.value.hint)
+    state.close()
+
+
 def test_whoever_waits_for_another_writer_too_long_is_told_so(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mcpctl.state._PATIENCE", 0.05)
     other = State(state.path)

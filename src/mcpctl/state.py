@@ -31,6 +31,10 @@ CREATE TABLE own_databases (
 ) WITHOUT ROWID
 """
 _SINCE_2 = "CREATE TABLE blocked (token TEXT PRIMARY KEY, at TEXT NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID"
+_RESTORE = (
+    "restore it from your backup; without one, stop the server, remove it with its -wal and -shm (databases that users "
+    "have brought are lost with it), then: mcpctl token unblock --all"
+)
 Version = tuple[int, int, int]
 
 
@@ -86,6 +90,7 @@ class State:
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is not None and self._is_the_file():
+            self._check_head()
             return self._connection
         self.close()  # another file has taken its place: a backup was restored
         if not os.path.lexists(self.path):
@@ -109,6 +114,14 @@ class State:
         self._opened += 1
         return connection
 
+    def _check_head(self) -> None:
+        """SQLite answers from what it has read, and does not notice that the file was written over in its place."""
+        if not private_file.POSIX:
+            return
+        head = os.pread(self._fd, 72, 0)  # sqlite.org/fileformat.html, 1.3
+        if head[:16] != b"SQLite format 3\0" or int.from_bytes(head[68:], "big") != APPLICATION:
+            raise ConfigError(f"{self.path}: somebody has written over it", _RESTORE)
+
     def missing(self) -> ConfigError:
         """What is wrong where there is none, and has to be."""
         return ConfigError(
@@ -131,7 +144,7 @@ class State:
         if application != APPLICATION:
             raise ConfigError(
                 f"{self.path} is not a store of mcpctl's",
-                "restore it from your backup, or, where it never was one, name another file in server.state_file",
+                f"{_RESTORE}; where it never was one, name another file in server.state_file",
             )
         if version != SCHEMA_VERSION:
             raise ConfigError(
@@ -151,7 +164,7 @@ class State:
                 raise UnavailableError(f"{self.path} is held by another process", "try again in a moment") from None
             raise UnavailableError(f"{self.path}: {problem}", "is the disk full, or not yours?") from None
         except sqlite3.DatabaseError as problem:
-            raise ConfigError(f"{self.path}: {problem}", "restore it from your backup") from None
+            raise ConfigError(f"{self.path}: {problem}", _RESTORE) from None
 
 
 def _renew(connection: sqlite3.Connection) -> int:

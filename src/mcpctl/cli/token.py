@@ -273,9 +273,9 @@ def _replace(
                 f"token {id} was given to an earlier {user.name}, and this one is another user of that name",
                 f"mcpctl token add --user {user.name} makes this one a token of their own",
             )
+    ready_to_note(found)
     if why := not_to_rotate(found).get(id):
         raise ConflictError(f"token {id} is {why}", f"mcpctl token {'unblock' if why == 'blocked' else 'revoke'} {id}")
-    ready_to_note(found)
     with handing_over(out) as give:
         old, new, text = tokens.rotate(file, id, over, ends, now)
         note(found, "token.rotated", token=id, user=old.user, reason=by_whom(context, f"replaced by {new.id}"))

@@ -29,13 +29,14 @@ from mcp_types import (
 )
 
 from mcpctl.calls import Request
-from mcpctl.errors import LockedError, UnauthorizedError
+from mcpctl.errors import Error, LockedError, UnauthorizedError
 from mcpctl.identity.principal import Principal
 from mcpctl.server import messages
 from mcpctl.server.parts import Core
 from mcpctl.server.protocol import build
 
 log = logging.getLogger("mcpctl.stdio")
+_WRONG = "the token in MCPCTL_TOKEN is not valid"
 _MOMENT = 1.0
 """Seconds after the end of stdin for what has been asked: `echo … | mcpctl serve --stdio`. Then its queries are cut."""
 
@@ -51,7 +52,7 @@ async def serve(core: Core, token: str | None) -> None:
             principal = await core.authenticator.authenticate(token, None)
         except UnauthorizedError as problem:
             core.recorder.auth_refused(None, problem.message, token=problem.token_id, transport="stdio")
-            raise UnauthorizedError(f"the token in MCPCTL_TOKEN is not valid: {problem.message}") from None
+            raise UnauthorizedError(f"{_WRONG}: {problem.message}") from None
         except LockedError as problem:
             whose: dict[str, Any] = {"token": problem.token_id, "user": problem.user}
             core.recorder.auth_refused(None, problem.message, locked=True, proven=True, **whose, transport="stdio")
@@ -59,7 +60,12 @@ async def serve(core: Core, token: str | None) -> None:
         core.recorder.auth_ok(principal.token, principal.user, None, transport="stdio")
         return principal, request
 
-    server = build(core.calls, who)
+    def told(context: ServerRequestContext[Any, Any], problem: Error) -> str:
+        """Whoever has used a canary is told what any wrong token is."""
+        blocked = isinstance(problem, UnauthorizedError) and "blocked" in problem.message
+        return f"{_WRONG}: wrong secret" if blocked else problem.message
+
+    server = build(core.calls, who, told)
     lines = _Lines()
     try:
         async with stdio_server(stdin=cast("Any", lines)) as (read, write):  # it wants no more than `async for`
