@@ -139,6 +139,15 @@ def test_an_ipv6_network_of_64_bits_counts_as_one(make: Callable[[str], House]) 
     house.limiter.visit("2001:db8:0:2::1")
 
 
+def test_a_named_ipv6_address_does_not_count_for_its_whole_network(make: Callable[[str], House]) -> None:
+    house = make("limits: {addresses: {burst: 1, named: {'2001:db8::1': {burst: 3}}}}\n")
+    for address, burst in (("2001:db8::1", 3), ("2001:db8::2", 1)):
+        for _ in range(burst):
+            house.limiter.visit(address)
+        with pytest.raises(LimitedError):
+            house.limiter.visit(address)
+
+
 def test_the_most_specific_network_wins_and_each_address_in_it_counts_for_itself(make: Callable[[str], House]) -> None:
     house = make(
         "limits: {addresses: {burst: 1, named:"
@@ -272,6 +281,7 @@ def test_failed_sign_ins_are_counted_from_the_first_for_a_quarter_of_an_hour() -
         ("limits: {addresses: {named: {alice: {rate: 1}}}}", "limits.addresses.named: alice is not one of addresses"),
         ("limits: {addresses: {named: {10.0.0.1/8: {rate: 1}}}}", "limits.addresses.named.10.0.0.1/8: a name is"),
         ("limits: {users: {named: {alice: {rates: 1}}}}", "did you mean rate?"),
+        ("limits: {addresses: {named: {'2001:db8::/48': {rate: 1}, '2001:DB8:0::/48': {rate: 2}}}}", "there already"),
         ("limits: {budgets: {week: {calls: 1}}}", "limits.budgets.week: there is no such key"),
     ],
 )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mcpctl import config, config_values, plain_yaml, private_file
 from mcpctl.config_keys import Settings
-from mcpctl.errors import ConfigError, Error
+from mcpctl.errors import ConfigError, Error, UsageError
 from mcpctl.identity import grants, tenants, tokens, users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.identity.grants import Grant
@@ -213,9 +213,27 @@ def test_any_headers_are_a_credential_and_an_address_or_an_error(headers: list[t
     with contextlib.suppress(Error):
         text = credentials.token(headers)
         assert text is None or sum(key in (b"authorization", b"x-api-key") for key, _ in headers) == 1
-    found = AT_THE_DOOR.address(headers, "127.0.0.1")
-    assert found is not None
-    ipaddress.ip_address(found)
+    with contextlib.suppress(UsageError):
+        ipaddress.ip_address(AT_THE_DOOR.address(headers, "127.0.0.1") or "")
+
+
+@pytest.mark.parametrize(
+    "said, found",
+    [
+        ("192.0.2.1:5678", "192.0.2.1"),
+        ("198.51.100.1, [2001:db8::1]:44", "2001:db8::1"),
+        ('"[2001:db8::1]"', "2001:db8::1"),
+        ("[::ffff:192.0.2.1]:1", "192.0.2.1"),
+        *((text, None) for text in ("", "unknown", "192.0.2.1:x", "[192.0.2.1", "192.0.2.1,", "2001:db8::1%x")),
+    ],
+)
+def test_an_address_with_a_port_is_one_and_what_is_none_is_not_the_proxys(said: str, found: str | None) -> None:
+    headers = [(b"x-forwarded-for", said.encode())]
+    if found is not None:
+        assert AT_THE_DOOR.address(headers, "127.0.0.1") == found
+        return
+    with pytest.raises(UsageError, match="no address"):
+        AT_THE_DOOR.address(headers, "127.0.0.1")
 
 
 def _trusted(text: str) -> bool:

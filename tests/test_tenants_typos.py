@@ -116,3 +116,14 @@ def test_where_a_tenant_has_all_of_a_database_nothing_is_outside_of_it(home: Hom
     refused = home("user", "grant", "bob", "--database", "globex", "--access", "read")
     assert refused.code == 5
     assert "mcpctl: hint: make a user who belongs to the tenant: user add --tenant\n" in refused.err
+
+
+def test_a_rotated_token_s_limits_are_told_to_be_its_own(home: Home) -> None:
+    old = json.loads(home("token", "add", "--user", "bob", "--expiry", "9d", "--json").good)["id"]
+    with home.config.open("a") as file:
+        file.write(f"limits: {{tokens: {{named: {{{old}: {{rate: 1}}}}}}}}\n")
+    assert old not in home("config", "check").err
+    done = home("token", "rotate", old, "--json")
+    new = json.loads(done.out)["id"]
+    assert f"limits.tokens.named names {old}: its successor {new} has no limits of its own" in done.err
+    assert f"limits.tokens.named names {old}, and there is no such token" in home("config", "check").err

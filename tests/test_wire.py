@@ -220,3 +220,23 @@ def test_a_fault_of_ours_is_said_once_in_the_servers_log_however_many_strangers_
 
     assert {answer[:12] for answer in asyncio.run(main())} == {b"HTTP/1.1 503"}
     assert len([record for record in caplog.records if "request " in record.getMessage()]) == 1
+
+
+def test_what_is_asked_in_vain_costs_its_address_too_and_two_lengths_end_the_connection(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop, extra="limits: {rate: 0.001, burst: 4}\n")
+    at.limits = {}
+    whole = b"\r\nConnection: close\r\n\r\n"
+
+    async def main() -> list[bytes]:
+        async with attacked.served(at) as address:
+            host = "Host: {}:{}".format(*address).encode()
+            twice = b"GET /x HTTP/1.1\r\n" + host + b"\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+            two = await attacked.converse(address, twice + b"0\r\n\r\n" + b"GET /health HTTP/1.1\r\n" + host + whole)
+            assert (two[:12], two.count(b"HTTP/1.1"), b"connection: close" in two) == (b"HTTP/1.1 400", 1, True)
+            asked = [b"GET /nothing HTTP/1.1\r\n" + host, b"POST /mcp HTTP/1.1\r\nHost: example.org"] * 3
+            asked.append(b"GET /health HTTP/1.1\r\n" + host)
+            return [(await attacked.converse(address, one + whole))[9:12] for one in asked]
+
+    assert asyncio.run(main()) == [b"404", b"421"] * 2 + [b"429"] * 2 + [b"200"]

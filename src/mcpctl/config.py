@@ -292,6 +292,8 @@ def _read_named(
         if read is None and not NAME.fullmatch(name):
             shown = f"{dotted}: a name" if re.search("[:@/]", name) else f"{dotted}.{name}: a name"  # it may be a URL
             faults.append(f"{child.where}: {shown} is a-z, then a-z 0-9 - _, 63 at most")
+        elif name in named:
+            faults.append(f"{child.where}: {dotted}.{name} is there already, spelt in another way")
         elif isinstance(child, Branch):
             named[name] = _read(cls, child, f"{dotted}.{name}.", faults)
         else:

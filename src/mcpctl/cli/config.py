@@ -102,7 +102,7 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         for limited, name in _limited_strangers(found):
             kind = limited.split(".")[1].removesuffix("s")
             place = where(found, f"{limited}.{name}")
-            output.warn(f"{place}: {limited} names {name}, and there is no such {kind}", "is it a typo?")
+            output.warn(f"{place}: {limited} names {name}, and there is no such {kind}", "is it a typo, or over?")
     if faults:
         raise ConfigError(
             "\n  ".join(["the installation is not in order:", *faults]),
@@ -175,8 +175,9 @@ def _limited_strangers(found: "Settings") -> "Iterator[tuple[str, str]]":
     """(key, name) of each name that has limits of its own and is nobody's."""
     from mcpctl.identity import tenants, tokens
 
+    now, every = tokens.utcnow(), tokens.token_file(found.auth.token_file).current()
     known = {
-        "tokens": tokens.token_file(found.auth.token_file).current(),
+        "tokens": {name for name, one in every.items() if one.status(now) not in ("revoked", "expired")},
         "users": _people(found),
         "tenants": tenants.tenant_file(found.auth.tenant_file).current(),
     }

@@ -280,6 +280,8 @@ def _replace(
         old, new, text = tokens.rotate(file, id, over, ends, now)
         note(found, "token.rotated", token=id, user=old.user, reason=by_whom(context, f"replaced by {new.id}"))
         give(new, text, json, now)
+    if id in found.limits.tokens.named:
+        output.warn(f"limits.tokens.named names {id}: its successor {new.id} has no limits of its own", "name it there")
     return old, new
 
 

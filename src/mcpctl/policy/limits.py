@@ -14,6 +14,7 @@ from operator import add
 from typing import NamedTuple
 
 from mcpctl.config_keys import Allowance, Budget, Kind, Limits
+from mcpctl.config_values import Network
 from mcpctl.errors import LimitedError
 from mcpctl.identity.principal import Principal
 from mcpctl.shared_counters import ADDRESSES, PRINCIPALS, Counters, Slot, source
@@ -135,19 +136,23 @@ class Limiter:
                 self._subjects.clear()
             table = ADDRESSES if kind == "address" else PRINCIPALS
             group: Kind = getattr(self._limits, "addresses" if kind == "address" else f"{kind}s")
-            own = self._of_network(name) if kind == "address" else group.named.get(name)
-            shown = source(name) or name if kind == "address" else name
+            own, shown = group.named.get(name), name
+            if kind == "address":
+                network, own = self._of_network(name)
+                shown = source(name) or name
+                if network is not None and network.version == 6 and network.prefixlen > 64:
+                    shown = str(network)  # else it would count for all of its /64, by the limits of one
             digest = self._counters.digest(f"{kind}:{shown}")
             found = self._subjects[kind, name] = Subject(kind, shown, rule(self._limits, group, own), table, digest)
         return found
 
-    def _of_network(self, address: str) -> Allowance | None:
-        """The limits of the most specific network that an address is in."""
+    def _of_network(self, address: str) -> tuple[Network | None, Allowance | None]:
+        """The most specific network with limits of its own that an address is in, and those."""
         try:
             found = ip_address(address)
         except ValueError:
-            return None
-        return next((own for network, own in self._networks if found in network), None)
+            return None, None
+        return next((one for one in self._networks if found in one[0]), (None, None))
 
     def _of(self, principal: Principal, address: str | None) -> _Caller:
         who = (principal.token, principal.user, principal.tenant, address)

@@ -121,7 +121,8 @@ class Gatekeeper:
     def address(self, headers: Headers, peer: str | None) -> str | None:
         """The client's address: the peer's, or, behind a trusted proxy, the last of X-Forwarded-For that is none.
 
-        Where plain HTTP is spoken for a proxy's sake, nobody but the proxy is answered.
+        Where plain HTTP is spoken for a proxy's sake, nobody but the proxy is answered. UsageError (400) where a proxy
+        says what is no address: its own may be allowed more than the client's.
         """
         peer = _as_one(peer)
         if self.proxies_only and (peer is None or not self._trusted(peer)):
@@ -136,7 +137,7 @@ class Gatekeeper:
         ]
         for hop in reversed(hops):
             if hop is None:
-                return peer
+                raise UsageError("the proxy's X-Forwarded-For is no address", "have it send the client's address alone")
             if not self._trusted(hop):
                 return hop
             peer = hop
@@ -161,7 +162,11 @@ def _as_one(address: str | None) -> str | None:
 
 
 def _hop(text: str) -> str | None:
-    """An address that a proxy names; None for anything else. A scope id is any text, and says nothing here."""
+    """An address that a proxy names, also with brackets and a port; None for anything else. A scope id is any text, and
+    says nothing here."""
+    text = text.strip('"')
+    if found := re.fullmatch(r"\[([^]]*)\](:\d+)?|([\d.]+):\d+", text):
+        text = found[1] or found[3] or ""
     try:
         ipaddress.ip_address(text)
     except ValueError:

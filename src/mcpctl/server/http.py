@@ -94,6 +94,7 @@ class Http:
                 raise Error("--no-auth takes no request that a proxy has forwarded", "use tokens", status=403)
             route = self._routes.get(scope["path"])
             if route is None:
+                self._visit(scope, request_id)
                 raise Error("there is nothing here", "the server answers at /mcp", status=404)
             await route(scope, receive, send, request_id)
         except Error as problem:
@@ -170,14 +171,11 @@ class Http:
     async def _admit(self, scope: Scope, request_id: str) -> tuple[str | None, Principal]:
         """Host, origin, address, its rate, and credential: the caller's address and principal, or a refusal."""
         parts, headers = self._parts, scope["headers"]
+        address = self._visit(scope, request_id)
         parts.gatekeeper.check(headers)
-        peer = scope["client"][0] if scope.get("client") else None
         if parts.no_auth:
-            self._visit(peer, headers, request_id)
             credentials.refuse_in_url(scope["query_string"])
-            return peer, parts.authenticator.local()
-        address = parts.gatekeeper.address(headers, peer)
-        self._visit(address, headers, request_id)
+            return address, parts.authenticator.local()
         try:
             credentials.refuse_in_url(scope["query_string"])
             text = credentials.token(headers)
@@ -196,8 +194,12 @@ class Http:
         parts.recorder.auth_ok(principal.token, principal.user, address, request_id=request_id, transport="http")
         return address, principal
 
-    def _visit(self, address: str | None, headers: credentials.Headers, request_id: str) -> None:
-        """Count a request against its address's rate. Beyond it nothing costs a hash, or a line each."""
+    def _visit(self, scope: Scope, request_id: str) -> str | None:
+        """Count a request against its address's rate, and return the address. Beyond it nothing costs a hash, or a line
+        each."""
+        headers, address = scope["headers"], scope["client"][0] if scope.get("client") else None
+        if not self._parts.no_auth:
+            address = self._parts.gatekeeper.address(headers, address)
         try:
             self._parts.calls.limiter.visit(address)
         except LimitedError as problem:
@@ -207,6 +209,7 @@ class Http:
                     known = self._parts.authenticator.recognised(credentials.token(headers))
             self._note_limited(problem, known, address, request_id)
             raise
+        return address
 
     async def _body(self, scope: Scope, receive: Receive, principal: Principal) -> bytes:
         """The request's body, never more of it than the config allows, nor with the others', and not for ever."""
