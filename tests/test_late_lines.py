@@ -158,7 +158,7 @@ def test_each_kept_line_is_written_once_also_when_its_writer_dies_in_between(boo
 def test_a_rotation_that_comes_first_writes_them_too(book: Book) -> None:
     book.log.keep("token.revoked", token="first")
     with book.log._locked(), pytest.raises(KeyboardInterrupt):
-        late.write(book.path, lambda: book.log._find_end().seq, _dies)
+        late.write(book.path, None, lambda: book.log._find_end().seq, _dies)
     moved = book.log.rotate("")
     assert moved is not None
     assert [one.get("token") for one in lines(moved)] == [None, "first"]

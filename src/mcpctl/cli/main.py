@@ -30,6 +30,7 @@ from mcpctl.cli import (
     session,
     tenant,
     token,
+    unblock,
     user,
 )
 from mcpctl.cli.common import invocation
@@ -56,6 +57,7 @@ app.command("lockdown")(lockdown.lockdown)
 app.command("can")(can.can)
 app.command("who-can")(can.who_can)
 user.app.command("onboard")(onboard.onboard)
+token.app.command("unblock")(unblock.unblock)
 audit.app.command("verify")(audit_verify.verify)
 audit.app.command("rotate")(audit_verify.rotate)
 app.add_typer(token.app, name="token")

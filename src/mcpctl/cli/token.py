@@ -384,40 +384,6 @@ def remove(
     output.put(words)
 
 
-@app.command("unblock")
-def unblock(
-    context: typer.Context,
-    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The token's id.")] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Every token that is blocked.")] = False,
-    reason: ReasonOption = None,
-    json: JsonOption = False,
-    config: ConfigOption = None,
-) -> None:
-    """Let a token in again that a canary has blocked. The canary stays."""
-    from contextlib import closing
-
-    from mcpctl.errors import UsageError
-    from mcpctl.identity.blocked import Blocked, store
-    from mcpctl.state import State
-
-    if (id is not None) == all_:
-        raise UsageError("name the token to let in again, or say --all", "`mcpctl token list` shows which are blocked")
-    found = settings(context, config)
-    ready_to_note(found)
-    with closing(State(found.server.state_file) if all_ else store(found)) as state:
-        blocked = Blocked(state)
-        if id is not None:
-            blocked.lift(id)
-        lifted = [id] if id is not None else blocked.lift_all()
-    note_all(found, [("token.unblocked", {"token": one, "reason": by_whom(context, reason)}) for one in lifted])
-    proof(found, [])  # so that the servers have looked
-    if json:
-        output.put_json({"unblocked": lifted})
-        return
-    for one in lifted:
-        output.put(f"{one} is let in again")
-
-
 @app.command("prune")
 def prune(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> None:
     """Take the records of expired and revoked tokens out of the file."""
