@@ -374,7 +374,7 @@ def test_verify_reads_a_secret_from_stdin_or_a_file_and_says_why_not(alice: Home
 
 
 def test_an_unknown_thing_exits_4_and_nothing_changes(alice: Home) -> None:
-    name, text = alice.token("--user", "alice")
+    _, text = alice.token("--user", "alice")
     before = alice.files()
     for arguments in (
         ["token", "show", "zzzzzzzz"],
