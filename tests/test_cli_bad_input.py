@@ -217,10 +217,12 @@ def test_a_file_of_ours_that_is_none_exits_3_and_names_itself(home: Home, name: 
     assert sorted(found.name for found in home.folder.iterdir() if found.suffix == ".tmp") == []
 
 
-def test_a_variable_with_a_typo_stops_every_command(home: Home) -> None:
-    for arguments in (["token", "list"], ["config", "check"], ["token", "revoke", "--all"]):
+def test_a_variable_with_a_typo_stops_every_command_but_those_of_an_incident(home: Home) -> None:
+    for arguments in (["token", "list"], ["config", "check"], ["token", "prune"]):
         done = home(*arguments, env={"MCPCTL_SERVER__PROT": "1"})
         assert (done.code, "did you mean port?" in done.error) == (3, True)
+    assert home("token", "revoke", "--all", env={"MCPCTL_SERVER__PROT": "1"}).code == 0  # which an incident needs
+    assert home("token", "revoke", "--all", env={"MCPCTL_AUTH_TOKEN_FILE": "elsewhere.yaml"}).code == 3
 
 
 def test_odd_places_for_a_new_installation_or_a_token_fail_and_leave_nothing(home: Home, tmp_path: Path) -> None:

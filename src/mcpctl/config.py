@@ -92,12 +92,14 @@ def load(
     faults: list[str] = []
     tree = plain_yaml.parse(data, source, faults) if source and data else Branch({}, "the environment")
     unread = bool(faults)
-    _add_environment(tree, environ, faults)
+    nameless: list[str] = []
+    _add_environment(tree, environ, nameless)
+    faults += nameless
     settings = _checked(tree, source, faults)
     hint = "docs/reference/config.md says what each key takes; `mcpctl config check` tries again"
     if faults and forgiven is not None:
         forgiven += faults
-        faults = []
+        faults = [one for one in nameless if "names no key" in one]  # it may be meant for one of _NEEDED
         if unread and source and data:
             tree = plain_yaml.parse(_sections(data), source, faults)
             _add_environment(tree, environ, [])
