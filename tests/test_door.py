@@ -7,7 +7,9 @@ import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -266,15 +268,15 @@ def test_bodies_in_small_chunks_hold_up_nobody(read: bool, size: int) -> None:
         await _unauthorized(scope, receive, send)
 
     async def look() -> None:
+        """How long the loop was busy between two turns of this: its own time, without that of other processes."""
         nonlocal late
-        loop = asyncio.get_running_loop()
         while True:
-            began = loop.time()
+            began = time.thread_time()
             await asyncio.sleep(0.01)
-            late = max(late, loop.time() - began - 0.01)
+            late = max(late, time.thread_time() - began)
 
     def visit(address: tuple[str, int]) -> None:
-        flood = b"%x\r\n%b\r\n" % (size, b"x" * size) * (400_000 // (size + 6))
+        flood = b"%x\r\n%b\r\n" % (size, b"x" * size) * (200_000 // (size + 6))
         with contextlib.ExitStack() as stack:
             wires = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(20)]
             for wire in wires:
@@ -282,7 +284,7 @@ def test_bodies_in_small_chunks_hold_up_nobody(read: bool, size: int) -> None:
             for wire in wires:
                 wire.setblocking(False)
                 with contextlib.suppress(OSError):
-                    for _ in range(4):
+                    for _ in range(1 if read else 4):
                         wire.send(flood)
 
     async def main() -> None:
@@ -291,7 +293,7 @@ def test_bodies_in_small_chunks_hold_up_nobody(read: bool, size: int) -> None:
         looking.cancel()
 
     asyncio.run(main())
-    assert late < 0.3
+    assert late < 0.3, late
 
 
 def test_a_body_that_goes_on_behind_its_answer_closes_the_connection() -> None:
@@ -334,7 +336,9 @@ def test_what_costs_more_than_it_asks_closes_the_connection(much: bytes) -> None
     asyncio.run(_served(app, visit, 20))
 
 
-def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first() -> None:
+def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_NEWCOMERS", 100_000)  # there is never room enough, and nobody is turned away
+
     async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
         scope["state"]["known"] = scope["path"] == "/known"
         await _unauthorized(scope, receive, send)
@@ -354,20 +358,20 @@ def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first() ->
                     wires.append(stack.enter_context(wire))
                     wire.sendall(b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % (b"" if number else b"known"))
                     assert b" 401 " in _answer(wire)[0], number
-                bound.most = wires[-1].fileno() + 10
+                bound.most = 100_000
                 for number in range(6):
                     with socket.create_connection(address, timeout=10) as wire:
                         wire.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
-                        assert wire.recv(12) == b"HTTP/1.1 401"
+                        assert b" 401 " in _answer(wire)[0]
                     with contextlib.suppress(ConnectionResetError):
-                        wires[2 + number].recv(4096)
                         assert wires[2 + number].recv(1) == b""
                 for wire in wires[:2]:
                     wire.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
                     assert b" 401 " in _answer(wire)[0]
 
         async def main() -> None:
-            server = uvicorn.Server(uvicorn.Config(app, http=visitor, lifespan="off", log_config=None))
+            options: dict[str, Any] = {"lifespan": "off", "log_config": None, "timeout_keep_alive": 60}
+            server = uvicorn.Server(uvicorn.Config(app, http=visitor, **options))
             serving = asyncio.create_task(server.serve(sockets=[bound]))
             while not server.started:
                 await asyncio.sleep(0.01)

@@ -190,7 +190,7 @@ class Http:
                 address, problem.message, locked=locked, proven=proven, **who, request_id=request_id, transport="http"
             )
             raise
-        scope["state"]["known"] = True  # see door.py:Visitor.make_room
+        scope.setdefault("state", {})["known"] = True  # see door.py:Visitor.make_room
         parts.recorder.auth_ok(principal.token, principal.user, address, request_id=request_id, transport="http")
         return address, principal
 
