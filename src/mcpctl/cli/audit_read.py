@@ -116,7 +116,7 @@ def who_read(
             f"to {when.last}: EXPLAIN and SHOW, and those that PostgreSQL refused or never planned",
             "mcpctl audit tail --sql --since … shows them",
         )
-    output.say("what functions read is in no plan, and so not here")
+    output.say("what functions read may be missing here")
     tell_of(reading)
 
 

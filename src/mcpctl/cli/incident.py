@@ -198,7 +198,7 @@ def _page(token: str | None, user: str | None, values: dict[str, Any], kept: str
     yield from _tallies("From where", values["addresses"], "address")
     yield from _tallies("Addresses that were refused", values["refused_addresses"], "address")
     yield from _tallies("Tables read", values["tables"], "database", "relation")
-    yield from ("What functions read is in no plan, and so not here. Rows are those of the whole answers.", "")
+    yield from ("What functions read may be missing here. Rows are those of the whole answers.", "")
     yield from _tallies("Login roles", values["roles"], "database", "role")
     yield from _tallies("Backends of PostgreSQL", values["backends"], "pid")
     yield from _tallies("Refused", values["refusals"], "reason")
