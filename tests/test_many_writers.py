@@ -21,8 +21,8 @@ from mcpctl.identity import tokens, users
 from site_of_mcpctl import Shop, Site, environment
 
 FILES = [
-    ".reserve", "audit.jsonl", "audit.jsonl.lock", "audit.key", "config.yaml", "secret.key", "tenants.yaml",
-    "tokens.yaml", "users.yaml",
+    ".reserve", "audit.jsonl", "audit.jsonl.lock", "audit.key", "config.yaml", "secret.key", "state.db",
+    "tenants.yaml", "tokens.yaml", "users.yaml",
 ]  # fmt: skip
 ROOT = os.geteuid() == 0
 needs_root = pytest.mark.skipif(not ROOT, reason="only root can work on the files of another user")
@@ -83,6 +83,7 @@ def test_twenty_processes_add_ten_tokens_each_while_the_server_runs_and_all_of_t
 _AS = """
 import contextlib, io, os, sys
 from mcpctl.cli import main
+from mcpctl.identity import blocked
 from mcpctl.postgres import arithmetic  # as if the Python were one that this user can read
 with contextlib.redirect_stderr(io.StringIO()):
     assert main._run(["--config", "/nowhere/config.yaml", "token", "list"]) == 3

@@ -22,7 +22,7 @@ from mcpctl.errors import ConfigError
 from mcpctl.identity import authenticate
 from mcpctl.last_minute import LastMinute
 from mcpctl.metrics import FAMILIES, Metrics, exposition, reason_class
-from mcpctl.recorder import Recorder
+from mcpctl.recorder import STRANGERS_IN_FULL, Recorder
 from site_of_mcpctl import Shop, Site, eventually, in_background
 
 Series = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -114,7 +114,7 @@ def test_every_refused_credential_is_counted_however_few_are_listed(tmp_path: Pa
         recorder.auth_refused("192.0.2.1", "wrong secret")
     series = parsed(exposition({"0": metrics.samples()}))
     assert value(series, "mcpctl_auth_refused_total", reason="wrong_secret") == 500
-    assert value(series, "mcpctl_events_total", event="auth.refused") == book.lines == 10
+    assert value(series, "mcpctl_events_total", event="auth.refused") == book.lines == STRANGERS_IN_FULL
     assert metrics.minute.strangers() == 500
 
 
@@ -134,10 +134,10 @@ def test_refused_sign_ins_are_told_on_stderr_with_the_address_last_and_boundedly
     page = (Path(__file__).parent.parent / "docs" / "monitoring.md").read_text(encoding="utf-8")
     pattern = re.findall(r"^failregex = (.*)$", page, flags=re.MULTILINE)[0].replace("<HOST>", "(?P<host>[0-9a-f.:]+)")
     found = [re.search(pattern, line) for line in lines]
-    assert [one["host"] if one else None for one in found] == ["2001:db8::7"] * 10 + ["192.0.2.9", None]
+    assert [one["host"] if one else None for one in found] == ["2001:db8::7"] * STRANGERS_IN_FULL + ["192.0.2.9", None]
     assert lines[0] == "Unauthorized: wrong secret client=2001:db8::7"
     assert lines[-2] == "Unauthorized: not from this address (192.0.2.9) client=192.0.2.9"
-    assert len(lines) == 12
+    assert len(lines) == STRANGERS_IN_FULL + 2
 
 
 def test_the_last_minute_forgets_what_is_older() -> None:

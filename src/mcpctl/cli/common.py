@@ -92,6 +92,8 @@ def settings(
     begun_as_root = _is_root()
     found = loaded(context, config, forgiving=forgiving)
     if begun_as_root:
+        from mcpctl.identity import blocked  # noqa: F401 - whoever we become may not be able to read this program
+
         found = replace(found, by_root=True)
         for path in (found.auth.token_file, found.auth.user_file):
             private_file.refuse_link(path)
