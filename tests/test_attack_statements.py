@@ -224,12 +224,14 @@ def _site(folder: Any, shop: Shop, name: str) -> Site:
 
 
 @contextlib.contextmanager
-def _watched(shop: Shop, at: Site, name: str, names: dict[str, str]) -> Iterator[dict[str, Target]]:
+def _watched(
+    shop: Shop, at: Site, name: str, names: dict[str, str], user: str = "alice"
+) -> Iterator[dict[str, Target]]:
     """The server's targets, by who logs in. The victim is there too, and has said something."""
     with (
         _admin(shop, name) as admin,
         psycopg.connect(shop.cluster.dsn_for("attack_victim", "of somebody else", name), autocommit=True) as victim,
-        at.client(at.token()[1]) as client,
+        at.client(at.token(user)[1]) as client,
     ):
         admin.execute("LISTEN news")
         victim.execute(f"SELECT '{CANARY}'".encode())
@@ -243,11 +245,11 @@ def _watched(shop: Shop, at: Site, name: str, names: dict[str, str]) -> Iterator
 def targets(login_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Target]]:
     names = _prepare(login_shop, "attacked")
     at = _site(tmp_path_factory.mktemp("attacked") / "site", login_shop, "attacked")
-    at.edit_user("alice", roles=("mcp-tools",))
-    at.grant("alice", "--table", "public.ledger", access="write")
+    at.user("mallory", "mcp-tools")
+    at.grant("mallory", "--table", "public.ledger", access="write")
     at.start()
     try:
-        with _watched(login_shop, at, "attacked", names) as found:
+        with _watched(login_shop, at, "attacked", names, "mallory") as found:
             yield found
     finally:
         at.stop()
