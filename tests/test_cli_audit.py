@@ -29,7 +29,7 @@ def alice(tmp_path: Path) -> Home:
 def busy(alice: Home) -> tuple[Home, str]:
     name = alice.token("--user", "alice")[0]
     alice.token()
-    alice("token", "revoke", name, "--reason", "lost\x1b[31m\nlaptop")
+    alice("token", "revoke", name, "--reason", "lost laptop")
     return alice, name
 
 

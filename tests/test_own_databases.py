@@ -241,7 +241,6 @@ def test_tools_show_only_where_the_config_names_hosts_and_only_to_users_who_may(
         assert not OWN_TOOLS & tools(carol)
         assert "own_databases" in refused(carol, "list_my_databases")
         assert [one["name"] for one in do(carol, "list_databases")["databases"]] == ["shop"]
-    assert not (off.folder / "state.db").exists()
     on = users_of(make_site(newest_shop, extra=ON)).start()
     for user, expected in (("carol", OWN_TOOLS), ("alice", set()), (None, set())):
         with on.client(on.token(user)[1]) as client:

@@ -89,7 +89,7 @@ def test_who_read_tells_what_the_plan_reads_and_nothing_that_only_the_text_names
         assert asked(at, name) == asked(at, f"shop.{name}") == asked(at, name, "--database", "shop") == expected
     assert asked(at, "sales.*") == asked(at, "shop.sales.*") == [statement for statement, read in READS.items() if read]
     [row] = who(at, "sales.secret")["who"]
-    assert (row["user"], row["database"], row["count"], row["rows"]) == ("alice", "shop", 7, 10)
+    assert (row["user"], row["database"], row["count"], row["rows"]) == ("alice", "shop", 8, 11)
 
 
 def test_who_read_says_what_it_cannot_know(at: Site, alice: Client) -> None:

@@ -28,11 +28,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 
 def _reason(text: str | None) -> str | None:
-    if text is not None:
-        from mcpctl.identity.users import check_note
+    """A reason that the log can take. A token in it is masked, and holds up no revocation."""
+    if text is None:
+        return None
+    from mcpctl.cli.output import masked
+    from mcpctl.identity.users import check_note
 
-        check_note(text, "--reason")
-    return text
+    check_note(masked(text), "--reason")
+    return masked(text)
 
 
 ReasonOption = Annotated[

@@ -58,7 +58,8 @@ def _print(text: str) -> bool:
 def say(text: str) -> None:
     """A line for the person, on stderr. Where nobody reads it, the exit code says enough."""
     with contextlib.suppress(OSError):
-        print(_lines(masked(text)), file=sys.stderr, flush=True)
+        sys.stderr.write(_lines(masked(text)) + "\n")  # in one piece: workers write there, too
+        sys.stderr.flush()
 
 
 def warn(text: str, hint: str | None = None) -> None:
