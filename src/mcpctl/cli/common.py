@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mcpctl.errors import masked
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -31,7 +33,6 @@ def _reason(text: str | None) -> str | None:
     """A reason that the log can take. A token in it is masked, and holds up no revocation."""
     if text is None:
         return None
-    from mcpctl.cli.output import masked
     from mcpctl.identity.users import check_note
 
     check_note(masked(text), "--reason")
@@ -297,7 +298,6 @@ def confirm(what: str, question: str, yes: bool) -> None:
 
 def by_whom(context: typer.Context, reason: str | None = None) -> str:
     """Who runs the command, for the audit line's reason."""
-    from mcpctl.cli.output import masked
 
     who = context.find_root().obj.who
     return f"{masked(reason)}; by {who}" if reason else f"by {who}"

@@ -25,7 +25,7 @@ def lockdown(
     Never asks. Nothing is removed: tokens, users and logs stay as they are. Twice is fine.
     """
     from mcpctl import control
-    from mcpctl.errors import Error
+    from mcpctl.errors import Error, masked
     from mcpctl.identity.lockdown import Lockdown
     from mcpctl.identity.tokens import rfc3339, utcnow
 
@@ -36,7 +36,7 @@ def lockdown(
     if lift:
         changed = lock.lift()
     else:
-        by, said = context.find_root().obj.who, output.masked(reason) if reason else None
+        by, said = context.find_root().obj.who, masked(reason) if reason else None
         try:
             changed = lock.begin(rfc3339(utcnow()), by, said)
         except Error as problem:

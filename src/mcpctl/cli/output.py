@@ -10,10 +10,11 @@
 import contextlib
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from mcpctl.errors import masked
 
 
 def clean(text: object) -> str:
@@ -34,12 +35,6 @@ def _lines(text: str) -> str:
 
 
 _NARROWEST = 40
-_SECRET = re.compile(r"(mcp_[0-9a-z]{8}_)[0-9A-Za-z_]+")
-
-
-def masked(text: str) -> str:
-    """The text with every token cut down to its id."""
-    return _SECRET.sub(r"\1…", text)
 
 
 def _print(text: str) -> bool:
