@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 import site_of_mcpctl as site
-from mcpctl.config_keys import Database
+from mcpctl.config_keys import Database, Pool
+from mcpctl.errors import UnavailableError
 from mcpctl.identity.principal import LOCAL
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import statement
@@ -215,14 +216,14 @@ def test_what_was_learnt_of_a_database_is_forgotten_when_all_its_connections_wer
 
 
 @contextlib.asynccontextmanager
-async def _pool(shop: Shop) -> AsyncIterator[TokenPool]:
+async def _pool(shop: Shop, wait: float = 30.0) -> AsyncIterator[TokenPool]:
     """A pool as `Pools` makes it, with room for whoever asks."""
 
     async def room(pool: TokenPool) -> None:
         pool.connecting += 1
 
     dsn = shop.cluster.dsn_for("postgres", shop.cluster.superuser_password, "shop")
-    login = Login("shop", Database(dsn=dsn, allow_privileged_login=True), NO_KEYS)
+    login = Login("shop", Database(dsn=dsn, allow_privileged_login=True, pool=Pool(wait=wait)), NO_KEYS)
     pool = TokenPool(Terminator(login), LOCAL, 5.0, Verdicts(), room)
     await pool.open()
     yield pool
@@ -238,6 +239,25 @@ def test_a_connection_that_is_lost_before_a_word_is_said_is_told_in_words(newest
             with pytest.raises(ConnectionLostError, match="the connection to the database was lost"):
                 await statement.run(session, "select 1", Bounds(10, 1000, 5.0))
             await pool.give_back(session)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_connections_that_all_lead_to_another_host_are_tried_no_longer_than_a_caller_waits(
+    newest_shop: Shop, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    monkeypatch.setattr(Terminator, "elsewhere", lambda self, there: True)
+
+    async def run() -> None:
+        async with _pool(newest_shop, wait=0.5 if not leaves else 60.0) as pool:
+            asking = asyncio.create_task(pool.take())
+            if leaves:
+                await asyncio.wait({asking}, timeout=0.2)
+                asking.cancel()
+            await asyncio.wait({asking}, timeout=20)
+            assert asking.done()
+            assert asking.cancelled() if leaves else isinstance(asking.exception(), UnavailableError)
 
     asyncio.run(run())
 

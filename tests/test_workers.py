@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -125,3 +127,23 @@ def test_a_reload_reaches_the_one_that_took_a_dead_ones_place(make_site: MakeSit
     for _ in range(10):
         with at.client(text) as a:
             assert len(a.rows("select generate_series(1, 9)")) == 7
+
+
+_BORN_UNDER_A_SIGNAL = """
+import asyncio, os, signal, socket, types
+from mcpctl.server.workers import Supervisor
+
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+async def work(listening, link, place):
+    await asyncio.sleep(60)
+
+server = types.SimpleNamespace(workers=1)
+listening = types.SimpleNamespace(settings=types.SimpleNamespace(server=server))
+Supervisor(listening, socket.socket(), lambda: None, work, None, None).run()
+"""
+
+
+def test_a_signal_that_comes_at_its_birth_ends_a_worker() -> None:
+    done = subprocess.run([sys.executable, "-c", _BORN_UNDER_A_SIGNAL], capture_output=True, text=True, timeout=10)
+    assert "a worker did not start" in done.stderr, done

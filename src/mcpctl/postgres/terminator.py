@@ -135,6 +135,10 @@ class Terminator:
         values.pop("target_session_attrs", None)  # it had them; a standby that is promoted goes on being asked
         return make_conninfo("", **values)  # empty ones too: they keep libpq from looking into the environment
 
+    def elsewhere(self, there: Place) -> bool:
+        """Whether this connection is made to another place than that one; nowhere before it was made at all."""
+        return bool(self.place[0]) and self.place != there
+
     async def backend(self, seconds: float) -> int:
         """The pid of its own backend. Raises UnavailableError where it was let go, and psycopg's error
         where it has none in that time: a pooler takes a client before it has a place for it in PostgreSQL."""

@@ -84,7 +84,7 @@ class Session:
     def astray(self) -> bool:
         """Whether it is on another host by now than the connection that could end it: that one was lost, and found the
         next of several hosts."""
-        return self.place != self.pool.terminator.place
+        return self.pool.terminator.elsewhere(self.place)
 
     @property
     def pgconn(self) -> pq.abc.PGconn:
@@ -294,6 +294,7 @@ class TokenPool:
         """A live connection, waiting for one as long as the config says. Raises UnavailableError with the reason."""
         self.last_used = monotonic()
         await self._forget_who_left()
+        until = monotonic() + self._wait
         while True:
             conn = await self._getconn()
             session = self.sessions.get(conn)
@@ -301,11 +302,13 @@ class TokenPool:
                 break
             await conn.close()
             await self._pool.putconn(conn)
+            _heed()
+            if monotonic() > until:
+                raise unreachable(self.login, TimeoutError("each new connection was lost at once"))
         self.out.add(session)
         task = asyncio.current_task()
         try:
-            if task is not None and task.cancelling():  # Python 3.11's wait_for keeps a result that comes with a cancel
-                raise asyncio.CancelledError
+            _heed()
             await self.terminator.ready()
         except BaseException:
             self.out.discard(session)
@@ -368,3 +371,10 @@ class TokenPool:
             self.sessions.pop(conn, None)
         task = asyncio.ensure_future(self._pool.putconn(conn))
         await asyncio.shield(task)
+
+
+def _heed() -> None:
+    """Raise where whoever asks has been cancelled: Python 3.11's wait_for keeps a result that comes with a cancel."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -316,6 +316,11 @@ class Supervisor:
             self._fork(place)
 
     def _fork(self, place: int) -> None:
+        numbers = stopping(None)
+        signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # the supervisor's handler, in the worker, would swallow one
+        if self._over:  # it came just before
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+            return
         sys.stdout.flush()
         sys.stderr.flush()
         ours, theirs = Pipe()
@@ -323,14 +328,14 @@ class Supervisor:
         if pid:
             theirs.close()
             self._workers.append(_Worker(place, pid, ours))
-            if self._over:
-                self._end_workers()  # the signal came before there was somebody to pass it on to
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
             return
         status = 1
         try:
             signal.set_wakeup_fd(-1)
-            for number in stopping(None):  # a terminal's Ctrl-C and hangup are the supervisor's to judge
+            for number in numbers:  # a terminal's Ctrl-C and hangup are the supervisor's to judge
                 signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
             for pipe in (ours, *(one.pipe for one in self._workers)):
                 pipe.close()
             asyncio.run(self._serve(theirs, place))
