@@ -150,6 +150,14 @@ def test_what_cannot_be_meant_is_refused_and_changes_nothing(
     assert unchanged(home, before)
 
 
+@pytest.mark.parametrize(("name", "why"), [("own", "own cannot be"), ("Sales", "that cannot be")])
+def test_a_name_that_means_something_else_or_nothing_is_refused(home: Home, name: str, why: str) -> None:
+    before = home.files()
+    done = home("database", "add", name, "--host", "db.example.org", "--no-test")
+    assert (done.code, f"{why} a database's name" in done.error) == (2, True), done.error
+    assert unchanged(home, before)
+
+
 @pytest.mark.parametrize(
     "dsn",
     [

@@ -152,6 +152,8 @@ def _add(
         raise NotFoundError("there is no config file to put it into", "make one with `mcpctl init`", exit_code=3)
     if not configuration.NAME.fullmatch(name):
         raise UsageError("that cannot be a database's name", "a-z first, then a-z 0-9 - _, at most 63")
+    if name == "own":
+        raise UsageError("own cannot be a database's name", "the log names users' own databases own:NAME")
     if name in found.databases:
         raise ConflictError(f"there is a database {name} already", "`mcpctl database list` shows all")
     admin = found.source.parent / administrator.FILE
