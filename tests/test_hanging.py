@@ -22,7 +22,7 @@ from mcpctl.postgres import statement
 from mcpctl.postgres.answer import Bounds
 from mcpctl.postgres.login import Login
 from mcpctl.postgres.terminator import Terminator
-from mcpctl.postgres.token_pool import TokenPool
+from mcpctl.postgres.token_pool import MakeRoom, TokenPool, UnwantedError
 from mcpctl.postgres.verdicts import Verdicts
 from mcpctl.postgres.wire import ConnectionLostError
 from mcpctl.server import watch
@@ -215,13 +215,13 @@ def test_what_was_learnt_of_a_database_is_forgotten_when_all_its_connections_wer
     asyncio.run(run())
 
 
+async def _room(pool: TokenPool) -> None:
+    pool.connecting += 1
+
+
 @contextlib.asynccontextmanager
-async def _pool(shop: Shop, wait: float = 30.0) -> AsyncIterator[TokenPool]:
+async def _pool(shop: Shop, wait: float = 30.0, room: MakeRoom = _room) -> AsyncIterator[TokenPool]:
     """A pool as `Pools` makes it, with room for whoever asks."""
-
-    async def room(pool: TokenPool) -> None:
-        pool.connecting += 1
-
     dsn = shop.cluster.dsn_for("postgres", shop.cluster.superuser_password, "shop")
     login = Login("shop", Database(dsn=dsn, allow_privileged_login=True, pool=Pool(wait=wait)), NO_KEYS)
     pool = TokenPool(Terminator(login), LOCAL, 5.0, Verdicts(), room)
@@ -239,6 +239,57 @@ def test_a_connection_that_is_lost_before_a_word_is_said_is_told_in_words(newest
             with pytest.raises(ConnectionLostError, match="the connection to the database was lost"):
                 await statement.run(session, "select 1", Bounds(10, 1000, 5.0))
             await pool.give_back(session)
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_a_connection_that_is_let_go_before_it_was_begun_is_told(newest_shop: Shop) -> None:
+    async def run() -> None:
+        async with _pool(newest_shop) as pool:
+            asking = asyncio.create_task(pool.terminator.ready())
+            await asyncio.sleep(0)
+            await pool.terminator.close()
+            assert await asking is False
+            assert await pool.terminator.ready() is True
+
+    asyncio.run(run())
+
+
+def test_a_pool_that_waits_for_room_is_closed_at_once(newest_shop: Shop) -> None:
+    """Whoever closes it may hold what it waits for."""
+
+    async def run() -> None:
+        waits = asyncio.Event()
+
+        async def room(pool: TokenPool) -> None:
+            waits.set()
+            await asyncio.Event().wait()
+
+        async with _pool(newest_shop, room=room) as pool:
+            asking = asyncio.create_task(pool.take())
+            await waits.wait()
+            begun = time.monotonic()
+            await pool.close()
+            assert time.monotonic() - begun < 0.15  # psycopg's pool was given 0.2 s
+            with pytest.raises(UnavailableError, match="the pool was closed meanwhile"):
+                await asking
+
+    asyncio.run(run())
+
+
+def test_who_comes_as_there_was_to_be_room_for_nobody_is_served(newest_shop: Shop) -> None:
+    async def run() -> None:
+        asked = []
+
+        async def room(pool: TokenPool) -> None:
+            asked.append(pool)
+            if len(asked) == 1:
+                raise UnwantedError("nobody waited")
+            await _room(pool)
+
+        async with _pool(newest_shop, room=room) as pool:
+            await pool.give_back(await pool.take())
+            assert len(asked) == 2
 
     asyncio.run(run())
 

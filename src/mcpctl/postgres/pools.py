@@ -17,7 +17,7 @@ from mcpctl.postgres.cutting import Cut, cut, try_again
 from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.ping import takes_connections
 from mcpctl.postgres.terminator import Terminator, unreachable
-from mcpctl.postgres.token_pool import Session, TokenPool
+from mcpctl.postgres.token_pool import Session, TokenPool, UnwantedError
 from mcpctl.postgres.verdicts import Verdicts
 
 log = logging.getLogger("mcpctl.pools")
@@ -241,7 +241,7 @@ class Pools:
 
     def _check_wanted(self, asking: TokenPool) -> None:
         if asking.closed or not asking.wanted:
-            raise self._full()
+            raise UnwantedError("the pool was closed meanwhile", "ask again in a moment")
 
     async def _change(self) -> None:
         """Wait until there may be room."""

@@ -75,7 +75,10 @@ class Terminator:
         """See that it is there; what went wrong. Whoever asks meanwhile shares the attempt, and its result."""
         self.begin()
         opening = self._opening
-        return None if opening is None or opening.done() else await asyncio.shield(opening)
+        if opening is None or opening.done():
+            return None
+        await asyncio.wait({opening})
+        return _LetGo() if opening.cancelled() else opening.result()  # one that had not begun hears of no cancel
 
     def begin(self) -> None:
         """Begin to make it, where it is not there."""

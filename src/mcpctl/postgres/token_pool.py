@@ -109,6 +109,10 @@ class Session:
         await ended
 
 
+class UnwantedError(UnavailableError):
+    """Nobody waits any more for the connection that there was to be room for."""
+
+
 class TokenPool:
     """See the module. `make_room(pool)` is awaited before each new connection, and adds one to its `connecting`.
     `ended` says why it was ended, where its token was not."""
@@ -134,6 +138,7 @@ class TokenPool:
         self._timeout = timeout
         self._make_room = make_room
         self.connecting = 0
+        self._room: asyncio.Future[None] | None = None
         self._waiting: dict[asyncio.Timeout, Error | None] = {}
         self._wait = settings.wait
         self._left = 0
@@ -219,12 +224,14 @@ class TokenPool:
     async def close(self) -> None:
         """Close it and its idle connections; what is out is closed when it comes back."""
         ended = ending(*(conn for conn, session in self.sessions.items() if session not in self.out))
+        if self._room is not None:
+            self._room.cancel()  # else the pool would wait for it, and it perhaps for whoever closes the pool
         await self._pool.close(timeout=0.2)
         await ended
 
     async def _conninfo(self) -> str:
         try:
-            await self._make_room(self)
+            await self._room_for_one_more()
         except Error as problem:
             self._refused(problem)
             raise
@@ -233,6 +240,20 @@ class TokenPool:
         except Error as problem:
             self._failed(problem)
             raise
+
+    async def _room_for_one_more(self) -> None:
+        while True:
+            self._room = asyncio.ensure_future(self._make_room(self))
+            try:
+                return await self._room
+            except UnwantedError:
+                if not self.wanted or self.closed:
+                    raise  # else somebody has come since, who knows nothing of it
+            except asyncio.CancelledError:
+                _heed()
+                raise _closed() from None
+            finally:
+                self._room = None
 
     def _failed(self, problem: Exception) -> None:
         """A connection that there was room for could not be made."""
@@ -357,7 +378,7 @@ class TokenPool:
                 "wait for the token's other calls to end",
             ) from None
         except psycopg_pool.PoolClosed:
-            raise UnavailableError("the pool was closed meanwhile", "ask again in a moment") from None
+            raise _closed() from None
 
     async def give_back(self, session: Session) -> None:
         """Return a connection. One that is not as it was when it was new is closed instead."""
@@ -371,6 +392,10 @@ class TokenPool:
             self.sessions.pop(conn, None)
         task = asyncio.ensure_future(self._pool.putconn(conn))
         await asyncio.shield(task)
+
+
+def _closed() -> UnavailableError:
+    return UnavailableError("the pool was closed meanwhile", "ask again in a moment")
 
 
 def _heed() -> None:
