@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -58,27 +60,42 @@ def _answer(wire: socket.socket) -> tuple[bytes, bytes]:
     return head, body
 
 
-def test_a_flood_of_silent_visitors_does_not_stand_in_a_revocations_way(make_site: MakeSite, newest_shop: Shop) -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["HTTP", "HTTPS"])
+def test_a_flood_of_silent_visitors_does_not_stand_in_a_revocations_way(
+    make_site: MakeSite, newest_shop: Shop, certificates: Path, tls: bool
+) -> None:
     few = ("sh", "-c", 'ulimit -n 200 && exec "$0" "$@"')
-    at = make_site(newest_shop).start(before=few)
+    pair = ("--tls-cert", str(certificates / "cert.pem"), "--tls-key", str(certificates / "key.pem"))
+    at = make_site(newest_shop).start(*pair if tls else (), before=few)
+    verify: Any = ssl.create_default_context(cafile=str(certificates / "ca.pem")) if tls else True
+    health = f"{at.url.removesuffix('/mcp')}/health"
     name, text = at.token()
     host, port = urlsplit(at.url).netloc.split(":")
-    with at.client(text) as a, contextlib.ExitStack() as visitors:
+    with at.client(text, verify=verify) as a, contextlib.ExitStack() as visitors:
         running = in_background(a.call, "query_database", {"query": "select pg_sleep(60)"})
         eventually(lambda: newest_shop.backends("query LIKE '%pg_sleep(60)%' AND state = 'active'"))
         for _ in range(300):
             visitors.enter_context(socket.create_connection((host, int(port)), timeout=5))
+        eventually(lambda: _is_well(health, verify))
         assert "cut: 1 query, 0 backends left" in at.run("token", "revoke", name).stdout
         assert running.result().status_code == 401
-    eventually(lambda: httpx.get(f"{at.url.removesuffix('/mcp')}/health").status_code == 200)
+    assert _is_well(health, verify)
+    assert len([line for line in at.stderr if "too few file descriptors" in line]) == 1
     assert len(at.stderr) < 30, at.stderr[-30:]
 
 
-async def _served(app: http.App, visit: Callable[[tuple[str, int]], None], patience: float) -> None:
+def _is_well(url: str, verify: Any) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url, verify=verify).status_code == 200
+    return False
+
+
+async def _served(app: http.App, visit: Callable[[tuple[str, int]], None], patience: float, **options: Any) -> None:
     """Let somebody visit the app through the door."""
     visitor = door.Visitor.of(1 << 20, patience)
-    server = uvicorn.Server(uvicorn.Config(app, http=visitor, lifespan="off", log_config=None))
+    server = uvicorn.Server(uvicorn.Config(app, http=visitor, lifespan="off", log_config=None, **options))
     with door.Door() as bound:
+        bound.visitors = visitor
         bound.bind(("127.0.0.1", 0))
         serving = asyncio.create_task(server.serve(sockets=[bound]))
         while not server.started:
@@ -106,6 +123,21 @@ def test_a_visitor_who_asks_nothing_is_sent_away() -> None:
                         assert one.recv(1) == b""
 
     asyncio.run(_served(app, visit, 0.5))
+
+
+def test_a_tls_handshake_that_does_not_go_on_is_ended(certificates: Path) -> None:
+    def visit(address: tuple[str, int]) -> None:
+        context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+        with (
+            socket.create_connection(address, timeout=10) as silent,
+            context.wrap_socket(socket.create_connection(address, timeout=10), server_hostname="localhost") as asks,
+        ):
+            asks.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b" 401 " in asks.recv(4096)
+            assert silent.recv(1) == b""
+
+    pair = {"ssl_certfile": certificates / "cert.pem", "ssl_keyfile": certificates / "key.pem"}
+    asyncio.run(_served(_unauthorized, visit, 0.5, **pair))
 
 
 @pytest.mark.parametrize("more", [b"G", b"\r\n", b"a whole request"])
@@ -346,7 +378,7 @@ def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first(monk
     visitor = door.Visitor.of(1 << 20)
     with door.Door() as bound:
         bound.bind(("127.0.0.1", 0))
-        bound.make_room = visitor.make_room
+        bound.visitors = visitor
 
         def visit() -> None:
             address = bound.getsockname()

@@ -69,6 +69,9 @@ FAMILIES: dict[str, Family] = {
     "mcpctl_tls_not_after_timestamp_seconds": Family("gauge", (), "When the certificate ends.", shared=True),
     "mcpctl_workers": Family("gauge", ("state",), "Workers: wanted, and answering this scrape.", shared=True),
     "mcpctl_event_loop_lag_seconds": Family("gauge", (), "The longest delay of the event loop in the last 15 to 30 s."),
+    "mcpctl_connections_turned_away": Family(
+        "counter", (), "Connections of clients that were closed for want of file descriptors."
+    ),
     "mcpctl_build_info": Family("gauge", ("version", "python"), "Always 1.", shared=True),
     "process_resident_memory_bytes": Family("gauge", (), "Memory in use."),
     "process_open_fds": Family("gauge", (), "Open file descriptors."),

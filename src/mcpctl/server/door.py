@@ -7,10 +7,11 @@ control socket, of the connections to PostgreSQL.
 import asyncio
 import contextlib
 import functools
+import logging
 import secrets
 import socket
 from collections import Counter
-from collections.abc import Callable
+from time import monotonic
 from typing import Any, ClassVar
 
 import h11
@@ -22,6 +23,7 @@ from mcpctl.server import encoding
 from mcpctl.server.held import SMALL, Budget
 from mcpctl.shared_counters import source
 
+log = logging.getLogger("mcpctl.http")
 _HEAD = 16 << 10
 """Bytes of a request's head."""
 _PIECE, _CHUNKED_PIECE = 16 << 10, 1 << 10
@@ -35,6 +37,8 @@ _NEWCOMERS = 16
 _EMPTY = 16
 """Bytes of empty lines before a request."""
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
+_SAID_FOR = 60.0
+"""Seconds between two lines on who was turned away."""
 
 
 class Door(socket.socket):
@@ -46,18 +50,48 @@ class Door(socket.socket):
     most: int | None = None
     """The number that an accepted connection's descriptor has to be below: a new one gets the lowest free number
     (POSIX), so that many are open."""
-    make_room: Callable[[], None] = staticmethod(lambda: None)
-    """Called for each that leaves too little room for further ones."""
+    visitors: "type[Visitor] | None" = None
+    """Those who have been let in: one of them goes for each that leaves too little room for further ones."""
+    turned_away = 0
+    """Connections that were closed for want of descriptors: new ones, and those that went for them."""
+    _told, _said = 0, -_SAID_FOR
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Take the next connection; as if there were none, where it has to be turned away."""
         conn, address = super().accept()
-        if self.most is not None and conn.fileno() >= self.most - _NEWCOMERS:
-            self.make_room()
+        crowded = self.most is not None and conn.fileno() >= self.most - _NEWCOMERS
+        if crowded and self.visitors is not None and self.visitors.make_room():
+            self._turned_away()
         if self.most is not None and conn.fileno() >= self.most:
             conn.close()
+            self._turned_away()
             raise BlockingIOError
+        if self.visitors is not None:
+            self.visitors.come(conn, address)
         return conn, address
+
+    def _turned_away(self) -> None:
+        """Count one, and say so once a minute at most."""
+        self.turned_away += 1
+        if monotonic() - self._said >= _SAID_FOR:
+            more, self._told, self._said = self.turned_away - self._told, self.turned_away, monotonic()
+            log.warning("too few file descriptors (ulimit -n): %d connections closed to keep some free", more)
+
+
+class _Coming:
+    """Who has been accepted: in a TLS handshake nobody hears of him, and asyncio would leave him a minute for it."""
+
+    known, idle = None, True
+
+    def __init__(self, conn: socket.socket, address: Any, patience: float) -> None:
+        self._conn = conn
+        self.source = source(address[0])
+        self.patience = asyncio.get_running_loop().call_later(patience, self.abort)
+
+    def abort(self) -> None:
+        """Have asyncio find that he has gone, and close the socket, which is its own."""
+        with contextlib.suppress(OSError):  # he has, by himself
+            self._conn.shutdown(socket.SHUT_RDWR)
 
 
 class _Connection(h11.Connection):
@@ -85,10 +119,12 @@ class Visitor(H11Protocol):
     nothing at all is sent away sooner, by uvicorn. Who reads nothing of an answer is sent away at the third look."""
     budget: Budget | None = None
     """What all visitors of the process may have sent together, beyond what is small."""
-    here: ClassVar["dict[Visitor, None]"] = {}
-    """All of the process, the one that has been there for longest first."""
+    here: ClassVar["dict[int, _Coming | Visitor]"] = {}
+    """All of the process by their descriptors' numbers, the one that has been there for longest first."""
+    source: str | None = None
     ahead = 64 << 10
     """Bytes of further requests that may come before the answer to the one before."""
+    _number = -1
     _counted = 0
     _patience: asyncio.TimerHandle | None = None
     _seen: object = None
@@ -119,19 +155,42 @@ class Visitor(H11Protocol):
             cls.budget.most = Budget.of_visitors(request_bytes).most
 
     @classmethod
-    def make_room(cls) -> None:
-        """Have one go who is not known: of the address that has most of those the one that came first."""
-        unknown = [one for one in cls.here if one.scope is None or not one.scope["state"].get("known")]
-        if unknown:
-            sources = [source(one.client[0]) if one.client else None for one in unknown]
-            gone = unknown[sources.index(Counter(sources).most_common(1)[0][0])]
-            del cls.here[gone]
-            gone.transport.abort()
+    def come(cls, conn: socket.socket, address: Any) -> None:
+        """Somebody was accepted, whose `connection_made` is called when TLS, if any, is agreed on."""
+        before = cls.here.pop(conn.fileno(), None)  # whose descriptor is free again, so that he has gone
+        if isinstance(before, _Coming):
+            before.patience.cancel()
+        cls.here[conn.fileno()] = _Coming(conn, address, cls.patience)
+
+    @classmethod
+    def make_room(cls) -> bool:
+        """Have one go who is not known: of the address that has most of those the one that came first. Whether there
+        was one."""
+        unknown = {number: one.source for number, one in cls.here.items() if not one.known}
+        if not unknown:
+            return False
+        most = Counter(unknown.values()).most_common(1)[0][0]
+        cls.here.pop(next(number for number, whose in unknown.items() if whose == most)).abort()
+        return True
+
+    @property
+    def known(self) -> Any:
+        """Whether the last request had a valid token."""
+        return self.scope is not None and self.scope["state"].get("known")
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection is there."""
         super().connection_made(transport)
-        self.here[self] = None
+        self._number = transport.get_extra_info("socket").fileno()
+        self.source = source(self.client[0]) if self.client else None
+        coming = self.here.get(self._number)
+        if isinstance(coming, _Coming):
+            coming.patience.cancel()
+        self.here[self._number] = self  # in the same place
         self.app = functools.partial(self._answered, self.app)
         self.flow.resume_reading = self.resume_reading  # type: ignore[method-assign]
         self._patience = self.loop.call_later(self.patience, self._look)
@@ -273,7 +332,8 @@ class Visitor(H11Protocol):
             self._patience.cancel()
         if self._turn is not None:
             self._turn.cancel()
-        self.here.pop(self, None)
+        if self.here.get(self._number) is self:
+            del self.here[self._number]
         self._gone.set()
         self._waiting.clear()
         self._count(0)

@@ -56,6 +56,8 @@ class Process:
         self.counters.as_worker(place.worker)
         self.metrics = Metrics()
         self.lag: Callable[[], float] = lambda: 0.0
+        self.turned_away: Callable[[], int] = lambda: 0
+        """Connections that were closed for want of file descriptors."""
         self.told: dict[str, str] = {}
         self.begun = time.time()
         self.over: dict[str, datetime | None] = {}
@@ -252,6 +254,7 @@ class Live:
             ("process_start_time_seconds", [], self._process.begun),
             ("process_cpu_seconds", [], time.process_time()),
             ("mcpctl_event_loop_lag_seconds", [], self._process.lag()),
+            ("mcpctl_connections_turned_away", [], self._process.turned_away()),
             *_connections(self._pools),
             *_process(),
         ]
