@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mcpctl.audit import parts
+from mcpctl import private_file
+from mcpctl.audit import files, parts
 from mcpctl.audit import verify as audit_verify
 from mcpctl.audit.reading import Reading
+from site_of_mcpctl import eventually
 from test_audit_verify import NOW, broken, whole, write
 
 
@@ -76,3 +81,47 @@ def test_a_line_that_has_no_end_is_not_read_to_it(path: Path, monkeypatch: pytes
     with path.open("ab") as file:
         file.write(b'{"seq":4,' + b"x" * 100_000 + b"\n")
     assert (broken(path).kind, broken(path).line) == ("changed", 4)
+
+
+def test_of_two_that_pack_the_same_file_one_waits_and_finds_nothing_to_do(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, 9)
+    moved = path.rename(path.with_name("audit.jsonl.20261119T000000Z"))
+    content, tries, pause = moved.read_bytes(), list[int](), list[Future[Path | None]]()
+    copy, lock = shutil.copyfileobj, private_file.lock
+
+    def slow(*given: Any) -> None:
+        if not pause:  # the other begins in the middle of this one
+            pause.append(pool.submit(files.pack, moved))
+            eventually(lambda: len(tries) == 2 or pause[0].done())
+        copy(*given)
+
+    monkeypatch.setattr(shutil, "copyfileobj", slow)
+    monkeypatch.setattr(private_file, "lock", lambda fd: (tries.append(fd), lock(fd)))
+    with ThreadPoolExecutor(1) as pool:
+        assert files.pack(moved) == path.with_name(f"{moved.name}.gz")
+        assert pause[0].result(30) is None
+    assert [one.name for one in path.parent.glob("*jsonl.2*")] == [f"{moved.name}.gz"]
+    assert gzip.decompress(path.with_name(f"{moved.name}.gz").read_bytes()) == content
+
+
+def test_a_file_that_is_packed_between_the_look_at_its_name_and_its_opening_is_read_all_the_same(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = [path.with_name(f"audit.jsonl.{number}") for number in (1, 2)]
+    for one in moved:
+        write(path, 5)
+        path.rename(one)
+    write(path, 1)
+    left, real = list(moved), Path.glob
+
+    def glob(folder: Path, pattern: str) -> list[Path]:
+        found = list(real(folder, pattern))
+        if left:
+            files.pack(left.pop(0))
+        return found
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert whole(path).last == 11
+    assert not any(one.exists() for one in moved)

@@ -9,7 +9,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mcpctl import private_file
 from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError
@@ -178,33 +178,53 @@ def _since(path: Path, seq: int) -> Iterator[dict[str, Any]]:
             yield line
 
 
-def pack(moved: Path) -> Path:
-    """Pack a file that was moved away; the packed one takes its place only when the same can be read from it."""
+def pack(moved: Path) -> Path | None:
+    """Pack a file that was moved away; the packed one takes its place only when the same can be read from it. None
+    where another has packed it meanwhile: one does at a time, under the lock of the file itself."""
+    packed = moved.with_name(moved.name + ".gz")
+    fd = open_moved(moved)
+    if fd is None:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        private_file.lock(fd)
+        if not private_file._is(moved, os.fstat(fd)):
+            return None
+        if os.path.lexists(packed):
+            raise ConflictError(f"{packed} exists already", "both are left as they are; remove one of them")
+        beside = moved.with_name(f".{packed.name}.tmp")
+        beside.unlink(missing_ok=True)  # of a command that was killed
+        try:
+            _pack(file, moved, beside, packed)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        if not private_file.POSIX:
+            file.close()  # Windows removes nothing that is open
+        moved.unlink()  # under the lock: who waits for it finds it gone
+    return packed
+
+
+def _pack(file: BinaryIO, moved: Path, beside: Path, packed: Path) -> None:
     import gzip
     import shutil
 
-    packed = moved.with_name(moved.name + ".gz")
-    beside = moved.with_name(f".{packed.name}.tmp")
-    if os.path.lexists(packed):
-        raise ConflictError(f"{packed} exists already", "both are left as they are; remove one of them")
-    beside.unlink(missing_ok=True)
     private_file.create(beside, b"")
-    try:
-        with moved.open("rb") as file, beside.open("wb") as to, gzip.GzipFile("", "wb", fileobj=to, mtime=0) as smaller:
+    with beside.open("r+b") as to:
+        with gzip.GzipFile("", "wb", fileobj=to, mtime=0) as smaller:
             shutil.copyfileobj(file, smaller, _CHUNK)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        with moved.open("rb") as file, gzip.open(beside, "rb") as same:
+        to.flush()
+        os.fsync(to.fileno())
+        file.seek(0)
+        to.seek(0)
+        with gzip.GzipFile(fileobj=to) as same:
             while chunk := file.read(_CHUNK):
                 if same.read(len(chunk)) != chunk:
                     raise Error(f"{packed} cannot be read back", "is the disk in order?")
         shutil.copystat(moved, beside)
-        beside.rename(packed)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    moved.unlink()
-    return packed
+        if not private_file._is(beside, os.fstat(to.fileno())):
+            raise Error(f"{beside} was replaced by somebody else", f"{moved} is left as it is; try again")
+    beside.rename(packed)
+    private_file._sync_folder(packed.parent)
 
 
 def number(line: dict[str, Any]) -> int:

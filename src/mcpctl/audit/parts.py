@@ -23,6 +23,8 @@ LONGEST = 16 << 20
 """Bytes of a line beyond which it is none of ours: a statement has 1 MiB at most."""
 HEAD = re.compile(rb'\{"seq":([0-9]{1,18}),"time":"([0-9TZ:.-]{20,32})"')
 _PACKED = b"\x1f\x8b"
+_LOOKS = 100
+"""At the names beside the log, until no name is gone before its file is open."""
 
 
 @dataclass
@@ -108,27 +110,37 @@ class Chosen:
 def opened(path: Path, stack: contextlib.ExitStack, unread: list[tuple[str, str]]) -> list[Part]:
     """All the log's files, each once, open until the stack is closed; `unread` gets those that cannot be."""
     parts: dict[int, Part] = {}
+    failed: dict[str, str] = {}
 
     def add(one: Path, fd: int) -> None:
-        stack.callback(os.close, fd)
         about = os.fstat(fd)
+        if about.st_ino in parts:
+            os.close(fd)
+            return
+        stack.callback(os.close, fd)
         if stat.S_ISREG(about.st_mode):
             packed = one != path and files.read_at(fd, 2, 0) == _PACKED
-            parts.setdefault(about.st_ino, Part(one, fd, about.st_size, packed))
+            parts[about.st_ino] = Part(one, fd, about.st_size, packed)
         else:
-            unread.append((one.name, "it is no file"))
+            failed[one.name] = "it is no file"
 
     with contextlib.suppress(NotFoundError):
         add(path, private_file.open_checked(path, os.O_RDONLY))
-    for one in sorted(path.parent.glob(glob.escape(path.name) + "[.-]*")):
-        if one.suffix == ".lock":
-            continue
-        try:
-            add(one, os.open(one, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)))
-        except FileNotFoundError:
-            continue  # packed or removed just now
-        except OSError as problem:
-            unread.append((one.name, "it is a symbolic link" if one.is_symlink() else str(problem.strerror)))
+    for _ in range(_LOOKS):
+        failed.clear()
+        gone = False
+        for one in sorted(path.parent.glob(glob.escape(path.name) + "[.-]*")):
+            if one.suffix == ".lock":
+                continue
+            try:
+                add(one, os.open(one, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)))
+            except FileNotFoundError:
+                gone = True
+            except OSError as problem:
+                failed[one.name] = "it is a symbolic link" if one.is_symlink() else str(problem.strerror)
+        if not gone:
+            break  # else what was packed just now has another name, which this look may not have seen
+    unread += failed.items()
     return list(parts.values())
 
 

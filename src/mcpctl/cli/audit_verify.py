@@ -197,7 +197,7 @@ def rotate(
     packed = []
     if gzip:
         ours = [one for one in audit_files.older(found.audit.file)[0] if _is_ours(one, found.audit.file)]
-        packed = [audit_files.pack(one) for one in reversed(ours[1:])]
+        packed = [done for one in reversed(ours[1:]) if (done := audit_files.pack(one)) is not None]
     if json:
         output.put_json({"moved": str(moved) if moved else None, "packed": [str(one) for one in packed]})
         return
