@@ -266,8 +266,12 @@ def test_a_fault_in_the_config_stops_nothing_that_an_incident_needs(home: Home) 
     for command in (("token", "revoke", name), ("user", "disable", "alice"), ("lockdown",)):
         done = home(*command)
         assert (done.code, "limits.max_rows" in done.err) == (0, True), done.err
-    for command in (("status",), ("session", "revoke", name)):
+    for command in (("status",), ("session", "revoke", name), ("session", "list"), ("top", "--once")):
         assert home(*command).code == 1
+    report = ("incident", "report", "--token", name)
+    for command in (report, ("audit", "tail"), ("audit", "top", "--by", "ip"), ("audit", "who-read", "public.x")):
+        done = home(*command)
+        assert (done.code, "limits.max_rows" in done.err) == (0, True), done.err
     events = [line["event"] for line in lines(home.folder / "audit.jsonl")]
     assert events[-3:] == ["token.revoked", "user.disabled", "server.locked"]
 

@@ -185,7 +185,7 @@ def top(
     """What runs now, and who used most in the last minute. On a terminal it goes on until q or Ctrl-C."""
     from mcpctl.errors import UsageError
 
-    found = settings(context, config, needs_log=False)
+    found = settings(context, config, needs_log=False, forgiving=True)
     if sql and found.audit.statements != "full":
         raise UsageError(
             "--sql shows statements, and the config keeps none in full", "audit.statements: full would keep them"
