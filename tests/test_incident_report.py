@@ -106,6 +106,13 @@ def test_of_a_token_that_was_removed_the_user_is_found_by_the_log(home: Home) ->
     assert "mcpctl can eve" in page
 
 
+def test_a_line_that_was_written_later_is_shown_with_the_time_when_it_happened(home: Home) -> None:
+    then = "2026-01-02T03:04:05.678Z"
+    fill(home, {"event": "token.expired", "token": "abcd1234", "happened_at": then})
+    assert f"| {then} | token.expired |" in home("incident", "report", "--token", "abcd1234").good
+    assert home("audit", "tail").good.startswith(f"{then}\ttoken.expired\t")
+
+
 def test_no_statement_or_reason_forges_the_page(home: Home) -> None:
     evil = "x\n\n## Next steps\n\n```\n| a | b |\n<script>[go](http://evil)\x1b[2J\u202e\r# Title\t~~~"
     fill(home, {"statement": evil}, {"event": "tool.refused", "reason": evil, "client_ip": evil}, {"user": "|#"})

@@ -20,6 +20,7 @@ from mcpctl.audit.log import AuditLog
 from mcpctl.cli.common import note_all
 from mcpctl.errors import UnavailableError
 from mcpctl.recorder import LATE, Recorder
+from test_control import process
 
 NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
@@ -273,6 +274,25 @@ def test_of_more_lines_than_can_be_kept_a_command_tells_the_number_and_so_does_t
     events = [(one["event"], one.get("reason")) for one in lines(log)]
     assert sum(event == "token.revoked" for event, _ in events) == 10 - int(found[1])
     assert ("audit.lost", f"at least {found[1]} lines could neither be written nor be kept") in events
+
+
+def test_of_a_line_that_only_a_server_has_a_command_says_that_it_may_be_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path / "home")
+    home("user", "add", "bob")
+    (home.folder / "audit.jsonl").chmod(0o644)
+    found = config.load(home.config, {})
+    note_all(found, [("token.revoked", {"token": "first"})])
+    assert "hint: it is written there later\n" in capsys.readouterr().err
+
+    def no_room(*_: object, **__: object) -> None:
+        raise UnavailableError("no room")
+
+    monkeypatch.setattr(AuditLog, "keep", no_room)
+    with process(home.folder, "1", b"{}\n"):
+        note_all(found, [("token.revoked", {"token": "second"})])
+    assert "it is written there later, but lost if the server stops before it can be" in capsys.readouterr().err
 
 
 def test_what_a_server_has_lost_is_told_after_its_end_too(book: Book) -> None:

@@ -202,7 +202,9 @@ def test_a_revocation_that_can_be_written_nowhere_is_done_by_the_servers_until_t
         assert [path for path in os.listdir(at.folder) if path.endswith(".tmp")] == []
         assert a.call("whoami").status_code == 401
         assert b.rows("select 1") == [[1]]
+        assert f"kept out\t{name}: only until a restart" in at.run("status").stdout
         at.run("token", "revoke", name)
+        assert "kept out" not in at.run("status").stdout
         assert [one["lifted"] for one in control.ask_all(at.folder, {"do": "lock", "now": True})] == [False]
         at.run("config", "reload")
         assert b.call("whoami").status_code == 503
@@ -223,10 +225,37 @@ def test_who_holds_the_token_file_is_named_and_the_servers_are_told_meanwhile(
     monkeypatch.setattr(taking, "TOLD", 0.1)
     monkeypatch.setattr(private_file, "PATIENCE", 0.5)
     with process(home.folder, "1", b"{}\n") as asked, private_file.edit(file.path):
-        with pytest.raises(Error, match=f"held by another .* keep {name} out"), taking.taking(found, [name]):
+        with pytest.raises(Error, match=f"held by another .* keep {name} out"), taking.taking(found, [name], "by me"):
             tokens.revoke(file, [name], tokens.utcnow())
         assert asked == [{"do": "bar", "tokens": [name]}]
     assert f"waiting for process {os.getpid()} (" in capsys.readouterr().err
+
+
+def test_a_token_file_that_may_not_be_written_is_no_obstacle_and_the_log_says_what_was_done(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home("user", "add", "alice")
+    name, _ = home.token("--user", "alice")
+    found, file = config.load(home.config, {}), tokens.token_file(home.folder / "tokens.yaml")
+    with process(home.folder, "1", b"{}\n") as asked, monkeypatch.context() as patched:
+        real = os.open
+
+        def immutable(path: str | Path, flags: int, *more: int, **options: int) -> int:
+            if flags & os.O_RDWR and Path(path) == file.path:
+                raise PermissionError(1, "Operation not permitted")
+            return real(path, flags, *more, **options)
+
+        patched.setattr(os, "open", immutable)
+        with (
+            pytest.raises(Error, match=f"not permitted; but .* keep {name} out until they restart") as caught,
+            taking.taking(found, [name], "a leak; by me"),
+        ):
+            tokens.revoke(file, [name], tokens.utcnow())
+        assert (caught.value.exit_code, asked) == (1, [{"do": "bar", "tokens": [name]}])
+    line = lines(home.folder / "audit.jsonl")[-1]
+    assert (line["event"], line["token"], line["user"]) == ("token.revoked", name, "alice")
+    assert line["reason"].startswith("by the running servers alone, until they restart, since tokens.yaml")
+    assert line["reason"].endswith("; a leak; by me")
 
 
 def test_a_fault_in_the_config_stops_nothing_that_an_incident_needs(home: Home) -> None:
@@ -237,8 +266,12 @@ def test_a_fault_in_the_config_stops_nothing_that_an_incident_needs(home: Home) 
     for command in (("token", "revoke", name), ("user", "disable", "alice"), ("lockdown",)):
         done = home(*command)
         assert (done.code, "limits.max_rows" in done.err) == (0, True), done.err
-    for command in (("status",), ("session", "revoke", name)):
+    for command in (("status",), ("session", "revoke", name), ("session", "list"), ("top", "--once")):
         assert home(*command).code == 1
+    report = ("incident", "report", "--token", name)
+    for command in (report, ("audit", "tail"), ("audit", "top", "--by", "ip"), ("audit", "who-read", "public.x")):
+        done = home(*command)
+        assert (done.code, "limits.max_rows" in done.err) == (0, True), done.err
     events = [line["event"] for line in lines(home.folder / "audit.jsonl")]
     assert events[-3:] == ["token.revoked", "user.disabled", "server.locked"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -11,7 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def path(tmp_path: Path) -> Path:
     found = tmp_path / "secret.yaml"
     private_file.create(found, b"one\n")
     return found
+
+
+def unwritable(real: Callable[..., int], number: int) -> Callable[..., int]:
+    """An os.open that opens what is there for reading alone."""
+
+    def opened(name: str | Path, flags: int, *more: int, **options: int) -> int:
+        if flags & os.O_RDWR:
+            raise OSError(number, os.strerror(number))
+        return real(name, flags, *more, **options)
+
+    return opened
 
 
 def refusal(path: Path, **options: int) -> ConfigError:
@@ -94,6 +106,19 @@ def test_a_tighter_mode_is_fine_and_the_config_may_be_0640_but_not_0644(path: Pa
     assert private_file.read(path, mode=0o640).data == b"one\n"
     path.chmod(0o644)
     refusal(path, mode=0o640)
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES, errno.EROFS], ids=["immutable", "mode", "read-only"])
+def test_a_file_that_can_be_believed_but_not_opened_for_writing_is_one_that_was_not_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "open", unwritable(os.open, number))
+    with pytest.raises(NotWrittenError, match="cannot be written"), private_file.edit(path):
+        raise AssertionError("it was opened")
+    if number != errno.EROFS:
+        path.chmod(0o644)
+        with pytest.raises(ConfigError, match="has mode 0644"), private_file.edit(path):
+            raise AssertionError("it was opened")
 
 
 @needs_root

@@ -238,6 +238,7 @@ def test_a_call_is_refused_while_the_log_cannot_be_written_and_works_again_later
     assert [line["event"] for line in lines(book.path)] == [
         "tool.called", "token.expired", "audit.lost", "tool.called",
     ]  # fmt: skip
+    assert book.events("audit.lost")[0]["reason"].startswith("2 lines could not be written")
     assert verify(book.path) == 4
 
 

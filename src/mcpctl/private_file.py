@@ -245,8 +245,12 @@ def _open(path: Path, flags: int, mode: int = 0o600, trusted_owner: int | None =
             raise ConfigError(f"{shown} is not a regular file", "name a file in the config") from None
         if problem.errno == errno.ELOOP:
             raise ConfigError(f"{shown} is a symbolic link", "name the file itself in the config") from None
-        if problem.errno not in _FORBIDDEN and flags & (os.O_RDWR | os.O_WRONLY):
-            raise not_written(problem, f"{shown} cannot be written: {problem.strerror}") from None
+        writes, said = flags & (os.O_RDWR | os.O_WRONLY), f"{shown} cannot be written: {problem.strerror}"
+        if problem.errno in (errno.EPERM, errno.EACCES) and writes and not flags & os.O_CREAT:
+            os.close(_open(path, os.O_RDONLY, mode, trusted_owner)[0])  # raises where it is not to be believed either
+            raise NotWrittenError(said, "check its mode, and its attributes with lsattr") from None
+        if problem.errno not in _FORBIDDEN and writes:
+            raise not_written(problem, said) from None
         raise ConfigError(f"{shown} cannot be opened: {problem.strerror}", "check its owner and mode") from None
     try:
         found = os.fstat(fd)

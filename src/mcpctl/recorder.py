@@ -153,6 +153,7 @@ class Recorder:
             try:
                 self._audit.check()
             except UnavailableError:
+                self._lose(self._audit.time())
                 raise _no_log() from None
             self._failing = False
 

@@ -57,7 +57,7 @@ def tail(
 
     begin, network = moment("--since", since), _asked_network(ip)
     _check_event(event)
-    found = settings(context, config)
+    found = settings(context, config, forgiving=True)
     before = _last_number(found.audit.file) if follow else 0
     # opened at the end before the old lines are read, so that none between is lost
     newer = audit_files.follow(found.audit.file) if follow else None
@@ -207,10 +207,16 @@ def _is_event(found: str, wanted: str) -> bool:
     return found == wanted or (wanted.endswith(".*") and found.startswith(wanted[:-1]))
 
 
+def when(line: dict[str, Any]) -> Any:
+    """When a line's event happened, also where the line was written later."""
+    return line.get("happened_at") or line.get("time")
+
+
 def block(line: dict[str, Any]) -> str:
     """One statement: a line of who and when, and its text, each line of it set in, so that it can pass for no other."""
-    names = ("time", "user", "token", "client_ip", "database", "tool", "outcome", "rows", "reason")
-    head = "  ".join(output.clean(line[name]) for name in names if line.get(name) is not None)
+    names = ("user", "token", "client_ip", "database", "tool", "outcome", "rows", "reason")
+    facts = [when(line), *(line.get(name) for name in names)]
+    head = "  ".join(output.clean(fact) for fact in facts if fact is not None)
     kept = line.get("statement")
     text = f"(not kept; HMAC {line.get('statement_hmac')})" if kept is None else str(kept)
     return "\n".join([head, *(f"    {part}" for part in text.split("\n"))])
@@ -228,7 +234,7 @@ def _show(lines: list[dict[str, Any]], json: bool, sql: bool, *, with_head: bool
         tool = line.get("tool")
         rows.append(
             [
-                line.get("time"), line.get("event"), line.get("token"), line.get("user"), line.get("database"),
+                when(line), line.get("event"), line.get("token"), line.get("user"), line.get("database"),
                 line.get("outcome"), line.get("rows"), line.get("elapsed_ms"),
                 f"{tool}: {' '.join(str(what).split())}" if tool else what,
             ]

@@ -28,7 +28,7 @@ def reading_of(context: typer.Context, config: Any, since: str | None, until: st
     from mcpctl.cli.audit import moment
 
     begin, end = moment("--since", since), moment("--until", until)
-    return reading_from(settings(context, config, needs_log=False), begin, end)
+    return reading_from(settings(context, config, needs_log=False, forgiving=True), begin, end)
 
 
 def reading_from(found: "Settings", begin: "datetime | None", end: "datetime | None") -> "Reading":
@@ -92,7 +92,7 @@ def who_read(
 
     wanted = who_reads.parse(target, database)
     begin, end = moment("--since", since), moment("--until", until)
-    configured = settings(context, config, needs_log=False)
+    configured = settings(context, config, needs_log=False, forgiving=True)
     reading = reading_from(configured, begin, end)
     found = who_reads.search(reading, wanted)
     name = wanted.database

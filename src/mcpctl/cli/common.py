@@ -231,9 +231,12 @@ def note_all(found: "Settings", events: list[tuple[str, dict[str, Any]]]) -> Non
                     del left[0]
                 log.sync()
             except Error as problem:
-                lost = _keep_all(found, log, left)
+                lost, held = _keep_all(found, log, left)
                 if not lost:
-                    output.warn(f"done, but not in the audit log yet: {problem.message}", "it is written there later")
+                    later = "it is written there later"
+                    if held:
+                        later += ", but lost if the server stops before it can be: make room first, or write it down"
+                    output.warn(f"done, but not in the audit log yet: {problem.message}", later)
                     return
                 told = "the log will say that lines are missing" if log.lose(lost) else "write down what you did"
                 output.warn(f"done, but not in the audit log ({lost} of {len(left)} lines): {problem.message}", told)
@@ -241,30 +244,33 @@ def note_all(found: "Settings", events: list[tuple[str, dict[str, Any]]]) -> Non
         output.warn(f"done, but not in the audit log: {problem.message}", problem.hint)
 
 
-def _keep_all(found: "Settings", log: "AuditLog", left: list[tuple[str, dict[str, Any]]]) -> int:
-    """Keep these lines for the log; how many of them are lost."""
+def _keep_all(found: "Settings", log: "AuditLog", left: list[tuple[str, dict[str, Any]]]) -> tuple[int, bool]:
+    """Keep these lines for the log; how many of them are lost, and whether a server has some in its memory alone."""
     from mcpctl.errors import Error
 
+    held = False
     for kept, (event, fields) in enumerate(left):
         try:
-            _keep(found, log, event, {"transport": "cli", **fields})
+            held |= _keep(found, log, event, {"transport": "cli", **fields})
         except Error:
-            return len(left) - kept
-    return 0
+            return len(left) - kept, held
+    return 0, held
 
 
-def _keep(found: "Settings", log: "AuditLog", event: str, fields: dict[str, Any]) -> None:
-    """Keep a line beside the log, or, where the disk has no room for that either, in a running server."""
+def _keep(found: "Settings", log: "AuditLog", event: str, fields: dict[str, Any]) -> bool:
+    """Keep a line beside the log, or, where the disk has no room for that either, in a running server (True)."""
     from mcpctl import control
     from mcpctl.errors import Error
 
     fields = {"happened_at": log.time(), **fields}
     try:
         log.keep(event, **fields)
+        return False
     except Error:
         folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
         if not control.ask_one(folder, {"do": "note", "event": event, "fields": fields}):
             raise
+        return True
 
 
 @contextlib.contextmanager

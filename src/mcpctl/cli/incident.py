@@ -54,7 +54,7 @@ def report(
     if token is None and user is None:
         raise UsageError("a report is of a token or of a user", "say --token ID or --user U")
     begin, end = moment("--since", since), moment("--until", until)
-    found = settings(context, config, needs_log=False)
+    found = settings(context, config, needs_log=False, forgiving=True)
     record, person = _records(found, token, user)
     reading = reading_from(found, begin, end)
     facts = reports.gather(reading, token, user)
@@ -244,7 +244,9 @@ def _cell(value: Any) -> Any:
 
 
 def _listed(title: str, found: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    rows = [[line.get(name) for name in names] for line in found["last"]]
+    from mcpctl.cli.audit import when
+
+    rows = [[when(line), *(line.get(name) for name in names[1:])] for line in found["last"]]
     return [f"## {title}", "", *_more(found), *_table(names, rows)]
 
 

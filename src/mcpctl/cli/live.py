@@ -150,8 +150,10 @@ def _facts(one: dict[str, Any], last: int | None) -> Rows:
     rows.append(["connections", f"{one['connections']} of {one['budget']}"])
     counts = one["tokens"]
     shown = ", ".join(f"{count} {status}" for status, count in (counts or {}).items() if count) or "none"
+    rows.append(["tokens", _BROKEN if counts is None else shown])
+    if one["kept_out"]:
+        rows.append(["kept out", f"{', '.join(one['kept_out'])}: only until a restart; revoke again"])
     rows += [
-        ["tokens", _BROKEN if counts is None else shown],
         ["running", _count(one["running"], "call")],
         [
             "last minute",
@@ -183,7 +185,7 @@ def top(
     """What runs now, and who used most in the last minute. On a terminal it goes on until q or Ctrl-C."""
     from mcpctl.errors import UsageError
 
-    found = settings(context, config, needs_log=False)
+    found = settings(context, config, needs_log=False, forgiving=True)
     if sql and found.audit.statements != "full":
         raise UsageError(
             "--sql shows statements, and the config keeps none in full", "audit.statements: full would keep them"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcpctl.cli import output
-from mcpctl.cli.common import told
+from mcpctl.cli.common import note_all, told
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
@@ -19,10 +19,10 @@ WAITED, TOLD = 2.0, 5.0
 
 
 @contextlib.contextmanager
-def taking(found: "Settings", names: list[str], path: Path | None = None) -> "Iterator[None]":
+def taking(found: "Settings", names: list[str], why: str, path: Path | None = None) -> "Iterator[None]":
     """Around a change of the token file, or of `path`, that ends these tokens. Where it cannot be written, whatever the
     reason, each running server keeps them out until it restarts, and the Error says that this is all that was done
-    (exit 1). Who holds the file is named."""
+    (exit 1); so does the log, with `why`. Who holds the file is named."""
     from threading import Timer
 
     from mcpctl import control
@@ -52,6 +52,9 @@ def taking(found: "Settings", names: list[str], path: Path | None = None) -> "It
             nobody = "no server runs" if names else "it was not done"
             raise Error(f"{said}; {nobody}", f"{hint or 'look at the disk'}: the files say what they said") from None
         words, _ = told(answers)
+        only = f"by the running servers alone, until they restart, since {file.name} could not be written; {why}"
+        whose = _users(found)
+        note_all(found, [("token.revoked", {"token": id, "user": whose.get(id), "reason": only}) for id in names])
         raise Error(
             f"{said}; but the running servers keep {', '.join(names)} out until they restart ({words})",
             f"{hint or 'look at the disk'}, and run this again: the files still say that it may come in",
@@ -60,6 +63,16 @@ def taking(found: "Settings", names: list[str], path: Path | None = None) -> "It
     finally:
         for timer in timers:
             timer.cancel()
+
+
+def _users(found: "Settings") -> dict[str, str | None]:
+    """Whose each token is, where the file can still be read."""
+    from mcpctl.errors import Error
+    from mcpctl.identity import tokens
+
+    with contextlib.suppress(Error):
+        return {one.id: one.user for one in tokens.token_file(found.auth.token_file).current().values()}
+    return {}
 
 
 def known_of(file: "EntryFile[Token]", ids: list[str], missing: "Failures") -> list[str]:

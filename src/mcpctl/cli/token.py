@@ -341,10 +341,10 @@ def revoke(
     file = tokens.token_file(found.auth.token_file)
     missing = Failures()
     known = [name for name in file.current() if name not in (but or ())] if all_ else known_of(file, ids or [], missing)
-    with taking(found, known):
+    why = by_whom(context, reason)
+    with taking(found, known, why):
         done = tokens.revoke(file, None if all_ else known, tokens.utcnow(), but or ())
     fresh = [entry for entry, alive in done if alive]
-    why = by_whom(context, reason)
     # The servers see the file by themselves meanwhile; whoever interrupts the wait for their proof leaves a record.
     note_all(found, [("token.revoked", {"token": entry.id, "user": entry.user, "reason": why}) for entry in fresh])
     words, values = proof(found, [entry.id for entry, _ in done])
@@ -373,7 +373,7 @@ def remove(
     file = tokens.token_file(found.auth.token_file)
     entry = tokens.show(file, id)
     confirm(f"removing token {id}", f"Remove token {id} ({entry.user or 'service'}) and its record?", yes)
-    with taking(found, [id]):
+    with taking(found, [id], by_whom(context)):
         tokens.remove(file, id)
     note(found, "token.removed", token=id, user=entry.user, reason=by_whom(context))
     words, values = proof(found, [id])

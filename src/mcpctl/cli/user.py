@@ -266,7 +266,7 @@ def _switch(context: typer.Context, name: str, reason: str | None, json: bool, c
         ready_to_note(found)
     file = users.user_file(found.auth.user_file)
     theirs = [token.id for token in living_tokens(found).get(name, [])] if off else []
-    with taking(found, theirs, found.auth.user_file):
+    with taking(found, theirs, by_whom(context, reason), found.auth.user_file):
         user, changed = users.disable(file, name, tokens.utcnow() if off else None)
     word = "disabled" if off else "enabled"
     if changed:

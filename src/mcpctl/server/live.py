@@ -127,6 +127,7 @@ class Live:
             "databases": await self._databases(),
             "budget": self._pools.budget,
             "tokens": self.tokens()[0],
+            "kept_out": self._kept_out(),
             "running": len(self._calls.running()),
             "minute": {
                 "calls": sum(one.calls for one in used),
@@ -137,6 +138,15 @@ class Live:
             "audit": self._recorder.fault(),
             "lockdown": self._authenticator.lockdown.said(),
         }
+
+    def _kept_out(self) -> list[str]:
+        """Tokens that a command had us keep out, and that the file, as far as it can be read, still lets in."""
+        told = sorted(name for name in self._authenticator.kept_out("command") if name)  # "" is a lockdown
+        try:
+            found = self._authenticator.read().tokens
+        except Error:
+            return told
+        return [name for name in told if name in found and found[name].revoked_at is None]
 
     async def _databases(self) -> dict[str, dict[str, Any]]:
         """By name: whether it takes connections, and this process's pools and connections there."""
