@@ -15,7 +15,7 @@ from chain import KEY, lines, verify
 from mcpctl.audit.log import AuditLog
 from mcpctl.config_keys import Limits
 from mcpctl.errors import LimitedError, UnavailableError
-from mcpctl.policy.limits import LINES, Limiter
+from mcpctl.policy.limits import LINES, TOKEN_LINES, Limiter
 from mcpctl.recorder import AGAIN, IN_FULL, STRANGERS_IN_FULL, Recorder
 from mcpctl.shared_counters import Counters
 
@@ -61,6 +61,21 @@ def test_a_credential_is_noted_once_an_hour_for_each_address(book: Book) -> None
     book.now = AGAIN
     book.recorder.auth_ok("ab12cd34", "alice", "192.0.2.1")
     assert len(book.events("auth.ok")) == 5
+
+
+def test_of_a_credential_that_comes_from_ever_new_addresses_most_are_counted(book: Book) -> None:
+    for number in range(500):
+        book.recorder.auth_ok("ab12cd34", "alice", f"192.0.{number // 250}.{number % 250}")
+        book.recorder.auth_ok("ipv6", "alice", f"2001:db8::{number:x}")
+    book.recorder.auth_ok("other", "alice", "192.0.2.1")
+    whose = [line["token"] for line in book.events("auth.ok")]
+    assert {token: whose.count(token) for token in whose} == {"ab12cd34": TOKEN_LINES, "ipv6": 1, "other": 1}
+    book.now = 60
+    book.recorder.flush()
+    last = book.events("auth.ok")[-1]
+    assert (last["token"], last["reason"]) == ("ab12cd34", "490 more within a minute")
+    book.recorder.auth_ok("ab12cd34", "alice", "192.0.1.249")
+    assert book.events("auth.ok")[-1]["client_ip"] == "192.0.1.249"
 
 
 def test_a_credential_that_could_not_be_noted_is_noted_as_soon_as_it_can_be(book: Book) -> None:
@@ -155,17 +170,39 @@ def test_a_thousand_bogus_requests_a_second_write_less_than_a_megabyte_an_hour_a
     verify(path)
 
 
+def test_one_refused_token_writes_less_than_half_a_megabyte_an_hour_all_workers_together(path: Path) -> None:
+    log, now = AuditLog(path, KEY, lambda: NOW), [0.0]
+    limiter = Limiter(Limits(), Counters(), lambda: now[0])
+    workers = [Recorder(log, "full", refuse=True, clock=lambda: now[0], line=limiter.line) for _ in range(8)]
+    minutes = 10
+    for number in range(10 * 60 * minutes):
+        now[0] = number / 10
+        workers[number % 8].auth_refused(
+            "2001:db8:aaaa:bbbb:cccc:d", "the token is revoked", proven=True,
+            request_id="0" * 16, token="a" * 8, transport="http",
+        )  # fmt: skip
+    for recorder in workers:
+        recorder.flush(everything=True)
+    log.close()
+    assert path.stat().st_size * 60 / minutes < 500_000
+    found = lines(path)
+    in_full = sum(" more" not in line["reason"] for line in found)
+    counted = sum(int(line["reason"].split()[0]) for line in found if " more" in line["reason"])
+    assert in_full > minutes
+    assert in_full + counted == 10 * 60 * minutes
+
+
 def test_a_thief_with_a_right_secret_is_in_the_log_whatever_strangers_do(book: Book) -> None:
     for number in range(500):
         book.recorder.auth_refused(f"198.51.{number // 250}.{number % 250}", "no such token id", token="00000000")
-    for _ in range(IN_FULL + 5):
+    for _ in range(TOKEN_LINES + 5):
         book.recorder.auth_refused("192.0.2.1", "the token is revoked", proven=True, token="ab12cd34")
     found = [line for line in book.events("auth.refused") if line.get("token") == "ab12cd34"]
-    assert len(found) == IN_FULL
+    assert len(found) == TOKEN_LINES
     book.now = 60
     book.recorder.flush()
     found = [line for line in book.events("auth.refused") if line.get("token") == "ab12cd34"]
-    assert found[IN_FULL]["reason"] == "5 more within a minute"
+    assert found[TOKEN_LINES]["reason"] == "5 more within a minute"
 
 
 def test_strangers_whose_token_has_the_form_of_one_are_counted_by_address_before_others(book: Book) -> None:

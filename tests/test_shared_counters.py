@@ -233,6 +233,45 @@ def test_who_is_evicted_leaves_nothing_running_to_the_next(path: Path) -> None:
             counters.run(here, 1)
 
 
+def test_any_number_of_visits_evicts_no_wrong_sign_ins_of_now_no_budget_of_today_and_no_call_that_runs() -> None:
+    with opened(None) as counters:
+        now = time.monotonic()
+        today = int(time.time()) // 86400
+        names = [f"victim {number}" for number in range(50)]
+        for name in names:
+            for kind in ("guesses", "spends", "runs", "guessed", "spent"):
+                counters.take(slot(counters, f"{name} {kind}", ADDRESSES), now)
+            counters.fail(slot(counters, f"{name} guesses", ADDRESSES), now + 900, 10)
+            counters.fail(slot(counters, f"{name} guessed", ADDRESSES), now - 1, 10)
+            counters.spend(slot(counters, f"{name} spends", ADDRESSES), (0, today + 1, *SPENT[2:]))
+            counters.spend(slot(counters, f"{name} spent", ADDRESSES), (0, today - 1, *SPENT[2:]))
+            counters.run(slot(counters, f"{name} runs", ADDRESSES), 1)
+        for number in range(60_000):
+            counters.take(slot(counters, f"visit {number}", ADDRESSES), now + number / 1000)
+        for name in names:
+            found = {
+                kind: slot(counters, f"{name} {kind}", ADDRESSES)
+                for kind in ("guesses", "spends", "runs", "guessed", "spent")
+            }
+            assert counters.failed(found["guesses"])[1] == 10
+            assert counters.spent(found["spends"])[2:] == SPENT[2:]
+            assert counters.running(found["runs"]) == 1
+            assert counters.failed(found["guessed"])[1] == counters.spent(found["spent"])[2] == 0
+
+
+def test_a_call_of_one_that_was_evicted_is_subtracted_from_nobody() -> None:
+    with opened(None) as counters:
+        first = slot(counters, "alice", ADDRESSES)
+        counters.run(first, 1)
+        number = 0
+        while (here := slot(counters, f"address {number}", ADDRESSES)).values != first.values:
+            counters.run(here, 1)
+            number += 1
+        counters.run(here, 1)
+        counters.run(first, -1)
+        assert counters.running(here) == 1
+
+
 def test_without_fcntl_one_process_counts_without_a_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_counters, "fcntl", None)
     for place in (path, None):

@@ -16,8 +16,8 @@ AGAIN = 3600.0
 """Seconds after which a credential's use from an address is noted once more."""
 MINUTE = 60.0
 IN_FULL, STRANGERS_IN_FULL = 10, 3
-"""Refusals of one token, by one limit or with its right secret, in a minute that are written in full, and those of one
-address (of IPv6, one /64) with a wrong one; one line counts the others."""
+"""Refusals of one token by one limit in a minute that are written in full, and those of one address (of IPv6, one /64)
+with a wrong credential; one line counts the others."""
 _CREDENTIALS = 10_000
 Count = Callable[[str, Mapping[str, Any], "bool | None"], None]
 Greeted = OrderedDict[tuple[str | None, str | None], float]
@@ -37,8 +37,9 @@ class _Stranger:
 
 
 class Recorder:
-    """Writes events. `refuse` is whether a call may be answered while the log cannot be written, `line` whether one
-    more line on strangers may be: they may have as many addresses as they like, and cannot fill the disk.
+    """Writes events. `refuse` is whether a call may be answered while the log cannot be written, `line(about)` whether
+    one more line may be that a caller can have as many of as it likes, by all workers: on strangers (None), or on what
+    one token did.
     `count(event, fields, written)` hears of each event, and whether its line is in the log; of each refused credential,
     with None there."""
 
@@ -50,7 +51,7 @@ class Recorder:
         refuse: bool,
         clock: Callable[[], float] = monotonic,
         count: Count = lambda event, fields, written: None,
-        line: Callable[[], bool] = lambda: True,
+        line: Callable[[str | None], bool] = lambda about: True,
         greeted: Greeted | None = None,
     ) -> None:
         self._audit = audit
@@ -62,7 +63,7 @@ class Recorder:
         self._failing = False
         self._greeted = OrderedDict() if greeted is None else greeted
         self._refused: dict[str | None, _Stranger] = {}
-        self._proven: dict[str | None, tuple[float, int]] = {}
+        self._more: dict[tuple[str, str | None], tuple[float, int]] = {}
         self._limited: dict[tuple[str | None, str, str], tuple[float, int, dict[str, Any]]] = {}
         self._minute = self._looked = clock()
         self._uncounted = 0
@@ -166,10 +167,11 @@ class Recorder:
         return {"statement_hmac": self._audit.statement_hmac(text)}
 
     def auth_ok(self, token: str | None, user: str | None, address: str | None, **fields: Any) -> None:
-        """Once per credential and address an hour."""
+        """Once per credential and address (of IPv6, one /64) an hour. Of one that comes from ever new addresses most
+        are counted, and each is noted with its next use that there is room for."""
         now = self._clock()
-        who = (token, address)
-        if now - self._greeted.get(who, -AGAIN) < AGAIN:
+        who = (token, source(address))
+        if now - self._greeted.get(who, -AGAIN) < AGAIN or not self._in_full("auth.ok", token):
             return
         if not self._write("auth.ok", {"token": token, "user": user, "client_ip": address, **fields}):
             return
@@ -186,17 +188,19 @@ class Recorder:
         was good, and the server's log, by which addresses are banned, has no line."""
         self._count("auth.refused", {"reason": reason}, None)
         self._look()
-        if proven:
-            since, count = self._proven.get(fields["token"], (self._clock(), 0))
-            self._proven[fields["token"]] = (since, count + 1)
-            in_full = count < IN_FULL
-        else:
-            in_full = self._stranger(source(address), fields)
-        if in_full:
+        if self._in_full("auth.refused", fields["token"]) if proven else self._stranger(source(address), fields):
             if not self._write("auth.refused", {"client_ip": address, "reason": reason, **fields}):
                 self._lose(self._audit.time())
             if not locked:  # the address last: see docs/monitoring.md
                 log.warning("Unauthorized: %s client=%s", reason, address or "-")
+
+    def _in_full(self, event: str, token: str | None) -> bool:
+        """Whether one more such line on a token may be written in full, of all workers together; counted where not."""
+        if self._line(f"{event} {token}"):
+            return True
+        since, others = self._more.get((event, token), (self._clock(), 0))
+        self._more[event, token] = (since, others + 1)
+        return False
 
     def _stranger(self, who: str | None, fields: Mapping[str, Any]) -> bool:
         """Count a wrong credential; whether it is written in full."""
@@ -207,7 +211,7 @@ class Recorder:
                 return False
             found = self._refused[who] = _Stranger(self._clock())
         found.named |= fields.get("token") is not None
-        if found.written < STRANGERS_IN_FULL and self._line():
+        if found.written < STRANGERS_IN_FULL and self._line(None):
             found.written += 1
             return True
         found.others += 1
@@ -239,20 +243,19 @@ class Recorder:
                     same = {name: fields.get(name) for name in ("token", "user", "tenant", "transport")}
                     reason = f"{count - IN_FULL} more within a minute, by the {key[2]} limit of the {key[1]}"
                     self.note("tool.refused", **same, outcome="limited", reason=reason)
-        for token, (since, count) in list(self._proven.items()):
-            if everything or now - since >= MINUTE:
-                del self._proven[token]
-                if count > IN_FULL:
-                    self.note("auth.refused", token=token, reason=f"{count - IN_FULL} more within a minute")
+        for (event, token), (since, others) in list(self._more.items()):
+            if everything or (now - since >= MINUTE and self._line(f"{event} {token}")):
+                del self._more[event, token]
+                self.note(event, token=token, reason=f"{others} more within a minute")
         over = [who for who, found in self._refused.items() if everything or now - found.since >= MINUTE]
         for who in sorted(over, key=lambda who: not self._refused[who].named):
             found = self._refused.pop(who)
-            if found.others and (self._line() or (everything and found.written)):
+            if found.others and (self._line(None) or (everything and found.written)):
                 self.note("auth.refused", client_ip=who, reason=f"{found.others} more within a minute")
             else:
                 self._uncounted += found.others
         if everything or now - self._minute >= MINUTE:
-            if self._uncounted and (everything or self._line()):
+            if self._uncounted and (everything or self._line(None)):
                 reason = f"{self._uncounted} more, from other addresses than those that are listed"
                 self.note("auth.refused", reason=reason)
                 self._uncounted = 0

@@ -1,9 +1,11 @@
 """Counters that all workers of a server share, and that outlive it: a table of fixed size, in memory that they share.
 
 Two tables of slots, one for principals and one for addresses, so that no number of addresses evicts a principal. A slot
-is found by a keyed digest of a name, in a bucket of eight of which the stalest is evicted. The memory has no file, so
-that nobody can cut it under a worker; what is counted is saved beside now and then. What is read is judged by who reads
-it (policy/limits.py): a worker may be killed between two writes. Redis or Valkey would take the place of this class.
+is found by a keyed digest of a name, in a bucket of eight. Of these the one is evicted whose values end first: what
+a rate has taken in seconds, wrong sign-ins in minutes, what was spent of a budget at the end of the day, and one in
+which calls run last of all. The memory has no file, so that nobody can cut it under a worker; what is counted is saved
+beside now and then. What is read is judged by who reads it (policy/limits.py): a worker may be killed between two
+writes. Redis or Valkey would take the place of this class.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ import time
 from functools import lru_cache
 from pathlib import Path
 from struct import Struct
-from typing import IO
+from typing import IO, NamedTuple
 
 from mcpctl import private_file
 from mcpctl.errors import NotFoundError
@@ -41,6 +43,7 @@ _START = 0
 _EIGHT = 8
 _BUCKETS = (2048, 1024)
 _KEY = 16
+_DAY = 86400
 _TAT = Struct("d")
 _FAILED = Struct("dI")
 _SPENT = Struct("II8Q")
@@ -61,8 +64,14 @@ _WITHOUT = 10.0
 """Seconds to go on without the lock after that."""
 
 
-Slot = tuple[int, int]
-"""One name's place in a table: where its values are, and where it is counted what runs."""
+class Slot(NamedTuple):
+    """One name's place in a table: where its digest stands, that digest, where its values are, and where it is counted
+    what runs."""
+
+    key: int
+    digest: bytes
+    values: int
+    runs: int
 
 
 class Counters:
@@ -113,7 +122,7 @@ class Counters:
             return
         self._salt = salt
         for table, digest, values in _RECORD.iter_unpack(data[_HEADER.size :]):
-            at = self.slot(min(table, 1), digest)[0]
+            at = self.slot(min(table, 1), digest).values
             times = values[:_SPENT_AT] if abs(booted - self._booted) < _STEP else bytes(_SPENT_AT)
             self._map[at : at + _VALUES] = times + values[_SPENT_AT:]
 
@@ -169,62 +178,71 @@ class Counters:
         return hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=_KEY, key=self._salt).digest()
 
     def slot(self, table: int, digest: bytes) -> Slot:
-        """The slot of a name; an empty one, or the stalest of its bucket, where it has none yet."""
+        """The slot of a name; an empty one, or that of least worth in its bucket, where it has none yet."""
         bucket = int.from_bytes(digest[:4], "little") % _BUCKETS[table] + table * _BUCKETS[0]
         keys = _START + bucket * _BUCKET
-        values = keys + _EIGHT * _KEY
-        found = self._map.find(digest, keys, values)
+        found = self._map.find(digest, keys, keys + _EIGHT * _KEY)
         index = (found - keys) // _KEY
         if found < 0 or (found - keys) % _KEY:
-            stale = [
-                (_TAT.unpack_from(self._map, values + one * _VALUES)[0], any(self._map[at : at + _KEY]), one)
-                for one, at in enumerate(range(keys, values, _KEY))
-            ]
-            index = min(stale)[2]
-            at = values + index * _VALUES
-            runs = _RUNNING_AT + (bucket * _EIGHT + index) * _COUNTS
-            self._map[runs : runs + _COUNTS] = bytes(_COUNTS)
-            self._map[at : at + _VALUES] = bytes(_VALUES)
-            self._map[keys + index * _KEY : keys + (index + 1) * _KEY] = digest
-        return values + index * _VALUES, _RUNNING_AT + (bucket * _EIGHT + index) * _COUNTS
+            slot = min((_place(bucket, one, digest) for one in range(_EIGHT)), key=self._worth)
+            self._map[slot.runs : slot.runs + _COUNTS] = bytes(_COUNTS)
+            self._map[slot.values : slot.values + _VALUES] = bytes(_VALUES)
+            self._map[slot.key : slot.key + _KEY] = digest
+            return slot
+        return _place(bucket, index, digest)
+
+    def _worth(self, slot: Slot) -> tuple[bool, float, bool]:
+        """Whether calls run in a slot, until when its values say something, and whether it is anybody's: the least goes
+        first."""
+        midnight = (self.spent(slot)[1] + 1) * _DAY - self._booted
+        until = max(self.taken(slot), self.failed(slot)[0], midnight)
+        return self.running(slot) > 0, until, any(self._map[slot.key : slot.key + _KEY])
 
     # -- a slot's values: the end of what a rate has taken, failed sign-ins, what was spent of budgets ----------------
 
     def taken(self, slot: Slot) -> float:
         """Until when its rate is taken, as `take` has written it; 0.0 at first."""
-        found: float = _TAT.unpack_from(self._map, slot[0])[0]
+        found: float = _TAT.unpack_from(self._map, slot.values)[0]
         return found
 
     def take(self, slot: Slot, until: float) -> None:
-        """Note until when its rate is taken, which is also how fresh the slot is."""
-        _TAT.pack_into(self._map, slot[0], until)
+        """Note until when its rate is taken."""
+        _TAT.pack_into(self._map, slot.values, until)
 
     def failed(self, slot: Slot) -> tuple[float, int]:
         """(the end of the window, failed sign-ins within it)."""
-        until, count = _FAILED.unpack_from(self._map, slot[0] + _FAILED_AT)
+        until, count = _FAILED.unpack_from(self._map, slot.values + _FAILED_AT)
         return until, count
 
     def fail(self, slot: Slot, until: float, count: int) -> None:
         """Note failed sign-ins."""
-        _FAILED.pack_into(self._map, slot[0] + _FAILED_AT, until, count)
+        _FAILED.pack_into(self._map, slot.values + _FAILED_AT, until, count)
 
     def spent(self, slot: Slot) -> tuple[int, ...]:
         """(the hour's number, the day's, then calls, rows, bytes and microseconds of the hour, and of the day)."""
-        return _SPENT.unpack_from(self._map, slot[0] + _SPENT_AT)
+        return _SPENT.unpack_from(self._map, slot.values + _SPENT_AT)
 
     def spend(self, slot: Slot, values: tuple[int, ...]) -> None:
         """Note what was spent, in the same order."""
-        _SPENT.pack_into(self._map, slot[0] + _SPENT_AT, *values)
+        _SPENT.pack_into(self._map, slot.values + _SPENT_AT, *values)
 
     def running(self, slot: Slot) -> int:
         """How many calls of its run, in all workers."""
-        return sum(self._workers.unpack_from(self._map, slot[1]))
+        return sum(self._workers.unpack_from(self._map, slot.runs))
 
     def run(self, slot: Slot, by: int) -> None:
-        """Note that so many more, or fewer, run in this worker."""
-        at = slot[1] + self._place
+        """Note that so many more, or fewer, run in this worker; nothing where its place is another's by now."""
+        if self._map[slot.key : slot.key + _KEY] != slot.digest:
+            return
+        at = slot.runs + self._place
         (count,) = _RUNNING.unpack_from(self._map, at)
         _RUNNING.pack_into(self._map, at, min(max(count + by, 0), 0xFFFF))
+
+
+def _place(bucket: int, index: int, digest: bytes) -> Slot:
+    keys = _START + bucket * _BUCKET
+    values = keys + _EIGHT * _KEY + index * _VALUES
+    return Slot(keys + index * _KEY, digest, values, _RUNNING_AT + (bucket * _EIGHT + index) * _COUNTS)
 
 
 def _lock_file() -> IO[bytes]:

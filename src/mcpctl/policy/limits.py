@@ -23,6 +23,8 @@ WINDOW = 900.0
 """Seconds in which an address's wrong credentials are counted, from the first on."""
 LINES, LINE_SECONDS = 20, 3.0
 """Lines on strangers that may be written at once, and the seconds until one more may be."""
+TOKEN_LINES, TOKEN_LINE_SECONDS = 10, 6.0
+"""The same of the lines of one event on one token."""
 _HOUR, _DAY = 3600, 86400
 _REMEMBERED = 10_000
 _ENTRIES = tuple(found.name for found in fields(Budget))
@@ -125,7 +127,6 @@ class Limiter:
         )
         self._subjects: dict[tuple[str, str], Subject] = {}
         self._callers: dict[tuple[str | None, ...], _Caller] = {}
-        self._lines = counters.digest("lines on strangers")
 
     # -- who counts --------------------------------------------------------------------------------------------------
 
@@ -275,11 +276,14 @@ class Limiter:
                 self._counters.fail(slot, until, count + 1)
         return math.ceil(until - now) if count >= most else 0
 
-    def line(self) -> bool:
-        """Whether one more line on strangers may be written, of all workers together."""
+    def line(self, about: str | None) -> bool:
+        """Whether one more line may be written, of all workers together: on strangers (None), or about what a token
+        did."""
+        seconds, most = (LINE_SECONDS, LINES) if about is None else (TOKEN_LINE_SECONDS, TOKEN_LINES)
+        digest = self._counters.digest(f"lines on {about or 'strangers'}")
         with self._counters:
-            slot = self._counters.slot(PRINCIPALS, self._lines)
-            until, wait = gcra(self._counters.taken(slot), self._clock(), LINE_SECONDS, LINES)
+            slot = self._counters.slot(PRINCIPALS, digest)
+            until, wait = gcra(self._counters.taken(slot), self._clock(), seconds, most)
             self._counters.take(slot, until)
         return not wait
 
