@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import Any
 
 import pytest
 
+import chain
 from mcpctl import private_file
 from mcpctl.audit import files, parts
 from mcpctl.audit import verify as audit_verify
 from mcpctl.audit.reading import Reading
+from mcpctl.errors import UnavailableError
 from site_of_mcpctl import eventually
 from test_audit_verify import NOW, broken, whole, write
 
@@ -125,3 +129,100 @@ def test_a_file_that_is_packed_between_the_look_at_its_name_and_its_opening_is_r
     monkeypatch.setattr(Path, "glob", glob)
     assert whole(path).last == 11
     assert not any(one.exists() for one in moved)
+
+
+# -- an end that is not as it was written ------------------------------------------------------------------------
+
+
+def test_a_last_line_that_lacks_its_newline_alone_counts_for_all_and_is_completed(path: Path) -> None:
+    write(path, 3)
+    os.truncate(path, path.stat().st_size - 1)
+    cut = path.read_bytes()
+    assert (whole(path).last, whole(path).remarks) == (3, [])
+    reading = Reading(path)
+    assert [line["seq"] for line in reading.lines(lambda line: True)] == [1, 2, 3]
+    assert reading.faults == []
+    assert [line["seq"] for line in files.read_back(path)] == [3, 2, 1]
+    following = files.follow(path, lambda seconds: None)
+    write(path, 1)
+    assert next(following)["seq"] == 4
+    assert path.read_bytes().startswith(cut + b"\n{")
+    assert chain.verify(path) == 4
+    os.truncate(path, path.stat().st_size - 1)
+    path.rename(path.with_name("audit.jsonl.1"))
+    write(path, 1)
+    assert whole(path).last == 5
+    assert [line["seq"] for line in files.read_older(path.with_name("audit.jsonl.1"))] == [4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"seq":4,"ti', None])
+def test_nul_bytes_at_the_end_are_cut_off_and_the_chain_goes_on(
+    path: Path, torn: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(path, 3)
+    good = path.read_bytes()
+    path.write_bytes((good[:-1] if torn is None else good + torn) + bytes(200_000))
+    report = whole(path)
+    assert (report.last, len(report.remarks)) == (3, torn is not None)
+    assert [line["seq"] for line in Reading(path).lines(lambda line: True)] == [1, 2, 3]
+    assert [line["seq"] for line in files.read_back(path)] == [3, 2, 1]
+    write(path, 1)
+    assert chain.verify(path) == 4
+    assert "at its end are no whole line, and are cut off" in caplog.text
+
+
+def test_a_damaged_file_that_was_moved_away_is_gone_on_from_and_its_damage_named(path: Path) -> None:
+    write(path, 3)
+    with path.open("ab") as file:
+        file.write(b"x" * 100_000 + b"\n" + bytes(4096) + b"y")
+    with pytest.raises(UnavailableError) as refused:
+        write(path, 1)
+    assert f"mv -n {path} {path}.broken" in str(refused.value.hint)
+    path.rename(f"{path}.broken")
+    write(path, 1)
+    assert [line["seq"] for line in chain.lines(path)] == [4]
+    assert (broken(path).file, broken(path).line) == ("audit.jsonl.broken", 4)
+
+
+def test_what_may_hold_the_end_of_the_log_and_cannot_be_read_stops_the_next_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, 3)
+    older = path.rename(path.with_name("audit.jsonl.1"))
+    write(path, 2)
+    newest = path.rename(path.with_name("audit.jsonl.2"))
+    real = os.open
+
+    def shut(name: Any, *given: Any, **more: Any) -> int:
+        if name == newest:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(name, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", shut)
+        with pytest.raises(UnavailableError, match=r"audit.jsonl.2, which cannot be opened: Permission denied"):
+            write(path, 1)
+    packed = files.pack(newest)
+    with pytest.raises(UnavailableError, match=r"go on from .*audit.jsonl.2.gz, which is packed") as refused:
+        write(path, 1)
+    assert f"gunzip {packed}" in str(refused.value.hint)
+    assert path.read_bytes() == b""
+    assert packed is not None
+    newest.write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    write(path, 1)
+    assert chain.verify(older, newest, path) == 6
+
+
+def test_an_end_of_which_nothing_can_be_read_any_more_stops_the_next_line(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "_FIRST_LOOK", 1000)
+    monkeypatch.setattr(files, "_FAR", 2000)
+    write(path, 3)
+    moved = path.rename(path.with_name("audit.jsonl.1"))
+    with moved.open("ab") as file:
+        file.write(b"x" * 3000)
+    path.with_name("audit.jsonl.notes").write_bytes(b"x" * 3000)
+    with pytest.raises(UnavailableError, match=r"of .*audit.jsonl.1 are no lines of this log"):
+        write(path, 1)

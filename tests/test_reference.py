@@ -389,6 +389,7 @@ def test_the_reference_s_example_of_a_chain_is_what_the_log_writes(tmp_path: Pat
     done = verify(key[0], lines, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("whole: 2 lines")
+    assert verify(key[0], lines[:-1], tmp_path).stdout == done.stdout  # its newline alone is gone
 
 
 @pytest.mark.parametrize("change", ["change", "remove", "reorder", "add", "forge"])

@@ -1,6 +1,7 @@
 """The audit log's files: the one that is written, those that were moved away, their lines, and what comes next."""
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -17,12 +18,22 @@ from mcpctl.errors import ConfigError, ConflictError, Error, NotFoundError
 _DIGEST = re.compile("[0-9a-f]{64}")
 BEGINNING = b'{"seq":'
 """How every line begins."""
+Ours = Callable[[re.Match[bytes]], bool]
+"""Whether a match of FORM is a line of this very log, by its key."""
+FORM = re.compile(
+    rb'\{"seq":([0-9]{1,18}),"time":"([^"]*)",.*"key_id":"([0-9a-f]{8})","prev":"([0-9a-f]{64})","hash":"([0-9a-f]{64})"\}'
+)
+"""A whole line: number, time, key_id, prev, hash. What was not written to its end has never this form."""
 _FIRST_LOOK = 64 << 10
+_FAR = 32 << 20
+"""Bytes at a file's end among which its last line is: twice the longest one."""
 _CHUNK = 4 << 20
 
 
-Ours = Callable[[bytes], bool]
-"""Whether a line is one of this very log, by its key."""
+_ASIDE = (
+    "if it is the log: mv -n {0} {0}.broken, and it goes on from the last line in there that is right, while "
+    "`audit verify` will name what is wrong; else name another audit.file"
+)
 
 
 def open_moved(path: Path) -> int | None:
@@ -37,23 +48,87 @@ def open_moved(path: Path) -> int | None:
     return None
 
 
-def end_of(path: Path, ours: "Ours" = lambda line: True) -> "tuple[int, str] | None":
-    """Number and hash of the last line of a file that was moved away; None where there is none of ours."""
+def end_of(path: Path) -> "tuple[int, str] | None":
+    """Number and hash of the last line of a file that was moved away; None where it has not the form of one."""
     fd = open_moved(path)
     if fd is None:
         return None
     try:
-        return last_line(fd, os.fstat(fd).st_size, path, ours)[0]
+        return last_line(fd, os.fstat(fd).st_size, path)[0]
     except ConfigError:
         return None
     finally:
         os.close(fd)
 
 
+def end_before(path: Path, ours: "Ours", known: int) -> tuple[int, str] | None:
+    """Number and hash of the last line that is `ours` in all the files that the log was before; None where there is
+    none. Raises ConfigError where a later one, and one behind number `known`, may be in what cannot be read: a log that
+    went on from another would be two."""
+    end = max(filter(None, (last_of(one, ours) for one in _beside(path))), default=None)
+    for one in _beside(path):
+        if _packed_from(one, ours) > max(known, end[0] if end else 0):
+            raise ConfigError(f"the log has to go on from {one}, which is packed", f"unpack it: gunzip {one}")
+    return end
+
+
+def last_of(path: Path, ours: "Ours") -> tuple[int, str] | None:
+    """Number and hash of a file's last line that is `ours`, whatever stands behind it; None where there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError as problem:
+        if problem.errno in (errno.ELOOP, errno.ENOENT):  # the log was never a link; what is gone was packed
+            return None
+        raise ConfigError(
+            f"the log may have to go on from {path}, which cannot be opened: {problem.strerror}",
+            "give it to the log's owner, with chown and chmod; the log goes on as soon as its end can be read there",
+        ) from None
+    try:
+        size = os.fstat(fd).st_size
+        for look in (_FIRST_LOOK, _FAR) if stat.S_ISREG(os.fstat(fd).st_mode) else ():
+            if (found := _last_within(fd, max(0, size - look), size, ours)) is not None:
+                return int(found[1]), found[5].decode("ascii")
+        if size <= _FAR or _last_within(fd, 0, _FIRST_LOOK, ours) is None:
+            return None  # another installation's, or a planted one, which may say any number
+    finally:
+        os.close(fd)
+    raise ConfigError(
+        f"the last {_FAR >> 20} MiB of {path} are no lines of this log",
+        "restore it, or move it elsewhere: the log then goes on from what is left, and `audit verify` names the gap",
+    )
+
+
+def _last_within(fd: int, start: int, end: int, ours: "Ours") -> re.Match[bytes] | None:
+    part, *lines = read_at(fd, end - start, start).split(b"\n")
+    for line in reversed(lines if start else [part, *lines]):
+        found = FORM.fullmatch(line.rstrip(b"\0"))
+        if found is not None and ours(found):
+            return found
+    return None
+
+
+def _packed_from(path: Path, ours: "Ours") -> int:
+    """The number of a packed file's first line, if that is `ours`; else 0."""
+    import gzip
+    import zlib
+
+    fd = open_moved(path)
+    if fd is None:
+        return 0
+    with os.fdopen(fd, "rb") as file, contextlib.suppress(OSError, EOFError, zlib.error):
+        found = FORM.fullmatch(gzip.GzipFile(fileobj=file).readline(_FAR).removesuffix(b"\n"))
+        return int(found[1]) if found is not None and ours(found) else 0
+    return 0
+
+
+def _beside(path: Path) -> list[Path]:
+    return [one for one in path.parent.glob(glob.escape(path.name) + "[.-]*") if one.suffix != ".lock"]
+
+
 def older(path: Path) -> tuple[list[Path], list[Path]]:
     """The files that the log was before, the last first; and by name those beside them that cannot be read as such:
     packed ones, and others."""
-    beside = [one for one in path.parent.glob(glob.escape(path.name) + "[.-]*") if one.suffix != ".lock"]
+    beside = _beside(path)
     ends = {one: end for one in beside if (end := end_of(one)) is not None}
     return sorted(ends, key=lambda one: ends[one], reverse=True), sorted(set(beside) - set(ends))
 
@@ -64,27 +139,40 @@ def read_at(fd: int, size: int, start: int) -> bytes:
     return os.read(fd, size)
 
 
-def last_line(fd: int, size: int, path: Path, ours: "Ours" = lambda line: True) -> "tuple[tuple[int, str] | None, int]":
+def without_end(rest: bytes) -> bytes:
+    """What stands behind a file's last newline where it is a whole line that lacks only its own; else nothing: the half
+    of a line. NUL bytes behind either are what a power failure leaves, of which the length was written and not the
+    data."""
+    line = rest.rstrip(b"\0")
+    return line if FORM.fullmatch(line) else b""
+
+
+def is_half(rest: bytes) -> bool:
+    """Whether a line of the log may have begun so, which a crash has cut short."""
+    line = rest.rstrip(b"\0")
+    return line.startswith(BEGINNING) or BEGINNING.startswith(line)
+
+
+def last_line(fd: int, size: int, path: Path) -> "tuple[tuple[int, str] | None, int]":
     """Number and hash of the last whole line, and where it ends; what stands behind it is the half of one. Raises
-    ConfigError where it is none of a log, or `ours` says no."""
+    ConfigError where it is none of a log."""
     tail, start = b"", size
     while start > 0 and tail[: tail.rfind(b"\n") + 1].rstrip(b"\n").count(b"\n") < 1:
         step = min(start, max(_FIRST_LOOK, len(tail)))
         start -= step
         tail = read_at(fd, step, start) + tail
     whole = tail.rfind(b"\n") + 1
-    half = tail[whole:]
-    if not (half.startswith(BEGINNING) or BEGINNING.startswith(half)):
-        raise ConfigError(f"{path} does not end with a line of mcpctl's", "is it the right file? it is left as it is")
-    line = tail[:whole].rstrip(b"\n").rpartition(b"\n")[2]
+    if not is_half(tail[whole:]):
+        raise ConfigError(f"{path} does not end with a line of mcpctl's", _ASIDE.format(path))
+    line = without_end(tail[whole:])
+    whole += len(line)
+    line = line or tail[:whole].rstrip(b"\n").rpartition(b"\n")[2]
     if not line:
         return None, start + whole
     found = _parse(line)
     seq, digest = found.get("seq"), found.get("hash")
-    if type(seq) is not int or seq < 1 or not isinstance(digest, str) or not (_DIGEST.fullmatch(digest) and ours(line)):
-        raise ConfigError(
-            f"the last line of {path} is not one of mcpctl's", "move the file away; the log goes on in a new one"
-        )
+    if type(seq) is not int or seq < 1 or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise ConfigError(f"the last line of {path} is not one of mcpctl's", _ASIDE.format(path))
     return (seq, digest), start + whole
 
 
@@ -108,10 +196,10 @@ def _back(fd: int) -> Iterator[dict[str, Any]]:
             start -= step
             rest, *whole = (read_at(fd, step, start) + rest).split(b"\n")
             if half and whole:
-                whole.pop()  # what stands behind the last line's end is no line
+                whole[-1:] = filter(None, [without_end(whole[-1])])  # the half of a line is none
                 half = False
             yield from map(_parse, reversed(whole))
-            if not start and not half:
+            if not start and (not half or (rest := without_end(rest))):
                 yield _parse(rest)
     finally:
         os.close(fd)
@@ -130,19 +218,21 @@ def follow(path: Path, pause: Callable[[float], None] = time.sleep) -> Iterator[
         if moved is None:
             raise
         fd = moved
-    size = os.fstat(fd).st_size
-    last = None
+    last, done = None, os.fstat(fd).st_size
     with contextlib.suppress(ConfigError):
-        last, _ = last_line(fd, size, path)
-    return _follow(path, fd, size, last[0] if last else 0, pause)
+        last, done = last_line(fd, done, path)
+    mark = read_at(fd, 1, done - 1) if done else b"\n"  # another byte where the last line lacks its newline
+    return _follow(path, fd, done, mark, last[0] if last else 0, pause)
 
 
-def _follow(path: Path, fd: int, done: int, seq: int, pause: Callable[[float], None]) -> Iterator[dict[str, Any]]:
+def _follow(
+    path: Path, fd: int, done: int, mark: bytes, seq: int, pause: Callable[[float], None]
+) -> Iterator[dict[str, Any]]:
     try:
         while True:
             now = private_file.fingerprint(path)
             about = os.fstat(fd)
-            if about.st_size < done or (done and read_at(fd, 1, done - 1) != b"\n"):
+            if about.st_size < done or (done and read_at(fd, 1, done - 1) != mark):
                 done = 0  # emptied under us: what a crash left half written is not counted in `done`
                 missed = list(_since(path, seq)) if seq else []  # written since our last look, and in the copy now
                 seq = max([seq, *map(number, missed)])
@@ -150,7 +240,8 @@ def _follow(path: Path, fd: int, done: int, seq: int, pause: Callable[[float], N
             whole = _whole_lines(fd, done)  # read after the look at the name: nothing is written to it after its move
             if whole:
                 done += len(whole)
-                lines = list(map(_parse, whole[:-1].split(b"\n")))
+                lines = list(map(_parse, whole.removeprefix(b"\n" if mark != b"\n" else b"").split(b"\n")[:-1]))
+                mark = b"\n"
                 seq = max([seq, *(number(line) for line in lines)])
                 yield from lines
             elif now != private_file.ABSENT and now[0] != about.st_ino:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ EVENTS = (
     "audit.rotated", "audit.lost",
 )  # fmt: skip
 _ROOM = 64 << 10
+_logger = logging.getLogger("mcpctl.audit")
 
 
 @dataclass(frozen=True)
@@ -284,16 +286,24 @@ class AuditLog:
         size = found.st_size
         last = None
         if size:
-            last, size = files.last_line(self._file, size, self.path)
-            if size < found.st_size:
-                os.ftruncate(self._file, size)  # what a crash left half written was never acknowledged
+            last, size = self._last_line(size)
         if last is None:
-            last = self._before_rotation()
+            last = files.end_before(self.path, self._ours, self._end.seq if self._end is not None else 0)
         seq, digest = last or (0, FIRST)
         if self._end is not None and (cut or self._end.seq > seq):
             seq, digest = self._end.seq, self._end.hash  # moved away and packed, or cut: we still know where we were
         self._end = End(found.st_ino, size, seq, digest)
         return self._end
+
+    def _last_line(self, size: int) -> tuple[tuple[int, str] | None, int]:
+        """Number and hash of the file's last line, and where it ends, once what a crash left there is mended."""
+        last, end = files.last_line(self._file, size, self.path)
+        if end < size:  # it was never acknowledged
+            _logger.warning("%s: %d bytes at its end are no whole line, and are cut off", self.path, size - end)
+            os.ftruncate(self._file, end)
+        if end and files.read_at(self._file, 1, end - 1) != b"\n":
+            end += os.write(self._file, b"\n")
+        return last, end
 
     def _cut(self) -> bool:
         """Whether the line that stood last when we looked last is gone from where it stood, although others may have
@@ -318,16 +328,10 @@ class AuditLog:
                 os.close(before)
         return found
 
-    def _before_rotation(self) -> "tuple[int, str] | None":
-        """Where the files that were moved away end, so that a new one goes on from there."""
-        ends = (files.end_of(one, self._ours) for one in files.older(self.path)[0])
-        return next(filter(None, ends), None)  # another installation's file, or a planted one, may say any number
-
-    def _ours(self, line: bytes) -> bool:
+    def _ours(self, line: re.Match[bytes]) -> bool:
         """Whether a line, which has the form of one, was written with our key."""
-        body, _, rest = line.rpartition(b',"hash":"')
-        prev = json.loads(line).get("prev")
-        return isinstance(prev, str) and rest == chain_hash(self.key, prev, body).encode("ascii") + b'"}'
+        made = chain_hash(self.key, line[4].decode("ascii"), line[0].rpartition(b',"hash":"')[0])
+        return made.encode("ascii") == line[5]
 
 
 def chain_hash(key: bytes, prev: str, body: bytes) -> str:

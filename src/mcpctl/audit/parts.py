@@ -50,8 +50,9 @@ class Part:
         return self.path.name
 
     def lines(self) -> Iterator[bytes]:
-        """Its whole lines, without their ends; `count` is then how many, and `half` what stands behind the last. Of a
-        line that is longer than any of ours comes the beginning, as the last."""
+        """Its whole lines, without their ends, the last also where it lacks its own; `count` is then how many, and
+        `half` what stands behind the last. Of a line that is longer than any of ours comes the beginning, as the
+        last."""
         rest, self.count, self.half = b"", 0, b""
         for chunk in self.chunks():
             whole = (rest + chunk).split(b"\n")
@@ -62,7 +63,11 @@ class Part:
                 self.count += 1
                 yield rest
                 return
-        self.half = rest
+        if line := files.without_end(rest):
+            self.count += 1
+            yield line
+        else:
+            self.half = rest
 
     def chunks(self) -> Iterator[bytes]:
         """Its bytes, unpacked."""

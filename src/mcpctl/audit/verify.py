@@ -9,7 +9,6 @@ added.
 import contextlib
 import hashlib
 import os
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,9 +25,6 @@ from mcpctl.errors import ConfigError, NotFoundError
 _PATIENCE = 2.0
 _TAIL = 75
 """Bytes of `,"hash":"…"}`, with which a line ends."""
-_FORM = re.compile(
-    rb'\{"seq":([0-9]{1,18}),"time":"([^"]*)",.*"key_id":"([0-9a-f]{8})","prev":"([0-9a-f]{64})","hash":"([0-9a-f]{64})"\}'
-)
 _FIRST = FIRST.encode("ascii")
 
 
@@ -142,7 +138,7 @@ class _Walk:
         self._kept_since = kept_since
 
     def _authentic(self, line: bytes) -> _Line | None:
-        found = _FORM.fullmatch(line)
+        found = files.FORM.fullmatch(line)
         if found is None or self._digest(found[4], line[:-_TAIL]) != found[5]:
             return None
         return _Line(int(found[1]), found[2].decode("utf-8", "replace"), found[4])
@@ -210,7 +206,7 @@ class _Walk:
         after = next((one for _, _, other in rest if (one := self._authentic(other)) is not None), None)
         if after is not None and after.prev == prev:
             return "added", "it was added by somebody without the key: the chain goes on behind it without it"
-        form = _FORM.fullmatch(line)
+        form = files.FORM.fullmatch(line)
         other_key = form[3].decode("ascii") if form is not None and form[3].decode("ascii") != self._key_id else None
         if after is None and not self.report.lines and other_key:
             raise ConfigError(
@@ -249,10 +245,11 @@ class _Walk:
         for part in parts:
             if not part.half:
                 continue
-            if not (part.half.startswith(files.BEGINNING) or files.BEGINNING.startswith(part.half)):
+            if not files.is_half(part.half):
                 reason = "it is no line of mcpctl's, and has no end"
                 return Fault("added", part.name, part.count + 1, None, reason)
-            self.report.remarks.append(f"{part.name} ends with the half of a line, as a crash or somebody leaves it")
+            what = "the half of a line" if part.half.strip(b"\0") else "NUL bytes"
+            self.report.remarks.append(f"{part.name} ends with {what}, as a crash or somebody leaves it")
         return None
 
     # -- what is known from elsewhere ----------------------------------------------------------------------------
@@ -288,10 +285,7 @@ _At = tuple[Part, int, bytes]
 
 
 def _all(parts: list[Part]) -> Iterator[_At]:
-    """All lines; a last one that lacks only its newline is one, too."""
+    """All lines of the files."""
     for part in parts:
         for number, line in enumerate(part.lines(), 1):
             yield part, number, line
-        if _FORM.fullmatch(part.half):
-            part.count, line, part.half = part.count + 1, part.half, b""
-            yield part, part.count, line
