@@ -136,7 +136,8 @@ def test_without_a_schema_or_table_all_schemas_are_meant() -> None:
     [
         (["sales.orders"], [], "names a table"),
         ([], ["sales"], "names a schema"),
-        ([], ["*"], "names a schema"),
+        ([], ["*"], "no patterns"),
+        ([], ["sales.o*"], r'there are no patterns; such a name needs quotes: "o\*"'),
         (["pg_catalog"], [], "system schemas"),
         (["information_schema"], [], "system schemas"),
         ([], ["pg_toast.x"], "system schemas"),

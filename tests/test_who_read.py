@@ -322,6 +322,15 @@ def test_a_database_that_nothing_knows_is_an_error_and_not_nobody(home: Home) ->
     assert "no line fits" in home("audit", "tail", "--token", "nonesuch").err
 
 
+def test_a_schema_that_is_called_as_a_database_is_said_where_nobody_read_it(home: Home) -> None:
+    fill(home, 1)
+    home.config.write_text("databases: {shop: {dsn: postgresql://r@127.0.0.1/x}, sales: {dsn: postgresql://r@h/x}}\n")
+    done = home("audit", "who-read", "shop.*")
+    assert (done.code, done.out, "for that say shop.SCHEMA.*" in done.err) == (0, "", True), done.err
+    assert "is taken for" not in found(home).err + home("audit", "who-read", "shop.*", "--database", "shop").err
+    assert home("audit", "who-read", "shop:sales.orders").good == found(home).good
+
+
 def test_verbose_shows_statements_that_can_forge_nothing(home: Home) -> None:
     fill(home, 1, statement="select 1;\n2026-01-01T00:00:00.000Z  mallory\x1b[2J")
     shown = found(home, "--verbose").good.splitlines()
@@ -346,6 +355,10 @@ def test_only_the_last_statements_are_kept(home: Home) -> None:
         ("my-shop.sales.*", who_read.Target("sales", None, "my-shop")),
         ('"Odd.schema"."T"', who_read.Target("Odd.schema", "T")),
         ('shop."Odd.schema".*', who_read.Target("Odd.schema", None, "shop")),
+        ("shop:sales.orders", who_read.Target("sales", "orders", "shop")),
+        ("own:lab:sales.*", who_read.Target("sales", None, "own:lab")),
+        ('shop:"a:b"."50%"', who_read.Target("a:b", "50%", "shop")),
+        ("größe.t$1", who_read.Target("größe", "t$1")),
     ],
 )
 def test_a_target_is_read_as_people_write_it(text: str, expected: who_read.Target) -> None:
@@ -353,8 +366,12 @@ def test_a_target_is_read_as_people_write_it(text: str, expected: who_read.Targe
 
 
 @pytest.mark.parametrize(
-    "text", ["orders", "Sales.orders", "*", "a.b.c.d", "", ".", "a..b", "sales.", "sales.orders.x.*"]
-)
+    "text",
+    [
+        "orders", "Sales.orders", "*", "a.b.c.d", "", ".", "a..b", "sales.", "sales.orders.x.*", "*.*", "pub*.*",
+        "public.t*", "public.%", "*.t", "shop.*.t", "shop.*.*", "public.t;", "public.t'", "own:sales.t", "a:b:c.d",
+    ],
+)  # fmt: skip
 def test_what_names_no_table_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"such as|name|upper|schema"):
         who_read.parse(text, None)

@@ -16,6 +16,8 @@ ASKING = ("query_database", "explain_query", "execute_statement")
 KEPT = 1000
 """Statements that are kept to be shown, the last ones; the others are counted."""
 _DATABASE = re.compile(r"(?:own:)?[a-z][a-z0-9_-]{0,62}")
+_BEFORE = re.compile(r"(own:[a-z][a-z0-9_-]{0,62}|(?!own:)[a-z][a-z0-9_-]{0,62}):(.+)", re.DOTALL)
+"""A database and what is in it, as the log and `audit top` have them."""
 _MARK = b',"relations":['
 """In an audit line only a key can look so: within a text each quote has a backslash before it."""
 
@@ -39,7 +41,9 @@ class Target:
 
 
 def parse(text: str, database: str | None) -> Target:
-    """`schema.table`, `schema.*`, or either with a database before it. Raises UsageError."""
+    """`schema.table`, `schema.*`, or either with a database before it, and a dot or a colon. Raises UsageError."""
+    if (named := _BEFORE.fullmatch(text)) and database in (None, named[1]):
+        database, text = named[1], named[2]
     whole = text.endswith(".*")
     body = text[:-2] if whole else text
     try:

@@ -100,6 +100,9 @@ def who_read(
         text = f"there is no database {output.clean(name)} in the config, and no line of that time names one"
         raise NotFoundError(text, "look further back, or at the name; a user's own database is own:NAME")
     rows = sorted(found.who.items(), key=lambda one: one[1].last, reverse=True)
+    if not rows and name is None and wanted.schema in configured.databases:
+        named = f"{wanted.schema!r} is taken for a schema, and there is a database of that name"
+        reading.remarks.append(f"{named}: for that say {wanted.schema}.SCHEMA.{wanted.table or '*'}")
     if json:
         _put_json(target, reading, found, rows)
     else:

@@ -17,6 +17,8 @@ SUFFIXES = {"read": "r", "write": "w", "admin": "a"}
 PENDING, NARROWING, REVOKING = "pending", "narrowing", "revoking"
 """Recorded, and not yet seen in PostgreSQL; taken back in part, or whole, and perhaps still there in PostgreSQL."""
 _PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
+_UNQUOTED = re.compile(r"[^\W\d][\w$]*")
+"""What PostgreSQL takes for a name without quotes ("Lexical Structure" in its manual)."""
 _PART = re.compile(r'(?:"((?:[^"\x00]|"")+)"|([^".\s\x00]+))')
 _LISTS = ("read", "write")
 _FIELDS = (*_LISTS, "admin", "state", *SUFFIXES.values())
@@ -75,6 +77,8 @@ def parse(text: str) -> Target:
             raise ValueError(f"{text!r} is no name; what has a blank needs double quotes: {needed}")
         if plain is not None and plain != plain.lower():
             raise ValueError(f'{text!r} has upper case; PostgreSQL folds it unless it is quoted: "{plain}"')
+        if plain is not None and not _UNQUOTED.fullmatch(plain):
+            raise ValueError(f"{text!r} is no name; there are no patterns; such a name needs quotes: {quoted(plain)}")
         parts.append(found[1].replace('""', '"') if plain is None else plain)
         if not rest:
             break
