@@ -25,7 +25,7 @@ from mcpctl.audit import verify as audit_verify
 from mcpctl.audit.anchors import Anchor
 from mcpctl.audit.log import AuditLog
 from mcpctl.audit.verify import Fault, Report, verify
-from mcpctl.errors import ConfigError, Error, NotFoundError, UnavailableError
+from mcpctl.errors import ConfigError, NotFoundError, UnavailableError
 
 NOW = datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC)
 OTHER = bytes(range(1, 33))
@@ -76,12 +76,18 @@ def test_a_log_is_whole_over_its_files_packed_ones_too_in_whatever_order_their_n
     assert report.hash == chain.lines(path)[-1]["hash"]
 
 
-def test_an_empty_log_is_whole_and_one_that_was_just_moved_away_too(path: Path) -> None:
-    private_file.create(path, b"")
-    assert whole(path).lines == 0
-    path.unlink()
+def test_a_log_that_was_emptied_is_not_whole_and_one_that_was_just_moved_away_is(path: Path) -> None:
     write(path, 3)
-    path.rename(path.with_name("audit.jsonl.1"))
+    known = Anchor(3, b"0" * 64, None, "an anchor")
+    kept = path.read_bytes()
+    os.truncate(path, 0)
+    assert (broken(path).kind, broken(path).file, broken(path).seq) == ("cut", "audit.jsonl", 1)
+    assert "3 lines after seq 0, says an anchor" in broken(path, anchors=[known]).reason
+    path.unlink()
+    assert "the log (seq 1): all of it is cut off: 3 lines" in str(broken(path, anchors=[known]))
+    path.with_name("audit.jsonl.1").write_bytes(kept)
+    assert whole(path).last == 3
+    private_file.create(path, b"")
     assert whole(path).last == 3
 
 
@@ -165,9 +171,13 @@ def test_no_log_another_key_and_what_cannot_be_unpacked_are_errors(path: Path) -
     with pytest.raises(ConfigError, match=r"written with another key.* key_id 630dcd29, .* ae216c2e"):
         verify(path, OTHER)
     packed = gzip.compress(path.read_bytes())
-    path.with_name("audit.jsonl.1.gz").write_bytes(packed[:-20])
-    with pytest.raises(Error, match=r"audit.jsonl.1.gz cannot be unpacked"):
-        verify(path, KEY)
+    for _ in ("beside what it is a copy of", "alone"):
+        for bad in (packed[:-20], packed[:-8] + bytes(8)):  # cut short; with a wrong checksum
+            path.with_name("audit.jsonl.1.gz").write_bytes(bad)
+            fault = broken(path)
+            assert (fault.kind, fault.file) == ("unread", "audit.jsonl.1.gz")
+            assert "cannot be unpacked" in fault.reason
+        path.unlink(missing_ok=True)
 
 
 def test_a_line_of_another_key_within_the_log_was_changed(path: Path) -> None:
@@ -227,6 +237,11 @@ def test_what_the_command_cannot_do_it_says(tmp_path: Path) -> None:
     key.write_text(OTHER.hex() + "\n")
     done = home("audit", "verify")
     assert (done.code, "written with another key" in done.error) == (3, True)
+    log = home.folder / "audit.jsonl"
+    before = log.read_bytes()
+    done = home("audit", "rotate")
+    assert (done.code, "was not written with the key that we have" in done.error) == (3, True)
+    assert log.read_bytes() == before
     key.unlink()
     done = home("audit", "verify")
     assert (done.code, "audit.key" in done.error) == (3, True)

@@ -240,6 +240,13 @@ class AuditLog:
         """Move the file away, to a name that ends with the time, and begin a new one, which goes on from its last hash.
         Returns the new name; None where there is nothing in it. Raises UnavailableError: nothing is lost then."""
         with self._locked():
+            end = files.end_of(self.path)
+            if end is not None and end != files.last_of(self.path, self._ours):
+                raise UnavailableError(
+                    f"the last line of {self.path} was not written with the key that we have: nothing was moved",
+                    "restore audit.key from the backup; `mcpctl audit verify` says more",
+                    exit_code=ConfigError.exit_code,
+                )
             self._write_late()
             if not (os.path.lexists(self.path) and self._find_end().size):
                 return None

@@ -27,6 +27,12 @@ _LOOKS = 100
 """At the names beside the log, until no name is gone before its file is open."""
 
 
+class UnreadError(Error):
+    """One of the log's files cannot be unpacked to its end. `name` is the file's."""
+
+    name = ""
+
+
 @dataclass
 class Part:
     """One of the log's files, open, up to where it ended when all of them were looked at.
@@ -86,7 +92,9 @@ class Part:
                 while chunk := unpacked.read1(CHUNK):
                     yield chunk
         except (OSError, EOFError, zlib.error) as problem:
-            raise Error(f"{self.path} cannot be unpacked: {problem}", "restore it from a backup") from None
+            unread = UnreadError(f"{self.path} cannot be unpacked: {problem}", "restore it from a backup")
+            unread.name = self.name
+            raise unread from None
 
     def is_placed(self) -> bool:
         """Find its place in the chain; whether it has any line of the log."""
@@ -157,13 +165,13 @@ def choose(parts: list[Part], path: Path, unread: list[tuple[str, str]]) -> Chos
             if not part.is_placed() and part.path != path:
                 found.strangers += [part.name] if part.size else []
                 continue
-        except Error as problem:
-            unread.append((part.name, problem.message))
+            other = known.setdefault(part.mark or part.name.encode(), part)
+            if other is part:
+                continue
+            line, longer = _compared(other, part)
+        except UnreadError as problem:
+            unread.append((problem.name, problem.message))
             continue
-        other = known.setdefault(part.mark or part.name.encode(), part)
-        if other is part:
-            continue
-        line, longer = _compared(other, part)
         if line:
             found.forks.append((other, part, line))
         elif longer:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from mcpctl import private_file
 from mcpctl.audit import files
 from mcpctl.audit.anchors import Anchor
 from mcpctl.audit.log import FIRST, key_id
-from mcpctl.audit.parts import Chosen, Part, choose, opened
+from mcpctl.audit.parts import Chosen, Part, UnreadError, choose, opened
 from mcpctl.errors import ConfigError, NotFoundError
 
 _PATIENCE = 2.0
@@ -84,25 +84,28 @@ def _hasher(key: bytes) -> Callable[[bytes, bytes], bytes]:
     return digest
 
 
-def verify(path: Path, key: bytes, anchors: Iterable[Anchor] = (), kept_since: datetime | None = None) -> Report:
+def verify(path: Path, key: bytes, anchors: Collection[Anchor] = (), kept_since: datetime | None = None) -> Report:
     """Walk the log at `path` and the files that it was before. `kept_since`: older lines may be gone, since they are
     removed on purpose. The anchors are to be read before this is called: the log may grow meanwhile, but not shrink.
 
-    Raises NotFoundError where there is no log, ConfigError where it is another key's.
+    Raises NotFoundError where there is no log and no anchor, ConfigError where it is another key's.
     """
     with contextlib.ExitStack() as stack:
-        chosen = _chosen(path, stack)
+        chosen = _chosen(path, stack, anchors)
         walk = _Walk(key, anchors, kept_since)
         remarks = [f"not read, since it holds no line of this log: {name}" for name in chosen.strangers]
         remarks += [f"not read, since it begins as {other} does: {name}" for name, other in chosen.copies]
         if chosen.parts and chosen.parts[-1].path != path:
             remarks.append(f"there is no {path.name}, only files that it was before")
         walk.report = Report([part.name for part in chosen.parts], remarks=remarks)
-        walk.report.fault = _unread(chosen) or walk.through(chosen.parts)
+        try:
+            walk.report.fault = _unread(chosen) or walk.through(chosen.parts)
+        except UnreadError as problem:
+            walk.report.fault = Fault("unread", problem.name, 0, None, problem.message)
         return walk.report
 
 
-def _chosen(path: Path, stack: contextlib.ExitStack) -> Chosen:
+def _chosen(path: Path, stack: contextlib.ExitStack, anchors: Collection[Anchor]) -> Chosen:
     """The files as they are at one moment. The lock is held only as long as that takes."""
     unread: list[tuple[str, str]] = []
     with contextlib.ExitStack() as held:
@@ -112,7 +115,7 @@ def _chosen(path: Path, stack: contextlib.ExitStack) -> Chosen:
             private_file.lock(lock, _PATIENCE)
         found = opened(path, stack, unread)
     chosen = choose(found, path, unread)
-    if not chosen.parts and not chosen.unread:
+    if not (chosen.parts or chosen.unread or anchors):
         raise NotFoundError(f"there is no audit log {path}", "is audit.file right? nothing may have been written yet")
     return chosen
 
@@ -129,7 +132,7 @@ def _unread(chosen: Chosen) -> Fault | None:
 class _Walk:
     """One walk through the chain."""
 
-    def __init__(self, key: bytes, anchors: Iterable[Anchor], kept_since: datetime | None) -> None:
+    def __init__(self, key: bytes, anchors: Collection[Anchor], kept_since: datetime | None) -> None:
         self.report = Report([])
         self._key_id = key_id(key)
         self._digest = _hasher(key)
@@ -248,7 +251,7 @@ class _Walk:
             if not files.is_half(part.half):
                 reason = "it is no line of mcpctl's, and has no end"
                 return Fault("added", part.name, part.count + 1, None, reason)
-            what = "the half of a line" if part.half.strip(b"\0") else "NUL bytes"
+            what = "the half of a line" if part.half.strip(b"\0") else "a row of NUL bytes"
             self.report.remarks.append(f"{part.name} ends with {what}, as a crash or somebody leaves it")
         return None
 
@@ -272,12 +275,15 @@ class _Walk:
 
     def _end(self, parts: list[Part]) -> Fault | None:
         last = self.report.last
+        name, line = (parts[-1].name, parts[-1].count + 1) if parts else ("the log", 0)
+        if not self._anchors and not last:
+            return Fault("cut", name, line, 1, "there is no line in it, and a log begins with its first")
         if not self._anchors or self._anchors[-1].seq <= last:
             return None
-        far, end = self._anchors[-1], parts[-1]
+        far = self._anchors[-1]
         many = "1 line" if far.seq == last + 1 else f"{far.seq - last} lines"
-        reason = f"the tail is cut off: {many} after seq {last}, says {far}"
-        return Fault("cut", end.name, end.count + 1, last + 1, reason)
+        reason = f"{'the tail' if last else 'all of it'} is cut off: {many} after seq {last}, says {far}"
+        return Fault("cut", name, line, last + 1, reason)
 
 
 _At = tuple[Part, int, bytes]
