@@ -185,6 +185,27 @@ def test_on_stdio_a_call_is_answered_with_an_error_of_the_tool(make_site: MakeSi
             process.wait(10)
 
 
+def test_a_lockdown_by_hand_leaves_one_line_and_so_does_its_end_whoever_lifts_it(two_workers: Site) -> None:
+    at = two_workers
+
+    def told() -> list[tuple[str, bool]]:
+        found = [line for line in at.audit() if line["event"] in ("server.locked", "server.unlocked")]
+        return [(line["event"].partition(".")[2], line["reason"].endswith(" by hand")) for line in found]
+
+    expected = [("locked", True), ("unlocked", True), ("locked", False), ("unlocked", True), ("locked", True)]
+    for number, step in enumerate(("touch", "rm", "lockdown", "rm", "touch")):
+        if step == "lockdown":
+            at.run("lockdown")
+        elif step == "touch":
+            (at.folder / "lockdown").touch(0o600)
+        else:
+            (at.folder / "lockdown").unlink()
+        eventually(lambda: len(told()) > number)  # noqa: B023
+    at.run("lockdown", "--lift")
+    at.stop()
+    assert told() == [*expected, ("unlocked", False)]
+
+
 def test_a_revocation_that_can_be_written_nowhere_is_done_by_the_servers_until_they_restart(
     make_site: MakeSite, newest_shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ class Watch:
         self._warned: dict[str, int] = {}
         self._broken: str | None = None
         self._own: Path | None = None
+        self._lock_seen = self._lock_noted = authenticator.lockdown.on()
         authenticator.ended = self._ended
 
     def _ended(self, ids: dict[str, str]) -> None:
@@ -113,6 +114,7 @@ class Watch:
         while True:
             try:
                 self._look()
+                self._note_lock()
             except Exception:
                 log.exception("looking after the files failed; it is tried again")
             expiry = self._authenticator.next_expiry()
@@ -146,6 +148,19 @@ class Watch:
         if self._databases is not None:
             self._databases.look()
         self._calls.canaries.look()
+
+    def _note_lock(self) -> None:
+        """Note a lockdown that was made or lifted by hand, in one process, when it is seen for the second time.
+        A command notes its own, and has told us by then."""
+        on = self._authenticator.lockdown.on()
+        before, self._lock_seen = self._lock_seen, on
+        if on != before or on == self._lock_noted:
+            return
+        self._lock_noted = on
+        if self._own == next(iter(control.sockets(self._folder)), None):
+            path = self._authenticator.lockdown.path
+            reason = f"{path} was {'made' if on else 'removed'} by hand"
+            self._recorder.note("server.locked" if on else "server.unlocked", reason=reason)
 
     def _remind(self) -> None:
         """Warn 14, 7 and 1 days before a token ends, once each."""
@@ -207,6 +222,7 @@ class Watch:
             self.told.pop("", None)
             if lock.held:
                 self.told[""] = "locked"
+        self._lock_noted = lock.on()
         return {**values(await self._settle(None)), "lifted": before and not lock.held}
 
     async def _barred(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -218,6 +234,7 @@ class Watch:
     def _bar(self, tokens: list[str]) -> None:
         self.told |= dict.fromkeys(tokens, "revoked, but not in the file")
         self._authenticator.lockdown.held = "" in self.told
+        self._lock_noted = self._authenticator.lockdown.on()
         self._authenticator.keep_out("command", self.told)
 
     async def _kept_out(self, request: dict[str, Any]) -> dict[str, Any]:
