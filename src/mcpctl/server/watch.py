@@ -15,7 +15,7 @@ from mcpctl import control
 from mcpctl.audit.log import EVENTS, FIELDS
 from mcpctl.calls import Calls
 from mcpctl.errors import Error, LockedError
-from mcpctl.identity.authenticate import Authenticator
+from mcpctl.identity.authenticate import LOCKED, Authenticator
 from mcpctl.identity.blocked import Block
 from mcpctl.identity.tokens import EXPIRING, utcnow
 from mcpctl.postgres.cutting import Cut
@@ -75,7 +75,7 @@ class Watch:
     def _ended(self, ids: dict[str, str]) -> None:
         """A reload found these ended. Called before the request that noticed is answered."""
         for token, reason in ids.items():
-            self._cuts[token] = asyncio.create_task(self._cut(token, reason))
+            self._cuts[token] = asyncio.create_task(self._cut(token, reason), name=reason)
         while len(self._cuts) > _REMEMBERED:
             self._cuts.pop(next(iter(self._cuts)))
 
@@ -258,10 +258,12 @@ class Watch:
         return {}
 
     async def _settle(self, tokens: list[str] | None) -> Cut:
-        """Take note of the files, and wait until what ended is cut: what was done for these tokens, or for all."""
+        """Take note of the files, and wait until what ended is cut: what was done for these tokens, or by a lockdown."""
         self._look()
         done = Cut()
-        for token in list(self._cuts) if tokens is None else tokens:
+        if tokens is None:
+            tokens = [token for token, task in self._cuts.items() if task.get_name() == LOCKED]
+        for token in tokens:
             task = self._cuts.get(token)
             if task is not None:
                 found = await asyncio.shield(task)
