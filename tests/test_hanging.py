@@ -16,6 +16,7 @@ import pytest
 import site_of_mcpctl as site
 from mcpctl.config_keys import Database, Pool
 from mcpctl.errors import UnavailableError
+from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.principal import LOCAL
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import statement
@@ -160,6 +161,7 @@ def test_what_is_slow_to_close_holds_no_expiry_up() -> None:
         def __init__(self) -> None:
             self.sweeping = False
             self.canaries = self
+            self.lockdown = Lockdown(Path("/nowhere/tokens.yaml"))
             self.told = asyncio.Event()
             self.ended: Callable[[dict[str, str]], None] = lambda ids: None
 

@@ -127,6 +127,12 @@ def test_no_worker_answers_a_call_after_it_and_what_runs_is_cut(two_workers: Sit
     name, text = at.token()
     with at.client(text) as a:
         assert a.rows("select 1") == [[1]]
+        bobs, secret = at.token("bob")
+        with at.client(secret) as b:  # it is cut, and no command asks what was
+            other = in_background(b.call, "query_database", {"query": "select pg_sleep(20)"})
+            eventually(lambda: at.shop.backends("query ~ 'pg_sleep' AND state = 'active'"))
+            tokens.remove(tokens.token_file(at.folder / "tokens.yaml"), bobs)
+            assert other.result().status_code == 401
         running = in_background(a.call, "query_database", {"query": "select pg_sleep(20)"})
         eventually(lambda: at.shop.backends("query ~ 'pg_sleep' AND state = 'active'"))
         done = at.run("lockdown", "--reason", "now")
@@ -179,10 +185,37 @@ def test_on_stdio_a_call_is_answered_with_an_error_of_the_tool(make_site: MakeSi
                 results.append(json.loads(process.stdout.readline())["result"])
             assert [one.get("isError", False) for one in results] == [False, True, False]
             assert "the server is locked" in results[1]["content"][0]["text"]
+            call["params"] = {**params, "name": "query_database", "arguments": {"query": "select pg_sleep(20)"}}
+            process.stdin.write(json.dumps(call) + "\n")
+            process.stdin.flush()
+            eventually(lambda: at.shop.backends("query ~ 'pg_sleep' AND state = 'active'"))
+            at.run("lockdown")
+            assert "the server is locked" in process.stdout.readline()
         finally:
             process.stdin.close()
             process.stdout.close()
             process.wait(10)
+
+
+def test_a_lockdown_by_hand_leaves_one_line_and_so_does_its_end_whoever_lifts_it(two_workers: Site) -> None:
+    at = two_workers
+
+    def told() -> list[tuple[str, bool]]:
+        found = [line for line in at.audit() if line["event"] in ("server.locked", "server.unlocked")]
+        return [(line["event"].partition(".")[2], line["reason"].endswith(" by hand")) for line in found]
+
+    expected = [("locked", True), ("unlocked", True), ("locked", False), ("unlocked", True), ("locked", True)]
+    for number, step in enumerate(("touch", "rm", "lockdown", "rm", "touch")):
+        if step == "lockdown":
+            at.run("lockdown")
+        elif step == "touch":
+            (at.folder / "lockdown").touch(0o600)
+        else:
+            (at.folder / "lockdown").unlink()
+        eventually(lambda: len(told()) > number)  # noqa: B023
+    at.run("lockdown", "--lift")
+    at.stop()
+    assert told() == [*expected, ("unlocked", False)]
 
 
 def test_a_revocation_that_can_be_written_nowhere_is_done_by_the_servers_until_they_restart(

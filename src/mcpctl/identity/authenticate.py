@@ -24,6 +24,9 @@ from mcpctl.identity.tokens import Token
 from mcpctl.identity.users import EVERYWHERE
 from mcpctl.private_file import ABSENT, fingerprint
 
+LOCKED = "the server is locked"
+"""Why a lockdown ends what is open."""
+
 
 class Files(NamedTuple):
     """The entries of the three files."""
@@ -154,7 +157,7 @@ class Authenticator:
         before, self.locked = self.locked, self.lockdown.on()
         if self.locked and not before:
             over, self._active = {"", *self._active}, set()
-            self.ended(dict.fromkeys(sorted(over), "the server is locked"))
+            self.ended(dict.fromkeys(sorted(over), LOCKED))
         return self.locked
 
     def keep_out(self, by: str, why: Mapping[str, str]) -> None:

@@ -61,7 +61,9 @@ async def serve(core: Core, token: str | None) -> None:
         return principal, request
 
     def told(context: ServerRequestContext[Any, Any], problem: Error) -> str:
-        """Whoever has used a canary is told what any wrong token is."""
+        """Whoever has used a canary is told what any wrong token is, and whose call a lockdown has cut, that."""
+        if isinstance(problem, UnauthorizedError) and core.authenticator.locked and _WRONG not in problem.message:
+            return LockedError().message
         blocked = isinstance(problem, UnauthorizedError) and "blocked" in problem.message
         return f"{_WRONG}: wrong secret" if blocked else problem.message
 

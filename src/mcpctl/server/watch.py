@@ -15,7 +15,7 @@ from mcpctl import control
 from mcpctl.audit.log import EVENTS, FIELDS
 from mcpctl.calls import Calls
 from mcpctl.errors import Error, LockedError
-from mcpctl.identity.authenticate import Authenticator
+from mcpctl.identity.authenticate import LOCKED, Authenticator
 from mcpctl.identity.blocked import Block
 from mcpctl.identity.tokens import EXPIRING, utcnow
 from mcpctl.postgres.cutting import Cut
@@ -69,12 +69,13 @@ class Watch:
         self._warned: dict[str, int] = {}
         self._broken: str | None = None
         self._own: Path | None = None
+        self._lock_seen = self._lock_noted = authenticator.lockdown.on()
         authenticator.ended = self._ended
 
     def _ended(self, ids: dict[str, str]) -> None:
         """A reload found these ended. Called before the request that noticed is answered."""
         for token, reason in ids.items():
-            self._cuts[token] = asyncio.create_task(self._cut(token, reason))
+            self._cuts[token] = asyncio.create_task(self._cut(token, reason), name=reason)
         while len(self._cuts) > _REMEMBERED:
             self._cuts.pop(next(iter(self._cuts)))
 
@@ -113,6 +114,7 @@ class Watch:
         while True:
             try:
                 self._look()
+                self._note_lock()
             except Exception:
                 log.exception("looking after the files failed; it is tried again")
             expiry = self._authenticator.next_expiry()
@@ -146,6 +148,19 @@ class Watch:
         if self._databases is not None:
             self._databases.look()
         self._calls.canaries.look()
+
+    def _note_lock(self) -> None:
+        """Note a lockdown that was made or lifted by hand, in one process, when it is seen for the second time.
+        A command notes its own, and has told us by then."""
+        on = self._authenticator.lockdown.on()
+        before, self._lock_seen = self._lock_seen, on
+        if on != before or on == self._lock_noted:
+            return
+        self._lock_noted = on
+        if self._own == next(iter(control.sockets(self._folder)), None):
+            path = self._authenticator.lockdown.path
+            reason = f"{path} was {'made' if on else 'removed'} by hand"
+            self._recorder.note("server.locked" if on else "server.unlocked", reason=reason)
 
     def _remind(self) -> None:
         """Warn 14, 7 and 1 days before a token ends, once each."""
@@ -207,6 +222,7 @@ class Watch:
             self.told.pop("", None)
             if lock.held:
                 self.told[""] = "locked"
+        self._lock_noted = lock.on()
         return {**values(await self._settle(None)), "lifted": before and not lock.held}
 
     async def _barred(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -218,6 +234,7 @@ class Watch:
     def _bar(self, tokens: list[str]) -> None:
         self.told |= dict.fromkeys(tokens, "revoked, but not in the file")
         self._authenticator.lockdown.held = "" in self.told
+        self._lock_noted = self._authenticator.lockdown.on()
         self._authenticator.keep_out("command", self.told)
 
     async def _kept_out(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -241,10 +258,12 @@ class Watch:
         return {}
 
     async def _settle(self, tokens: list[str] | None) -> Cut:
-        """Take note of the files, and wait until what ended is cut: what was done for these tokens, or for all."""
+        """Take note of the files, and wait until what ended is cut: what was done for these tokens, or by a lockdown."""
         self._look()
         done = Cut()
-        for token in list(self._cuts) if tokens is None else tokens:
+        if tokens is None:
+            tokens = [token for token, task in self._cuts.items() if task.get_name() == LOCKED]
+        for token in tokens:
             task = self._cuts.get(token)
             if task is not None:
                 found = await asyncio.shield(task)
