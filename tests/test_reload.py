@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -16,6 +17,7 @@ from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from unittest.mock import Mock
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -29,7 +31,7 @@ from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.listening import Listening
 from mcpctl.server.live import Place, Process
 from mcpctl.server.parts import Core, running
-from mcpctl.server.reload import Outcome, Requests, Serving
+from mcpctl.server.reload import RELOADED, Outcome, Requests, Serving
 from mcpctl.server.workers import Supervisor
 from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually, in_background
 
@@ -142,6 +144,7 @@ def test_what_cannot_change_while_it_runs() -> None:
         (replace(server, host="::1"), "server.host"), (replace(server, port=1), "server.port"),
         (replace(server, workers=2), "server.workers"), (replace(server, stdio=True), "server.stdio"),
         (replace(server, tls=Tls(Path("c"), Path("k"))), "server.tls.cert"),
+        (replace(server, runtime_dir=Path("/run/other")), "server.runtime_dir"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=f"^{key} cannot change"):
             old.check_successor(Listening(Settings(server=new)))
@@ -344,6 +347,28 @@ def test_a_call_that_a_reload_cuts_is_told_so_and_the_next_reload_waits_for_its_
     asyncio.run(main())
     (line,) = [one for one in at.audit() if one["event"] == "tool.called"]
     assert line["reason"] == "the client went away, or the config was reloaded; ask again"
+
+
+@pytest.mark.parametrize("how", [signal.SIGHUP, signal.SIGTERM])
+def test_a_body_that_is_still_on_its_way_is_told_as_a_call_that_is_cut(
+    make_site: MakeSite, newest_shop: Shop, how: signal.Signals
+) -> None:
+    at = make_site(newest_shop).start()
+    url = urlsplit(at.url)
+    head = f"POST /mcp HTTP/1.1\r\nHost: {url.netloc}\r\nAuthorization: Bearer {at.token()[1]}\r\n"
+    head += "Accept: application/json, text/event-stream\r\nContent-Type: application/json\r\nContent-Length: 99\r\n"
+    with socket.create_connection((url.hostname or "", url.port or 0), 15) as wire:
+        wire.sendall(f"{head}\r\n{{".encode())
+        eventually(lambda: any(line["event"] == "auth.ok" for line in at.audit()))
+        assert at.process is not None
+        at.process.send_signal(how)
+        with wire.makefile("rb") as answer:
+            said = answer.read()
+    assert said.startswith(b"HTTP/1.1 503")
+    assert (RELOADED if how == signal.SIGHUP else "the server stops").encode() in said
+    if how == signal.SIGTERM:
+        assert at.process.wait(10) == -how
+    assert "Traceback" not in "".join(at.stderr)
 
 
 def test_a_command_that_asks_every_worker_has_one_reload_and_one_that_is_stopped_holds_no_other_up(

@@ -92,8 +92,8 @@ class Eye:
         for _ in range(times):
             self.certificates.look()
 
-    def served(self) -> bytes:
-        """The certificate that a new connection gets, as DER, from an in-memory handshake."""
+    def served(self, meanwhile: Callable[[], object] = lambda: None) -> bytes:
+        """The certificate that a new connection gets, as DER, from a handshake in whose midst that is done."""
         client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
         ways = [ssl.MemoryBIO() for _ in range(4)]
@@ -106,6 +106,8 @@ class Eye:
                 except ssl.SSLWantReadError:
                     pass
                 sink.write(source.read())
+            meanwhile()
+        other.do_handshake()
         found = one.getpeercert(binary_form=True)
         assert found is not None
         return found
@@ -158,6 +160,16 @@ def test_another_client_ca_ends_the_connections_that_an_earlier_one_let_in(autho
     found = x509.load_pem_x509_certificate(clients.cert_pem.bytes())
     said = f"client_ca of server.tls; client_ca counts until {found.not_valid_after_utc.date()}, SHA-256 "
     assert eye.notes[-1] == ("config.certificate_renewed", f"{said}{found.fingerprint(hashes.SHA256()).hex()[:16]}…")
+
+
+def test_a_handshake_that_was_begun_with_another_client_ca_lets_nobody_in(authority: Authority) -> None:
+    eye = Eye(authority.tls)
+    authority.renew()
+    assert eye.served(eye.certificates.look)  # another certificate alone is no reason
+    tls = replace(authority.tls, client_ca=authority.folder / "ca.pem", client_certificate="optional")
+    with pytest.raises(ssl.SSLError, match="another client CA"):
+        eye.served(lambda: eye.certificates.take(*eye.certificates.read(tls)))
+    assert eye.served()
 
 
 def test_a_client_ca_that_can_issue_nothing_is_refused(authority: Authority) -> None:

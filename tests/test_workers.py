@@ -147,3 +147,37 @@ Supervisor(listening, socket.socket(), lambda: None, work, None, None).run()
 def test_a_signal_that_comes_at_its_birth_ends_a_worker() -> None:
     done = subprocess.run([sys.executable, "-c", _BORN_UNDER_A_SIGNAL], capture_output=True, text=True, timeout=10)
     assert "a worker did not start" in done.stderr, done
+
+
+def test_one_that_hangs_is_killed_after_a_second_signal(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop).start("--workers", "2")
+    process = at.process
+    assert process is not None
+    hung = children(at)[0]
+    os.kill(hung, signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    eventually(lambda: children(at) == [hung], 5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM
+    assert f"worker {hung} was told to end and did not; it is killed" in "".join(at.stderr)
+
+
+_HANGS = """
+import os, signal, socket, types
+from mcpctl.server import workers
+
+async def work(listening, link, place):
+    link.up()
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+workers._DRAINED = 0.3
+server = types.SimpleNamespace(workers=1)
+listening = types.SimpleNamespace(settings=types.SimpleNamespace(server=server))
+ready = lambda: os.kill(os.getpid(), signal.SIGTERM)
+print(workers.Supervisor(listening, socket.socket(), ready, work, None, None).run())
+"""
+
+
+def test_one_that_hangs_is_killed_when_its_drain_is_long_over() -> None:
+    done = subprocess.run([sys.executable, "-c", _HANGS], capture_output=True, text=True, timeout=10)
+    assert done.stdout == "[15]\n", done

@@ -281,7 +281,7 @@ class Visitor(H11Protocol):
                 message = {**message, "headers": [*others, CLOSE_HEADER]}
             elif self._deaf and not start and not message.get("more_body", False):
                 await send({**message, "more_body": True})
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # all is said; the server may end
                     async with asyncio.timeout(_LINGER_SECONDS):
                         await self._gone.wait()
                 message = {**message, "body": b""}

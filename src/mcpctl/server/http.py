@@ -237,6 +237,10 @@ class Http:
                         return bytes(body)
         except TimeoutError:
             raise Error("the body did not come in time", status=408) from None
+        except asyncio.CancelledError:  # nobody watches for the client yet: a reload cuts it, or the server's end
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
+            raise UnavailableError(_CANCELLED + self._parts.calls.ends) from None
 
     async def _answer(
         self, scope: Scope, principal: Principal, request: Request, body: bytes

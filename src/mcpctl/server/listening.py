@@ -57,6 +57,7 @@ class Listening:
             "server.host": lambda one: one.settings.server.host,
             "server.port": lambda one: one.settings.server.port,
             "server.workers": lambda one: one.settings.server.workers,
+            "server.runtime_dir": lambda one: one.settings.server.runtime_dir,
             "server.stdio": lambda one: one.settings.server.stdio,
             "server.tls.cert": lambda one: one.tls,
             "metrics.host": lambda one: one.settings.metrics.host,

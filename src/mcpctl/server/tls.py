@@ -35,10 +35,28 @@ class _Live(ssl.SSLContext):
     pair into a context in use would leave an RSA certificate there beside an ECDSA one."""
 
     current: ssl.SSLContext
+    clients = 0
+    """How often it has become another whom a client certificate lets in."""
 
     def wrap_bio(self, *arguments: Any, **named: Any) -> ssl.SSLObject:
         """Begin a connection."""
-        return self.current.wrap_bio(*arguments, **named)
+        self.current.sslobject_class = _Handshake
+        begun = self.current.wrap_bio(*arguments, **named)
+        if isinstance(begun, _Handshake):
+            begun.live, begun.clients = self, self.clients
+        return begun
+
+
+class _Handshake(ssl.SSLObject):
+    """A connection's TLS, whose handshake fails where it has become another meanwhile whom it may let in."""
+
+    live: _Live
+    clients: int
+
+    def do_handshake(self) -> None:
+        super().do_handshake()
+        if self.clients != self.live.clients:
+            raise ssl.SSLError("it was begun with another client CA")
 
 
 class Certificates:
@@ -84,6 +102,7 @@ class Certificates:
         self._use(pair, made)
         self.taken(pair)
         if "client_ca" in changed or pair.tls.client_certificate != old.tls.client_certificate:
+            self.live.clients += 1
             self.hang_up()
         if changed and self._tells:
             ends = ["cert"] if changed != ["client_ca"] else []

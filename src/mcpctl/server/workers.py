@@ -13,6 +13,7 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from math import inf
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from time import monotonic
@@ -23,12 +24,14 @@ from mcpctl.errors import ConfigError, Error
 from mcpctl.server import reload
 from mcpctl.server.hangup import Hangup
 from mcpctl.server.listening import Listening
-from mcpctl.server.reload import Outcome, Read, Requests, Serving, Waiting
+from mcpctl.server.reload import DRAIN, Outcome, Read, Requests, Serving, Waiting
 
 log = logging.getLogger("mcpctl")
 _TICK = 0.25
 _ANSWER = 15.0
 """Seconds in which every worker has to have built what a reload asks for, what was in force before gone."""
+_DRAINED, _STOPPED = DRAIN + 10.0, 5.0
+"""Seconds after which a worker that was told to drain, or to stop now, hangs: longer than either takes."""
 _PAUSE, _LONGEST_PAUSE = 0.2, 30.0
 _LIVED = 60.0
 """Seconds after which a worker's death is no longer that of one that dies again and again."""
@@ -144,6 +147,7 @@ class Supervisor:
         self._told: list[int] = []
         self._failed = False
         self._number = 0
+        self._until = inf
 
     def run(self) -> list[int]:
         """Watch over the workers until told to stop; returns the signals that came."""
@@ -175,14 +179,24 @@ class Supervisor:
         return bool(self._told) or self._failed
 
     def _stop(self, number: int, _: Any) -> None:
-        """The first signal has every worker drain; a second has them stop now."""
+        """The first signal has every worker drain; a second has them stop now. Who hangs is killed in the end."""
         self._told.append(number)
         self._end_workers()
 
     def _end_workers(self) -> None:
+        self._until = min(self._until, monotonic() + (_DRAINED if len(self._told) < 2 else _STOPPED))
         for worker in self._workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.pid, signal.SIGTERM)
+
+    def _kill_late(self) -> None:
+        if monotonic() < self._until:
+            return
+        self._until = inf
+        for worker in self._workers:
+            log.error("worker %d was told to end and did not; it is killed", worker.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)
 
     def _look(self, woken: int) -> None:
         if self._over:
@@ -191,6 +205,7 @@ class Supervisor:
             self._fork_due()
         self._listen([woken], _TICK)
         self._bury()
+        self._kill_late()
         if self._ready is not None and not self._due and all(one.up for one in self._workers) and not self._over:
             self._ready()
             self._ready = None
