@@ -188,13 +188,20 @@ def test_wrong_credentials_of_an_address_are_429_in_the_end_and_a_right_token_is
     assert refused(house, forged(text, 100)).status == 401
 
 
-def test_what_is_over_or_not_allowed_there_is_no_failed_sign_in(house: House) -> None:
-    name, text = house.token(allow_ips=(network("192.0.2.1"),))
-    for _ in range(FAILED + 1):
-        assert refused(house, text, THERE).status == 401
-    tokens.revoke(house.tokens, [name], house.now)
-    for _ in range(FAILED + 1):
-        assert refused(house, text).status == 401
+def test_all_that_is_refused_is_answered_alike_however_often_it_is_tried(house: House) -> None:
+    live, elsewhere = house.token(allow_ips=(network("192.0.2.1"),))
+    over, expired = house.token(expires_at=START)
+    dead, revoked = house.token()
+    tokens.revoke(house.tokens, [dead], house.now)
+    unknown = tokens.mint({live, over, dead})[1]
+    reasons = {elsewhere: "not from this address", expired: "the token is expired", revoked: "the token is revoked",
+               forged(elsewhere): "wrong secret", unknown: "no such token id"}  # fmt: skip
+    for number, (text, reason) in enumerate(reasons.items(), 1):
+        found = [refused(house, text, f"203.0.113.{number}") for _ in range(FAILED + 2)]
+        assert [one.status for one in found] == [401] * FAILED + [429] * 2
+        assert {one.retry_after for one in found} == {0, WINDOW}
+        assert all(reason in one.message for one in found)
+    assert enter(house, elsewhere).token == live
 
 
 def test_wrong_secrets_that_come_at_once_are_counted_like_those_in_turn(house: House) -> None:
@@ -270,7 +277,7 @@ def test_an_entry_that_goes_while_its_hash_is_made_lets_nobody_in(
     assert refused(house, text).message == "no such token id"
 
 
-def test_a_token_is_refused_from_elsewhere_and_that_is_no_wrong_secret(house: House) -> None:
+def test_a_token_is_refused_from_elsewhere_and_taken_from_its_own_address(house: House) -> None:
     name, text = house.token(allow_ips=(network("192.0.2.1"),))
     assert enter(house, text).token == name
     for _ in range(FAILED + 1):

@@ -119,6 +119,26 @@ def test_a_file_that_is_cut_or_replaced_hurts_nobody_who_counts_and_begins_anew(
     assert [entry.name for entry in path.parent.iterdir()] == ["limits.bin"]
 
 
+@pytest.mark.parametrize("at_the_end", [True, False])
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_file_that_is_removed_or_replaced_is_written_again_though_nothing_is_new(
+    path: Path, at_the_end: bool, removed: bool
+) -> None:
+    counters = Counters(path)
+    counters.take(slot(counters, "alice"), 5.0)
+    counters.save()
+    before = path.read_bytes(), path.stat().st_ino
+    counters.save()
+    assert path.stat().st_ino == before[1]
+    path.unlink()
+    if not removed:
+        path.write_bytes(b"")
+    (counters.close if at_the_end else counters.save)()
+    assert path.read_bytes() == before[0]
+    if not at_the_end:
+        counters.close()
+
+
 @pytest.mark.parametrize("mode", [0o644, 0o666])
 def test_a_file_that_others_may_read_is_refused(path: Path, mode: int) -> None:
     path.touch()

@@ -92,6 +92,7 @@ class Counters:
         self._booted = time.time() - time.monotonic() if booted is None else booted
         self._salt = secrets.token_bytes(16)
         self._saved: bytes | None = None
+        self._written = private_file.ABSENT
         self._failing = False
         if self._path is not None:
             self._load(self._path)
@@ -104,7 +105,8 @@ class Counters:
         places.release()
 
     def close(self) -> None:
-        """Save what is counted, and let go of it."""
+        """Save what is counted, whatever the file is by now, and let go of it."""
+        self._saved = None
         self.save()
         self._map.close()
         if self._lock is not None:
@@ -132,10 +134,12 @@ class Counters:
             return self._map[:_RUNNING_AT]
 
     def save(self, tables: bytes | None = None) -> None:
-        """Save what is counted, if there is anything new: what a copy says, which may be on another thread. Where it
-        cannot be, it is said once, and tried again the next time."""
+        """Save what is counted, if there is anything new, or the file is not the one that was written: what a copy
+        says, which may be on another thread. Where it cannot be, it is said once, and tried again the next time."""
         tables = tables or self.copy()
-        if self._path is None or tables == self._saved:
+        if self._path is None:
+            return
+        if tables == self._saved and private_file.fingerprint(self._path) == self._written:
             return
         found = [_HEADER.pack(_FORM, self._salt, self._booted)]
         for bucket in range(_START, _RUNNING_AT, _BUCKET):
@@ -151,7 +155,7 @@ class Counters:
                 log.warning("%s cannot be saved (%s): a restart may forget budgets", self._path, problem.strerror)
             self._failing = True
         else:
-            self._saved, self._failing = tables, False
+            self._saved, self._written, self._failing = tables, private_file.fingerprint(self._path), False
 
     def __enter__(self) -> None:
         if self._lock is None or self._without_until > time.monotonic():

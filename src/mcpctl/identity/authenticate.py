@@ -1,8 +1,8 @@
 """A presented credential → Principal, or a refusal with its reason.
 
 The order is that of the cost, so that a stranger costs little: form and checksum (no hash), a known id (no hash),
-the remembered digest (one keyed BLAKE2), and only then Argon2id, on a thread. Too many wrong ones from an address
-change what a wrong one is answered, and nothing else: a right token is always let in.
+the remembered digest (one keyed BLAKE2), and only then Argon2id, on a thread. Too many refused ones from an address
+change what a refused one is answered, and nothing else: a right token is always let in.
 """
 
 import asyncio
@@ -42,9 +42,9 @@ class Authenticator:
     `ended` is called with {id: why} for the tokens in use that a reload found gone, revoked or changed, before the
     request that noticed is answered. In use is what has been let in and not ended since. It also hears of those whose
     user's rights have become fewer: they live on, and `in_force` tells where what they have open does not. `fewer`
-    compares two users' roles by what they give. `wrong(address, note)` says how long the refusals of an address are
-    answered 429, 0 for 401, and notes one more wrong credential of it. `over` holds the tokens that were seen to have
-    expired, {id: when}, and `kept_out` what `keep_out` was told; both outlive this object.
+    compares two users' roles by what they give. `wrong(address)` notes one more credential that is refused, whatever
+    the reason, and says how long an address's are answered 429, 0 for 401. `over` holds the tokens that were seen to
+    have expired, {id: when}, and `kept_out` what `keep_out` was told; both outlive this object.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Authenticator:
         twins: Mapping[str, str] | None = None,
         databases: Container[str] | None = None,
         now: Callable[[], datetime] = tokens.utcnow,
-        wrong: Callable[[str | None, bool], int] = lambda address, note: 0,
+        wrong: Callable[[str | None], int] = lambda address: 0,
         over: dict[str, datetime | None] | None = None,
         kept_out: dict[str, Mapping[str, str]] | None = None,
     ) -> None:
@@ -303,13 +303,13 @@ class Authenticator:
 
     def _is_wrong(self, why: str, address: str | None, name: str | None = None) -> UnauthorizedError:
         """The refusal of a credential that is wrong, and not only over."""
-        if wait := self._wrong(address, True):
+        if wait := self._wrong(address):
             return UnauthorizedError(f"{why}; too many wrong ones", token_id=name, status=429, retry_after=wait)
         return UnauthorizedError(why, token_id=name)
 
     def _is_over(self, why: str, address: str | None, name: str) -> UnauthorizedError:
-        """The refusal of a right secret. Where a wrong one is answered 429 it is, too: else a thief would be told."""
-        wait = self._wrong(address, False)
+        """The refusal of a right secret. It counts and is answered as a wrong one is: else a thief would be told."""
+        wait = self._wrong(address)
         return UnauthorizedError(why, token_id=name, status=429 if wait else 401, retry_after=wait, proven=True)
 
     def recognised(self, text: str | None) -> Principal | None:

@@ -20,7 +20,7 @@ from mcpctl.identity.principal import Principal
 from mcpctl.shared_counters import ADDRESSES, PRINCIPALS, Counters, Slot, source
 
 WINDOW = 900.0
-"""Seconds in which an address's wrong credentials are counted, from the first on."""
+"""Seconds in which an address's refused credentials are counted, from the first on."""
 LINES, LINE_SECONDS = 20, 3.0
 """Lines on strangers that may be written at once, and the seconds until one more may be."""
 TOKEN_LINES, TOKEN_LINE_SECONDS = 10, 6.0
@@ -261,9 +261,9 @@ class Limiter:
 
     # -- strangers -----------------------------------------------------------------------------------------------------
 
-    def wrong(self, address: str | None, note: bool = True) -> int:
-        """0, or where there were too many wrong credentials of an address, the seconds until a refusal is 401 again.
-        `note` one more. A credential that is let in never asks here."""
+    def wrong(self, address: str | None) -> int:
+        """Note one more refused credential of an address: 0, or where there were too many, the seconds until a refusal
+        is 401 again. A credential that is let in never asks here."""
         if address is None:
             return 0
         subject, now, most = self._subject("address", address), self._clock(), self._limits.failed_sign_ins
@@ -272,7 +272,7 @@ class Limiter:
             until, count = self._counters.failed(slot)
             if not now < until <= now + WINDOW:
                 until, count = now + WINDOW, 0
-            if count < most and note:
+            if count < most:
                 self._counters.fail(slot, until, count + 1)
         return math.ceil(until - now) if count >= most else 0
 
