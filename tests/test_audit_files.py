@@ -54,6 +54,12 @@ def test_the_longer_of_two_is_read_where_the_other_is_its_beginning(path: Path) 
     assert len(list(Reading(path).lines(lambda line: True))) == 9
 
 
+def test_a_copy_of_the_first_line_alone_is_known_as_one(path: Path) -> None:
+    write(path, 5)
+    path.with_name("audit.jsonl.bak").write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    assert whole(path).remarks == ["not read, since it begins as audit.jsonl does: audit.jsonl.bak"]
+
+
 def test_a_file_that_cannot_be_read_is_named_and_is_a_fault(path: Path) -> None:
     write(path, 5)
     path.rename(path.with_name("elsewhere"))

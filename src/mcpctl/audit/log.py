@@ -240,8 +240,8 @@ class AuditLog:
         """Move the file away, to a name that ends with the time, and begin a new one, which goes on from its last hash.
         Returns the new name; None where there is nothing in it. Raises UnavailableError: nothing is lost then."""
         with self._locked():
-            end = files.end_of(self.path)
-            if end is not None and end != files.last_of(self.path, self._ours):
+            last = files.end_of(self.path)
+            if last is not None and last != files.last_of(self.path, self._ours):
                 raise UnavailableError(
                     f"the last line of {self.path} was not written with the key that we have: nothing was moved",
                     "restore audit.key from the backup; `mcpctl audit verify` says more",

@@ -38,7 +38,8 @@ class Part:
     """One of the log's files, open, up to where it ended when all of them were looked at.
 
     `seq` and `mark` are number and text of the line that it is known by: the middle one of its first three, so that no
-    single line that was changed, added or moved changes the order of the files. `time` is the latest of these three.
+    single line that was changed, added or moved changes the order of the files. `time` is the latest of these three,
+    and `first` the text of the first.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Part:
     count: int = 0
     seq: int = 0
     mark: bytes = b""
+    first: bytes = b""
     time: bytes = b""
 
     @property
@@ -103,6 +105,7 @@ class Part:
             return False
         found = sorted((int(head[1]), line) for head, line in heads)
         self.seq, self.mark = found[len(found) // 2]
+        self.first = heads[0][1]
         self.time = max(head[2] for head, _ in heads)
         return True
 
@@ -165,7 +168,8 @@ def choose(parts: list[Part], path: Path, unread: list[tuple[str, str]]) -> Chos
             if not part.is_placed() and part.path != path:
                 found.strangers += [part.name] if part.size else []
                 continue
-            other = known.setdefault(part.mark or part.name.encode(), part)
+            begun = next((one for one in known.values() if part.mark and one.first == part.mark), None)
+            other = begun or known.setdefault(part.mark or part.name.encode(), part)  # `begun`: of a copy of one line
             if other is part:
                 continue
             line, longer = _compared(other, part)
