@@ -43,7 +43,8 @@ def _make(shop: Shop, name: str) -> None:
     dsn = cluster.dsn_for("postgres", cluster.superuser_password, name)
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(
-            f"CREATE TABLE place AS SELECT '{name}'::text AS source; GRANT SELECT ON place TO shop_reader".encode()
+            f"CREATE TABLE place AS SELECT '{name}'::text AS source; CREATE TABLE only_{name} (n int);"
+            f"GRANT SELECT ON place, only_{name} TO shop_reader".encode()
         )
 
 
@@ -202,6 +203,9 @@ def test_a_call_leaves_one_line_with_all_its_databases_and_what_was_read_where(a
         assert "relations" not in _last(at)  # which says that nobody knows
         _ask(client, WHERE, ["two"])
         assert (_last(at)["database"], _last(at)["relations"]) == ("two", ["public.place"])
+        _ask(client, "table only_one", ["one", "two"])  # where it fails nobody knows what was read
+        line = _last(at)
+        assert (line["relations"], line["statement"]) == (["one:public.only_one", "two:?"], "table only_one")
 
 
 def test_the_line_tells_of_its_own_call_whatever_the_token_asks_meanwhile(at: Site, shops: tuple[Shop, Shop]) -> None:

@@ -107,6 +107,18 @@ def test_who_read_says_what_it_cannot_know(at: Site, alice: Client) -> None:
     assert "of 3 statements the log does not say what they read (2 ok, 1 error)" in done.stderr
 
 
+def test_functions_in_what_was_cut_off_or_failed_may_have_read_anything(at: Site, alice: Client) -> None:
+    for _ in range(2):
+        alice.ask("select sales.count_them() from generate_series(1, 3000)")
+    alice.error("select 1 / (sales.count_them() - 2)")
+    alice.ask("select name from sales.secret, generate_series(1, 3000)")
+    lines = [line["relations"] for line in at.audit() if line["event"] == "tool.called"]
+    assert lines == [["?"], ["?"], ["?"], ["sales.secret", "?"]]
+    assert "of 4 statements the log does not say" in at.run("audit", "who-read", "sales.other").stderr
+    found = who(at, "sales.secret")
+    assert (found["unknown"], len(found["statements"])) == (3, 1)
+
+
 # -- the log's files --------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +313,13 @@ def test_of_several_databases_and_own_ones_each_is_told_apart(home: Home) -> Non
     assert found(home, "--database", "own:lab").good.split("\t")[3] == "2"
     assert home("audit", "who-read", "own:lab.sales.orders").good.split("\t")[3] == "2"
     assert home("audit", "who-read", "public.place", "--database", "own:lab").good == ""
+
+
+def test_of_several_databases_one_that_is_not_known_is_counted(home: Home) -> None:
+    fill(home, 1, database="lab,shop", relations=["lab:?", "shop:public.place"])
+    assert "of 1 statements the log does not say what they read (1 ok)" in found(home).err
+    assert "does not say" not in found(home, "--database", "shop").err
+    assert "of 1 statements" in found(home, "--database", "lab").err
 
 
 def test_a_database_called_own_hides_no_user_s_own(home: Home) -> None:

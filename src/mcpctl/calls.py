@@ -9,6 +9,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+from mcpctl.audit.log import MORE
 from mcpctl.canaries import Canaries
 from mcpctl.config import NAME
 from mcpctl.config_keys import Database, Settings
@@ -103,15 +104,16 @@ class _Facts:
     def relations(self) -> tuple[str, ...] | None:
         """What was read; with the database's name before it where several were asked, whoever of them answered."""
         if not self.several:
-            return next((use.relations for use in self.uses.values()), None)
+            return next((use.read for use in self.uses.values()), None)
         if all(use.relations is None for use in self.uses.values()):
             return None
-        return tuple(f"{name}:{one}" for name, use in sorted(self.uses.items()) for one in use.relations or ())
+        read = {name: (MORE,) if use.read is None else use.read for name, use in sorted(self.uses.items())}
+        return tuple(f"{name}:{one}" for name, found in read.items() for one in found)
 
     @property
     def described(self) -> bool:
         """Whether PostgreSQL has described columns of the statement, wherever it came."""
-        return bool(self.uses) and all(use.described for use in self.uses.values())
+        return any(use.described for use in self.uses.values())
 
     def reason(self, reason: str | None) -> str | None:
         """What was done, where the line must say it, before how it ended."""

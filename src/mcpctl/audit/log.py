@@ -34,6 +34,8 @@ FIELDS = (
     "outcome", "reason", "key_id", "prev", "hash",
 )  # fmt: skip
 """Every key that a line may have, in the order in which they stand. What has no value is left out."""
+MORE = "?"
+"""Stands among a line's `relations` for what may have been read beside them."""
 
 EVENTS = (
     "auth.ok", "auth.refused", "token.added", "token.revoked", "token.expired", "token.removed", "token.rotated",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from mcpctl.audit.log import MORE
 from mcpctl.audit.reading import Reading, Tally, shortened
 from mcpctl.errors import UsageError
 from mcpctl.identity import grants
@@ -18,6 +19,7 @@ KEPT = 1000
 _DATABASE = re.compile(r"(?:own:)?[a-z][a-z0-9_-]{0,62}")
 _BEFORE = re.compile(r"(own:[a-z][a-z0-9_-]{0,62}|(?!own:)[a-z][a-z0-9_-]{0,62}):(.+)", re.DOTALL)
 """A database and what is in it, as the log and `audit top` have them."""
+_MORE = f'{MORE}"'.encode()
 _MARK = b',"relations":['
 """In an audit line only a key can look so: within a text each quote has a backslash before it."""
 
@@ -69,9 +71,9 @@ def _parsed(body: str, whole: bool, database: str | None) -> Target:
 
 @dataclass
 class Found:
-    """Who touched it, by (user, token, database); the last statements; and by outcome the statements whose
-    tables PostgreSQL never named, `unknown`, with the first and the last of them. `named`: the target's database stands
-    in a line."""
+    """Who touched it, by (user, token, database); the last statements; and by outcome the other statements of
+    which PostgreSQL never named all tables, `unknown`, with the first and the last of them. `named`: the target's
+    database stands in a line."""
 
     statements: deque[dict[str, Any]]
     who: dict[tuple[str | None, str | None, str | None], Tally] = field(default_factory=dict)
@@ -92,15 +94,14 @@ def search(reading: Reading, target: Target, kept: int = KEPT) -> Found:
 
     def wanted(line: bytes) -> bool:
         found.named = found.named or asked.search(line) is not None
-        return needle in line if _MARK in line else b',"role":"' in line
+        return needle in line or _MORE in line if _MARK in line else b',"role":"' in line
 
     for line in reading.lines(wanted):
-        if "relations" not in line:
-            if _unknown(line, target):
-                found.unknown[str(line.get("outcome"))] += 1
-                found.unknown_when.add(line)
-            continue
-        for database in _touched(line, target):
+        touched = _touched(line, target)
+        if not touched and _unknown(line, target):
+            found.unknown[str(line.get("outcome"))] += 1
+            found.unknown_when.add(line)
+        for database in touched:
             who = (_name(line, "user"), _name(line, "token"), database)
             found.who.setdefault(who, Tally()).add(line)
             found.more += len(found.statements) == kept
@@ -109,7 +110,9 @@ def search(reading: Reading, target: Target, kept: int = KEPT) -> Found:
 
 
 def _unknown(line: dict[str, Any], target: Target) -> bool:
-    """Whether a line is of a statement that came to PostgreSQL and of which nobody knows what it read."""
+    """Whether a line is of a statement that came to PostgreSQL and of which nobody knows all that it read."""
+    if "relations" in line:
+        return any(one == MORE and target.database in (None, name) for name, one in databases(line))
     asked = str(line.get("database", "")).split(",")
     if target.database is not None and target.database not in asked:
         return False

@@ -116,7 +116,8 @@ def who_read(
         when, counts = found.unknown_when, ", ".join(f"{count} {name}" for name, count in found.unknown.items())
         output.warn(
             f"of {found.unknown.total()} statements the log does not say what they read ({counts}), from {when.first} "
-            f"to {when.last}: EXPLAIN and SHOW, and those that PostgreSQL refused or never planned",
+            f"to {when.last}: EXPLAIN and SHOW, those that PostgreSQL refused or never planned, and what functions "
+            "read in those that failed or were cut off",
             "mcpctl audit tail --sql --since … shows them",
         )
     output.say("what functions read may be missing here")

@@ -173,13 +173,12 @@ class Exchange:
         with Wire(self._pgconn, self._growth, self._at_once) as wire:
             if params is not None:
                 return await self._framed(wire, text, params)
-            verdict, known = await self._judged(wire, text)
+            verdict, use = await self._judged(wire, text), self.session.use
             self._leaves_nothing = verdict.leaves_nothing
-            unseen = verdict.relations is None and self.session.use.guard is not None
-            opaque = verdict.question and not (known and verdict.leaves_nothing)
-            rows = await self._framed(wire, text, (), look=unseen or opaque, must=unseen)
-            if opaque and not known:
-                more = replace(verdict, relations=self.session.use.relations)
+            must = verdict.relations is None and use.guard is not None
+            rows = await self._framed(wire, text, (), look=must or use.unseen, must=must)
+            if not (verdict.seen or use.unseen):
+                more = replace(verdict, relations=use.relations, seen=True)
                 self._verdicts.remember(self._verdicts.key(self.session.login, text), more)
             unknown = self._types.unknown(rows.types)
             if unknown and self._clean:  # made anew since the text was judged
@@ -196,12 +195,12 @@ class Exchange:
     async def ask(self, text: bytes) -> bool:
         """Whether the text is a question, without running it."""
         with Wire(self._pgconn, self._growth, self._at_once) as wire:
-            return (await self._judged(wire, text))[0].question
+            return (await self._judged(wire, text)).question
 
-    async def _judged(self, wire: Wire, text: bytes) -> tuple[Verdict, bool]:
-        """What PostgreSQL says of the text, and whether it said so in the last seconds. Raises NotAQuestionError."""
+    async def _judged(self, wire: Wire, text: bytes) -> Verdict:
+        """What PostgreSQL says of the text, or said in the last seconds. Raises NotAQuestionError."""
         key = self._verdicts.key(self.session.login, text)
-        verdict = known = self._verdicts.get(key)
+        verdict = self._verdicts.get(key)
         if verdict is None:
             question, shows = await self.judge(wire, text)
             if not question and not shows:
@@ -217,7 +216,9 @@ class Exchange:
             self.session.use.relations = verdict.relations
             if self.session.use.guard is not None:
                 self.session.use.guard(verdict.relations)
-        return verdict, known is not None
+        if verdict.question:  # else it may be the EXPLAIN ANALYZE of one, which runs it
+            self.session.use.unseen = not (verdict.seen and verdict.leaves_nothing)
+        return verdict
 
     def _sync(self) -> None:
         self._pgconn.pipeline_sync()
@@ -384,6 +385,7 @@ class Exchange:
         if not isinstance(locked, StatementError):
             found = {row[0].decode("utf-8", "replace") for row in locked}
             known = use.relations = tuple(sorted(found.union(use.relations or ())))
+            use.unseen = False
         if use.guard is not None and (must or known is not None):
             use.guard(known)
 

@@ -11,6 +11,7 @@ import psycopg
 import psycopg_pool
 from psycopg import AsyncConnection, pq
 
+from mcpctl.audit.log import MORE
 from mcpctl.errors import Error, ForbiddenError, UnavailableError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.login import SETTINGS, SHARED_BACKENDS, Login
@@ -44,17 +45,24 @@ class Use:
     """What one call learns on a session; it outlives the borrowing, and the session's next use has one of its own.
 
     Of the caller's statement: `described` is whether PostgreSQL described columns of it (a text of which it has not may
-    hold anything, a password too), `relations` what its plan reads. `did`: what the audit line must say of the call
-    however it ends. `guard` hears of the relations that the statement reads before anything of it is answered (None:
+    hold anything, a password too), `relations` what its plan reads, `unseen` whether its functions may have read more.
+    `did`: what the audit line must say of the call however it ends.
+    `guard` hears of the relations that the statement reads before anything of it is answered (None:
     nobody knows), and raises where it may not be. `lasts` is called before what a call has changed stays, and raises
     where it may not.
     """
 
     described: bool = False
     relations: tuple[str, ...] | None = None
+    unseen: bool = False
     did: str | None = None
     guard: Guard | None = None
     lasts: Callable[[], None] = lambda: None
+
+    @property
+    def read(self) -> tuple[str, ...] | None:
+        """What is known to be read, and MORE where that may not be all; None where nothing is known."""
+        return self.relations if self.relations is None or not self.unseen else (*self.relations, MORE)
 
 
 class Session:

@@ -17,13 +17,15 @@ class Verdict:
     """`question`: PostgreSQL would open a cursor for it (SELECT, VALUES, TABLE, and nothing else).
 
     `relations` are the tables in PostgreSQL's plan for it, and those that it has read beside when it ran first,
-    schema-qualified; None where it made none. `leaves_nothing`: PostgreSQL finds nothing in it that is PARALLEL
-    UNSAFE, which is what may change the session for good (CREATE FUNCTION in its manual).
+    schema-qualified; None where it made none. `seen`: it has been looked at what it reads beside. `leaves_nothing`:
+    PostgreSQL finds nothing in it that is PARALLEL UNSAFE, which is what may change the
+    session for good (CREATE FUNCTION in its manual).
     """
 
     question: bool
     relations: tuple[str, ...] | None
     leaves_nothing: bool
+    seen: bool = False
 
 
 @dataclass
