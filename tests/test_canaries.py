@@ -105,6 +105,11 @@ def test_who_touches_a_canary_gets_nothing_and_is_blocked_and_honest_ones_are_no
 
 def test_a_block_is_every_workers_it_outlives_a_restart_and_is_lifted_by_one_command(at: Site) -> None:
     name, text = at.token()
+    with at.config.open("a") as file:
+        file.write("limits: {max_rows: 5}\n")
+    at.run("config", "reload")
+    assert blocked(at) == {}
+    assert (at.folder / "state.db-wal").exists()  # `token list` was not the last who had the store open
     with at.client(text) as other:
         running = in_background(other.call, "query_database", {"query": "select pg_sleep(20)"})
         eventually(lambda: at.shop.backends("query ~ 'pg_sleep' AND state = 'active'"))

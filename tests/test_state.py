@@ -150,6 +150,43 @@ def test_a_file_that_is_written_over_in_its_place_is_noticed(state: State) -> No
     state.close()
 
 
+def test_one_of_two_in_a_process_closes_and_other_processes_and_the_other_still_see_each_others_writes(
+    state: State, tmp_path: Path
+) -> None:
+    """As at a reload, or where the new generation refuses the file: SQLite's locks must stay."""
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom mcpctl.state import State\n"
+        "state = State(Path(sys.argv[1]))\n"
+        f"with state.change() as connection:\n    connection.execute({ROW!r}, ('bob', sys.argv[2]))\n"
+        "print(*[name for (name,) in state.rows('SELECT name FROM own_databases ORDER BY name')])\n"
+        "state.close()\n"
+    )
+
+    def elsewhere(name: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(state.path), name],
+            check=True, capture_output=True, text=True, env=environment(),
+        )  # fmt: skip
+        assert (tmp_path / "state.db-wal").exists()
+        return done.stdout.split()
+
+    add(state, "a")
+    other = State(state.path)
+    add(other, "b")
+    other.close()
+    assert elsewhere("c") == ["a", "b", "c"]
+    assert names(state) == ["a", "b", "c"]
+    state.path.chmod(0o644)
+    with pytest.raises(ConfigError, match="0644"):
+        State(state.path).version()
+    state.path.chmod(0o600)
+    assert elsewhere("d") == ["a", "b", "c", "d"]
+    add(state, "e")
+    assert elsewhere("f") == names(state) == ["a", "b", "c", "d", "e", "f"]
+    state.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["state.db"]
+
+
 def test_whoever_waits_for_another_writer_too_long_is_told_so(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mcpctl.state._PATIENCE", 0.05)
     other = State(state.path)

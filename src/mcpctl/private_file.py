@@ -230,6 +230,11 @@ def open_checked(path: Path, flags: int, *, mode: int = 0o600, trusted_owner: in
     return _open(path, flags, mode, trusted_owner)[0]
 
 
+def check_opened(path: Path, fd: int) -> None:
+    """Raises ConfigError where a private file that is open already does not keep the rules (any more)."""
+    _check(_real_path(path), path, os.fstat(fd), 0o600, None)
+
+
 def _open(path: Path, flags: int, mode: int = 0o600, trusted_owner: int | None = None) -> tuple[int, Path]:
     """As open_checked, with the file's own name, which is another one where `path` is a link."""
     real = _real_path(path)

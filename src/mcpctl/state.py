@@ -9,6 +9,7 @@ import contextlib
 import os
 import secrets
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ _RESTORE = (
     "have brought are lost with it), then: mcpctl token unblock --all"
 )
 Version = tuple[int, int, int]
+_held: Counter[int] = Counter()
+"""The descriptors of the files that are open here, and how many States have each. The process's, as the locks are: to
+close one drops all locks that SQLite holds on the file in this process, whichever connection has them (fcntl(2), and
+sqlite.org/howtocorrupt.html). Others then take the -wal for nobody's, and remove it."""
 
 
 class State:
@@ -84,12 +89,12 @@ class State:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
-            os.close(self._fd)
+            _let_go(self._fd)
 
     # -- the file --------------------------------------------------------------------------------------------------
 
     def _open(self) -> sqlite3.Connection:
-        if self._connection is not None and self._is_the_file():
+        if self._connection is not None and _is_at(self.path, self._fd):
             self._check_head()
             return self._connection
         self.close()  # another file has taken its place: a backup was restored
@@ -97,9 +102,7 @@ class State:
             if self.must_exist:
                 raise self.missing()
             make(self.path)
-        # The descriptor stays open as long as the connection: to close one drops the locks that SQLite holds on the
-        # file in this process (fcntl(2), and sqlite.org/howtocorrupt.html).
-        fd = private_file.open_checked(self.path, os.O_RDWR)
+        fd = _hold(self.path)
         try:
             connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
             try:
@@ -108,7 +111,7 @@ class State:
                 connection.close()
                 raise
         except BaseException:
-            os.close(fd)
+            _let_go(fd)
             raise
         self._connection, self._fd = connection, fd
         self._opened += 1
@@ -128,13 +131,6 @@ class State:
             f"there is no {self.path}, which says which tokens are blocked",
             "restore it from your backup; where nothing is to be blocked: mcpctl token unblock --all",
         )
-
-    def _is_the_file(self) -> bool:
-        try:
-            now, held = os.stat(self.path), os.fstat(self._fd)
-        except OSError:
-            return False
-        return (now.st_ino, now.st_dev) == (held.st_ino, held.st_dev)
 
     def _check(self, connection: sqlite3.Connection) -> None:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -165,6 +161,32 @@ class State:
             raise UnavailableError(f"{self.path}: {problem}", "is the disk full, or not yours?") from None
         except sqlite3.DatabaseError as problem:
             raise ConfigError(f"{self.path}: {problem}", _RESTORE) from None
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    """Whether the file that has that name is the one that is open."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except OSError:
+        return False
+
+
+def _hold(path: Path) -> int:
+    """The process's one descriptor of a file that keeps the rules of private_file."""
+    fd = next((one for one in _held if _is_at(path, one)), None)
+    if fd is None:
+        fd = private_file.open_checked(path, os.O_RDWR)
+    else:
+        private_file.check_opened(path, fd)
+    _held[fd] += 1
+    return fd
+
+
+def _let_go(fd: int) -> None:
+    _held[fd] -= 1
+    if not _held[fd]:
+        del _held[fd]
+        os.close(fd)
 
 
 def _renew(connection: sqlite3.Connection) -> int:
