@@ -86,7 +86,7 @@ class Http:
             return
         request_id = secrets.token_hex(8)
         try:
-            if not scope["http_version"].startswith("1."):
+            if scope["http_version"] not in ("1.0", "1.1"):
                 raise Error("HTTP/1.1 is spoken here", status=505)
             if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
                 raise UsageError("Content-Length and Transfer-Encoding in one request", "send one of them")
