@@ -372,7 +372,9 @@ def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first(monk
     monkeypatch.setattr(door, "_NEWCOMERS", 100_000)  # there is never room enough, and nobody is turned away
 
     async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
-        scope["state"]["known"] = scope["path"] == "/known"
+        scope["state"]["known"], _, busy = scope["path"][1:].partition("/")
+        while busy and (await receive())["type"] != "http.disconnect":
+            pass
         await _unauthorized(scope, receive, send)
 
     visitor = door.Visitor.of(1 << 20)
@@ -400,6 +402,20 @@ def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first(monk
                 for wire in wires[:2]:
                     wire.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
                     assert b" 401 " in _answer(wire)[0]
+                bound.most = None  # and then, who has many connections with one token
+                many = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(5)]
+                many[0].sendall(b"GET /many/busy HTTP/1.1\r\nHost: x\r\n\r\n")
+                for wire in many[1:]:
+                    wire.sendall(b"GET /many HTTP/1.1\r\nHost: x\r\n\r\n")
+                    assert b" 401 " in _answer(wire)[0]
+                    wire.sendall(b"GET ")
+                bound.most = 100_000
+                for gone in (many[1], wires[8], wires[9]):
+                    newcomer = socket.create_connection(address, timeout=10, source_address=("127.0.0.3", 0))
+                    stack.enter_context(newcomer)
+                    with contextlib.suppress(ConnectionResetError):
+                        assert gone.recv(1) == b""
+                assert bound.turned_away == 9
 
         async def main() -> None:
             options: dict[str, Any] = {"lifespan": "off", "log_config": None, "timeout_keep_alive": 60}

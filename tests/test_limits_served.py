@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -97,6 +98,30 @@ def _safely(at: Site, token: str, query: str = SLEEP["query"]) -> int:
         return _ask(at, token, query).status_code
     except httpx.TransportError:
         return 0
+
+
+def test_streams_are_bounded_by_the_calls_at_once_of_a_token_and_user_and_take_none_of_them(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(
+        newest_shop, extra="limits: {tokens: {concurrent: 2}, users: {concurrent: 3}}\nserver: {sse: true}\n"
+    )
+    at.limits = {}
+    at.start()
+    (_, one), (_, two), (_, other) = at.token(), at.token(), at.token("bob")
+    with contextlib.ExitStack() as streams, httpx.Client(trust_env=False, timeout=20) as client:
+
+        def status(token: str) -> int:
+            headers = {"Authorization": f"Bearer {token}"}
+            stream = client.stream("GET", at.url.replace("/mcp", "/sse"), headers=headers)
+            return streams.enter_context(stream).status_code
+
+        assert [status(token) for token in (one, one, one, two, two, other)] == [200, 200, 429, 200, 429, 200]
+        assert _ask(at, one).status_code == 200
+        streams.close()
+        eventually(lambda: status(one) == 200)
+    refused = [line["reason"] for line in at.audit() if line["event"] == "tool.refused"]
+    assert len([reason for reason in refused if "too many streams" in reason]) >= 2
 
 
 def test_a_budget_is_a_tool_s_error_that_says_until_when_and_outlives_a_restart(

@@ -243,6 +243,16 @@ def test_permissions_and_databases_of_a_token_narrow_what_it_sees_and_may(served
         assert "there is no database 'shop' for you" in client.error("select 1", database="shop")
 
 
+def test_another_version_an_encoded_path_and_a_batch_are_refused_in_our_words(served: Site, token: str) -> None:
+    assert _raw(served, b"POST /mcp HTTP/1.2\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 505")
+    assert httpx.post(f"{_base(served)}/%6dcp").status_code == 404
+    status, answer = _post(served, b"[" + WHOAMI + b"]", token)
+    assert status == 400
+    assert b'"code":-32600' in answer
+    assert b"no batch" in answer
+    assert b"pydantic" not in answer
+
+
 def test_each_token_has_a_pool_of_its_own_and_the_log_says_so(make_site: MakeSite, shop: Shop) -> None:
     at = make_site(shop).start()
     with at.client(at.token()[1]) as a, at.client(at.token()[1]) as b:

@@ -240,3 +240,28 @@ def test_what_is_asked_in_vain_costs_its_address_too_and_two_lengths_end_the_con
             return [(await attacked.converse(address, one + whole))[9:12] for one in asked]
 
     assert asyncio.run(main()) == [b"404", b"421"] * 2 + [b"429"] * 2 + [b"200"]
+
+
+def test_whom_a_limit_refuses_the_door_does_not_know(
+    make_site: MakeSite, newest_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = make_site(newest_shop, extra="limits: {tokens: {rate: 0.001, burst: 1}}\n")
+    at.limits = {}
+    name, token = at.token()
+    known = []
+
+    class Seen(Visitor):
+        def on_response_complete(self) -> None:
+            known.append(self.known)
+            super().on_response_complete()
+
+    monkeypatch.setattr(attacked, "Visitor", Seen)
+
+    async def main() -> list[bytes]:
+        async with attacked.served(at) as address:
+            body = attacked.WHOAMI.encode()
+            asked = _head(address, token, len(body)).replace(b"\r\nX: ", b"\r\nConnection: close") + body
+            return [(await attacked.converse(address, asked))[9:12] for _ in range(2)]
+
+    assert asyncio.run(main()) == [b"200", b"429"]
+    assert known == [name, None]

@@ -5,7 +5,7 @@ import re
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from mcpctl.config_keys import Settings
 from mcpctl.config_values import Network
@@ -31,13 +31,13 @@ def header(headers: Headers, name: bytes) -> str | None:
 
 def to_origin_form(scope: MutableMapping[str, Any]) -> None:
     """A request target may be a whole URL, whose authority then stands for Host (RFC 9112, section 3.2.2)."""
-    raw = scope["raw_path"].decode("latin-1")
+    raw = scope["path"] = scope["raw_path"].decode("latin-1")  # as it was sent: a proxy's rule for /mcp sees no /%6dcp
     if raw.lower().startswith(("http://", "https://")):
         try:
             target = urlsplit(raw)
         except ValueError:
             raise UsageError("the request's target is no URL", "ask for /mcp") from None
-        scope["path"] = unquote(target.path)
+        scope["path"] = target.path
         scope["headers"] = [(key, value) for key, value in scope["headers"] if key != b"host"]
         scope["headers"].append((b"host", target.netloc.encode("latin-1", "replace")))
 

@@ -11,6 +11,7 @@ import logging
 import secrets
 import socket
 from collections import Counter
+from collections.abc import Mapping
 from time import monotonic
 from typing import Any, ClassVar
 
@@ -111,6 +112,12 @@ class _Connection(h11.Connection):
         return event
 
 
+def _crowd(whose: Mapping[int, str | None]) -> list[int]:
+    """The descriptors of the one who has most of them, in their order."""
+    most = [who for who, _ in Counter(whose.values()).most_common(1)]
+    return [number for number, who in whose.items() if who in most]
+
+
 class Visitor(H11Protocol):
     """uvicorn's protocol, which lets nobody stay who does not ask."""
 
@@ -164,19 +171,25 @@ class Visitor(H11Protocol):
 
     @classmethod
     def make_room(cls) -> bool:
-        """Have one go who is not known: of the address that has most of those the one that came first. Whether there
-        was one."""
+        """Have one go who is not known: of the address that has most of those the one that came first. Or, where a
+        token has more that wait for their next request than there are unknown ones, of those. Whether there was one."""
         unknown = {number: one.source for number, one in cls.here.items() if not one.known}
-        if not unknown:
-            return False
-        most = Counter(unknown.values()).most_common(1)[0][0]
-        cls.here.pop(next(number for number, whose in unknown.items() if whose == most)).abort()
-        return True
+        crowd = _crowd({number: one.known for number, one in cls.here.items() if one.known and one.idle})
+        if len(crowd) <= len(unknown):
+            crowd = _crowd(unknown)
+        if crowd:
+            cls.here.pop(crowd[0]).abort()
+        return bool(crowd)
 
     @property
-    def known(self) -> Any:
-        """Whether the last request had a valid token."""
-        return self.scope is not None and self.scope["state"].get("known")
+    def known(self) -> str | None:
+        """Whose token the last request had, if one that is valid, and no limit refused it."""
+        return self.scope["state"].get("known") if self.scope is not None else None
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being read or answered."""
+        return self.cycle is None or self.cycle.response_complete
 
     def abort(self) -> None:
         """Close the connection at once."""

@@ -21,6 +21,7 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, LimitedError, LockedError, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
+from mcpctl.policy.limits import rule
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.pools import reachable
 from mcpctl.recorder import Recorder
@@ -85,7 +86,7 @@ class Http:
             return
         request_id = secrets.token_hex(8)
         try:
-            if not scope["http_version"].startswith("1."):
+            if scope["http_version"] not in ("1.0", "1.1"):
                 raise Error("HTTP/1.1 is spoken here", status=505)
             if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
                 raise UsageError("Content-Length and Transfer-Encoding in one request", "send one of them")
@@ -118,6 +119,7 @@ class Http:
         except LimitedError as problem:
             self._note_limited(problem, principal, address, request_id)
             raise
+        _know(scope, principal)
         try:
             await self._served(scope, receive, send, Request(request_id, address, "http"), principal)
         except UnauthorizedError:
@@ -190,7 +192,6 @@ class Http:
                 address, problem.message, locked=locked, proven=proven, **who, request_id=request_id, transport="http"
             )
             raise
-        scope.setdefault("state", {})["known"] = True  # see door.py:Visitor.make_room
         parts.recorder.auth_ok(principal.token, principal.user, address, request_id=request_id, transport="http")
         return address, principal
 
@@ -322,6 +323,12 @@ class Http:
         if self._parts.sse is None or scope["method"] != "GET":
             raise Error("only GET is answered here", status=405)
         address, principal = await self._admit(scope, request_id)
+        try:
+            self._check_streams(principal)
+        except LimitedError as problem:
+            self._note_limited(problem, principal, address, request_id)
+            raise
+        _know(scope, principal)
         task = asyncio.current_task()
         scope["mcpctl"] = Caller(principal, Request(request_id, address, "sse", None, None))
         if task is not None:
@@ -345,10 +352,21 @@ class Http:
             if task is not None:
                 self._streams.pop(task, None)
 
+    def _check_streams(self, principal: Principal) -> None:
+        """Raise LimitedError where a token or user would have more streams than calls at once. They do not count as
+        calls: clients keep them open all day."""
+        limits = self._parts.settings.limits
+        for kind, name, group in (("token", principal.token, limits.tokens), ("user", principal.user, limits.users)):
+            most = rule(limits, group, group.named.get(name or "")).concurrent
+            if name is not None and sum(getattr(one, kind) == name for one in self._streams.values()) >= most:
+                said = f"too many streams: {most} are the limit of the {kind} {name}; again when one has ended"
+                raise LimitedError(said, kind=kind, name=name, limit="concurrent", retry_after=1)
+
     async def _old_message(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         if self._parts.sse is None or scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
         address, principal = await self._admit(scope, request_id)
+        _know(scope, principal)
         exchange.check_content_type(scope["headers"])
         body = await self._body(scope, receive, principal)
         try:
@@ -413,6 +431,11 @@ class Http:
             return
         log.warning("request %s: %s%s", request_id, message, f" ({more} requests more before)" if more else "")
         self._said[message] = (monotonic(), 0)
+
+
+def _know(scope: Scope, principal: Principal) -> None:
+    """Tell the door whose the connection is; see door.py:Visitor.make_room. Not of one who is refused by a limit."""
+    scope.setdefault("state", {})["known"] = principal.token or "local"
 
 
 def outside(problem: Error) -> str:

@@ -38,6 +38,8 @@ def read(data: bytes) -> Any:
         known = number if not isinstance(number, str) or number.isascii() else None
         said = "Parse error: a message is JSON in UTF-8, without halves of surrogate pairs"
         raise NotAMessageError(PARSE_ERROR, said, known) from None
+    if isinstance(found, list):
+        raise NotAMessageError(INVALID_REQUEST, "Invalid request: one message a request, no batch")
     if isinstance(found, dict) and "id" in found and "method" in found and answerable(found) is None:
         raise NotAMessageError(INVALID_REQUEST, "Invalid request: an id is a text or a whole number")
     return found
