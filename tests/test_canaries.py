@@ -10,16 +10,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
 from chain import lines, verify
 from command_line import Home
-from mcpctl import config
+from mcpctl import config, config_keys
+from mcpctl.canaries import Canaries
+from mcpctl.config_keys import Database, Settings
 from mcpctl.errors import ConfigError
 from mcpctl.identity.blocked import Block, Blocked
+from mcpctl.identity.principal import LOCAL
 from mcpctl.keyring import Keyring
+from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
 from mcpctl.server.live import Place, Process
 from mcpctl.server.parts import Core, running
@@ -286,6 +291,15 @@ def test_the_numbers_and_the_status_tell_of_a_block_and_of_a_lost_store(tmp_path
             assert (await core.watch.answers({"do": "status"}))["tokens"] is None
 
     asyncio.run(run())
+
+
+def test_a_canary_is_seen_through_each_name_of_its_database() -> None:
+    shop = Database(host="127.0.0.1", dbname="shop", user="reader")
+    twins = Logins(dict.fromkeys(("pu", "shop", "shopw"), shop), Keyring(Path("/nonexistent"))).twins
+    settings = Settings(canaries=config_keys.Canaries(tables=("shop.public.honey",)))
+    canaries = Canaries(settings, State(Path("/nonexistent")), Mock(), Mock(), twins)
+    assert all(canaries.guard(LOCAL, None, name) for name in ("pu", "shop", "shopw"))
+    assert canaries.guard(LOCAL, None, "other") is None
 
 
 def test_a_rotation_is_no_way_around_a_block_and_makes_no_canary_a_living_token(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ A table counts as touched when PostgreSQL's own plan for a statement reads it, w
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -32,7 +32,7 @@ class Canaries:
         state: State,
         authenticator: Authenticator,
         recorder: Recorder,
-        twins: Mapping[str, str] = {},
+        twins: Mapping[str, Sequence[str]] = {},
         unwritten: dict[str, Block] | None = None,
         now: Callable[[], datetime] = utcnow,
     ) -> None:
@@ -86,7 +86,8 @@ class Canaries:
     def guard(self, principal: Principal, address: str | None, database: str) -> Guard | None:
         """What looks at the relations that a statement of that caller's reads there; None where there is nothing to
         look for. It raises where one is a canary, or where nobody can say what is read."""
-        tables = self._tables.get(database, set()) | self._tables.get(self._twins.get(database, ""), set())
+        names = (database, *self._twins.get(database, ()))
+        tables = {table for name in names for table in self._tables.get(name, ())}
         if not tables:
             return None
 

@@ -161,7 +161,7 @@ def _tenants(patient: Patient) -> Iterator[Finding]:
             )  # fmt: skip
     for name in sorted(watched):
         for other in [one for one in config if one != name and seen[one] == seen[name] is not None]:
-            apart = granting.logins.twins.get(other) != name
+            apart = name not in granting.logins.twins.get(other, ())
             if apart and set(_canary_tables(patient, name)) - set(_canary_tables(patient, other)):
                 yield Finding(
                     "tenants", WARN, f"{other} is in PostgreSQL the same as {name}, whose canaries are not seen there",

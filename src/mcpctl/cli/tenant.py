@@ -77,7 +77,7 @@ def add(
         )
     logins = files.logins()
     others = found.databases.keys() - {database}
-    if twin := logins.twins.get(database) or next(iter(one_answers(found, logins, database, others)), None):
+    if twin := next(iter(logins.twins.get(database) or one_answers(found, logins, database, others)), None):
         raise ConflictError(f"{database} is in PostgreSQL the same as {twin}", "leave one of them in the config")
     if made.own is not None:
         _check_service(logins, made)

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import operator
 import secrets
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -54,7 +54,7 @@ class Authenticator:
         tenant_path: Path | None = None,
         *,
         fewer: users.Fewer = operator.ne,
-        twins: Mapping[str, str] | None = None,
+        twins: Mapping[str, Sequence[str]] | None = None,
         databases: Container[str] | None = None,
         now: Callable[[], datetime] = tokens.utcnow,
         wrong: Callable[[str | None], int] = lambda address: 0,

@@ -3,7 +3,7 @@ and with them their tokens, see nothing else. The tenant comes from the credenti
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -93,12 +93,12 @@ _SHAPE: Shape[Tenant] = Shape("tenants", NAME, _read, as_values)
 
 
 def tenant_file(
-    path: Path, twins: Mapping[str, str] | None = None, there: Callable[[Tenant], bool] = lambda one: True
+    path: Path, twins: Mapping[str, Sequence[str]] | None = None, there: Callable[[Tenant], bool] = lambda one: True
 ) -> EntryFile[Tenant]:
     """The tenant file at `path`. It is there even where there are no tenants: with one that is lost the databases of
     its tenants would be everybody's.
 
-    `twins` names, for a database of the config, another that is the same one in PostgreSQL: no tenant's may have one.
+    `twins` names, for a database of the config, others that are the same one in PostgreSQL: no tenant's may have one.
     `there` says whether the config has a tenant's database: one by another name is open to everybody.
     """
     return EntryFile(
@@ -121,11 +121,11 @@ def _clashes(entries: Mapping[str, Tenant]) -> Iterator[tuple[Tenant, Tenant]]:
         there[one.own] = one
 
 
-def _shared(entries: Mapping[str, Tenant], twins: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _shared(entries: Mapping[str, Tenant], twins: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
     for one, other in _clashes(entries):
         yield one.name, f"{other.where} is the tenant {other.name}'s; give each a place of its own"
     for one in entries.values():
-        if twin := twins.get(one.database):
+        for twin in twins.get(one.database, ())[:1]:
             yield one.name, f"{one.database} and {twin} of the config are one database; leave one of them in the config"
 
 

@@ -34,8 +34,8 @@ class Logins:
             for name, database in databases.items()
             if database.roles == PER_USER and database.service_dsn is not None
         }
-        self.twins: dict[str, str] = {}
-        """For each name that leads where another one does: that other one."""
+        self.twins: dict[str, tuple[str, ...]] = {}
+        """For each name that leads where others do: those others."""
         for name in databases:
             self.host(name).dsn()  # raises what is wrong with it
         for name, other in itertools.combinations(databases, 2):
@@ -47,7 +47,8 @@ class Logins:
                     "take away what the other grants",
                     "leave one of them; or, where no tenant is, give one a login of its own with roles: shared",
                 )
-            self.twins |= {name: other, other: name}
+            for one, twin in ((name, other), (other, name)):
+                self.twins[one] = (*self.twins.get(one, ()), twin)
         for name, login in self._services.items():
             login.dsn()
             if not same_database(login, self.host(name)):
