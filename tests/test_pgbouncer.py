@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 
+import psycopg
 import pytest
 
 import site_of_mcpctl as site
@@ -59,6 +60,19 @@ def test_in_session_mode_each_token_has_backends_of_its_own_and_they_are_ended(
             assert not pooled.backends(f"pid = {pid}")
             assert running.result().status_code == 401
             assert b.rows("select 'b'") == [["b"]]
+
+
+def test_what_the_pooler_has_passed_on_is_left_to_who_has_it(make_site: MakeSite, pooled: Shop) -> None:
+    with bouncer(pooled.cluster, "session", default_pool_size=2) as port:
+        at = behind(make_site, pooled, port).start()
+        id, text = at.token()
+        dsn = f"host=127.0.0.1 port={port} dbname=shop user={site.READER}"
+        with at.client(text) as a, psycopg.connect(dsn, password=site.PASSWORD, autocommit=True) as other:
+            [[pid]] = a.rows("select pg_backend_pid()")  # with the one that ends the others, all there are
+            waiting = in_background(other.execute, "select pg_backend_pid() from pg_sleep(1)")
+            done = at.run("token", "revoke", id)
+            assert "0 backends left" in done.stdout + done.stderr
+            assert waiting.result().fetchone() == (pid,)
 
 
 def test_where_the_pooler_has_no_place_for_what_ends_the_others_nobody_is_served(

@@ -137,3 +137,14 @@ def test_top_shows_no_statement_that_the_config_does_not_keep(
     done = site.run("top", "--sql", check=False)
     assert done.returncode == 2
     assert "the config keeps none in full" in done.stderr
+
+
+def test_what_still_runs_on_the_config_before_is_counted(make_site: Callable[..., Site], newest_shop: Shop) -> None:
+    at = make_site(newest_shop).start()
+    with at.client(at.token()[1]) as a:
+        running = in_background(a.rows, "select pg_sleep(3)::text")
+        eventually(lambda: newest_shop.backends("query ~ 'pg_sleep' and state = 'active'"))
+        at.run("config", "reload")
+        (server,) = json.loads(at.run("status", "--json").stdout)["servers"]
+        assert server["running"] == 1
+        running.result()

@@ -69,7 +69,9 @@ def status(context: typer.Context, json: JsonOption = False, config: ConfigOptio
     up = bool(answers)
     servers: dict[str, dict[int, dict[str, Any]]] = {}
     for answer in sorted(answers, key=lambda one: one["config_since"]):  # a process answers twice during a reload
-        servers.setdefault(answer["server"], {})[answer["pid"]] = answer
+        workers = servers.setdefault(answer["server"], {})
+        answer["running"] += workers.get(answer["pid"], answer | {"running": 0})["running"]
+        workers[answer["pid"]] = answer
     told = [_server(sorted(workers.values(), key=lambda one: one["worker"])) for workers in servers.values()]
     last = _last_number(found)
     if json:

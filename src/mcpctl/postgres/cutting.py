@@ -82,9 +82,12 @@ async def _cut_backends(terminator: Terminator, sessions: list[Session]) -> list
 
 
 async def _terminated(terminator: Terminator, left: list[Session], until: float) -> list[Session]:
-    """Tell these backends to end until none is there any more, or until that time of the loop; those that may be."""
+    """Tell these backends to end until none is there any more, or until that time of the loop; those that may be.
+
+    What a pooler has passed on, or is about to, is somebody else's: it is left alone.
+    """
     loop = asyncio.get_running_loop()
-    while left and loop.time() < until:
+    while (left := [session for session in left if not session.passes_on]) and loop.time() < until:
         left = await _still_there(terminator, left, until - loop.time())
         if left:
             await asyncio.sleep(0.01)

@@ -147,7 +147,7 @@ class Terminator:
         where it has none in that time: a pooler takes a client before it has a place for it in PostgreSQL."""
         conn = self._conn
         if conn is None:
-            raise UnavailableError("the connection was let go")
+            raise unreachable(self.login, _LetGo("the connection that ends the others was let go"))
         with bounded(conn, seconds):
             row = await (await conn.execute("SELECT pg_catalog.pg_backend_pid()")).fetchone()
         return int(row[0]) if row is not None else 0

@@ -67,11 +67,15 @@ class Use:
 
 class Session:
     """One backend that has logged in, and who uses it now: `use` is of the call that has it. `lingers`: it was told to
-    end, and has not yet."""
+    end, and has not yet. `passes_on`: nothing runs on it, and a pooler gives it to somebody else when it is closed."""
 
-    __slots__ = ("conn", "cut", "lingers", "login", "pid", "place", "pool", "started", "task", "use")
+    __slots__ = (
+        "conn", "cut", "lingers", "login", "passes_on", "pid", "place", "pool", "pooled", "started", "task", "use",
+    )  # fmt: skip
 
-    def __init__(self, conn: "_Login", pool: "TokenPool", pid: int, started: str, login: str) -> None:
+    def __init__(
+        self, conn: "_Login", pool: "TokenPool", pid: int, started: str, login: str, *, pooled: bool = False
+    ) -> None:
         self.conn = conn
         self.pool = pool
         self.pid = pid
@@ -80,6 +84,7 @@ class Session:
         self.place = place(conn)
         self.cut = False
         self.lingers = False
+        self.pooled = self.passes_on = pooled
         self.task: asyncio.Task[Any] | None = None
         self.use = Use()
 
@@ -106,8 +111,14 @@ class Session:
         except psycopg.Error as problem:
             log.debug("cancelling backend %d: %s", self.pid, problem)
 
+    def rest(self) -> None:
+        """Note whether nothing runs on it."""
+        if self.pooled and self.pgconn.transaction_status == pq.TransactionStatus.IDLE:
+            self.passes_on = True
+
     def close(self) -> None:
         """Close the socket, now."""
+        self.rest()
         self.pgconn.finish()
 
     async def leave(self) -> None:
@@ -299,14 +310,14 @@ class TokenPool:
                     "not end them",
                     TELL,
                 )
-            if row[0] != conn.pgconn.backend_pid:
+            if pooled := row[0] != conn.pgconn.backend_pid:
                 await self._check_pooler(conn, row[0])
         except Exception as problem:
             self._failed(problem)
             raise
         conn.pgconn.enter_pipeline_mode()
         self.connecting -= 1
-        self.sessions[conn] = Session(conn, self, row[0], row[1], row[2])
+        self.sessions[conn] = Session(conn, self, row[0], row[1], row[2], pooled=pooled)
 
     async def _check_pooler(self, conn: _Login, pid: int) -> None:
         """Who is connected to a pooler (it has numbers of its own for its clients) needs a backend of its own all the
@@ -348,6 +359,7 @@ class TokenPool:
             await self.give_back(session)
             return await self.take()
         session.task = task
+        session.passes_on = False
         session.use = Use()
         return session
 
@@ -392,6 +404,7 @@ class TokenPool:
         """Return a connection. One that is not as it was when it was new is closed instead."""
         session.task = None
         self.last_used = monotonic()
+        session.rest()
         conn = session.conn
         if not conn.closed and conn.pgconn.transaction_status != pq.TransactionStatus.IDLE:
             session.close()
