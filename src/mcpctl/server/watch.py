@@ -258,7 +258,7 @@ class Watch:
         return {}
 
     async def _settle(self, tokens: list[str] | None) -> Cut:
-        """Take note of the files, and wait until what ended is cut: what was done for these tokens, or by a lockdown."""
+        """Take note of the files, and wait until what ended is cut: what was done for these tokens, or by a lockdown"""
         self._look()
         done = Cut()
         if tokens is None:
