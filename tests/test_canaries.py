@@ -218,6 +218,12 @@ def test_while_nobody_can_say_who_is_blocked_nobody_is_let_in(make_site: MakeSit
         assert httpx.get(at.url.removesuffix("/mcp") + "/ready", trust_env=False).status_code == 503
         (at.folder / "away").rename(store)
         eventually(lambda: a.call("whoami").status_code == 200)
+        with sqlite3.connect(store) as connection:
+            connection.execute("ALTER TABLE blocked RENAME TO away")
+        eventually(lambda: a.call("whoami").status_code == 503)
+        connection.execute("ALTER TABLE away RENAME TO blocked")
+        connection.close()
+        eventually(lambda: a.call("whoami").status_code == 200)
         at.stop()
     store.unlink()
     refused = at.run("serve", "--port", "0", check=False)

@@ -77,7 +77,7 @@ def test_a_reason_is_a_short_line_of_text(home: Home) -> None:
     assert text not in (home.folder / "audit.jsonl").read_text()
 
 
-@pytest.mark.parametrize("how", ["empty", "garbage", "open to all", "a folder", "a link to nothing", "huge"])
+@pytest.mark.parametrize("how", ["empty", "garbage", "open to all", "a folder", "a link to nothing", "nested", "huge"])
 def test_what_cannot_be_believed_locks_too(lock: Lockdown, how: str) -> None:
     match how:
         case "empty":
@@ -90,6 +90,9 @@ def test_what_cannot_be_believed_locks_too(lock: Lockdown, how: str) -> None:
             lock.path.mkdir()
         case "a link to nothing":
             lock.path.symlink_to("/nowhere/at/all")
+        case "nested":
+            lock.path.touch(0o600)
+            lock.path.write_bytes(b"[" * 15_000)
         case _:
             lock.path.write_bytes(b"x" * (1 << 20))
     assert lock.on()

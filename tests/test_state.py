@@ -187,6 +187,15 @@ def test_one_of_two_in_a_process_closes_and_other_processes_and_the_other_still_
     assert [file.name for file in tmp_path.iterdir()] == ["state.db"]
 
 
+def test_a_store_that_lacks_a_table_cannot_be_believed_and_is_not_held_by_anybody(state: State) -> None:
+    """SQLite's words for it have "locked" in them."""
+    with state.change() as connection:
+        connection.execute("DROP TABLE blocked")
+    with pytest.raises(ConfigError, match="no such table: blocked"):
+        state.rows("SELECT token FROM blocked")
+    state.close()
+
+
 def test_whoever_waits_for_another_writer_too_long_is_told_so(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mcpctl.state._PATIENCE", 0.05)
     other = State(state.path)

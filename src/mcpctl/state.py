@@ -36,6 +36,8 @@ _RESTORE = (
     "restore it from your backup; without one, stop the server, remove it with its -wal and -shm (databases that users "
     "have brought are lost with it), then: mcpctl token unblock --all"
 )
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
+"""No room: what is there can still be believed."""
 Version = tuple[int, int, int]
 _held: Counter[int] = Counter()
 """The descriptors of the files that are open here, and how many States have each. The process's, as the locks are: to
@@ -156,9 +158,13 @@ class State:
         try:
             yield
         except sqlite3.OperationalError as problem:
-            if "locked" in str(problem) or "busy" in str(problem):
+            code = getattr(problem, "sqlite_errorcode", 0)
+            if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):  # an extended code ends with its plain one
                 raise UnavailableError(f"{self.path} is held by another process", "try again in a moment") from None
-            raise UnavailableError(f"{self.path}: {problem}", "is the disk full, or not yours?") from None
+            if code in _FULL:
+                raise UnavailableError(f"{self.path}: {problem}", "is the disk full?") from None
+            hint = f"is it yours, and its disk in order? Else: {_RESTORE}"
+            raise ConfigError(f"{self.path}: {problem}", hint) from None
         except sqlite3.DatabaseError as problem:
             raise ConfigError(f"{self.path}: {problem}", _RESTORE) from None
 

@@ -70,7 +70,7 @@ class Lockdown:
         if not self.on():
             return None
         told = {}
-        with contextlib.suppress(Error, ValueError, AttributeError):
+        with contextlib.suppress(Error, ValueError, AttributeError, RecursionError):
             found = json.loads(private_file.read(self.path, limit=_MOST).data)
             told = {name: str(found[name]) for name in ("since", "by", "reason") if found.get(name)}
         words = "the server is locked, and answers no calls" + (", until it restarts" if self.held else "")
