@@ -130,7 +130,7 @@ def test_a_log_that_was_written_anew_with_another_key_is_not_whole(tmp_path: Pat
     assert done.code == 1
     assert f"journal, line 2 (seq 2): 1 anchor of another key, the first of key_id {old}" in done.error
     done = home("audit", "verify", "--anchors", str(journal), "--ignore-key", old)
-    assert (done.code, "there is no anchor of this log in it, and one was asked for" in done.error) == (1, True)
+    assert (done.code, "there is no anchor of this log in it, and there should be one" in done.error) == (1, True)
     home("audit", "rotate")
     with journal.open("a") as file:
         file.write((home.folder / "anchors").read_text())
@@ -188,10 +188,11 @@ def test_a_server_anchors_its_log_elsewhere_and_knows_itself_where_it_ends(
     assert written[-1].split()[3:5] == [f"seq={last['seq']}", f"hash={last['hash']}"]
     assert set(written) < set(kept.read_text().splitlines(keepends=True))  # the rotation's is the command's
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-1]))
-    kept.unlink()
-    done = at.run("audit", "verify")
+    for lost in (lambda: kept.write_text(""), lambda: kept.write_text("hello\n"), kept.unlink):
+        lost()
+        done = at.run("audit", "verify", check=False)
+        assert (done.returncode, f"cut: {kept}: there is no anchor of this log in it" in done.stderr) == (1, True)
     assert "warning: audit.anchor_file: there is no file" in done.stderr
-    assert "no anchor: a tail that was cut off would not be seen" in done.stdout
     done = at.run("audit", "verify", "--anchors", "-", check=False, input="".join(at.stderr))
     assert done.returncode == 1
     assert f"is not whole: cut: audit.jsonl, line {len(at.audit()) + 1} (seq {last['seq']})" in done.stderr

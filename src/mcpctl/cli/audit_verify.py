@@ -122,7 +122,7 @@ class Elsewhere(NamedTuple):
             )
             return Fault("changed", first.source, first.line, first.seq, reason)
         if self.without is not None:
-            return Fault("cut", self.without, 0, None, "there is no anchor of this log in it, and one was asked for")
+            return Fault("cut", self.without, 0, None, "there is no anchor of this log in it, and there should be one")
         return None
 
 
@@ -138,12 +138,15 @@ def known_ends(
     known, strange = anchors.read(key, text or (), name, ignored)
     elsewhere = Elsewhere(known, strange, [], name if text is not None and not known else None)
     if found.audit.anchor_file is not None:
+        more: list[anchors.Anchor] = []
         try:
             more, others = anchors.read_file(key, found.audit.anchor_file, ignored)
             known += more
             strange += others
         except Error as problem:
             elsewhere.remarks.append(f"audit.anchor_file: {problem.message}")
+        if not more:  # a server writes one when it starts, and whoever cuts the log off would empty this file, too
+            elsewhere = elsewhere._replace(without=elsewhere.without or str(found.audit.anchor_file))
     answers = control.ask_all(control.folder_of(found.server.runtime_dir, found.auth.token_file), {"do": "audit_end"})
     for answer in answers:
         if isinstance(seq := answer.get("seq"), int):
