@@ -278,7 +278,8 @@ def _whole(log: dict[str, Any]) -> "Iterable[str]":
         yield from ("**It is not whole. What is missing may be what matters.**", "")
         yield from (*(f"- {_text(fault)}" for fault in log["faults"]), "")
     else:
-        yield from (f"{log['lines_read']} lines were read, and their numbers have no gap.", "")
+        of_these = " among these" if log["missing_before"] else ""
+        yield from (f"{log['lines_read']} lines were read, and their numbers have no gap{of_these}.", "")
     yield from ("`mcpctl audit verify` proves that no line was changed, removed or added.", "")
 
 
