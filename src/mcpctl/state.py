@@ -9,6 +9,7 @@ import contextlib
 import os
 import secrets
 import sqlite3
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ _held: Counter[int] = Counter()
 """The descriptors of the files that are open here, and how many States have each. The process's, as the locks are: to
 close one drops all locks that SQLite holds on the file in this process, whichever connection has them (fcntl(2), and
 sqlite.org/howtocorrupt.html). Others then take the -wal for nobody's, and remove it."""
+_holding = threading.Lock()
 
 
 class State:
@@ -179,20 +181,22 @@ def _is_at(path: Path, fd: int) -> bool:
 
 def _hold(path: Path) -> int:
     """The process's one descriptor of a file that keeps the rules of private_file."""
-    fd = next((one for one in _held if _is_at(path, one)), None)
-    if fd is None:
-        fd = private_file.open_checked(path, os.O_RDWR)
-    else:
-        private_file.check_opened(path, fd)
-    _held[fd] += 1
-    return fd
+    with _holding:
+        fd = next((one for one in _held if _is_at(path, one)), None)
+        if fd is None:
+            fd = private_file.open_checked(path, os.O_RDWR)
+        else:
+            private_file.check_opened(path, fd)
+        _held[fd] += 1
+        return fd
 
 
 def _let_go(fd: int) -> None:
-    _held[fd] -= 1
-    if not _held[fd]:
-        del _held[fd]
-        os.close(fd)
+    with _holding:
+        _held[fd] -= 1
+        if not _held[fd]:
+            del _held[fd]
+            os.close(fd)
 
 
 def _renew(connection: sqlite3.Connection) -> int:
