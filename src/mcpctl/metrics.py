@@ -96,6 +96,13 @@ _REFUSED = (
 _USER = ((" is gone", "user_gone"), (" is disabled", "user_disabled"))
 _CUT = ("removed", "revoked", "changed", "expired", "blocked", "its user is gone")
 
+_FROM_ZERO: dict[tuple[str, tuple[str, ...]], float] = {
+    ("mcpctl_cut_queries", ()): 0,
+    ("mcpctl_cut_backends_left", ()): 0,
+    **{("mcpctl_auth_refused", (name,)): 0 for _, name in (*_REFUSED, *_USER)},
+}
+"""What alerts look at: increase() does not see the first event of a series that was not there before."""
+
 
 def reason_class(reason: str) -> str:
     """The kind of a refusal of a credential: one of a dozen words, whatever the reason names."""
@@ -115,7 +122,7 @@ class Metrics:
 
     def __init__(self, databases: Iterable[str] = (), minute: LastMinute | None = None) -> None:
         self._databases: frozenset[str] = frozenset(databases)
-        self._values: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._values: dict[tuple[str, tuple[str, ...]], float] = dict(_FROM_ZERO)
         self._calls: dict[tuple[str, str | None, str, str | None], list[float]] = {}
         self._seconds: dict[str, list[float]] = {}
         self.minute = minute or LastMinute()

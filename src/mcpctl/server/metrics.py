@@ -69,7 +69,8 @@ class Scraped:
     def __init__(self, place: Place, current: Callable[[], Core]) -> None:
         self._place = place
         self._current = current
-        self._open = 0
+        self._idle: dict[asyncio.StreamWriter, None] = {}
+        self._answering = 0
 
     async def text(self, *, openmetrics: bool) -> str:
         """What all workers of this server have counted; one that does not answer within a second is left out."""
@@ -84,12 +85,20 @@ class Scraped:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request."""
-        self._open += 1
+        self._idle[writer] = None
+        if len(self._idle) > _AT_ONCE:  # whoever opens many and asks for nothing keeps nobody else out
+            oldest = next(iter(self._idle))
+            del self._idle[oldest]
+            oldest.transport.abort()
+        asks = False
         try:
             async with asyncio.timeout(_SECONDS):
-                if self._open > _AT_ONCE:
-                    return
                 head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+                self._idle.pop(writer, None)
+                if self._answering >= _AT_ONCE:
+                    return
+                asks = True
+                self._answering += 1
                 writer.write(await self._answer(head))
                 await writer.drain()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
@@ -97,7 +106,8 @@ class Scraped:
         except Exception:
             log.exception("/metrics failed")
         finally:
-            self._open -= 1
+            self._answering -= asks
+            self._idle.pop(writer, None)
             writer.close()
 
     async def _answer(self, head: str) -> bytes:
@@ -105,8 +115,9 @@ class Scraped:
         method, _, rest = first.partition(" ")
         path = rest.partition(" ")[0].partition("?")[0]
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        host = headers.get("host", "").rpartition(":")[0] or headers.get("host", "")
-        if is_loopback(self._current().live.settings.metrics.host) and not is_loopback(host.strip("[]")):
+        host = headers.get("host", "")
+        host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if is_loopback(self._current().live.settings.metrics.host) and not is_loopback(host):
             return _reply(
                 "421 Misdirected Request", "only localhost is answered here\n"
             )  # a name bound to us: rebinding
