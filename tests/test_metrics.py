@@ -74,6 +74,13 @@ def test_a_call_is_counted_by_tool_database_and_outcome_with_its_rows_and_its_ti
     assert value(series, "mcpctl_audit_failures_total") == 1
 
 
+def test_what_alerts_look_at_is_there_from_the_start_so_that_its_first_event_is_an_increase() -> None:
+    series = parsed(exposition({"0": Metrics().samples()}))
+    for reason in ("revoked", "expired", "user_gone", "user_disabled", "wrong_secret"):
+        assert series["mcpctl_auth_refused_total", frozenset({("reason", reason), ("worker", "0")})] == 0
+    assert series["mcpctl_cut_backends_left_total", frozenset({("worker", "0")})] == 0
+
+
 def test_what_callers_make_up_makes_no_series() -> None:
     metrics = Metrics(["shop"])
     for number in range(1000):
@@ -330,6 +337,8 @@ def test_the_listener_answers_what_it_is_for_and_turns_the_rest_away(
     silent = [socket.create_connection((host, int(port)), timeout=10) for _ in range(40)]
     for _ in range(5):  # more at once than there is room for, and they keep nobody out who asks
         assert httpx.get(url, trust_env=False).status_code == 200
+    for name in ("[::1]", f"[::1]:{port}", "localhost"):
+        assert httpx.get(url, headers={"Host": name}, trust_env=False).status_code == 200
     for one in silent:
         one.close()
 
