@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from chain import lines, verify
@@ -178,9 +179,12 @@ def test_a_server_refuses_calls_on_a_full_disk_and_serves_again_by_itself(disk: 
             assert answer.status_code == 503
             assert "audit log cannot be written" in answer.text
             assert a.call("query_database", {"query": "select 1"}).status_code == 503
+            ready = at.url.removesuffix("/mcp") + "/ready"
+            assert httpx.get(ready, trust_env=False).status_code == 503
             assert at.run("token", "revoke", other).stdout.count("0 backends left") == 1
             assert b.call("whoami").status_code in (401, 503)
             disk.empty()
+            assert httpx.get(ready, trust_env=False).status_code == 200
             assert eventually(lambda: a.call("whoami").status_code == 200)
             assert b.call("whoami").status_code == 401
             assert a.rows("select 2") == [[2]]

@@ -292,8 +292,9 @@ class Http:
                 names = [name for name, database in self._parts.settings.databases.items() if database.required]
                 found = await asyncio.gather(*(reachable(self._parts.logins.host(name)) for name in names))
                 self._ready = (monotonic(), all(found))
-        door = self._parts.authenticator
-        ready = self._ready[1] and not door.lockdown.on() and door.broken is None
+        door, recorder = self._parts.authenticator, self._parts.recorder
+        unlogged = recorder.failing and self._parts.settings.audit.on_failure == "refuse" and recorder.fault()
+        ready = self._ready[1] and not unlogged and not door.lockdown.on() and door.broken is None
         await exchange.answer(send, 200 if ready else 503, encoding.encode({"ready": ready}), request_id)
 
     async def _metadata(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
