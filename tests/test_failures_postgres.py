@@ -317,7 +317,8 @@ def test_a_database_dropped_and_made_anew_is_asked_as_it_is_now(at: Site, frail:
             admin.execute("DROP DATABASE IF EXISTS shop WITH (FORCE)")
             admin.execute("ALTER DATABASE kept RENAME TO shop")
             admin.execute("ALTER DATABASE shop ALLOW_CONNECTIONS true")
-    assert client.rows("select 'back'") == [["back"]]
+    again = {"query": "select 'back'"}  # a call may share an attempt to connect that was begun before
+    eventually(lambda: not client.call("query_database", again).json()["result"]["isError"])
 
 
 def test_a_table_altered_between_two_calls_of_one_text_is_answered_as_it_is_now(frail: Shop, client: Client) -> None:
