@@ -278,7 +278,7 @@ class Limits:
     burst: int = setting(20, values.number(1, 1_000_000), "calls of each of them that may come at once")
     concurrent: int = setting(20, values.number(1, 10_000), "calls of each of them that may run at once")
     failed_sign_ins: int = setting(
-        10, values.number(1, 1_000_000), "wrong tokens from one address in 15 minutes; further ones are 429"
+        10, values.number(1, 1_000_000), "refused tokens from one address in 15 minutes; further ones are 429"
     )
     budgets: Budgets = section(Budgets, "what each of them may take in an hour, and in a day")
     tokens: Kind = section(Kind, "limits that differ for tokens")

@@ -398,7 +398,7 @@ class Edit:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            if not _is(self.path, old):
+            if not is_at(self.path, old):
                 raise ConfigError(f"{self.path} was replaced by somebody else meanwhile; it is left so", "try again")
             os.replace(beside, self.path)
         except OSError as problem:
@@ -440,11 +440,11 @@ def _keep_owner(fd: int, old: os.stat_result) -> None:
     os.fchmod(fd, stat.S_IMODE(old.st_mode))
 
 
-def _is(path: Path, found: os.stat_result) -> bool:
+def is_at(path: Path, found: os.stat_result) -> bool:
     """Whether this very file still has that name."""
     try:
         now = os.stat(path)
-    except FileNotFoundError:
+    except OSError:
         return False
     return (found.st_ino, found.st_dev) == (now.st_ino, now.st_dev)
 
@@ -464,7 +464,7 @@ def edit(path: Path, *, mode: int = 0o600, patience: float | None = None) -> Ite
                 lock(fd, patience)
             except TimeoutError:
                 raise NotWrittenError(f"{path} is held by another process, which has stopped", "end it") from None
-            if not _is(real, os.fstat(fd)):
+            if not is_at(real, os.fstat(fd)):
                 continue  # if it is gone, the next open says so
             _sweep(real)
             yield Edit(real, fd)

@@ -98,7 +98,7 @@ class State:
     # -- the file --------------------------------------------------------------------------------------------------
 
     def _open(self) -> sqlite3.Connection:
-        if self._connection is not None and _is_at(self.path, self._fd):
+        if self._connection is not None and private_file.is_at(self.path, os.fstat(self._fd)):
             self._check_head()
             return self._connection
         self.close()  # another file has taken its place: a backup was restored
@@ -171,18 +171,10 @@ class State:
             raise ConfigError(f"{self.path}: {problem}", _RESTORE) from None
 
 
-def _is_at(path: Path, fd: int) -> bool:
-    """Whether the file that has that name is the one that is open."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(fd))
-    except OSError:
-        return False
-
-
 def _hold(path: Path) -> int:
     """The process's one descriptor of a file that keeps the rules of private_file."""
     with _holding:
-        fd = next((one for one in _held if _is_at(path, one)), None)
+        fd = next((one for one in _held if private_file.is_at(path, os.fstat(one))), None)
         if fd is None:
             fd = private_file.open_checked(path, os.O_RDWR)
         else:

@@ -278,7 +278,7 @@ def pack(moved: Path) -> Path | None:
         return None
     with os.fdopen(fd, "rb") as file:
         private_file.lock(fd)
-        if not private_file._is(moved, os.fstat(fd)):
+        if not private_file.is_at(moved, os.fstat(fd)):
             return None
         if os.path.lexists(packed):
             raise ConflictError(f"{packed} exists already", "both are left as they are; remove one of them")
@@ -312,7 +312,7 @@ def _pack(file: BinaryIO, moved: Path, beside: Path, packed: Path) -> None:
                 if same.read(len(chunk)) != chunk:
                     raise Error(f"{packed} cannot be read back", "is the disk in order?")
         shutil.copystat(moved, beside)
-        if not private_file._is(beside, os.fstat(to.fileno())):
+        if not private_file.is_at(beside, os.fstat(to.fileno())):
             raise Error(f"{beside} was replaced by somebody else", f"{moved} is left as it is; try again")
     beside.rename(packed)
     private_file._sync_folder(packed.parent)
