@@ -350,8 +350,45 @@ def test_a_body_that_goes_on_behind_its_answer_closes_the_connection() -> None:
     asyncio.run(_served(_unauthorized, visit, 20))
 
 
+def test_a_request_behind_a_body_in_chunks_is_asked_again_and_one_in_drops_is_heard() -> None:
+    """The parser does not say where chunks end: the connection is closed, and nothing behind them is taken for more."""
+    body = CHUNKED + b"1\r\nx\r\n0\r\n\r\n"
+
+    def visit(address: tuple[str, int]) -> None:
+        for behind in (body, b"GET /else HTTP/1.1\r\nHost: x\r\n\r\n", b"x", b"\0" * 9000):
+            with socket.create_connection(address, timeout=10) as wire:
+                wire.sendall(body + behind)
+                head, _ = _answer(wire)
+                assert b" 401 " in head
+                assert b"connection: close" in head.lower()
+                assert wire.recv(1) == b""
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(2):
+                for number in range(len(body)):
+                    wire.sendall(body[number : number + 1])
+                head, _ = _answer(wire)
+                assert b" 401 " in head
+                assert b"close" not in head.lower()
+
+    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
+        while (await receive()).get("more_body", False):
+            pass
+        await _unauthorized(scope, receive, send)
+
+    asyncio.run(_served(app, visit, 20))
+
+
 @pytest.mark.parametrize(
-    "much", [b"\r\n" * 9, CHUNKED + b"1\r\nx\r\n" * 1100, b"GET / HTTP/1.1\r\nX: " + b"x" * 17_000]
+    "much",
+    [
+        b"\r\n" * 9,
+        CHUNKED + b"1\r\nx\r\n" * 1100,
+        CHUNKED + b"0\r\nX: " + b"x" * 9000,
+        CHUNKED + b"1;" + b"x" * 9000,
+        b"GET / HTTP/1.1\r\nX: " + b"x" * 17_000,
+        b"GET / HTTP/1.1\r\nX: " + b"x" * 17_000 + b"\r\n\r\n",
+    ],
 )
 def test_what_costs_more_than_it_asks_closes_the_connection(much: bytes) -> None:
     async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:

@@ -4,6 +4,7 @@ import ipaddress
 import re
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -151,6 +152,7 @@ class Gatekeeper:
         return any(found.version == item.version and found in item for item in self.proxies)
 
 
+@lru_cache(maxsize=4096)
 def _as_one(address: str | None) -> str | None:
     """An address as it is called everywhere: IPv4 that came to an IPv6 socket is IPv4 (RFC 4291, section 2.5.5.2)."""
     try:

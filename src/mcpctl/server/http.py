@@ -86,10 +86,6 @@ class Http:
             return
         request_id = secrets.token_hex(8)
         try:
-            if scope["http_version"] not in ("1.0", "1.1"):
-                raise Error("HTTP/1.1 is spoken here", status=505)
-            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
-                raise UsageError("Content-Length and Transfer-Encoding in one request", "send one of them")
             credentials.to_origin_form(scope)
             if self._parts.no_auth and credentials.forwarded(scope["headers"]):
                 raise Error("--no-auth takes no request that a proxy has forwarded", "use tokens", status=403)

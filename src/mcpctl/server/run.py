@@ -243,7 +243,6 @@ def _soon(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
 
 def _prepared(bound: Door, process: Process) -> tuple[Serving, uvicorn.Config]:
     """What a process serves with, and what uvicorn has to know of it."""
-    # h11, which strips header values on both sides (RFC 9110); httptools leaves the end
     visitor = Visitor.of(0)
     bound.visitors = visitor
     process.turned_away = lambda: bound.turned_away
