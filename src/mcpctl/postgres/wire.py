@@ -9,6 +9,7 @@ import asyncio
 import ctypes
 import os
 import sys
+from functools import cache
 from typing import Any
 
 from psycopg import pq
@@ -52,15 +53,17 @@ def large_blocks_apart() -> None:
             mallopt(_M_ARENA_MAX, 1)
 
 
+@cache
+def _statm(pid: int) -> int:
+    """A descriptor of that process's own proc_pid_statm(5), open for as long as it lives."""
+    return os.open(f"/proc/{pid}/statm", os.O_RDONLY)
+
+
 def _virtual_size() -> int:
     """Bytes of this process's address space; 0 where there is no /proc."""
     if sys.platform != "linux":
         return 0
-    fd = os.open("/proc/self/statm", os.O_RDONLY)
-    try:
-        return int(os.read(fd, 32).split(b" ", 1)[0]) * _PAGE
-    finally:
-        os.close(fd)
+    return int(os.pread(_statm(os.getpid()), 32, 0).split(b" ", 1)[0]) * _PAGE
 
 
 class Wire:
