@@ -410,9 +410,9 @@ class Http:
             headers.append((b"retry-after", str(problem.retry_after).encode()))
         if problem.status == 405:
             headers.append((b"allow", b"POST" if scope["path"] in ("/mcp", "/messages", "/messages/") else b"GET"))
-        if problem.status in (400, 408, 413, 505) or isinstance(problem, TooMuchError):
+        if problem.status in (400, 408, 413) or isinstance(problem, TooMuchError):
             headers.append((b"connection", b"close"))
-        if problem.status >= 500 and problem.status != 505:
+        if problem.status >= 500:
             self._say(problem.message, request_id)
             told = problem.status == 503 and ("cannot be written" in message or message.startswith(_CANCELLED))
             message = message if told else outside(problem)

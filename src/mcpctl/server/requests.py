@@ -137,7 +137,7 @@ class Requests(HttpToolsProtocol):
                 self.send_400_response("this is no HTTP")
         elif (version := self.waiting[: self.waiting.find(b"\r\n")].split(b" ")[2:]) not in _VERSIONS:
             other = len(version) == 1 and version[0].startswith(b"HTTP/")
-            self._turn_away(505 if other else 400, "HTTP/1.1 is spoken here")
+            self._turn_away("HTTP/1.1 is spoken here", status=505 if other else 400)
         else:
             self._searched = 0
             return _UPGRADE.sub(b"", self._taken(end))
@@ -247,9 +247,9 @@ class Requests(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, and end the connection."""
-        self._turn_away(400, msg)
+        self._turn_away(msg, status=400)
 
-    def _turn_away(self, status: int, msg: str) -> None:
+    def _turn_away(self, msg: str, *, status: int) -> None:
         """`send_400_response`, in the form of every other answer."""
         if self.cycle is not None and not self.cycle.response_complete:
             if self.cycle.response_started:
