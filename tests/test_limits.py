@@ -216,6 +216,20 @@ def test_a_budget_that_is_used_up_says_of_whom_how_much_and_until_when(
     house.call(**cost)
 
 
+@pytest.mark.parametrize("rotten", [2**64 - 1, 2**63])
+def test_what_cannot_have_been_spent_counts_as_nothing_and_stops_no_call(
+    make: Callable[[str], House], rotten: int
+) -> None:
+    house = make("limits: {budgets: {hour: {calls: 2}}}\n")
+    for subject in house.limiter._of(ALICE, HERE).all:
+        with (counters := house.limiter._counters):
+            slot = counters.slot(subject.table, subject.digest)
+            counters.spend(slot, (int(NINE // 3600), int(NINE // 86400), *[rotten] * 8))
+    for _ in range(2):
+        house.call(size=100, rows=1)
+    assert house.over().limit == "hour.calls"
+
+
 def test_a_day_s_budget_ends_at_midnight_and_an_answer_may_go_beyond_it_once(make: Callable[[str], House]) -> None:
     house = make("limits: {tenants: {named: {acme: {budgets: {day: {rows: 10}, hour: {rows: 1000}}}}}}\n")
     house.call(rows=9)

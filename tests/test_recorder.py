@@ -16,7 +16,7 @@ from mcpctl.audit.log import AuditLog
 from mcpctl.config_keys import Limits
 from mcpctl.errors import LimitedError, UnavailableError
 from mcpctl.policy.limits import LINES, TOKEN_LINES, Limiter
-from mcpctl.recorder import AGAIN, IN_FULL, STRANGERS_IN_FULL, Recorder
+from mcpctl.recorder import AGAIN, STRANGERS_IN_FULL, Recorder
 from mcpctl.shared_counters import Counters
 
 NOW = datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC)
@@ -217,20 +217,30 @@ def test_strangers_whose_token_has_the_form_of_one_are_counted_by_address_before
     assert (counted[0]["client_ip"], counted[0]["reason"]) == ("192.0.2.1", "5 more within a minute")
 
 
-def test_calls_of_a_known_token_that_are_too_many_are_told_in_full_at_first_and_then_counted(book: Book) -> None:
+def test_calls_of_a_known_token_that_are_too_many_are_told_in_full_at_first_and_then_counted(path: Path) -> None:
+    """However many workers and limits there are."""
+    now = [0.0]
+    limiter = Limiter(Limits(), Counters(), lambda: now[0])
+    log = AuditLog(path, KEY, lambda: NOW)
+    workers = [Recorder(log, "full", refuse=True, clock=lambda: now[0], line=limiter.line) for _ in range(4)]
     who = {"token": "ab12cd34", "user": "alice", "tenant": None, "transport": "http"}
-    for number in range(IN_FULL + 5):
+    for number in range(TOKEN_LINES + 5):
         for kind in ("token", "user"):
             problem = LimitedError(f"{kind} {number}", kind=kind, name="x", limit="rate", retry_after=1)
-            book.recorder.limited(problem, **who, client_ip="192.0.2.1")
-    assert len(book.events("tool.refused")) == 2 * IN_FULL
-    assert book.events("tool.refused")[0]["outcome"] == "limited"
-    book.now = 60
-    book.recorder.flush()
-    assert [(line["token"], line["reason"]) for line in book.events("tool.refused")[2 * IN_FULL :]] == [
-        ("ab12cd34", "5 more within a minute, by the rate limit of the token"),
-        ("ab12cd34", "5 more within a minute, by the rate limit of the user"),
-    ]  # fmt: skip
+            workers[number % 4].limited(problem, **who, client_ip="192.0.2.1")
+    now[0] = 60
+    for one in workers:
+        one.flush()
+    log.close()
+    found = lines(path)
+    assert {line["outcome"] for line in found} == {"limited"}
+    assert len(found[:TOKEN_LINES]) == TOKEN_LINES
+    assert not any("within" in line["reason"] for line in found[:TOKEN_LINES])
+    counted = [line["reason"] for line in found[TOKEN_LINES:]]
+    assert sum(int(reason.split()[0]) for reason in counted) == 2 * (TOKEN_LINES + 5) - TOKEN_LINES
+    assert {reason.partition(", ")[2] for reason in counted} == {
+        "by the rate limit of the token", "by the rate limit of the user",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -240,11 +240,13 @@ class Calls:
             if facts.limited is not None:
                 self._recorder.limited(facts.limited, **base)
             else:
-                self._charge(principal, facts)
-                self._recorder.call(
-                    event, **base, **facts.values, elapsed_ms=elapsed(begun), outcome=outcome,
-                    reason=facts.reason(reason),
-                )  # fmt: skip
+                try:
+                    self._recorder.call(
+                        event, **base, **facts.values, elapsed_ms=elapsed(begun), outcome=outcome,
+                        reason=facts.reason(reason),
+                    )  # fmt: skip
+                finally:
+                    self._charge(principal, facts)
             await self._answering()
 
     def _charge(self, principal: Principal, facts: _Facts) -> None:

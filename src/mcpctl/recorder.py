@@ -15,9 +15,9 @@ log = logging.getLogger("mcpctl.audit")
 AGAIN = 3600.0
 """Seconds after which a credential's use from an address is noted once more."""
 MINUTE = 60.0
-IN_FULL, STRANGERS_IN_FULL = 10, 3
-"""Refusals of one token by one limit in a minute that are written in full, and those of one address (of IPv6, one /64)
-with a wrong credential; one line counts the others."""
+STRANGERS_IN_FULL = 3
+"""Refusals of one address (of IPv6, one /64) with a wrong credential in a minute that are written in full; one line
+counts the others."""
 _CREDENTIALS = 10_000
 Count = Callable[[str, Mapping[str, Any], "bool | None"], None]
 Greeted = OrderedDict[tuple[str | None, str | None], float]
@@ -218,15 +218,15 @@ class Recorder:
         return False
 
     def limited(self, problem: LimitedError, **fields: Any) -> None:
-        """A known token's call that was too much: the first of a limit and minute in full, the others counted."""
+        """A known token's call that was too much: the first in full, of all workers together, the others counted."""
         self._look()
-        key = (fields.get("token"), problem.kind, problem.limit)
-        since, count, _ = self._limited.get(key, (self._clock(), 0, fields))
-        self._limited[key] = (since, count + 1, fields)
-        if count < IN_FULL:
+        if self._line(f"tool.refused {fields.get('token')}"):
             self.note("tool.refused", **fields, outcome="limited", reason=problem.message)
-        else:
-            self._count("tool.refused", {**fields, "outcome": "limited"}, None)
+            return
+        key = (fields.get("token"), problem.kind, problem.limit)
+        since, others, _ = self._limited.get(key, (self._clock(), 0, fields))
+        self._limited[key] = (since, others + 1, fields)
+        self._count("tool.refused", {**fields, "outcome": "limited"}, None)
 
     def _look(self) -> None:
         """`flush`, but not for each refusal of a flood."""
@@ -236,13 +236,12 @@ class Recorder:
     def flush(self, *, everything: bool = False) -> None:
         """Write one counted line for each address, and for each limit of a token, whose minute is over."""
         now = self._looked = self._clock()
-        for key, (since, count, fields) in list(self._limited.items()):
-            if everything or now - since >= MINUTE:
+        for key, (since, others, fields) in list(self._limited.items()):
+            if everything or (now - since >= MINUTE and self._line(f"tool.refused {key[0]}")):
                 del self._limited[key]
-                if count > IN_FULL:
-                    same = {name: fields.get(name) for name in ("token", "user", "tenant", "transport")}
-                    reason = f"{count - IN_FULL} more within a minute, by the {key[2]} limit of the {key[1]}"
-                    self.note("tool.refused", **same, outcome="limited", reason=reason)
+                same = {name: fields.get(name) for name in ("token", "user", "tenant", "transport")}
+                reason = f"{others} more within a minute, by the {key[2]} limit of the {key[1]}"
+                self.note("tool.refused", **same, outcome="limited", reason=reason)
         for (event, token), (since, others) in list(self._more.items()):
             if everything or (now - since >= MINUTE and self._line(f"{event} {token}")):
                 del self._more[event, token]

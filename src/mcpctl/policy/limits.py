@@ -27,6 +27,8 @@ TOKEN_LINES, TOKEN_LINE_SECONDS = 10, 6.0
 """The same of the lines of one event on one token."""
 _HOUR, _DAY = 3600, 86400
 _REMEMBERED = 10_000
+_MOST = 1 << 60
+"""More than anybody can have spent in a day."""
 _ENTRIES = tuple(found.name for found in fields(Budget))
 _UNITS = ("calls", "rows", "bytes", "seconds of database time")
 
@@ -241,6 +243,8 @@ class Limiter:
     def _spent(self, slot: Slot, hour: int, day: int) -> tuple[int, ...]:
         """What was spent in the running hour and day, behind their numbers."""
         spent = self._counters.spent(slot)
+        if max(spent[2:]) > _MOST:
+            spent = (*spent[:2], *[0] * 8)
         if spent[0] == hour and spent[1] == day:
             return spent
         nothing, hour, day = (0, 0, 0, 0), running(spent[0], hour), running(spent[1], day)
