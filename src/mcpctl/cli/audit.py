@@ -58,12 +58,13 @@ def tail(
     """Show the end of the audit log; columns on a terminal. With --json each line as it is in the log. Exits 1 where
     lines may be missing in what it shows."""
     from mcpctl.audit import files as audit_files
-    from mcpctl.audit.reading import Reading
     from mcpctl.cli.audit_read import tell_of
 
     begin, network = moment("--since", since), _asked_network(ip)
     _check_event(event)
     found = settings(context, config, forgiving=True)
+    from mcpctl.audit.reading import Reading  # only now: who may not read the config is told that, and nothing else
+
     before = _last_number(found.audit.file) if follow else 0
     # opened at the end before the old lines are read, so that none between is lost
     newer = audit_files.follow(found.audit.file) if follow else None
