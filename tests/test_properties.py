@@ -246,7 +246,12 @@ def _trusted(text: str) -> bool:
 @QUICK
 @given(st.lists(addresses, max_size=5), addresses)
 def test_the_clients_address_is_a_proxys_only_where_all_are(hops: list[str], peer: str) -> None:
-    found = AT_THE_DOOR.address([(b"x-forwarded-for", ", ".join(hops).encode())] if hops else [], peer)
+    headers = [(b"x-forwarded-for", ", ".join(hops).encode())] if hops else []
+    if _trusted(peer) and not hops:
+        with pytest.raises(UsageError, match="sent no X-Forwarded-For"):
+            AT_THE_DOOR.address(headers, peer)
+        return
+    found = AT_THE_DOOR.address(headers, peer)
     assert found is not None
     assert _trusted(found) == all(map(_trusted, [*hops, peer])) or not _trusted(peer)
     if not _trusted(peer):

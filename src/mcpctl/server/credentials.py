@@ -136,6 +136,8 @@ class Gatekeeper:
             if key == b"x-forwarded-for"
             for part in value.decode("latin-1").split(",")
         ]
+        if not hops:
+            raise UsageError("the proxy sent no X-Forwarded-For", "have it name the client's address")
         for hop in reversed(hops):
             if hop is None:
                 raise UsageError("the proxy's X-Forwarded-For is no address", "have it send the client's address alone")
