@@ -8,7 +8,6 @@ import json
 import socket
 import ssl
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import uvicorn
 
 from mcpctl.server import door, http
 from site_of_mcpctl import Shop, Site, eventually, in_background
+from visiting import answer, unauthorized, visited
 
 MakeSite = Callable[..., Site]
 
@@ -44,20 +44,6 @@ def _request(at: Site, token: str, query: str, *more: str) -> bytes:
         "Content-Type: application/json", "Accept: application/json", f"Content-Length: {len(body)}",
     ]  # fmt: skip
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-def _answer(wire: socket.socket) -> tuple[bytes, bytes]:
-    """The next answer's head and body."""
-    found = b""
-    while b"\r\n\r\n" not in found:
-        found += (more := wire.recv(1))
-        assert more, found
-    head, _, body = found.partition(b"\r\n\r\n")
-    length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-    while len(body) < length:
-        body += (more := wire.recv(length - len(body)))
-        assert more, body
-    return head, body
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["HTTP", "HTTPS"])
@@ -90,21 +76,6 @@ def _is_well(url: str, verify: Any) -> bool:
     return False
 
 
-async def _served(app: http.App, visit: Callable[[tuple[str, int]], None], patience: float, **options: Any) -> None:
-    """Let somebody visit the app through the door."""
-    visitor = door.Visitor.of(1 << 20, patience)
-    server = uvicorn.Server(uvicorn.Config(app, http=visitor, lifespan="off", log_config=None, **options))
-    with door.Door() as bound:
-        bound.visitors = visitor
-        bound.bind(("127.0.0.1", 0))
-        serving = asyncio.create_task(server.serve(sockets=[bound]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        await asyncio.to_thread(visit, bound.getsockname())
-        server.should_exit = True
-        await serving
-
-
 def test_a_visitor_who_asks_nothing_is_sent_away() -> None:
 
     async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
@@ -122,7 +93,7 @@ def test_a_visitor_who_asks_nothing_is_sent_away() -> None:
                     with contextlib.suppress(ConnectionResetError):
                         assert one.recv(1) == b""
 
-    asyncio.run(_served(app, visit, 0.5))
+    asyncio.run(visited(app, visit, 0.5))
 
 
 def test_a_tls_handshake_that_does_not_go_on_is_ended(certificates: Path) -> None:
@@ -137,7 +108,7 @@ def test_a_tls_handshake_that_does_not_go_on_is_ended(certificates: Path) -> Non
             assert silent.recv(1) == b""
 
     pair = {"ssl_certfile": certificates / "cert.pem", "ssl_keyfile": certificates / "key.pem"}
-    asyncio.run(_served(_unauthorized, visit, 0.5, **pair))
+    asyncio.run(visited(unauthorized, visit, 0.5, **pair))
 
 
 @pytest.mark.parametrize("more", [b"G", b"\r\n", b"a whole request"])
@@ -155,18 +126,18 @@ def test_requests_that_come_before_the_answer_are_answered_in_turn_and_not_witho
     with _connect(served) as wire:
         for number in range(3):
             wire.sendall(_request(served, token, f"select {number}, pg_sleep(0.1)"))
-        assert [f'"rows":[[{number},'.encode() in _answer(wire)[1] for number in range(3)] == [True] * 3
+        assert [f'"rows":[[{number},'.encode() in answer(wire)[1] for number in range(3)] == [True] * 3
         for number in range(40):  # always one ahead, and more than 64 KiB in all
             wire.sendall(_request(served, token, f"select {number} -- {'x' * 4000}"))
             if number:
-                assert f'"rows":[[{number - 1}]]'.encode() in _answer(wire)[1]
-        assert b'"rows":[[39]]' in _answer(wire)[1]
+                assert f'"rows":[[{number - 1}]]'.encode() in answer(wire)[1]
+        assert b'"rows":[[39]]' in answer(wire)[1]
         wire.sendall(_request(served, token, "select 7, pg_sleep(0.3)"))
         wire.sendall(_request(served, token, f"select 8 -- {'x' * 100_000}"))
-        assert [f'"rows":[[{number}'.encode() in _answer(wire)[1] for number in (7, 8)] == [True] * 2
+        assert [f'"rows":[[{number}'.encode() in answer(wire)[1] for number in (7, 8)] == [True] * 2
         for _ in range(2):  # an empty line before a request is passed over
             wire.sendall(b"\r\n" + _request(served, token, "select 9"))
-            assert b'"rows":[[9]]' in _answer(wire)[1]
+            assert b'"rows":[[9]]' in answer(wire)[1]
     with _connect(served) as wire, contextlib.suppress(ConnectionError):
         wire.sendall(_request(served, token, "select pg_sleep(42)"))
         for _ in range(300):
@@ -179,7 +150,7 @@ def test_an_empty_line_behind_the_last_request_disturbs_it_not(served: Site) -> 
     with _connect(served) as wire:
         wire.sendall(_request(served, token, "select 5, pg_sleep(0.3)", "Connection: close"))
         wire.sendall(b"\r\n")
-        assert b'"rows":[[5,' in _answer(wire)[1]
+        assert b'"rows":[[5,' in answer(wire)[1]
 
 
 def test_who_reads_nothing_of_his_answer_is_sent_away() -> None:
@@ -196,7 +167,7 @@ def test_who_reads_nothing_of_his_answer_is_sent_away() -> None:
             wire.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             assert ended.wait(10)
 
-    asyncio.run(_served(app, visit, 0.3))
+    asyncio.run(visited(app, visit, 0.3))
 
 
 NO_HTTP = [
@@ -215,7 +186,7 @@ def test_what_is_no_http_is_answered_as_everything_else_is_and_not_logged(served
     for _ in range(20):
         with _connect(served) as wire:
             wire.sendall(request_)
-            head, body = _answer(wire)
+            head, body = answer(wire)
             assert head.split(b" ")[1][:1] == b"4", head
             assert b"x-request-id: " in head
             assert b"cache-control: no-store" in head
@@ -230,7 +201,7 @@ def test_a_credential_that_is_refused_for_its_form_leaves_an_audit_line(served: 
     for more in ((f"X-API-Key: {token}",), (header,)):
         with _connect(served) as wire:
             wire.sendall(_request(served, token, "select 1", *more))
-            assert b" 400 " in _answer(wire)[0]
+            assert b" 400 " in answer(wire)[0]
     assert httpx.post(f"{served.url}?token={token}").status_code == 400
     said = [line["reason"] for line in served.audit() if line["event"] == "auth.refused"]
     assert any("two credentials" in reason for reason in said)
@@ -281,130 +252,6 @@ def test_a_cancelled_notification_that_is_none_or_is_not_an_older_clients_ends_n
         assert running.result().json()["result"]["isError"] is False
 
 
-async def _unauthorized(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
-    await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"no"})
-
-
-CHUNKED = b"POST /mcp HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-@pytest.mark.parametrize("read", [False, True], ids=["refused", "read"])
-@pytest.mark.parametrize("size", [1, 64])
-def test_bodies_in_small_chunks_hold_up_nobody(read: bool, size: int) -> None:
-    late = 0.0
-
-    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
-        while read and (await receive()).get("more_body", False):
-            pass
-        await _unauthorized(scope, receive, send)
-
-    async def look() -> None:
-        """How long the loop was busy between two turns of this: its own time, without that of other processes."""
-        nonlocal late
-        while True:
-            began = time.thread_time()
-            await asyncio.sleep(0.01)
-            late = max(late, time.thread_time() - began)
-
-    def visit(address: tuple[str, int]) -> None:
-        flood = b"%x\r\n%b\r\n" % (size, b"x" * size) * (200_000 // (size + 6))
-        with contextlib.ExitStack() as stack:
-            wires = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(20)]
-            for wire in wires:
-                wire.sendall(CHUNKED)
-            for wire in wires:
-                wire.setblocking(False)
-                with contextlib.suppress(OSError):
-                    for _ in range(1 if read else 4):
-                        wire.send(flood)
-
-    async def main() -> None:
-        looking = asyncio.create_task(look())
-        await _served(app, visit, 5)
-        looking.cancel()
-
-    asyncio.run(main())
-    assert late < 0.3, late
-
-
-def test_a_body_that_goes_on_behind_its_answer_closes_the_connection() -> None:
-    def visit(address: tuple[str, int]) -> None:
-        with socket.create_connection(address, timeout=10) as wire:
-            wire.sendall(CHUNKED + b"1\r\nx\r\n")
-            head, body = _answer(wire)
-            assert b" 401 " in head
-            assert b"connection: close" in head.lower()
-            assert body == b"no"
-            sent = 0
-            with pytest.raises(ConnectionError):
-                while sent < 64 << 20:
-                    wire.sendall(bytes(1 << 20))
-                    sent += 1 << 20
-            assert sent < 64 << 20
-        with socket.create_connection(address, timeout=10) as wire:
-            for _ in range(2):  # whose body has come whole may stay
-                wire.sendall(CHUNKED + b"1\r\nx\r\n0\r\n\r\n")
-                assert b"close" not in _answer(wire)[0].lower()
-
-    asyncio.run(_served(_unauthorized, visit, 20))
-
-
-def test_a_request_behind_a_body_in_chunks_is_asked_again_and_one_in_drops_is_heard() -> None:
-    """The parser does not say where chunks end: the connection is closed, and nothing behind them is taken for more."""
-    body = CHUNKED + b"1\r\nx\r\n0\r\n\r\n"
-
-    def visit(address: tuple[str, int]) -> None:
-        for behind in (body, b"GET /else HTTP/1.1\r\nHost: x\r\n\r\n", b"x", b"\0" * 9000):
-            with socket.create_connection(address, timeout=10) as wire:
-                wire.sendall(body + behind)
-                head, _ = _answer(wire)
-                assert b" 401 " in head
-                assert b"connection: close" in head.lower()
-                assert wire.recv(1) == b""
-        with socket.create_connection(address, timeout=10) as wire:
-            wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for _ in range(2):
-                for number in range(len(body)):
-                    wire.sendall(body[number : number + 1])
-                head, _ = _answer(wire)
-                assert b" 401 " in head
-                assert b"close" not in head.lower()
-
-    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
-        while (await receive()).get("more_body", False):
-            pass
-        await _unauthorized(scope, receive, send)
-
-    asyncio.run(_served(app, visit, 20))
-
-
-@pytest.mark.parametrize(
-    "much",
-    [
-        b"\r\n" * 9,
-        CHUNKED + b"1\r\nx\r\n" * 1100,
-        CHUNKED + b"0\r\nX: " + b"x" * 9000,
-        CHUNKED + b"1;" + b"x" * 9000,
-        b"GET / HTTP/1.1\r\nX: " + b"x" * 17_000,
-        b"GET / HTTP/1.1\r\nX: " + b"x" * 17_000 + b"\r\n\r\n",
-    ],
-)
-def test_what_costs_more_than_it_asks_closes_the_connection(much: bytes) -> None:
-    async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
-        while (await receive()).get("more_body", False):
-            pass
-        await _unauthorized(scope, receive, send)
-
-    def visit(address: tuple[str, int]) -> None:
-        with socket.create_connection(address, timeout=10) as wire:
-            wire.sendall(much)
-            with contextlib.suppress(ConnectionError):
-                assert wire.recv(4096)[:12] in (b"", b"HTTP/1.1 400")
-
-    asyncio.run(_served(app, visit, 20))
-
-
 def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "_NEWCOMERS", 100_000)  # there is never room enough, and nobody is turned away
 
@@ -412,7 +259,7 @@ def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first(monk
         scope["state"]["known"], _, busy = scope["path"][1:].partition("/")
         while busy and (await receive())["type"] != "http.disconnect":
             pass
-        await _unauthorized(scope, receive, send)
+        await unauthorized(scope, receive, send)
 
     visitor = door.Visitor.of(1 << 20)
     with door.Door() as bound:
@@ -428,23 +275,23 @@ def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first(monk
                     wire = socket.create_connection(address, timeout=10, source_address=(source, 0))
                     wires.append(stack.enter_context(wire))
                     wire.sendall(b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n" % (b"" if number else b"known"))
-                    assert b" 401 " in _answer(wire)[0], number
+                    assert b" 401 " in answer(wire)[0], number
                 bound.most = 100_000
                 for number in range(6):
                     with socket.create_connection(address, timeout=10) as wire:
                         wire.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
-                        assert b" 401 " in _answer(wire)[0]
+                        assert b" 401 " in answer(wire)[0]
                     with contextlib.suppress(ConnectionResetError):
                         assert wires[2 + number].recv(1) == b""
                 for wire in wires[:2]:
                     wire.sendall(b"GET /known HTTP/1.1\r\nHost: x\r\n\r\n")
-                    assert b" 401 " in _answer(wire)[0]
+                    assert b" 401 " in answer(wire)[0]
                 bound.most = None  # and then, who has many connections with one token
                 many = [stack.enter_context(socket.create_connection(address, timeout=10)) for _ in range(5)]
                 many[0].sendall(b"GET /many/busy HTTP/1.1\r\nHost: x\r\n\r\n")
                 for wire in many[1:]:
                     wire.sendall(b"GET /many HTTP/1.1\r\nHost: x\r\n\r\n")
-                    assert b" 401 " in _answer(wire)[0]
+                    assert b" 401 " in answer(wire)[0]
                     wire.sendall(b"GET ")
                 bound.most = 100_000
                 for gone in (many[1], wires[8], wires[9]):

@@ -20,6 +20,10 @@ _FORWARDING = re.compile(
 )
 """Names of headers that proxies, balancers and content networks add."""
 _SCHEMES = ("http", "https")
+_QUERY = 256
+"""Bytes of a query: decoding costs a thousand times as much, and nobody is known yet."""
+_HOPS = 32
+"""Addresses that proxies name in one request."""
 
 
 def header(headers: Headers, name: bytes) -> str | None:
@@ -44,7 +48,9 @@ def to_origin_form(scope: MutableMapping[str, Any]) -> None:
 
 
 def refuse_in_url(query: bytes) -> None:
-    """Raise UsageError (400) for a credential in the URL, where logs and histories keep it."""
+    """Raise UsageError (400) for a credential in the URL, where logs and histories keep it, or for a long query."""
+    if len(query) > _QUERY:
+        raise UsageError(f"the query of the URL is longer than {_QUERY} bytes", "send the request without it")
     names = (unquote_to_bytes(part.partition(b"=")[0]).lower() for part in query.split(b"&"))
     if b"mcp_" in unquote_to_bytes(query) or any(name in _IN_URL for name in names):
         raise UsageError("a token in the URL is not taken", "send it as a header: Authorization: Bearer …")
@@ -130,15 +136,15 @@ class Gatekeeper:
             raise Error("only the proxies of server.trusted_proxies are answered here", status=403)
         if peer is None or not self._trusted(peer):
             return peer
-        hops = [
-            _hop(part.strip())
-            for key, value in headers
-            if key == b"x-forwarded-for"
-            for part in value.decode("latin-1").split(",")
-        ]
-        if not hops:
+        said = [value for key, value in headers if key == b"x-forwarded-for"]
+        if not said:
             raise UsageError("the proxy sent no X-Forwarded-For", "have it name the client's address")
-        for hop in reversed(hops):
+        hops = b",".join(said).decode("latin-1").rsplit(",", _HOPS)
+        if len(hops) > _HOPS:
+            raise UsageError(
+                f"the proxy's X-Forwarded-For has more than {_HOPS} addresses", "have it send the client's"
+            )
+        for hop in map(_hop, reversed(hops)):
             if hop is None:
                 raise UsageError("the proxy's X-Forwarded-For is no address", "have it send the client's address alone")
             if not self._trusted(hop):
@@ -169,7 +175,7 @@ def _as_one(address: str | None) -> str | None:
 def _hop(text: str) -> str | None:
     """An address that a proxy names, also with brackets and a port; None for anything else. A scope id is any text, and
     says nothing here."""
-    text = text.strip('"')
+    text = text.strip().strip('"')
     if found := re.fullmatch(r"\[([^]]*)\](:\d+)?|([\d.]+):\d+", text):
         text = found[1] or found[3] or ""
     try:

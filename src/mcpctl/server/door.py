@@ -210,6 +210,7 @@ class Visitor(Requests):
                 message = {**message, "headers": [*others, CLOSE_HEADER]}
             elif self.deaf and not start and not message.get("more_body", False):
                 await send({**message, "more_body": True})
+                self.out.flush()
                 with contextlib.suppress(TimeoutError, asyncio.CancelledError):  # all is said; the server may end
                     async with asyncio.timeout(_LINGER_SECONDS):
                         await self._gone.wait()
@@ -228,6 +229,8 @@ class Visitor(Requests):
         self.reading = Reading.HEAD
         if self.turn is None:
             self.feed()
+        if self.waiting or not self.idle:  # a request has come already, or some of it
+            self._unset_keepalive_if_required()
         self._count_waiting()
 
     def _count_waiting(self) -> None:
@@ -260,7 +263,8 @@ class Visitor(Requests):
 
     def _look(self) -> None:
         """Whether there was a request since the last look, or still is one whose answer is being read."""
-        asked = self.cycle is not None and (self.cycle is not self._seen or not self.cycle.response_complete)
+        ended = self.idle or self.cycle.disconnected
+        asked = self.cycle is not None and (self.cycle is not self._seen or not ended)
         waiting = self.transport.get_write_buffer_size() if self.flow.write_paused else 0
         self._unread = (*self._unread[-2:], waiting) if waiting else ()
         stuck = len(self._unread) == 3 and len(set(self._unread)) == 1

@@ -17,10 +17,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from mcpctl.server import encoding
 
-_HEAD = 16 << 10
-"""Bytes of a request's head."""
+_HEAD, _LINES = 16 << 10, 100
+"""Bytes of a request's head, and lines: each costs a hundred times its bytes."""
 _VERSIONS = ([b"HTTP/1.1"], [b"HTTP/1.0"])
-_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
+_UPGRADE = re.compile(rb"\r\nupgrade:[\t\x20-\x7e\x80-\xff]*(?=\r\n)", re.IGNORECASE)
 """To what is not spoken here (RFC 9110, section 7.8): passed over, since the parser would take no body behind it."""
 _PIECE, _CHUNKED_PIECE = 64 << 10, 4 << 10
 """Bytes of a body that the parser has at once: a millisecond of work, in the worst case."""
@@ -135,6 +135,8 @@ class Requests(HttpToolsProtocol):
         elif end < 4:
             if not self.waiting[:1].isalpha() or b"\n\n" in self.waiting:
                 self.send_400_response("this is no HTTP")
+        elif self.waiting.count(b"\n", 0, end) > _LINES:
+            self.send_400_response(f"the head of a request has {_LINES} lines at most")
         elif (version := self.waiting[: self.waiting.find(b"\r\n")].split(b" ")[2:]) not in _VERSIONS:
             other = len(version) == 1 and version[0].startswith(b"HTTP/")
             self._turn_away("HTTP/1.1 is spoken here", status=505 if other else 400)
@@ -153,8 +155,7 @@ class Requests(HttpToolsProtocol):
         except httptools.HttpParserError as problem:
             behind = self.reading is Reading.WHOLE
             if not behind:
-                why = problem.__context__ if isinstance(problem.__context__, _NotTakenError) else problem
-                self.send_400_response(f"this is no HTTP request that is taken: {why}")
+                self._refuse(problem)
         if behind:  # whoever sends a request behind a body in chunks asks once more
             self.cycle.keep_alive = False
             self.waiting.clear()
@@ -225,7 +226,7 @@ class Requests(HttpToolsProtocol):
             access_log=False,
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
-            expect_100_continue=self.expect_100_continue,
+            expect_100_continue=self.expect_100_continue and version == "1.1" and self._left != 0,
             keep_alive=version == "1.1" and self.parser.should_keep_alive(),
             on_response=self.on_response_complete,
         )
@@ -244,6 +245,14 @@ class Requests(HttpToolsProtocol):
         self.reading = Reading.WHOLE
 
     # -- what is no request ------------------------------------------------------------------------------------------
+
+    def _refuse(self, problem: httptools.HttpParserError) -> None:
+        """Answer what the parser does not take (RFC 9110, section 9.1: a method that is unknown is 501)."""
+        if isinstance(problem, httptools.HttpParserInvalidMethodError):
+            self._turn_away("there is no such method", status=501)
+        else:
+            why = problem.__context__ if isinstance(problem.__context__, _NotTakenError) else problem
+            self.send_400_response(f"this is no HTTP request that is taken: {why}")
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, and end the connection."""
