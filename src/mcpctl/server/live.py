@@ -3,10 +3,12 @@
 import asyncio
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from mcpctl import __version__
@@ -66,6 +68,8 @@ class Process:
         self.ends: Callable[[], datetime | None] = lambda: None
         """When the certificate that is served ends."""
         self.kept_out: dict[str, Mapping[str, str]] = {}
+        self.sockets: list[tuple[socket.socket, Path]] = []
+        """The control sockets that it listens on, one for each generation."""
 
     async def save(self) -> None:
         """Save what is counted now and then: one worker does."""

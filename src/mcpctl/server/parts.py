@@ -119,11 +119,11 @@ async def running(
     live = Live(settings, process, authenticator, logins, pools, calls, recorder)
     watch.answers.add(live.answers())
     core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live)
-    tasks = []
+    tasks, begun = [], False
     try:
         async with contextlib.AsyncExitStack() as stack:
             if files:
-                await stack.enter_async_context(watch.listening())
+                await stack.enter_async_context(watch.listening(process.sockets, begins=process.begins))
                 if not again:
                     await watch.learn()
             tasks.append(asyncio.create_task(watch.run() if files else watch.look_for_lock()))
@@ -132,6 +132,7 @@ async def running(
                     "server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}, config {digest(settings)}"
                 )
             tasks.append(asyncio.create_task(durable.run()))
+            begun = True
             yield core
     finally:
         for task in tasks:
@@ -139,7 +140,7 @@ async def running(
         await asyncio.gather(*tasks, return_exceptions=True)
         await pools.close()
         recorder.flush(everything=True)
-        if not core.quiet:
+        if begun and not core.quiet:
             recorder.note("server.stopped", reason=f"pid {os.getpid()}")
         recorder.close()
         await durable.close()

@@ -14,7 +14,7 @@ from typing import Any
 from mcpctl import control
 from mcpctl.audit.log import EVENTS, FIELDS
 from mcpctl.calls import Calls
-from mcpctl.errors import Error, LockedError
+from mcpctl.errors import ConfigError, Error, LockedError
 from mcpctl.identity.authenticate import LOCKED, Authenticator
 from mcpctl.identity.tokens import EXPIRING, utcnow
 from mcpctl.postgres.cutting import Cut
@@ -182,19 +182,37 @@ class Watch:
     # -- the control socket --------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def listening(self) -> Any:
-        """Answer on the control socket as long as the block runs. Where there are no such sockets, don't."""
-        if not hasattr(socket, "AF_UNIX"):
+    async def listening(self, there: list[tuple[socket.socket, Path]], *, begins: bool) -> Any:
+        """Answer on the control socket as long as the block runs. Where there are no such sockets, don't. `there` are
+        those of this process; `begins`: whether the server starts, which then wants one."""
+        found = self._listen(there, begins) if hasattr(socket, "AF_UNIX") else None
+        if found is None:
             yield
             return
-        made, path = control.listen(self._folder)
+        made, path = found
         self._own = path
+        there.append(found)
         server = await asyncio.start_unix_server(self._serve, sock=made, limit=_REQUEST)
         try:
             yield
         finally:
             server.close()
-            path.unlink(missing_ok=True)
+            there.remove(found)
+            if all(path != other for _, other in there):
+                with contextlib.suppress(OSError):  # swept by whoever can
+                    path.unlink(missing_ok=True)
+
+    def _listen(self, there: list[tuple[socket.socket, Path]], begins: bool) -> tuple[socket.socket, Path] | None:
+        """A socket, where none can be made that which is there; a dead worker's place is taken without one, too."""
+        try:
+            return control.listen(self._folder)
+        except ConfigError as problem:
+            if there:
+                return there[-1][0].dup(), there[-1][1]
+            if begins:
+                raise
+            log.error("no command reaches this worker: %s", problem.message)
+            return None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
