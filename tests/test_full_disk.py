@@ -3,8 +3,10 @@ refused, and all goes on by itself when there is room."""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -12,7 +14,7 @@ import pytest
 
 from chain import lines, verify
 from command_line import Home
-from mcpctl import private_file, reserve
+from mcpctl import control, private_file, reserve
 from mcpctl.cli.taking import known_of
 from mcpctl.errors import Failures, FullError, NotWrittenError, UnavailableError
 from mcpctl.identity import tokens
@@ -20,6 +22,7 @@ from mcpctl.identity.lockdown import Lockdown
 from mcpctl.state import State
 from site_of_mcpctl import Shop, Site, eventually
 from test_control import process
+from test_workers import children
 
 
 class Disk:
@@ -229,6 +232,39 @@ def test_on_a_disk_that_cannot_be_written_the_servers_are_told(read_only: Home, 
         assert [one["now"] for one in asked if one["do"] == "lock"] == [True, False]
     done = home("lockdown")
     assert (done.code, "no server answers here" in done.error) == (1, True)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are read from /proc")
+def test_a_folder_that_cannot_be_written_keeps_no_worker_from_starting_and_no_config_from_coming_into_force(
+    disk: Disk, make_site: Callable[..., Site], newest_shop: Shop
+) -> None:
+    at: Site = make_site(newest_shop, extra=f"server: {{runtime_dir: {disk.folder}}}\nlimits: {{max_rows: 5}}\n")
+    _, text = at.token()
+    at.start("--workers", "2")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk.folder)], check=True)
+    try:
+        for before, after in (("5", "3"), ("3", "4")):
+            at.config.write_text(at.config.read_text().replace(f"max_rows: {before}", f"max_rows: {after}"))
+            assert at.run("config", "reload").stdout == "changed: limits\n"
+        with at.client(text) as a:
+            assert len(a.rows("select generate_series(1, 9)")) == 4
+        first = children(at)
+        for pid in first:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: len(children(at)) == 2 and not set(first) & set(children(at)))
+        with at.client(text) as a:
+            assert len(a.rows("select generate_series(1, 9)")) == 4
+        eventually(lambda: "".join(at.stderr).count("no command reaches this worker: cannot make the control") == 2)
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(disk.folder)], check=True)
+    assert control.ask_all(disk.folder, {"do": "ping"}) == []
+    assert at.process is not None
+    at.process.send_signal(signal.SIGHUP)
+    eventually(lambda: len(control.ask_all(disk.folder, {"do": "ping"})) == 2)
+    at.stop()
+    events = [line["event"] for line in at.audit()]
+    assert [events.count(f"server.{what}") for what in ("started", "stopped")] == [4, 2]
+    assert "Traceback" not in "".join(at.stderr)
 
 
 def test_ids_are_kept_out_also_where_their_file_cannot_even_be_read(

@@ -25,7 +25,7 @@ import chain
 from mcpctl import config
 from mcpctl.calls import Request
 from mcpctl.cli import serve
-from mcpctl.config_keys import Server, Settings, Tls
+from mcpctl.config_keys import Metrics, Server, Settings, Tls
 from mcpctl.errors import ConfigError, Error
 from mcpctl.server import workers
 from mcpctl.server.exchange import App, Receive, Scope, Send
@@ -139,6 +139,7 @@ def test_what_cannot_change_is_named_and_a_restart_asked_for(make_site: MakeSite
 
 
 def test_what_cannot_change_while_it_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "reload.md").read_text(encoding="utf-8")
     old = Listening(Settings(), port=4711)
     server = Server()
     for new, key in (
@@ -149,6 +150,10 @@ def test_what_cannot_change_while_it_runs() -> None:
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=f"^{key} cannot change"):
             old.check_successor(Listening(Settings(server=new)))
+        assert f"`{key}`" in page
+    with pytest.raises(ConfigError, match=r"^metrics\.host, metrics\.port cannot change"):
+        old.check_successor(Listening(Settings(metrics=Metrics("::1", 9100))))
+    assert "`metrics.host`, `metrics.port`" in page
     old.check_successor(Listening(Settings(server=replace(server, public_url="https://x"))))
 
 

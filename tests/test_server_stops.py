@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable
@@ -10,6 +11,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from chain import lines
+from command_line import Home
+from mcpctl import config
+from mcpctl.errors import ConfigError
+from mcpctl.server.parts import running
 from site_of_mcpctl import Shop, Site, eventually
 
 MakeSite = Callable[..., Site]
@@ -24,6 +30,19 @@ def test_stopping_ends_what_runs_and_leaves_no_backend(make_site: MakeSite, newe
         eventually(lambda pid=pid: not newest_shop.backends(f"pid = {pid}"), 3)
         assert not list(at.folder.glob("control.*.sock"))
         assert at.audit()[-1]["event"] == "server.stopped"
+
+
+def test_what_never_started_does_not_stop_in_the_log(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home", extra=f"server: {{runtime_dir: {tmp_path / 'none'}}}\n")
+
+    async def run() -> None:
+        async with running(config.load(home.config), files=True):
+            pass
+
+    with pytest.raises(ConfigError, match="cannot make the control socket"):
+        asyncio.run(run())
+    log = home.folder / "audit.jsonl"
+    assert not log.exists() or [line for line in lines(log) if line["event"].startswith("server.")] == []
 
 
 def test_more_workers_than_the_login_roles_have_room_for_are_warned_of(make_site: MakeSite, newest_shop: Shop) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import httpx
 import pytest
 
 import chain
+from mcpctl import control
 from site_of_mcpctl import Shop, Site, eventually, in_background
 
 MakeSite = Callable[..., Site]
@@ -72,6 +74,36 @@ def test_one_is_killed_under_load_and_the_other_goes_on(make_site: MakeSite, new
     assert {f"select '{mark}'" for mark in answered} <= kept  # no line is lost that was answered for
     at.stop()
     assert chain.verify(at.folder / "audit.jsonl", key=bytes.fromhex((at.folder / "audit.key").read_text())) > 0
+
+
+def test_who_is_kept_out_in_memory_alone_stays_out_whether_workers_die_or_hang(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop)
+    (name, text), (canary, used) = at.token(), at.token()
+    with at.config.open("a") as file:
+        file.write(f"canaries: {{tokens: [{canary}]}}\n")
+    at.start("--workers", "2")
+    store = sqlite3.connect(at.folder / "state.db", isolation_level=None)
+    store.execute("BEGIN IMMEDIATE")
+    with at.client(used) as a:
+        assert a.call("whoami").status_code == 401
+    assert len(control.ask_all(at.folder, {"do": "bar", "tokens": [name]})) == 2
+    for count in (2, 1):
+        kill, hung = children(at)[:count], children(at)[count:]
+        for pid in hung:
+            os.kill(pid, signal.SIGSTOP)
+        for pid in kill:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: len(children(at)) == 2 and not set(kill) & set(children(at)))  # noqa: B023
+        for one in (text, used):
+            with at.client(one) as a:
+                assert a.call("whoami").status_code == 401
+        for pid in hung:
+            os.kill(pid, signal.SIGCONT)
+    assert f"kept out\t{name}" in at.run("status").stdout
+    assert "".join(at.stderr).count("ALERT canary") == 1
+    store.close()
 
 
 def test_the_connections_of_a_killed_worker_end(make_site: MakeSite, newest_shop: Shop) -> None:

@@ -17,6 +17,7 @@ from mcpctl.identity.tokens import Token, rfc3339, utcnow
 from mcpctl.postgres.statement import StatementError
 from mcpctl.postgres.token_pool import Guard
 from mcpctl.recorder import Recorder
+from mcpctl.shared_table import Table
 from mcpctl.state import State
 
 log = logging.getLogger("mcpctl.canaries")
@@ -24,7 +25,7 @@ log = logging.getLogger("mcpctl.canaries")
 
 class Canaries:
     """Those of one installation, and the tokens that they have blocked. `unwritten` are those that the store has had
-    no room for yet; they outlive this object."""
+    no room for yet, {token: (at, reason)}, by any worker; they outlive this object."""
 
     def __init__(
         self,
@@ -33,7 +34,7 @@ class Canaries:
         authenticator: Authenticator,
         recorder: Recorder,
         twins: Mapping[str, Sequence[str]] = {},
-        unwritten: dict[str, Block] | None = None,
+        unwritten: Table | None = None,
         now: Callable[[], datetime] = utcnow,
     ) -> None:
         wanted = settings.canaries
@@ -46,7 +47,7 @@ class Canaries:
         self._authenticator = authenticator
         self._recorder = recorder
         self._now = now
-        self.unwritten: dict[str, Block] = {} if unwritten is None else unwritten
+        self.unwritten = unwritten or Table()
         self._known: dict[str, str] = {}
         self._needed = state.must_exist
         self._said: str | None = None
@@ -59,17 +60,20 @@ class Canaries:
         self._keep_out()
 
     def _keep_out(self) -> None:
-        new = {token: one.words for token, one in self.unwritten.items()}
+        new = {token: one.words for token, one in self._new().items()}
         self._authenticator.keep_out("canary", {**new, **self._known})
+
+    def _new(self) -> dict[str, Block]:
+        return {token: Block(*one) for token, one in self.unwritten.read().items()}
 
     def look(self) -> None:
         """Take note of who is blocked now. While nobody can say, nobody is let in; while the store is only busy or
         full, or there is no canary, those count whom we know of."""
         before, self._said, self._authenticator.broken = self._said, None, None
         try:
-            if self.unwritten:
-                self._blocked.block(self.unwritten)
-                self.unwritten.clear()
+            if new := self._new():
+                self._blocked.block(new)
+                self.unwritten.change({}, less=new)
             self.start()
         except Error as problem:
             self._said = problem.message
@@ -112,5 +116,5 @@ class Canaries:
         log.error("ALERT canary: %s, from %s: %s", who, address or "this machine", why)
         self._recorder.note("token.blocked", token=token, user=user, client_ip=address, reason=why, **fields)
         if token is not None:
-            self.unwritten[token] = Block(rfc3339(self._now()), why)
+            self.unwritten.change({token: (rfc3339(self._now()), why)})
             self.look()

@@ -24,6 +24,7 @@ from typing import IO, NamedTuple
 
 from mcpctl import private_file
 from mcpctl.errors import NotFoundError
+from mcpctl.shared_table import Table
 
 try:
     import fcntl
@@ -79,7 +80,7 @@ class Counters:
 
     Made before the workers are forked, each of which then takes its place (`as_worker`). `path`: the file that they
     come from and are saved in; None, or a system without fork: in memory alone. `booted`: when the clock began that
-    its times are of.
+    its times are of. `told` and `unwritten` are tables that lie beside, of whom Process and Canaries keep out.
     """
 
     def __init__(self, path: Path | None = None, *, workers: int = 1, booted: float | None = None) -> None:
@@ -88,6 +89,7 @@ class Counters:
         self._workers = Struct(f"{workers}H")
         self._map = mmap.mmap(-1, SIZE)
         self._lock = _lock_file() if workers > 1 and fcntl is not None else None
+        self.told, self.unwritten = Table(self), Table(self)
         self._without_until = 0.0
         self._booted = time.time() - time.monotonic() if booted is None else booted
         self._salt = secrets.token_bytes(16)

@@ -3,10 +3,12 @@
 import asyncio
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from mcpctl import __version__
@@ -15,7 +17,6 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.identity import tokens
 from mcpctl.identity.authenticate import Authenticator
-from mcpctl.identity.blocked import Block
 from mcpctl.identity.principal import Principal
 from mcpctl.metrics import Metrics, Sample
 from mcpctl.postgres.logins import Logins
@@ -46,9 +47,9 @@ class Place:
 
 class Process:
     """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late, `counters`
-    what the limits count: all workers of a server have the same. `told` is whom a command has told us to keep out
-    although no file says so, {token: why}, "" for all; `kept_out` and `unwritten` are who is let in by no generation:
-    see Authenticator and Canaries."""
+    what the limits count: all workers of a server have the same, and `told`, whom a command has told one of them to
+    keep out although no file says so, {token: why}, "" for all. `kept_out` is who is let in by no generation, see
+    Authenticator."""
 
     def __init__(self, place: Place, counters: Counters | None = None) -> None:
         self.place = place
@@ -58,7 +59,7 @@ class Process:
         self.lag: Callable[[], float] = lambda: 0.0
         self.turned_away: Callable[[], int] = lambda: 0
         """Connections that were closed for want of file descriptors."""
-        self.told: dict[str, str] = {}
+        self.told = self.counters.told
         self.begun = time.time()
         self.over: dict[str, datetime | None] = {}
         self.greeted = Greeted()
@@ -67,7 +68,8 @@ class Process:
         self.ends: Callable[[], datetime | None] = lambda: None
         """When the certificate that is served ends."""
         self.kept_out: dict[str, Mapping[str, str]] = {}
-        self.unwritten: dict[str, Block] = {}
+        self.sockets: list[tuple[socket.socket, Path]] = []
+        """The control sockets that it listens on, one for each generation."""
 
     async def save(self) -> None:
         """Save what is counted now and then: one worker does."""

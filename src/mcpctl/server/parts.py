@@ -74,8 +74,6 @@ async def running(
         over=process.over,
         kept_out=process.kept_out,
     )
-    authenticator.keep_out("command", process.told)
-    authenticator.lockdown.held = "" in process.told
     if not files:
         authenticator.check_local()
     elif process.begins or again:  # who takes a dead worker's place refuses calls meanwhile, as the others do
@@ -111,23 +109,23 @@ async def running(
     logins.brought = own.has
     if files:
         own.start()
-    canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins, process.unwritten)
+    canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins, process.counters.unwritten)
     if files:
         canaries.start()
     calls = Calls(settings, logins, own, pools, recorder, limiter, canaries, durable.answering)
     folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
-    watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own)
+    watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own, process.told)
     watch.answers.add({"audit_end": durable.end})
     watch.was_cut = metrics.cut
-    watch.told = process.told
+    watch.hear()
     live = Live(settings, process, authenticator, logins, pools, calls, recorder)
     watch.answers.add(live.answers())
     core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live)
-    tasks = []
+    tasks, begun = [], False
     try:
         async with contextlib.AsyncExitStack() as stack:
             if files:
-                await stack.enter_async_context(watch.listening())
+                await stack.enter_async_context(watch.listening(process.sockets, begins=process.begins))
                 if not again:
                     await watch.learn()
             tasks.append(asyncio.create_task(watch.run() if files else watch.look_for_lock()))
@@ -136,6 +134,7 @@ async def running(
                     "server.started", reason=f"mcpctl {__version__}, pid {os.getpid()}, config {digest(settings)}"
                 )
             tasks.append(asyncio.create_task(durable.run()))
+            begun = True
             yield core
     finally:
         for task in tasks:
@@ -143,7 +142,7 @@ async def running(
         await asyncio.gather(*tasks, return_exceptions=True)
         await pools.close()
         recorder.flush(everything=True)
-        if not core.quiet:
+        if begun and not core.quiet:
             recorder.note("server.stopped", reason=f"pid {os.getpid()}")
         recorder.close()
         await durable.close()

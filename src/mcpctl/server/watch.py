@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from typing import Any
 from mcpctl import control
 from mcpctl.audit.log import EVENTS, FIELDS
 from mcpctl.calls import Calls
-from mcpctl.errors import Error, LockedError
+from mcpctl.errors import ConfigError, Error, LockedError
 from mcpctl.identity.authenticate import LOCKED, Authenticator
-from mcpctl.identity.blocked import Block
 from mcpctl.identity.tokens import EXPIRING, utcnow
 from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
 from mcpctl.recorder import Recorder
 from mcpctl.server.answers import Answers, values
+from mcpctl.shared_table import Table
 
 log = logging.getLogger("mcpctl.watch")
 TICK = 0.2
@@ -51,6 +51,7 @@ class Watch:
         end_streams: Callable[[], int],
         keys: Callable[[], list[str]] = list,
         own: Own | None = None,
+        told: Table | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._calls = calls
@@ -64,7 +65,8 @@ class Watch:
         self.answers.add({"reload": self._reloaded, "lock": self._locked, "bar": self._barred, "note": self._noted})
         self.answers.add({"kept_out": self._kept_out})
         self.was_cut: Callable[[str, int, int], None] = lambda reason, queries, left: None
-        self.told: dict[str, str] = {}
+        self.told = told or Table()
+        self._heard: Mapping[str, str] = {}
         self._cuts: dict[str, asyncio.Task[Cut]] = {}
         self._warned: dict[str, int] = {}
         self._broken: str | None = None
@@ -132,6 +134,7 @@ class Watch:
                 log.exception("looking after the pools failed; it is tried again")
 
     def _look(self) -> None:
+        self.hear()
         try:
             self._authenticator.refresh()
         except Error as problem:
@@ -179,19 +182,37 @@ class Watch:
     # -- the control socket --------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def listening(self) -> Any:
-        """Answer on the control socket as long as the block runs. Where there are no such sockets, don't."""
-        if not hasattr(socket, "AF_UNIX"):
+    async def listening(self, there: list[tuple[socket.socket, Path]], *, begins: bool) -> Any:
+        """Answer on the control socket as long as the block runs. Where there are no such sockets, don't. `there` are
+        those of this process; `begins`: whether the server starts, which then wants one."""
+        found = self._listen(there, begins) if hasattr(socket, "AF_UNIX") else None
+        if found is None:
             yield
             return
-        made, path = control.listen(self._folder)
+        made, path = found
         self._own = path
+        there.append(found)
         server = await asyncio.start_unix_server(self._serve, sock=made, limit=_REQUEST)
         try:
             yield
         finally:
             server.close()
-            path.unlink(missing_ok=True)
+            there.remove(found)
+            if all(path != other for _, other in there):
+                with contextlib.suppress(OSError):  # swept by whoever can
+                    path.unlink(missing_ok=True)
+
+    def _listen(self, there: list[tuple[socket.socket, Path]], begins: bool) -> tuple[socket.socket, Path] | None:
+        """A socket, where none can be made that which is there; a dead worker's place is taken without one, too."""
+        try:
+            return control.listen(self._folder)
+        except ConfigError as problem:
+            if there:
+                return there[-1][0].dup(), there[-1][1]
+            if begins:
+                raise
+            log.error("no command reaches this worker: %s", problem.message)
+            return None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -218,10 +239,9 @@ class Watch:
         lock = self._authenticator.lockdown
         before = lock.held
         if "now" in request:
-            lock.held = bool(request["now"])
-            self.told.pop("", None)
-            if lock.held:
-                self.told[""] = "locked"
+            now = bool(request["now"])
+            self.told.change({"": "locked"} if now else {}, less=[] if now else [""])
+            self.hear()
         self._lock_noted = lock.on()
         return {**values(await self._settle(None)), "lifted": before and not lock.held}
 
@@ -232,21 +252,25 @@ class Watch:
         return values(await self._settle(tokens))
 
     def _bar(self, tokens: list[str]) -> None:
-        self.told |= dict.fromkeys(tokens, "revoked, but not in the file")
-        self._authenticator.lockdown.held = "" in self.told
-        self._lock_noted = self._authenticator.lockdown.on()
-        self._authenticator.keep_out("command", self.told)
+        self.told.change(dict.fromkeys(tokens, "revoked, but not in the file"))
+        self.hear()
+
+    def hear(self) -> None:
+        """Keep out whom a command has told this worker, or another one, to keep out."""
+        if (told := self.told.read()) != self._heard:
+            self._heard = told
+            self._authenticator.lockdown.held = "" in told
+            self._lock_noted = self._authenticator.lockdown.on()
+            self._authenticator.keep_out("command", told)
 
     async def _kept_out(self, request: dict[str, Any]) -> dict[str, Any]:
-        blocked = {token: [one.at, one.reason] for token, one in self._calls.canaries.unwritten.items()}
-        return {"barred": [*self.told], "blocked": blocked}
+        return {"barred": [*self.told.read()], "blocked": self._calls.canaries.unwritten.read()}
 
     async def learn(self) -> None:
-        """Keep out whom the others keep out without any file saying so."""
+        """Keep out whom other servers keep out without any file saying so."""
         for answer in await self.ask_others({"do": "kept_out"}):
             self._bar(answer.get("barred", []))
-            for token, (at, reason) in answer.get("blocked", {}).items():
-                self._calls.canaries.unwritten.setdefault(token, Block(at, reason))
+            self._calls.canaries.unwritten.change(answer.get("blocked", {}))
         self._calls.canaries.look()
 
     async def _noted(self, request: dict[str, Any]) -> dict[str, Any]:
