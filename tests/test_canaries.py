@@ -63,7 +63,11 @@ def honey(shop: Shop) -> Shop:
             'CREATE TABLE IF NOT EXISTS honey (id int); CREATE TABLE IF NOT EXISTS "Odd.Name" (id int);'
             "CREATE TABLE IF NOT EXISTS tips (id int); INSERT INTO honey VALUES (42);"
             "CREATE OR REPLACE VIEW honey_view AS SELECT * FROM honey;"
-            'GRANT SELECT ON honey, "Odd.Name", honey_view, tips TO shop_reader; GRANT INSERT ON tips TO shop_reader'
+            'GRANT SELECT ON honey, "Odd.Name", honey_view, tips TO shop_reader; GRANT INSERT ON tips TO shop_reader;'
+            "CREATE OR REPLACE FUNCTION peek(name regclass) RETURNS text LANGUAGE plpgsql AS $$ DECLARE found text;"
+            " BEGIN EXECUTE format('SELECT max(id) FROM %s', name) INTO found; RETURN found; END $$;"
+            "CREATE OR REPLACE FUNCTION glance(name regclass) RETURNS text LANGUAGE sql PARALLEL SAFE"
+            " AS 'SELECT peek(name)'"
         )
     return shop
 
@@ -176,6 +180,45 @@ def test_a_plan_that_cannot_be_seen_is_not_answered(at: Site) -> None:
     assert name
 
 
+HIDDEN = {
+    "in an error": "select ('x' || peek('honey'))::int",
+    "in the error of an explain": "explain (analyze) select ('x' || peek('honey'))::int",
+    "in an answer that is cut off": "select case when g = 1 then peek('honey') else repeat('x', 200) end"
+    " from generate_series(1, 3000000) g",
+}
+
+
+@pytest.mark.parametrize("query", HIDDEN.values(), ids=HIDDEN.keys())
+def test_what_functions_have_read_does_not_leave_where_nobody_can_say_what_it_was(at: Site, query: str) -> None:
+    with at.client(at.token()[1]) as a:
+        answer = a.call("query_database", {"query": query})
+        assert "42" not in answer.text
+        assert answer.json()["result"]["isError"], answer.text
+        assert a.rows("select g from generate_series(1, 3000000) g limit 1") == [[1]]
+        cut = a.call("query_database", {"query": "select * from generate_series(1, 3000000)"}).json()["result"]
+        assert cut["structuredContent"]["truncated"]
+        assert (
+            "division by zero"
+            in a.call("query_database", {"query": "select 1 / count(*) from orders where false"}).text
+        )
+
+
+def test_a_text_that_read_something_else_before_is_looked_at_each_time(at: Site) -> None:
+    query = "select glance((case when exists (select from tips where id = -7) then 'honey' else 'tips' end)::regclass)"
+    name, text = at.token()
+    with at.client(text) as a:
+        assert a.call("query_database", {"query": query}).status_code == 200
+        with at.shop.admin() as admin:
+            admin.execute("INSERT INTO tips VALUES (-7)")
+        try:
+            answer = a.call("query_database", {"query": query})
+        finally:
+            with at.shop.admin() as admin:
+                admin.execute("DELETE FROM tips WHERE id = -7")
+        assert (answer.status_code, "42" in answer.text) == (401, False)
+    assert list(blocked(at)) == [name]
+
+
 def test_the_first_use_of_a_canary_token_blocks_it_also_over_stdio(make_site: MakeSite, newest_shop: Shop) -> None:
     at = make_site(newest_shop)
     name, text = at.token()
@@ -214,7 +257,7 @@ def test_while_nobody_can_say_who_is_blocked_nobody_is_let_in(make_site: MakeSit
         assert a.rows("select 1") == [[1]]
         store.rename(at.folder / "away")
         eventually(lambda: a.call("whoami").status_code == 503)
-        assert f"there is no {store}, which says which tokens are blocked" in "".join(at.stderr)
+        eventually(lambda: f"there is no {store}, which says which tokens are blocked" in "".join(at.stderr))
         assert httpx.get(at.url.removesuffix("/mcp") + "/ready", trust_env=False).status_code == 503
         (at.folder / "away").rename(store)
         eventually(lambda: a.call("whoami").status_code == 200)

@@ -97,7 +97,10 @@ class Canaries:
 
         def look(relations: tuple[str, ...] | None) -> None:
             if relations is None:
-                raise StatementError("PostgreSQL did not say which tables this reads, and so it is not answered", {})
+                raise StatementError(
+                    "PostgreSQL did not say which tables this reads, and so it is not answered",
+                    {"hint": "if it was cut off, ask for fewer rows with LIMIT"},
+                )
             if touched := sorted(tables & set(relations)):
                 what = ", ".join(f"{database}.{one}" for one in touched)
                 fields = {"database": database, "relations": touched}

@@ -175,15 +175,17 @@ class Exchange:
                 return await self._framed(wire, text, params)
             verdict, use = await self._judged(wire, text), self.session.use
             self._leaves_nothing = verdict.leaves_nothing
-            must = verdict.relations is None and use.guard is not None
-            rows = await self._framed(wire, text, (), look=must or use.unseen, must=must)
+            guarded = use.guard is not None  # then each run is looked at: a function may read another table each time
+            must = guarded and not (verdict.leaves_nothing and verdict.relations is not None)
+            look = guarded or use.unseen
+            rows = await self._framed(wire, text, (), look=look, must=must)
             if not (verdict.seen or use.unseen):
                 more = replace(verdict, relations=use.relations, seen=True)
                 self._verdicts.remember(self._verdicts.key(self.session.login, text), more)
             unknown = self._types.unknown(rows.types)
             if unknown and self._clean:  # made anew since the text was judged
                 await self._learn(wire, unknown)
-                rows = await self._framed(wire, text, ())
+                rows = await self._framed(wire, text, (), look=look, must=must)
             self._clean = self._clean and wire.grown <= _KEPT
             return rows
 
@@ -368,12 +370,12 @@ class Exchange:
             if failed is None:
                 raise
             self._clean = False  # PostgreSQL's last words come before its end
-            raise failed from None
+            raise withheld(failed) if must else failed from None
         finally:
             if stop is not None:
                 await asyncio.shield(stop)
         if failed is not None:
-            raise failed
+            raise withheld(failed) if must else failed
         if look:
             self.see(locked, must=must)
         return answer.done()
@@ -433,6 +435,18 @@ def error(result: Any) -> StatementError:
     if result.status == _Status.PIPELINE_ABORTED:
         return StatementError("the statement was not run", {})
     return _said(result)
+
+
+def withheld(failed: StatementError) -> StatementError:
+    """An error without its words, which may hold a row of what nobody may read: what it has read nobody can say."""
+    state = failed.fields.get("sqlstate", "none")
+    return StatementError(
+        f"it failed (SQLSTATE {state}), and PostgreSQL's words are withheld: they may hold what nobody may read",
+        {
+            "sqlstate": state,
+            "hint": "here are canary tables, and PostgreSQL does not say what a statement that fails has read",
+        },
+    )
 
 
 def _said(result: Any) -> StatementError:
