@@ -129,9 +129,11 @@ def test_a_line_that_is_changed_removed_added_or_moved_is_seen(
 
 
 def test_a_line_made_with_another_key_is_seen(written: list[bytes], path: Path) -> None:
-    forger = AuditLog(path, bytes(32), lambda: NOW)
-    forger.append("auth.ok")
-    forger.close()
+    last = lines(path)[-1]
+    end = audit_log.End(0, 0, last["seq"], last["hash"])
+    forged, _ = AuditLog(path, bytes(32), lambda: NOW)._line(end, {"event": "auth.ok"})
+    with path.open("ab") as file:
+        file.write(forged)
     with pytest.raises(AssertionError, match="hash"):
         verify(path)
 

@@ -215,7 +215,7 @@ def test_the_beginning_and_the_end_are_on_disk_before_they_are_anchored(book: Ma
     assert asyncio.run(found.durable.end({}))["seq"] == 2
 
 
-def test_no_calls_answer_leaves_before_its_line_is_on_disk_and_a_cancelled_call_ends_no_sooner(
+def test_no_calls_answer_leaves_before_its_line_is_on_disk_and_where_that_fails_a_line_says_so(
     make_site: Callable[..., Site], newest_shop: Shop
 ) -> None:
     at = make_site(newest_shop, extra="audit: {sync: answer}\n")
@@ -245,5 +245,14 @@ def test_no_calls_answer_leaves_before_its_line_is_on_disk_and_a_cancelled_call_
             await asyncio.wait([sleeping])
             assert sleeping.cancelled()
             assert len(disk.done) <= 3  # 21 calls
+            disk.problem = OSError(errno.EIO, "Input/output error")
+            with pytest.raises(UnavailableError):
+                await call("whoami")
+            assert (at.audit()[-1]["event"], at.audit()[-1]["outcome"]) == ("tool.called", "ok")
+            disk.problem = None
+            core.recorder.catch_up()
+            told = at.audit()[-1]
+            assert (told["event"], told["outcome"], told["request_id"]) == ("tool.refused", "error", "r")
+            assert "its answer did not leave" in told["reason"]
 
     asyncio.run(main())

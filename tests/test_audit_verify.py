@@ -182,10 +182,36 @@ def test_no_log_another_key_and_what_cannot_be_unpacked_are_errors(path: Path) -
 
 def test_a_line_of_another_key_within_the_log_was_changed(path: Path) -> None:
     write(path, 3)
-    write(path, 1, OTHER)
+    other, last = path.with_name("other"), chain.lines(path)[-1]
+    write(other, 1, OTHER)
+    path.write_bytes(path.read_bytes() + other.read_bytes().replace(b'"seq":1,', b'"seq":%d,' % (last["seq"] + 1)))
     fault = broken(path)
     assert (fault.kind, fault.line) == ("changed", 4)
     assert "its key_id, ae216c2e, is another key's" in fault.reason
+
+
+def test_a_log_of_another_key_is_not_written_and_what_is_kept_beside_it_comes_when_the_key_is_back(path: Path) -> None:
+    write(path, 3)
+    before = path.read_bytes()
+    other = opened(path, OTHER)
+    with pytest.raises(ConfigError, match=r"was written with another audit\.key") as refused:
+        other.check_key()
+    assert "restore audit.key" in (refused.value.hint or "")
+    for write_it in (other.check, lambda: other.append("token.revoked")):
+        with pytest.raises(UnavailableError, match=r"was written with another audit\.key"):
+            write_it()
+    other.keep("token.revoked", token="1hrspjl1")
+    assert path.read_bytes() == before
+    log = opened(path)
+    log.catch_up()
+    log.close()
+    assert (chain.verify(path), chain.lines(path)[-1]["token"]) == (4, "1hrspjl1")
+    elsewhere = path.parent / "elsewhere"
+    elsewhere.mkdir()
+    path.rename(elsewhere / path.name)
+    other.append("auth.ok")
+    other.close()
+    assert chain.verify(path, key=OTHER) == 1
 
 
 def test_a_file_that_was_converted_and_a_packed_one_of_any_name_are_known_as_such(path: Path) -> None:
@@ -239,6 +265,11 @@ def test_what_the_command_cannot_do_it_says(tmp_path: Path) -> None:
     assert (done.code, "written with another key" in done.error) == (3, True)
     log = home.folder / "audit.jsonl"
     before = log.read_bytes()
+    done = home("user", "disable", "alice")
+    assert (done.code, "was written with another audit.key" in done.err) == (0, True)
+    for refused in (("config", "check"), ("user", "add", "bob"), ("doctor",)):
+        done = home(*refused)
+        assert (done.code != 0, "was written with another audit.key" in done.out + done.err) == (True, True), refused
     done = home("audit", "rotate")
     assert (done.code, "was not written with the key that we have" in done.error) == (3, True)
     assert log.read_bytes() == before

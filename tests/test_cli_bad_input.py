@@ -85,7 +85,10 @@ def test_odd_names_notes_and_limits_are_refused(home: Home) -> None:
     )
     all_of(
         home,
-        [[*add, "--allow-ip", text] for text in [*ODD, "10.0.0.1/8", "300.1.1.1", "1", "::1/200", "localhost"]],
+        [
+            [*add, "--allow-ip", text]
+            for text in [*ODD, "10.0.0.1/8", "300.1.1.1", "1", "::1/200", "fe80::1%eth0", "localhost"]
+        ],
         {2},
     )
 

@@ -52,6 +52,12 @@ def test_token_list_tells_how_each_is_used_by_the_log_of_30_days(home: Home) -> 
     path = home.folder / "audit.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[2:]))
     assert "the log here begins with line 3" in home("token", "list", "--usage").err
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[::2]))
+    for arguments in ((), ("--json",)):
+        done = home("token", "list", "--usage", *arguments)
+        assert (done.code, one in done.out, "the log is not whole: lines 4 to 4 are missing" in done.err) == (
+            1, True, True,
+        )  # fmt: skip
 
 
 def test_a_line_that_counts_refusals_counts_as_many_and_is_no_later_use(home: Home) -> None:

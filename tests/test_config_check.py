@@ -6,6 +6,7 @@ import os
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import trustme
@@ -13,7 +14,9 @@ import trustme
 import mcpctl
 from command_line import Home, run
 from mcpctl import config
+from mcpctl.cli import config as config_command
 from mcpctl.errors import ConfigError
+from test_control import process
 
 
 @pytest.fixture
@@ -209,3 +212,20 @@ def test_what_an_incident_needs_is_not_forgiven_and_says_what_locks_at_once(tmp_
     with pytest.raises(ConfigError) as caught:
         config.load(path, {}, forgiven=[])
     assert "`touch lockdown` beside tokens.yaml" in (caught.value.hint or "")
+
+
+def test_a_reload_names_at_once_who_does_not_answer_and_waits_on(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(config_command, "_SILENT", 0.2)
+    monkeypatch.setattr(config_command, "_PATIENCE", 1)
+    with (
+        process(home.folder, "4711.x", None),
+        process(home.folder, "4712.x", b'{"ok": true, "said": "changed: log"}\n') as asked,
+    ):
+        config_command.reload(Mock(), config=home.config)
+    told = capsys.readouterr()
+    assert told.out == "changed: log\n"
+    assert [one["do"] for one in asked] == ["keys", "reload"]
+    assert "process 4711 does not answer; it is waited for, 1 seconds at most" in told.err
+    assert "process 4712" not in told.err

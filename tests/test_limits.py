@@ -280,6 +280,7 @@ def test_failed_sign_ins_are_counted_from_the_first_for_a_quarter_of_an_hour() -
         ("limits: {users: {named: {10.0.0.0/8: {rate: 1}}}}", "limits.users.named: 10.0.0.0/8 is not one of users"),
         ("limits: {addresses: {named: {alice: {rate: 1}}}}", "limits.addresses.named: alice is not one of addresses"),
         ("limits: {addresses: {named: {10.0.0.1/8: {rate: 1}}}}", "limits.addresses.named.10.0.0.1/8: a name is"),
+        ("limits: {addresses: {named: {'fe80::1%eth0': {rate: 1}}}}", "limits.addresses.named.fe80::1%eth0: a name is"),
         ("limits: {users: {named: {alice: {rates: 1}}}}", "did you mean rate?"),
         ("limits: {addresses: {named: {'2001:db8::/48': {rate: 1}, '2001:DB8:0::/48': {rate: 2}}}}", "there already"),
         ("limits: {budgets: {week: {calls: 1}}}", "limits.budgets.week: there is no such key"),

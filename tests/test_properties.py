@@ -224,6 +224,7 @@ def test_any_headers_are_a_credential_and_an_address_or_an_error(headers: list[t
         ("198.51.100.1, [2001:db8::1]:44", "2001:db8::1"),
         ('"[2001:db8::1]"', "2001:db8::1"),
         ("[::ffff:192.0.2.1]:1", "192.0.2.1"),
+        ("2001:0DB8:0:0:0:0:0:1", "2001:db8::1"),
         *((text, None) for text in ("", "unknown", "192.0.2.1:x", "[192.0.2.1", "192.0.2.1,", "2001:db8::1%x")),
     ],
 )

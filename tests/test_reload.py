@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import chain
 from mcpctl import config
 from mcpctl.calls import Request
 from mcpctl.cli import serve
@@ -274,6 +275,28 @@ def test_flags_stay_above_the_file_and_keys_and_passwords_are_read_anew(make_sit
         (at.folder / "shop.password").write_text("reader's own secret\n")
         at.run("config", "reload")
         assert a.rows("select 1") == [[1]]
+
+
+@both
+def test_another_audit_key_than_the_logs_is_refused_at_once_and_at_a_start(
+    make_site: MakeSite, newest_shop: Shop, workers: str
+) -> None:
+    at = make_site(newest_shop).start("--workers", workers)
+    key = at.folder / "audit.key"
+    before = key.read_text()
+    with at.client(at.token()[1]) as a:
+        key.write_text("00" * 32 + "\n")
+        refused = at.run("config", "reload", check=False)
+        assert refused.returncode == 1
+        assert "was written with another audit.key" in refused.stderr
+        assert "restore audit.key from the backup" in refused.stderr
+        assert a.rows("select 1") == [[1]]
+        eventually(lambda: [event for event, _ in reloads(at)] == ["config.reload_refused"])
+    at.stop()
+    not_started = at.run("serve", "--port", "0", "--workers", workers, check=False)
+    assert "was written with another audit.key" in not_started.stderr
+    assert not_started.returncode == (3 if workers == "1" else 1)
+    chain.verify(at.folder / "audit.jsonl", key=bytes.fromhex(before))
 
 
 def test_a_revocation_reaches_what_runs_on_the_old_config(make_site: MakeSite, newest_shop: Shop) -> None:

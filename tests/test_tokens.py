@@ -150,7 +150,7 @@ def test_what_is_added_is_read_back_whole_and_the_secret_is_nowhere_in_the_file(
         expires_at=NOW + DAY,
         databases=("shop",),
         permissions=("tools:*",),
-        allow_ips=(network("10.0.0.0/8"), network("2001:db8::/32")),
+        allow_ips=(network("10.0.0.0/8"), network("2001:db8::/32"), network("fe80::1%eth0", scoped=True)),
         note="Alice's: {laptop}, #1 'x' \"y\" é 你 - & * !tag %",
     )
     entry, text = tokens.add(file, wanted, NOW)

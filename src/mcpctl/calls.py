@@ -245,7 +245,12 @@ class Calls:
                     event, **base, **facts.values, elapsed_ms=elapsed(begun), outcome=outcome,
                     reason=facts.reason(reason),
                 )  # fmt: skip
-            await self._answering()
+            try:
+                await self._answering()
+            except UnavailableError:  # the line that stands there, or is lost, may say ok
+                withheld = "its answer did not leave: its line was not known to be on disk"
+                self._recorder.note("tool.refused", **base, outcome="error", reason=withheld)
+                raise
 
     def _charge(self, principal: Principal, facts: _Facts) -> None:
         """Charge a call to the budgets, however it ended."""

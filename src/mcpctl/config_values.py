@@ -147,12 +147,14 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(text(item) for item in value)
 
 
-def network(value: Any) -> Network:
-    """An address or a network in CIDR notation."""
+def network(value: Any, *, scoped: bool = False) -> Network:
+    """An address or a network in CIDR notation; `scoped`: also with a scope id, which is not looked at."""
     try:
         found = ipaddress.ip_network(text(value))
         if isinstance(found, ipaddress.IPv6Network) and found.network_address.ipv4_mapped:
             raise ValueError(f"IPv4 is written as IPv4: {found.network_address.ipv4_mapped}")
+        if "%" in str(found) and not scoped:
+            raise ValueError("a scope id, % and what follows, is not looked at: leave it out")
         return found
     except ValueError as problem:
         raise ValueError(f"an address or network such as 10.0.0.0/8 ({problem})") from None

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mcpctl
 from mcpctl import certificates, keyring, private_file, reserve, rotation
+from mcpctl.audit import files as audit_files
 from mcpctl.audit import log as audit_log
 from mcpctl.audit import usage
 from mcpctl.config_keys import Settings
@@ -96,7 +97,8 @@ def _files(patient: Patient) -> Iterator[Finding]:
     auth = patient.settings.auth
     places = tenants.tenant_file(auth.tenant_file).current()
     counted = len(tokens.token_file(auth.token_file).current()), len(users.user_file(auth.user_file).current())
-    audit_log.read_key(patient.settings.audit.key_file)
+    chained = audit_log.read_key(patient.settings.audit.key_file)
+    audit_files.end_of(patient.settings.audit.file, audit_log.key_id(chained))
     yield Finding("files", OK, f"{counted[0]} tokens, {counted[1]} users; owners and modes are as they must be")
     if hasattr(os, "posix_fallocate") and not reserve.there(auth.token_file.parent):
         what = f"no room is kept for a full disk: {reserve.of(auth.token_file.parent)} is not there"

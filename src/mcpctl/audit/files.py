@@ -35,6 +35,11 @@ _ASIDE = (
     "`audit verify` will name what is wrong; else name another audit.file"
 )
 
+_RESTORE = (
+    "restore audit.key from the backup; if it is lost, move the log and its older files to another folder, and a new "
+    "log begins"
+)
+
 
 def open_moved(path: Path) -> int | None:
     """A file that was moved away, whatever group may read it by now; None where it cannot be the log of before."""
@@ -48,13 +53,20 @@ def open_moved(path: Path) -> int | None:
     return None
 
 
-def end_of(path: Path) -> "tuple[int, str] | None":
-    """Number and hash of the last line of a file that was moved away; None where it has not the form of one."""
+class AnotherKeyError(ConfigError):
+    """The log's last line was written with another key than the one at hand."""
+
+
+def end_of(path: Path, key_id: str | None = None) -> "tuple[int, str] | None":
+    """Number and hash of a file's last line; None where it has not the form of one. Raises AnotherKeyError where it was
+    not written with the key of that id, if one is given."""
     fd = open_moved(path)
     if fd is None:
         return None
     try:
-        return last_line(fd, os.fstat(fd).st_size, path)[0]
+        return last_line(fd, os.fstat(fd).st_size, path, key_id)[0]
+    except AnotherKeyError:
+        raise
     except ConfigError:
         return None
     finally:
@@ -153,9 +165,9 @@ def is_half(rest: bytes) -> bool:
     return line.startswith(BEGINNING) or BEGINNING.startswith(line)
 
 
-def last_line(fd: int, size: int, path: Path) -> "tuple[tuple[int, str] | None, int]":
+def last_line(fd: int, size: int, path: Path, key_id: str | None = None) -> "tuple[tuple[int, str] | None, int]":
     """Number and hash of the last whole line, and where it ends; what stands behind it is the half of one. Raises
-    ConfigError where it is none of a log."""
+    ConfigError where it is none of a log, AnotherKeyError where it is none of that key's."""
     tail, start = b"", size
     while start > 0 and tail[: tail.rfind(b"\n") + 1].rstrip(b"\n").count(b"\n") < 1:
         step = min(start, max(_FIRST_LOOK, len(tail)))
@@ -173,6 +185,8 @@ def last_line(fd: int, size: int, path: Path) -> "tuple[tuple[int, str] | None, 
     seq, digest = found.get("seq"), found.get("hash")
     if type(seq) is not int or seq < 1 or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise ConfigError(f"the last line of {path} is not one of mcpctl's", _ASIDE.format(path))
+    if key_id is not None and found.get("key_id") != key_id:
+        raise AnotherKeyError(f"the last line of {path} was written with another audit.key", _RESTORE)
     return (seq, digest), start + whole
 
 

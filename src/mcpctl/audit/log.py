@@ -150,6 +150,10 @@ class AuditLog:
                 self._sync_files([self._file])
             self._check_room()
 
+    def check_key(self) -> None:
+        """Raises ConfigError where the log's last line was written with another key, and for nothing else."""
+        files.end_of(self.path, self.key_id)
+
     def _check_room(self) -> None:
         if hasattr(os, "fstatvfs"):
             disk = os.fstatvfs(self._file)
@@ -306,7 +310,7 @@ class AuditLog:
 
     def _last_line(self, size: int) -> tuple[tuple[int, str] | None, int]:
         """Number and hash of the file's last line, and where it ends, once what a crash left there is mended."""
-        last, end = files.last_line(self._file, size, self.path)
+        last, end = files.last_line(self._file, size, self.path, self.key_id)
         if end < size:  # it was never acknowledged
             _logger.warning("%s: %d bytes at its end are no whole line, and are cut off", self.path, size - end)
             os.ftruncate(self._file, end)

@@ -1,5 +1,6 @@
 """mcpctl audit: who did what."""
 
+import contextlib
 import shutil
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from datetime import datetime
     from ipaddress import IPv4Network, IPv6Network
     from pathlib import Path
+
+    from mcpctl.audit.reading import Reading
 
     Network = IPv4Network | IPv6Network
 
@@ -52,12 +55,16 @@ def tail(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Show the end of the audit log; columns on a terminal. With --json each line as it is in the log."""
+    """Show the end of the audit log; columns on a terminal. With --json each line as it is in the log. Exits 1 where
+    lines may be missing in what it shows."""
     from mcpctl.audit import files as audit_files
+    from mcpctl.cli.audit_read import tell_of
 
     begin, network = moment("--since", since), _asked_network(ip)
     _check_event(event)
     found = settings(context, config, forgiving=True)
+    from mcpctl.audit.reading import Reading  # only now: who may not read the config is told that, and nothing else
+
     before = _last_number(found.audit.file) if follow else 0
     # opened at the end before the old lines are read, so that none between is lost
     newer = audit_files.follow(found.audit.file) if follow else None
@@ -74,10 +81,15 @@ def tail(
     if lines is None and since is None:
         lines = 10
     most = None if lines is None else min(lines, sys.maxsize)
-    known = _known(found.audit.file, begin, wanted, most)
+    reading = Reading(found.audit.file, begin)
+    known = _known(reading, wanted, most)
     if not (known or follow or most == 0):
         output.say("no line fits")
     heard = _show(known, json, sql)
+    with contextlib.suppress(typer.Exit) if follow else contextlib.nullcontext():
+        tell_of(reading)
+        if begin is None and reading.remarks:  # there are fewer lines than were asked for, and more may be elsewhere
+            raise typer.Exit(1)
     if newer is None or not heard:
         return
     last = max((audit_files.number(line) for line in known), default=0)
@@ -102,26 +114,17 @@ def _last_number(path: "Path") -> int:
         return 0
 
 
-def _known(
-    path: "Path", begin: "datetime | None", wanted: "Callable[[dict[str, Any]], bool]", most: int | None
-) -> list[dict[str, Any]]:
+def _known(reading: "Reading", wanted: "Callable[[dict[str, Any]], bool]", most: int | None) -> list[dict[str, Any]]:
     """The last lines that are wanted: from a time on through all files, else as far back as it takes."""
     from collections import deque
     from itertools import islice
 
-    from mcpctl.audit.reading import Reading
-
-    if begin is None:
-        return list(islice(filter(wanted, _all_lines(path)), most))[::-1]
-    reading = Reading(path, begin)
-    known = list(deque(filter(wanted, reading.lines(lambda line: True)), most))
-    for text in (reading.missing_before, *reading.remarks, *reading.faults):
-        if text:
-            output.warn(text)
-    return known
+    if reading.begin is None:
+        return list(islice(filter(wanted, _all_lines(reading.path, reading.remarks)), most))[::-1]
+    return list(deque(filter(wanted, reading.lines(lambda line: True)), most))
 
 
-def _all_lines(path: "Path") -> "Iterator[dict[str, Any]]":
+def _all_lines(path: "Path", remarks: list[str]) -> "Iterator[dict[str, Any]]":
     """The log's lines from the last to the first, through the files that were moved away."""
     from mcpctl.audit import files as audit_files
     from mcpctl.errors import NotFoundError
@@ -143,7 +146,7 @@ def _all_lines(path: "Path") -> "Iterator[dict[str, Any]]":
                 ends.pop(str(line.get("hash")), None)
             yield line
     if others:
-        output.warn(f"older lines may be in what is not read here: {', '.join(one.name for one in others)}")
+        remarks.append(f"older lines may be in what is not read here: {', '.join(one.name for one in others)}")
 
 
 def _asked_network(text: str | None) -> "Network | None":

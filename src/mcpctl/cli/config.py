@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _PATIENCE = 40
 """Seconds in which a server says what became of a reload: two that wait for each other's end."""
+_SILENT = 3.0
+"""Seconds after which a process that does not even say which keys it has is named."""
 app = typer.Typer(help="Check the configuration, and have it read again.", no_args_is_help=True)
 
 
@@ -131,6 +133,10 @@ def reload(context: typer.Context, json: JsonOption = False, config: ConfigOptio
         folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
     except ConfigError as problem:  # the server says so, too, and writes down that it was asked
         broken, folder = problem, _control_folder(context, config)
+    for pid, answer in control.ask_each(folder, {"do": "keys"}, _SILENT):  # a reload is answered at its end alone
+        if "error" in answer:
+            hint = f"where it hangs, `kill -9 {pid}`; with several workers another takes its place"
+            output.warn(f"process {pid} does not answer; it is waited for, {_PATIENCE} seconds at most", hint)
     answers = control.ask_all(folder, {"do": "reload", "id": secrets.token_hex(8)}, _PATIENCE)
     if not answers:
         raise broken or Error("no server runs", "the config is read when one starts")

@@ -131,9 +131,10 @@ def list_(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """List all tokens. No secret is in the file, so none is shown."""
+    """List all tokens. No secret is in the file, so none is shown. With --usage exits 1 where the log is not whole."""
     from datetime import timedelta
 
+    from mcpctl.cli.audit_read import tell_of
     from mcpctl.config_values import duration
     from mcpctl.errors import UsageError
     from mcpctl.identity import tokens
@@ -161,14 +162,18 @@ def list_(
     for value in values:
         if value["id"] in blocked:
             value["blocked"] = blocked[value["id"]].words
-    if used:
-        usage.add(found, values, now)
+    reading = usage.add(found, values, now) if used else None
     usage.warn_of_age([token for token in entries if token.status(now) in ("active", "expiring")], now)
     if json:
         output.put_json({"tokens": values})
-        return
-    names = ["id", "user", "databases", "permissions", "created_at", "expires_at", "status", "note"]
-    names += usage.COLUMNS if used else ()
+    else:
+        _put_list(values, usage.COLUMNS if used else ())
+    if reading is not None:
+        tell_of(reading)
+
+
+def _put_list(values: list[dict[str, Any]], more: tuple[str, ...]) -> None:
+    names = ["id", "user", "databases", "permissions", "created_at", "expires_at", "status", "note", *more]
     output.put_table([name.upper() for name in names], [[_cell(value[name]) for name in names] for value in values])
     for value in values:
         if "blocked" in value:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import datetime
 
+    from mcpctl.audit.reading import Reading
     from mcpctl.config_keys import Settings
     from mcpctl.identity.tokens import Token
 
@@ -15,8 +16,9 @@ COLUMNS = ("last_used", "calls", "rows", "addresses")
 _SOME = 6
 
 
-def add(found: "Settings", values: list[dict[str, Any]], now: "datetime") -> None:
-    """Put each token's usage into its values, and say how far back the log was looked at."""
+def add(found: "Settings", values: list[dict[str, Any]], now: "datetime") -> "Reading":
+    """Put each token's usage into its values, and say how far back the log was looked at. What of it was not there is
+    for `tell_of` to say, behind the answer."""
     from mcpctl.audit import usage
     from mcpctl.audit.reading import Reading, stamp
     from mcpctl.errors import NotFoundError
@@ -25,16 +27,14 @@ def add(found: "Settings", values: list[dict[str, Any]], now: "datetime") -> Non
     try:
         used = usage.by_token(reading)
     except NotFoundError as problem:
-        output.warn(problem.message)
+        reading.faults.append(problem.message)
     for value in values:
         one = used.get(value["id"], usage.Usage())
         value |= {
             "last_used": one.last or None, "calls": one.count, "rows": one.rows, "addresses": len(one.addresses),
         }  # fmt: skip
     output.say(f"used: by the log since {stamp(now - usage.DAYS)}")
-    for text in (reading.missing_before, *reading.remarks, *reading.faults):
-        if text:
-            output.warn(text)
+    return reading
 
 
 def warn_of_age(living: "Iterable[Token]", now: "datetime") -> None:

@@ -186,7 +186,7 @@ def read_networks(value: Any) -> tuple[Network, ...] | None:
     """The field allow_ips, as a token and a tenant have it."""
     texts = _texts(value, "allow_ips")
     try:
-        return None if texts is None else tuple(network(item) for item in texts)
+        return None if texts is None else tuple(network(item, scoped=True) for item in texts)
     except ValueError as problem:
         raise ValueError(f"allow_ips: takes {problem}") from None
 

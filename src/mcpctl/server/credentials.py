@@ -154,13 +154,14 @@ class Gatekeeper:
 
 @lru_cache(maxsize=4096)
 def _as_one(address: str | None) -> str | None:
-    """An address as it is called everywhere: IPv4 that came to an IPv6 socket is IPv4 (RFC 4291, section 2.5.5.2)."""
+    """An address as it is called everywhere: in its shortest form, and IPv4 that came to an IPv6 socket is IPv4 (RFC
+    4291, section 2.5.5.2)."""
     try:
         found = ipaddress.ip_address(address or "")
     except ValueError:
         return address
     mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return str(mapped) if mapped else address
+    return str(mapped or found)
 
 
 def _hop(text: str) -> str | None:

@@ -82,6 +82,8 @@ async def running(
         logins.check_sealed(authenticator.read().people)
     key = audit_log.read_key(settings.audit.key_file)
     book = audit_log.AuditLog(settings.audit.file, key, utcnow, spare=auth.token_file.parent)
+    if process.begins or again:
+        book.check_key()
     refuse = settings.audit.on_failure == "refuse"
     anchors = Anchors(book, settings.audit.anchor_file, utcnow)
     durable = Durable(book, anchors, settings.audit.sync, refuse=refuse)

@@ -16,7 +16,7 @@ from typing import Any
 from mcpctl import certificates
 from mcpctl.audit.log import AuditLog, read_key
 from mcpctl.config_keys import Settings
-from mcpctl.errors import Error
+from mcpctl.errors import Error, UnavailableError
 from mcpctl.identity.tokens import utcnow
 from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.listening import Listening
@@ -251,7 +251,11 @@ def _book(settings: Settings) -> AbstractContextManager[AuditLog]:
 def _note(settings: Settings, event: str, reason: str) -> None:
     try:
         with _book(settings) as book:
-            book.append(event, reason=reason)
+            try:
+                book.append(event, reason=reason)
+            except UnavailableError:  # the key that is read anew here may be what is refused: others have the right one
+                book.keep(event, reason=reason)
+                raise
     except Error as problem:
         log.error("%s: %s", event, problem.message)
 
