@@ -181,7 +181,7 @@ def last_line(fd: int, size: int, path: Path, key_id: str | None = None) -> "tup
     line = line or tail[:whole].rstrip(b"\n").rpartition(b"\n")[2]
     if not line:
         return None, start + whole
-    found = _parse(line)
+    found = parsed(line)
     seq, digest = found.get("seq"), found.get("hash")
     if type(seq) is not int or seq < 1 or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise ConfigError(f"the last line of {path} is not one of mcpctl's", _ASIDE.format(path))
@@ -192,16 +192,17 @@ def last_line(fd: int, size: int, path: Path, key_id: str | None = None) -> "tup
 
 def read_back(path: Path) -> Iterator[dict[str, Any]]:
     """The log's lines from the last to the first; one that cannot be read comes as {"event": "unreadable"}."""
-    return _back(private_file.open_checked(path, os.O_RDONLY))
+    return map(parsed, back(private_file.open_checked(path, os.O_RDONLY)))
 
 
 def read_older(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file that `older` found, likewise."""
     fd = open_moved(path)
-    return iter(()) if fd is None else _back(fd)
+    return iter(()) if fd is None else map(parsed, back(fd))
 
 
-def _back(fd: int) -> Iterator[dict[str, Any]]:
+def back(fd: int) -> Iterator[bytes]:
+    """An open file's lines from the last to the first; then it is closed."""
     try:
         size = os.fstat(fd).st_size
         start, rest, half = size, b"", True
@@ -212,9 +213,9 @@ def _back(fd: int) -> Iterator[dict[str, Any]]:
             if half and whole:
                 whole[-1:] = filter(None, [without_end(whole[-1])])  # the half of a line is none
                 half = False
-            yield from map(_parse, reversed(whole))
+            yield from reversed(whole)
             if not start and (not half or (rest := without_end(rest))):
-                yield _parse(rest)
+                yield rest
     finally:
         os.close(fd)
 
@@ -254,7 +255,7 @@ def _follow(
             whole = _whole_lines(fd, done)  # read after the look at the name: nothing is written to it after its move
             if whole:
                 done += len(whole)
-                lines = list(map(_parse, whole.removeprefix(b"\n" if mark != b"\n" else b"").split(b"\n")[:-1]))
+                lines = list(map(parsed, whole.removeprefix(b"\n" if mark != b"\n" else b"").split(b"\n")[:-1]))
                 mark = b"\n"
                 seq = max([seq, *(number(line) for line in lines)])
                 yield from lines
@@ -348,7 +349,8 @@ def _whole_lines(fd: int, start: int) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def parsed(line: bytes) -> dict[str, Any]:
+    """A line's fields; {"event": "unreadable"} where it cannot be read."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
