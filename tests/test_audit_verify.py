@@ -254,6 +254,21 @@ def test_the_command_says_whole_or_names_the_first_bad_line(tmp_path: Path) -> N
     assert json.loads(done.out)["fault"].items() >= {"kind": "changed", "line": 2, "seq": 2}.items()
 
 
+def test_a_name_of_several_lines_says_nothing_of_its_own(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    for name in ("alice", "bob"):
+        home("user", "add", name)
+        if name == "alice":
+            (home.folder / "audit.jsonl").rename(home.folder / "audit.jsonl.1\nno fault was found")
+    assert "in audit.jsonl.1\\nno fault was found, audit.jsonl\n" in home("audit", "verify").good
+    for name in ("notes\nwhole: 9 lines", "\udcff"):
+        (home.folder / f"audit.jsonl.{name}").write_text("lock the door\n")
+    (home.folder / "audit.jsonl.a\nb").mkdir()
+    for arguments in (("verify",), ("tail",)):
+        done = home("audit", *arguments)
+        assert (done.code, [line for line in done.err.splitlines() if not line.startswith("mcpctl: ")]) == (1, [])
+
+
 def test_what_the_command_cannot_do_it_says(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     home("user", "add", "alice")

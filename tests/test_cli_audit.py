@@ -60,7 +60,11 @@ def test_audit_tail_shows_the_end_and_filters(busy: tuple[Home, str]) -> None:
     assert events("--since", "1h") == every
     assert events("--since", "1h", "-n", "2") == every[2:]
     assert events("--since", "2999-01-01") == []
-    assert home("audit", "tail", "--since", "soon").code == 2
+    for far in ("soon", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+        assert home("audit", "tail", "--since", far).code == 2
+        for option in ("--since", "--until"):
+            done = home("audit", "who-read", "sales.orders", option, far)
+            assert (done.code, f"{option} {far!r} is no time" in done.error) == (2, True)
     piped = home("audit", "tail").good
     assert len(piped.splitlines()) == 4
     assert all(line.count("\t") == 8 for line in piped.splitlines())

@@ -41,6 +41,12 @@ _RESTORE = (
 )
 
 
+def shown(name: object) -> str:
+    """A file's name as one line of text, whatever characters somebody has put into it."""
+    text = str(name)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def open_moved(path: Path) -> int | None:
     """A file that was moved away, whatever group may read it by now; None where it cannot be the log of before."""
     try:
@@ -80,7 +86,8 @@ def end_before(path: Path, ours: "Ours", known: int) -> tuple[int, str] | None:
     end = max(filter(None, (last_of(one, ours) for one in _beside(path))), default=None)
     for one in _beside(path):
         if _packed_from(one, ours) > max(known, end[0] if end else 0):
-            raise ConfigError(f"the log has to go on from {one}, which is packed", f"unpack it: gunzip {one}")
+            name = shown(one)
+            raise ConfigError(f"the log has to go on from {name}, which is packed", f"unpack it: gunzip {name}")
     return end
 
 
@@ -92,7 +99,7 @@ def last_of(path: Path, ours: "Ours") -> tuple[int, str] | None:
         if problem.errno in (errno.ELOOP, errno.ENOENT):  # the log was never a link; what is gone was packed
             return None
         raise ConfigError(
-            f"the log may have to go on from {path}, which cannot be opened: {problem.strerror}",
+            f"the log may have to go on from {shown(path)}, which cannot be opened: {problem.strerror}",
             "give it to the log's owner, with chown and chmod; the log goes on as soon as its end can be read there",
         ) from None
     try:
@@ -105,7 +112,7 @@ def last_of(path: Path, ours: "Ours") -> tuple[int, str] | None:
     finally:
         os.close(fd)
     raise ConfigError(
-        f"the last {_FAR >> 20} MiB of {path} are no lines of this log",
+        f"the last {_FAR >> 20} MiB of {shown(path)} are no lines of this log",
         "restore it, or move it elsewhere: the log then goes on from what is left, and `audit verify` names the gap",
     )
 

@@ -168,9 +168,9 @@ def moment(option: str, text: str | None) -> "datetime | None":
     except (ValueError, OverflowError):
         try:
             when = datetime.fromisoformat(text)
+            return (when if when.tzinfo else when.replace(tzinfo=UTC)).astimezone(UTC)
         except (ValueError, OverflowError):
             raise UsageError(f"{option} {text!r} is no time", "say 2h, 7d, or 2027-01-31T12:00:00Z") from None
-    return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
 def _check_event(wanted: str | None) -> None:
