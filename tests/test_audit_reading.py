@@ -148,6 +148,21 @@ def test_an_end_that_is_missing_is_told_by_whatever_reads_the_log(tmp_path: Path
         assert (done.code, "are missing at its end, says an anchor in anchors" in done.err) == (1, True), arguments
 
 
+def test_a_name_of_several_lines_says_nothing_of_its_own(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    for name in ("alice", "bob"):
+        home("user", "add", name)
+        if name == "alice":
+            (home.folder / "audit.jsonl").rename(home.folder / "audit.jsonl.1\nno fault was found")
+    assert "in audit.jsonl.1\\nno fault was found, audit.jsonl\n" in home("audit", "verify").good
+    for name in ("notes\nwhole: 9 lines", "\udcff"):
+        (home.folder / f"audit.jsonl.{name}").write_text("lock the door\n")
+    (home.folder / "audit.jsonl.a\nb").mkdir()
+    for arguments in (("verify",), ("tail",)):
+        done = home("audit", *arguments)
+        assert (done.code, [line for line in done.err.splitlines() if not line.startswith("mcpctl: ")]) == (1, [])
+
+
 def test_what_lies_beside_the_log_stops_neither_reading_nor_writing(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     log = home.folder / "audit.jsonl"

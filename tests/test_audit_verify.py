@@ -25,7 +25,7 @@ from mcpctl.audit import verify as audit_verify
 from mcpctl.audit.anchors import Anchor
 from mcpctl.audit.log import AuditLog
 from mcpctl.audit.verify import Fault, Report, verify
-from mcpctl.errors import ConfigError, NotFoundError, UnavailableError
+from mcpctl.errors import ConfigError, ConflictError, NotFoundError, UnavailableError
 
 NOW = datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC)
 OTHER = bytes(range(1, 33))
@@ -140,6 +140,17 @@ def test_verify_does_not_wait_for_writers_nor_they_for_it(path: Path, monkeypatc
     log.close()
 
 
+def test_a_lock_that_another_process_holds_is_a_conflict_that_names_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, 1)
+    monkeypatch.setattr(audit_verify, "_PATIENCE", 0.0)
+    with path.with_name("audit.jsonl.lock").open("r+b") as held:
+        private_file.lock(held.fileno())
+        with pytest.raises(ConflictError, match=r"another process holds /.*/audit\.jsonl\.lock"):
+            whole(path)
+
+
 # -- what is removed on purpose ----------------------------------------------------------------------------------
 
 
@@ -252,21 +263,6 @@ def test_the_command_says_whole_or_names_the_first_bad_line(tmp_path: Path) -> N
     done = home("audit", "verify", "--json")
     assert (done.code, done.err) == (1, "")
     assert json.loads(done.out)["fault"].items() >= {"kind": "changed", "line": 2, "seq": 2}.items()
-
-
-def test_a_name_of_several_lines_says_nothing_of_its_own(tmp_path: Path) -> None:
-    home = Home(tmp_path / "home")
-    for name in ("alice", "bob"):
-        home("user", "add", name)
-        if name == "alice":
-            (home.folder / "audit.jsonl").rename(home.folder / "audit.jsonl.1\nno fault was found")
-    assert "in audit.jsonl.1\\nno fault was found, audit.jsonl\n" in home("audit", "verify").good
-    for name in ("notes\nwhole: 9 lines", "\udcff"):
-        (home.folder / f"audit.jsonl.{name}").write_text("lock the door\n")
-    (home.folder / "audit.jsonl.a\nb").mkdir()
-    for arguments in (("verify",), ("tail",)):
-        done = home("audit", *arguments)
-        assert (done.code, [line for line in done.err.splitlines() if not line.startswith("mcpctl: ")]) == (1, [])
 
 
 def test_what_the_command_cannot_do_it_says(tmp_path: Path) -> None:

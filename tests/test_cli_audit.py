@@ -164,6 +164,8 @@ def test_audit_top_counts_calls_and_refusals_by_what_is_asked(alice: Home) -> No
     def top(by: str, *arguments: str) -> list[list[str]]:
         return [row.split("\t")[:4] for row in alice("audit", "top", "--by", by, *arguments).good.splitlines()]
 
+    refused = alice("audit", "tail", "--event", "auth.refused", "-n", "1").good
+    assert refused.endswith("\tfrom 203.0.113.9: 40 more within a minute\n")
     assert top("user") == [["alice", "3", "1", "3"]]
     assert top("ip") == [["203.0.113.9", "42", "42", "0"], ["192.0.2.1", "3", "1", "3"]]
     assert top("ip", "-n", "1") == [["203.0.113.9", "42", "42", "0"]]

@@ -214,7 +214,9 @@ def _show(lines: list[dict[str, Any]], json: bool, sql: bool, *, with_head: bool
     rows = []
     for line in lines:
         what = line.get("statement") or line.get("reason") or line.get("statement_hmac") or ""
-        tool = line.get("tool")
+        tool, place = line.get("tool"), line.get("client_ip")
+        if place is not None and tool is None and line.get("user") is None:
+            what = f"from {place}: {what}"
         rows.append(
             [
                 when(line), line.get("event"), line.get("token"), line.get("user"), line.get("database"),
