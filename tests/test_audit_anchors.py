@@ -137,21 +137,39 @@ def test_a_log_that_was_written_anew_with_another_key_is_not_whole(tmp_path: Pat
     assert home("audit", "verify", "--anchors", str(journal), "--ignore-key", old).code == 0
 
 
-def test_a_tail_that_was_cut_off_is_found_by_an_anchor_and_only_the_newest_are_kept(
-    book: Book, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tail_that_was_cut_off_is_found_by_an_anchor(book: Book) -> None:
     for _ in range(5):
         book.write()
         book.anchors.write()
-    monkeypatch.setattr(audit_anchors, "MOST", 2)
     found, _ = read_file(KEY, book.file)
-    assert [one.seq for one in found] == [4, 5]
-    assert verify(book.path, KEY, found).anchors == 2
+    assert [one.seq for one in found] == [1, 2, 3, 4, 5]
+    assert verify(book.path, KEY, found).anchors == 5
     book.path.write_bytes(b"".join(book.path.read_bytes().splitlines(keepends=True)[:2]))
     fault = verify(book.path, KEY, found).fault
     assert fault is not None
     assert (fault.kind, fault.file, fault.line, fault.seq) == ("cut", "audit.jsonl", 3, 3)
     assert "3 lines after seq 2, says an anchor in elsewhere (2026-11-20T12:00:00.005Z)" in fault.reason
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_log_that_was_cut_back_and_written_on_is_shown_by_an_old_anchor_among_any_number(
+    book: Book, monkeypatch: pytest.MonkeyPatch, turned: bool
+) -> None:
+    monkeypatch.setattr(audit_anchors, "MOST", 2)
+    book.write(2)
+    book.anchors.write()
+    book.log.close()
+    book.path.write_bytes(book.path.read_bytes().splitlines(keepends=True)[0])
+    for _ in range(5):
+        book.log.append("tool.refused")
+        book.anchors.write()
+    told = [one.encode() for one in (reversed(book.said) if turned else book.said)]
+    found, _ = read(KEY, told + told[:1], "the journal")
+    assert len(found) == 5
+    fault = verify(book.path, KEY, found).fault
+    assert fault is not None
+    assert (fault.kind, fault.line, fault.seq) == ("changed", 2, 2)
+    assert "the log was cut off before it, and written on" in fault.reason
 
 
 # -- a server ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from mcpctl.audit import verify as audit_verify
 from mcpctl.audit.anchors import Anchor
 from mcpctl.audit.log import AuditLog
 from mcpctl.audit.verify import Fault, Report, verify
-from mcpctl.errors import ConfigError, NotFoundError, UnavailableError
+from mcpctl.errors import ConfigError, ConflictError, NotFoundError, UnavailableError
 
 NOW = datetime(2026, 11, 20, 12, 0, 0, 123456, tzinfo=UTC)
 OTHER = bytes(range(1, 33))
@@ -138,6 +138,17 @@ def test_verify_does_not_wait_for_writers_nor_they_for_it(path: Path, monkeypatc
     assert whole(path).last == 2000
     assert len(wrote) > 5
     log.close()
+
+
+def test_a_lock_that_another_process_holds_is_a_conflict_that_names_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(path, 1)
+    monkeypatch.setattr(audit_verify, "_PATIENCE", 0.0)
+    with path.with_name("audit.jsonl.lock").open("r+b") as held:
+        private_file.lock(held.fileno())
+        with pytest.raises(ConflictError, match=r"another process holds /.*/audit\.jsonl\.lock"):
+            whole(path)
 
 
 # -- what is removed on purpose ----------------------------------------------------------------------------------

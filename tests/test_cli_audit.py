@@ -60,7 +60,11 @@ def test_audit_tail_shows_the_end_and_filters(busy: tuple[Home, str]) -> None:
     assert events("--since", "1h") == every
     assert events("--since", "1h", "-n", "2") == every[2:]
     assert events("--since", "2999-01-01") == []
-    assert home("audit", "tail", "--since", "soon").code == 2
+    for far in ("soon", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"):
+        assert home("audit", "tail", "--since", far).code == 2
+        for option in ("--since", "--until"):
+            done = home("audit", "who-read", "sales.orders", option, far)
+            assert (done.code, f"{option} {far!r} is no time" in done.error) == (2, True)
     piped = home("audit", "tail").good
     assert len(piped.splitlines()) == 4
     assert all(line.count("\t") == 8 for line in piped.splitlines())
@@ -160,6 +164,8 @@ def test_audit_top_counts_calls_and_refusals_by_what_is_asked(alice: Home) -> No
     def top(by: str, *arguments: str) -> list[list[str]]:
         return [row.split("\t")[:4] for row in alice("audit", "top", "--by", by, *arguments).good.splitlines()]
 
+    refused = alice("audit", "tail", "--event", "auth.refused", "-n", "1").good
+    assert refused.endswith("\tfrom 203.0.113.9: 40 more within a minute\n")
     assert top("user") == [["alice", "3", "1", "3"]]
     assert top("ip") == [["203.0.113.9", "42", "42", "0"], ["192.0.2.1", "3", "1", "3"]]
     assert top("ip", "-n", "1") == [["203.0.113.9", "42", "42", "0"]]

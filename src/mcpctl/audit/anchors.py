@@ -24,7 +24,8 @@ log = logging.getLogger("mcpctl.audit")
 EVERY = 10.0
 """Seconds between two anchors of one process, at least."""
 MOST = 100_000
-"""Anchors that are held against the log: the newest. Older ones say nothing more, since the chain goes through all."""
+"""Anchors of another key that are counted; of this key's all are kept, since a log that was cut back and written on is
+shown by the old ones alone."""
 _DOMAIN = b"mcpctl audit anchor\0"  # no chain hash and no statement's HMAC is of a text that begins so
 _FORM = re.compile(
     rb"mcpctl audit anchor seq=([0-9]{1,18}) hash=([0-9a-f]{64}) time=([0-9TZ:.+-]{1,40}) key_id=([0-9a-f]{8})"
@@ -69,11 +70,11 @@ class Strange:
 def read(
     key: bytes, lines: Iterable[bytes], source: str, ignored: Collection[str] = ()
 ) -> tuple[list[Anchor], list[Strange]]:
-    """The anchors in any text, such as a journal's, the newest MOST; and those of another key, but the `ignored`
-    key_ids, or forged."""
-    found: dict[tuple[int, bytes], Anchor] = {}
+    """The anchors in any text, such as a journal's, each once; and those of another key, but the `ignored` key_ids,
+    or forged."""
+    found: dict[bytes, Anchor] = {}
     strange: list[Strange] = []
-    ours = key_id(key)
+    ours, said_by = key_id(key), f"an anchor in {source}"
     for number, line in enumerate(lines, 1):
         for seq, digest, when, whose, proof in _FORM.findall(line):
             if not hmac.compare_digest(_proof(key, b"%s %s %s" % (seq, digest, when)).encode("ascii"), proof):
@@ -81,10 +82,8 @@ def read(
                 if (named == ours or named not in ignored) and len(strange) < MOST:
                     strange.append(Strange(source, number, int(seq), named))
                 continue
-            found.pop((int(seq), digest), None)
-            found[int(seq), digest] = Anchor(int(seq), digest, when.decode("ascii"), f"an anchor in {source}")
-            if len(found) > MOST:
-                del found[next(iter(found))]
+            if digest not in found:
+                found[digest] = Anchor(int(seq), digest, when.decode("ascii"), said_by)
     return list(found.values()), strange
 
 

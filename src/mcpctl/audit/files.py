@@ -41,6 +41,12 @@ _RESTORE = (
 )
 
 
+def shown(name: object) -> str:
+    """A file's name as one line of text, whatever characters somebody has put into it."""
+    text = str(name)
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def open_moved(path: Path) -> int | None:
     """A file that was moved away, whatever group may read it by now; None where it cannot be the log of before."""
     try:
@@ -80,7 +86,8 @@ def end_before(path: Path, ours: "Ours", known: int) -> tuple[int, str] | None:
     end = max(filter(None, (last_of(one, ours) for one in _beside(path))), default=None)
     for one in _beside(path):
         if _packed_from(one, ours) > max(known, end[0] if end else 0):
-            raise ConfigError(f"the log has to go on from {one}, which is packed", f"unpack it: gunzip {one}")
+            name = shown(one)
+            raise ConfigError(f"the log has to go on from {name}, which is packed", f"unpack it: gunzip {name}")
     return end
 
 
@@ -92,7 +99,7 @@ def last_of(path: Path, ours: "Ours") -> tuple[int, str] | None:
         if problem.errno in (errno.ELOOP, errno.ENOENT):  # the log was never a link; what is gone was packed
             return None
         raise ConfigError(
-            f"the log may have to go on from {path}, which cannot be opened: {problem.strerror}",
+            f"the log may have to go on from {shown(path)}, which cannot be opened: {problem.strerror}",
             "give it to the log's owner, with chown and chmod; the log goes on as soon as its end can be read there",
         ) from None
     try:
@@ -105,7 +112,7 @@ def last_of(path: Path, ours: "Ours") -> tuple[int, str] | None:
     finally:
         os.close(fd)
     raise ConfigError(
-        f"the last {_FAR >> 20} MiB of {path} are no lines of this log",
+        f"the last {_FAR >> 20} MiB of {shown(path)} are no lines of this log",
         "restore it, or move it elsewhere: the log then goes on from what is left, and `audit verify` names the gap",
     )
 
@@ -181,7 +188,7 @@ def last_line(fd: int, size: int, path: Path, key_id: str | None = None) -> "tup
     line = line or tail[:whole].rstrip(b"\n").rpartition(b"\n")[2]
     if not line:
         return None, start + whole
-    found = _parse(line)
+    found = parsed(line)
     seq, digest = found.get("seq"), found.get("hash")
     if type(seq) is not int or seq < 1 or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise ConfigError(f"the last line of {path} is not one of mcpctl's", _ASIDE.format(path))
@@ -192,16 +199,17 @@ def last_line(fd: int, size: int, path: Path, key_id: str | None = None) -> "tup
 
 def read_back(path: Path) -> Iterator[dict[str, Any]]:
     """The log's lines from the last to the first; one that cannot be read comes as {"event": "unreadable"}."""
-    return _back(private_file.open_checked(path, os.O_RDONLY))
+    return map(parsed, back(private_file.open_checked(path, os.O_RDONLY)))
 
 
 def read_older(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file that `older` found, likewise."""
     fd = open_moved(path)
-    return iter(()) if fd is None else _back(fd)
+    return iter(()) if fd is None else map(parsed, back(fd))
 
 
-def _back(fd: int) -> Iterator[dict[str, Any]]:
+def back(fd: int) -> Iterator[bytes]:
+    """An open file's lines from the last to the first; then it is closed."""
     try:
         size = os.fstat(fd).st_size
         start, rest, half = size, b"", True
@@ -212,9 +220,9 @@ def _back(fd: int) -> Iterator[dict[str, Any]]:
             if half and whole:
                 whole[-1:] = filter(None, [without_end(whole[-1])])  # the half of a line is none
                 half = False
-            yield from map(_parse, reversed(whole))
+            yield from reversed(whole)
             if not start and (not half or (rest := without_end(rest))):
-                yield _parse(rest)
+                yield rest
     finally:
         os.close(fd)
 
@@ -254,7 +262,7 @@ def _follow(
             whole = _whole_lines(fd, done)  # read after the look at the name: nothing is written to it after its move
             if whole:
                 done += len(whole)
-                lines = list(map(_parse, whole.removeprefix(b"\n" if mark != b"\n" else b"").split(b"\n")[:-1]))
+                lines = list(map(parsed, whole.removeprefix(b"\n" if mark != b"\n" else b"").split(b"\n")[:-1]))
                 mark = b"\n"
                 seq = max([seq, *(number(line) for line in lines)])
                 yield from lines
@@ -348,7 +356,8 @@ def _whole_lines(fd: int, start: int) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def parsed(line: bytes) -> dict[str, Any]:
+    """A line's fields; {"event": "unreadable"} where it cannot be read."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):

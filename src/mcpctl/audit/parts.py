@@ -55,7 +55,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return files.shown(self.path.name)
 
     def lines(self) -> Iterator[bytes]:
         """Its whole lines, without their ends, the last also where it lacks its own; `count` is then how many, and
@@ -94,7 +94,7 @@ class Part:
                 while chunk := unpacked.read1(CHUNK):
                     yield chunk
         except (OSError, EOFError, zlib.error) as problem:
-            unread = UnreadError(f"{self.path} cannot be unpacked: {problem}", "restore it from a backup")
+            unread = UnreadError(f"{files.shown(self.path)} cannot be unpacked: {problem}", "restore it from a backup")
             unread.name = self.name
             raise unread from None
 
@@ -138,7 +138,7 @@ def opened(path: Path, stack: contextlib.ExitStack, unread: list[tuple[str, str]
             packed = one != path and files.read_at(fd, 2, 0) == _PACKED
             parts[about.st_ino] = Part(one, fd, about.st_size, packed)
         else:
-            failed[one.name] = "it is no file"
+            failed[files.shown(one.name)] = "it is no file"
 
     with contextlib.suppress(NotFoundError):
         add(path, private_file.open_checked(path, os.O_RDONLY))
@@ -153,7 +153,7 @@ def opened(path: Path, stack: contextlib.ExitStack, unread: list[tuple[str, str]
             except FileNotFoundError:
                 gone = True
             except OSError as problem:
-                failed[one.name] = "it is a symbolic link" if one.is_symlink() else str(problem.strerror)
+                failed[files.shown(one.name)] = "it is a symbolic link" if one.is_symlink() else str(problem.strerror)
         if not gone:
             break  # else what was packed just now has another name, which this look may not have seen
     unread += failed.items()

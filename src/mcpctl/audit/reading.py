@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -99,6 +99,7 @@ class Reading:
     remarks: list[str] = field(default_factory=list)
     starts: tuple[int, str] | None = None
     read: int = 0
+    packed: bool = False
     _from: bytes = b""
     _to: bytes = b"~"
     _last: tuple[int, bytes] = (0, b"")
@@ -114,17 +115,54 @@ class Reading:
         of them. Where the clock was set back, lines behind one of that time count as of that time, too. Raises
         NotFoundError where there is no log at all."""
         with contextlib.ExitStack() as stack:
-            unread: list[tuple[str, str]] = []
-            chosen = choose(opened(self.path, stack, unread), self.path, unread)
-            self._look_at(chosen)
-            for part in self._needed(chosen.parts):
+            for part in self._needed(self._chosen(stack)):
                 try:
                     yield from self._of(part, wanted, decode)
                 except Error as problem:
                     self._fault(problem.message)
+        self._end_at(self._last[0])
+
+    def lines_back(self) -> Generator[dict[str, Any]]:
+        """All lines from the last to the first, as far as they are taken; one that cannot be read is {"event":
+        "unreadable"}. Ends before a file that is packed, and `packed` then says so. Close it: what was wrong up to
+        there is told then. Raises NotFoundError as `lines` does."""
+        with contextlib.ExitStack() as stack:
+            after = self.path.name
+            for part in reversed(self._chosen(stack)):
+                if part.packed:
+                    self.packed = True
+                    return
+                yield from self._back(part, after)
+                after = part.name
+        number, when = self._last
+        if number:
+            self.starts = (number, when.decode())
+        else:
+            self._end_at(0)
+
+    def _back(self, part: Part, after: str) -> Iterator[dict[str, Any]]:
+        broken = 0
+        try:
+            for line in files.back(os.dup(part.fd)):
+                head = HEAD.match(line)
+                if head is None or line[-1:] != b"}":
+                    broken += 1
+                else:
+                    number, (later, when) = int(head[1]), self._last
+                    if not later:
+                        self._end_at(number)
+                    elif number != later - 1:
+                        self._gap(after, number, head[2].decode(), later, when.decode())
+                    self._last, after = (number, head[2]), part.name
+                yield files.parsed(line)
+        finally:
+            if broken:
+                self._fault(f"{part.name}: {broken} lines cannot be read")
+
+    def _end_at(self, last: int) -> None:
         far = max(self.known, key=lambda one: one.seq, default=None)
-        if far is not None and far.seq > self._last[0]:
-            self._fault(f"lines {self._last[0] + 1} to {far.seq} are missing at its end, says {far}")
+        if far is not None and far.seq > last:
+            self._fault(f"lines {last + 1} to {far.seq} are missing at its end, says {far}")
 
     @property
     def missing_before(self) -> str | None:
@@ -141,6 +179,12 @@ class Reading:
             told.append(text)
         elif len(told) == _TOLD:
             told.append("and more of this kind")
+
+    def _chosen(self, stack: contextlib.ExitStack) -> list[Part]:
+        unread: list[tuple[str, str]] = []
+        chosen = choose(opened(self.path, stack, unread), self.path, unread)
+        self._look_at(chosen)
+        return chosen.parts
 
     def _look_at(self, chosen: Chosen) -> None:
         for name, why in chosen.unread:

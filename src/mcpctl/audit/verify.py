@@ -20,7 +20,7 @@ from mcpctl.audit import files
 from mcpctl.audit.anchors import Anchor
 from mcpctl.audit.log import FIRST, key_id
 from mcpctl.audit.parts import Chosen, Part, UnreadError, choose, opened
-from mcpctl.errors import ConfigError, NotFoundError
+from mcpctl.errors import ConfigError, ConflictError, NotFoundError
 
 _PATIENCE = 2.0
 _TAIL = 75
@@ -108,11 +108,17 @@ def verify(path: Path, key: bytes, anchors: Collection[Anchor] = (), kept_since:
 def _chosen(path: Path, stack: contextlib.ExitStack, anchors: Collection[Anchor]) -> Chosen:
     """The files as they are at one moment. The lock is held only as long as that takes."""
     unread: list[tuple[str, str]] = []
+    name = path.with_name(path.name + ".lock")
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(NotFoundError):  # of a copy elsewhere there is none, and nobody writes to it
-            lock = private_file.open_checked(path.with_name(path.name + ".lock"), os.O_RDONLY)
+        try:
+            lock = private_file.open_checked(name, os.O_RDONLY)
             held.callback(os.close, lock)
             private_file.lock(lock, _PATIENCE)
+        except NotFoundError:  # of a copy elsewhere there is none, and nobody writes to it
+            pass
+        except TimeoutError:
+            hint = f"try again; if it stays so, a process has stopped while it wrote: fuser -v {name}"
+            raise ConflictError(f"another process holds {name}", hint) from None
         found = opened(path, stack, unread)
     chosen = choose(found, path, unread)
     if not (chosen.parts or chosen.unread or anchors):

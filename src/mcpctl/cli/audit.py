@@ -11,12 +11,13 @@ from mcpctl.cli import output
 from mcpctl.cli.common import ConfigOption, JsonOption, settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from datetime import datetime
     from ipaddress import IPv4Network, IPv6Network
     from pathlib import Path
 
     from mcpctl.audit.reading import Reading
+    from mcpctl.config_keys import Settings
 
     Network = IPv4Network | IPv6Network
 
@@ -63,8 +64,6 @@ def tail(
     begin, network = moment("--since", since), _asked_network(ip)
     _check_event(event)
     found = settings(context, config, forgiving=True)
-    from mcpctl.audit.reading import Reading  # only now: who may not read the config is told that, and nothing else
-
     before = _last_number(found.audit.file) if follow else 0
     # opened at the end before the old lines are read, so that none between is lost
     newer = audit_files.follow(found.audit.file) if follow else None
@@ -81,15 +80,12 @@ def tail(
     if lines is None and since is None:
         lines = 10
     most = None if lines is None else min(lines, sys.maxsize)
-    reading = Reading(found.audit.file, begin)
-    known = _known(reading, wanted, most)
+    known, reading = _known(found, begin, wanted, most)
     if not (known or follow or most == 0):
         output.say("no line fits")
     heard = _show(known, json, sql)
     with contextlib.suppress(typer.Exit) if follow else contextlib.nullcontext():
         tell_of(reading)
-        if begin is None and reading.remarks:  # there are fewer lines than were asked for, and more may be elsewhere
-            raise typer.Exit(1)
     if newer is None or not heard:
         return
     last = max((audit_files.number(line) for line in known), default=0)
@@ -114,39 +110,23 @@ def _last_number(path: "Path") -> int:
         return 0
 
 
-def _known(reading: "Reading", wanted: "Callable[[dict[str, Any]], bool]", most: int | None) -> list[dict[str, Any]]:
-    """The last lines that are wanted: from a time on through all files, else as far back as it takes."""
+def _known(
+    found: "Settings", begin: "datetime | None", wanted: "Callable[[dict[str, Any]], bool]", most: int | None
+) -> "tuple[list[dict[str, Any]], Reading]":
+    """The last lines that are wanted, and of what they were read: from a time on, else as far back as it takes."""
     from collections import deque
     from itertools import islice
 
-    if reading.begin is None:
-        return list(islice(filter(wanted, _all_lines(reading.path, reading.remarks)), most))[::-1]
-    return list(deque(filter(wanted, reading.lines(lambda line: True)), most))
+    from mcpctl.cli.audit_read import reading_from
 
-
-def _all_lines(path: "Path", remarks: list[str]) -> "Iterator[dict[str, Any]]":
-    """The log's lines from the last to the first, through the files that were moved away."""
-    from mcpctl.audit import files as audit_files
-    from mcpctl.errors import NotFoundError
-
-    files, others = audit_files.older(path)
-    ends = {end[1]: one for one in files if (end := audit_files.end_of(one)) is not None}
-    try:
-        for line in audit_files.read_back(path):
-            ends.pop(str(line.get("hash")), None)  # a copy of what is shown here
-            yield line
-    except NotFoundError:  # moved away, and nothing has been written since
-        if not files and not others:
-            raise
-    for one in files:
-        if one not in ends.values():
-            continue
-        for index, line in enumerate(audit_files.read_older(one)):
-            if index:
-                ends.pop(str(line.get("hash")), None)
-            yield line
-    if others:
-        remarks.append(f"older lines may be in what is not read here: {', '.join(one.name for one in others)}")
+    reading = reading_from(found, begin)
+    if begin is None:
+        with contextlib.closing(reading.lines_back()) as back:
+            known = list(islice(filter(wanted, back), most))[::-1]
+        if not reading.packed:
+            return known, reading
+        reading = reading_from(found, None)  # what is packed can be read only from its beginning
+    return list(deque(filter(wanted, reading.lines(lambda line: True)), most)), reading
 
 
 def _asked_network(text: str | None) -> "Network | None":
@@ -188,9 +168,9 @@ def moment(option: str, text: str | None) -> "datetime | None":
     except (ValueError, OverflowError):
         try:
             when = datetime.fromisoformat(text)
+            return (when if when.tzinfo else when.replace(tzinfo=UTC)).astimezone(UTC)
         except (ValueError, OverflowError):
             raise UsageError(f"{option} {text!r} is no time", "say 2h, 7d, or 2027-01-31T12:00:00Z") from None
-    return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
 def _check_event(wanted: str | None) -> None:
@@ -234,7 +214,9 @@ def _show(lines: list[dict[str, Any]], json: bool, sql: bool, *, with_head: bool
     rows = []
     for line in lines:
         what = line.get("statement") or line.get("reason") or line.get("statement_hmac") or ""
-        tool = line.get("tool")
+        tool, place = line.get("tool"), line.get("client_ip")
+        if place is not None and tool is None and line.get("user") is None:
+            what = f"from {place}: {what}"
         rows.append(
             [
                 when(line), line.get("event"), line.get("token"), line.get("user"), line.get("database"),

@@ -31,7 +31,7 @@ def reading_of(context: typer.Context, config: Any, since: str | None, until: st
     return reading_from(settings(context, config, needs_log=False, forgiving=True), begin, end)
 
 
-def reading_from(found: "Settings", begin: "datetime | None", end: "datetime | None") -> "Reading":
+def reading_from(found: "Settings", begin: "datetime | None", end: "datetime | None" = None) -> "Reading":
     """The same; where the log ends by the servers and by `audit.anchor_file` is looked at first."""
     from mcpctl.audit.log import read_key
     from mcpctl.audit.reading import Reading

@@ -20,10 +20,11 @@ def add(found: "Settings", values: list[dict[str, Any]], now: "datetime") -> "Re
     """Put each token's usage into its values, and say how far back the log was looked at. What of it was not there is
     for `tell_of` to say, behind the answer."""
     from mcpctl.audit import usage
-    from mcpctl.audit.reading import Reading, stamp
+    from mcpctl.audit.reading import stamp
+    from mcpctl.cli.audit_read import reading_from
     from mcpctl.errors import NotFoundError
 
-    reading, used = Reading(found.audit.file, now - usage.DAYS), {}
+    reading, used = reading_from(found, now - usage.DAYS), {}
     try:
         used = usage.by_token(reading)
     except NotFoundError as problem:
