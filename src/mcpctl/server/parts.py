@@ -94,6 +94,7 @@ async def running(
         count=metrics.count,
         line=limiter.line,
         greeted=process.greeted,
+        late=process.late,
     )
     large_blocks_apart()
     pools = Pools(
@@ -141,9 +142,11 @@ async def running(
         await asyncio.gather(*tasks, return_exceptions=True)
         await pools.close()
         recorder.flush(everything=True)
-        if not core.quiet:
+        if core.quiet:
+            recorder.catch_up()  # what it cannot write yet its successor does: the process has it still
+        else:
             recorder.note("server.stopped", reason=f"pid {os.getpid()}")
-        recorder.close()
+            recorder.close()
         await durable.close()
         authenticator.close()
         own.close()
