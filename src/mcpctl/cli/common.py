@@ -30,13 +30,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 
 def _reason(text: str | None) -> str | None:
-    """A reason that the log can take. A token in it is masked, and holds up no revocation."""
+    """A reason that the log can take. A token in it is masked, a control character is a blank, and what is too long is
+    cut off: no pasted text holds up a revocation."""
     if text is None:
         return None
-    from mcpctl.identity.users import check_note
+    from mcpctl.config_values import CONTROL
 
-    check_note(masked(text), "--reason")
-    return masked(text)
+    return CONTROL.sub(" ", masked(text)).strip()[:1000] or None
 
 
 ReasonOption = Annotated[
