@@ -198,12 +198,15 @@ def check_log(found: "Settings") -> None:
 
 def ready_to_note(found: "Settings") -> None:
     """Refuses what gives a right while it could not be written into the audit log, unless the config only warns."""
+    from mcpctl import reserve
     from mcpctl.errors import ConfigError, Error, FullError
 
     if found.audit.on_failure != "refuse":
         return
     try:
         check_log(found)
+        if reserve.spent(found.auth.token_file.parent):
+            raise FullError("the disk is full: what room is left is for taking rights away", "make room")
     except FullError as problem:
         raise FullError(f"nothing was done: {problem.message}", problem.hint) from None
     except Error as problem:
