@@ -373,8 +373,12 @@ def test_a_rotation_is_no_way_around_a_block_and_makes_no_canary_a_living_token(
 def test_where_there_are_canaries_nothing_makes_an_empty_store_in_passing(tmp_path: Path) -> None:
     """Nor does a failed unblock anywhere else: whoever was blocked would be let in."""
     home = Home(tmp_path / "home", extra="canaries: {tables: [shop.public.honey]}\nown_databases: {hosts: [db.test]}\n")
+    name, text = home.token()
     store = home.folder / "state.db"
     store.unlink()
+    assert json.loads(home("token", "list", "--json").good)["tokens"][0]["status"] == "unknown"
+    assert json.loads(home("token", "show", name, "--json").good)["status"] == "unknown"
+    assert "nobody can say which tokens are" in home("token", "verify", stdin=text).out
     own = Own(config.load(home.config), Keyring(home.folder / "secret.key"), None)
     with pytest.raises(ConfigError, match="which tokens are blocked"):
         own.start()
@@ -383,8 +387,15 @@ def test_where_there_are_canaries_nothing_makes_an_empty_store_in_passing(tmp_pa
         assert not store.exists(), command
     assert home("token", "unblock", "ab12cd34").code == 3
     assert f"there is no {store}, which says" in home("config", "check").error
-    home("token", "unblock", "--all").good  # noqa: B018
+    done = home("token", "unblock", "--all", "--reason", "we lost it")
+    assert done.code == 0
+    assert f"there was no {store}: an empty one was made" in done.err
+    last = lines(home.folder / "audit.jsonl")[-1]
+    assert (last["event"], last.get("token")) == ("token.unblocked", None)
+    assert last["reason"].startswith("every token, since state.db was gone and was made anew; we lost it; by ")
     assert store.exists()
+    assert home("token", "unblock", "--all").err == ""
+    assert json.loads(home("token", "show", name, "--json").good)["status"] == "active"
     bare = Home(tmp_path / "bare")
     (bare.folder / "state.db").unlink()
     assert bare("token", "unblock", "ab12cd34").code == 4

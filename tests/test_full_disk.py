@@ -121,6 +121,10 @@ def test_rights_are_taken_on_a_full_disk_with_the_room_that_is_kept_for_it(disk:
     assert not reserve.of(home.folder).exists()
     assert home("token", "remove", other, "--yes").code == 0
     assert home("user", "disable", "alice").code == 0
+    for command in (("user", "enable", "alice"), ("token", "add", "--expiry", "1d")):
+        done = home(*command)
+        assert done.code == 1
+        assert "nothing was done: the disk is full: what room is left is for taking rights away" in done.error
     found = tokens.token_file(home.folder / "tokens.yaml").current()
     assert {one.id: one.status(tokens.utcnow()) for one in found.values()} == {kept: "active", name: "revoked"}
     whole(home.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
@@ -18,8 +19,12 @@ from mcpctl import config, reserve
 from mcpctl.audit import late
 from mcpctl.audit.log import AuditLog
 from mcpctl.cli.common import note_all
-from mcpctl.errors import UnavailableError
+from mcpctl.errors import Error, UnavailableError
 from mcpctl.recorder import LATE, Recorder
+from mcpctl.server import reload
+from mcpctl.server.listening import Listening
+from mcpctl.server.live import Place, Process
+from mcpctl.server.parts import running
 from test_control import process
 
 NOON = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -302,6 +307,53 @@ def test_what_a_server_has_lost_is_told_after_its_end_too(book: Book) -> None:
     book.give_back()
     book.log.append("server.started")
     assert lines(book.path)[1]["reason"].startswith("1 lines could not be written between 2026-11-20T12:00:00.000Z")
+
+
+def test_what_only_a_server_has_outlives_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Home(tmp_path / "home")
+    home("user", "add", "bob")
+    settings, log = config.load(home.config, {}), home.folder / "audit.jsonl"
+
+    def no_room(*_: object, **__: object) -> None:
+        raise UnavailableError("no room")
+
+    async def run() -> None:
+        process = Process(Place("one"))
+        async with running(settings, files=True, process=process) as first:
+            log.chmod(0o644)
+            first.recorder._audit.close()
+            first.recorder.note("token.revoked", token="ab12cd34")
+            first.recorder._lose("2026-11-20T12:00:00.000Z")
+            first.quiet = True
+        async with running(settings, files=True, process=process, again=True):
+            log.chmod(0o600)
+
+    monkeypatch.setattr(AuditLog, "keep", no_room)
+    asyncio.run(run())
+    told = [(one["event"], one.get("token"), one.get("reason")) for one in lines(log)][-3:]
+    assert [one[:2] for one in told] == [("token.revoked", "ab12cd34"), ("audit.lost", None), ("server.stopped", None)]
+    assert str(told[1][2]).startswith("1 lines could not be written between 2026-11-20")
+
+
+def test_a_reload_without_the_log_is_in_the_log_later_or_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path / "home")
+    home("user", "add", "bob")
+    settings, log = config.load(home.config, {}), home.folder / "audit.jsonl"
+    found = Listening(settings)
+    log.chmod(0o644)
+    reload.settled(found, found)
+    reload.refused(found, Error("a typo"))
+    with monkeypatch.context() as patched:
+        patched.setattr(late, "_MOST", 1)
+        reload.refused(found, Error("another"))
+    log.chmod(0o600)
+    home("user", "add", "alice")
+    told = [(one["event"], one["reason"].split(";")[0], "happened_at" in one) for one in lines(log)[-4:]]
+    assert told[0][:2] == ("config.reloaded", "changed: nothing in the config")
+    assert told[1] == ("config.reload_refused", "a typo", True)
+    assert told[2][:2] == ("audit.lost", "at least 1 lines could neither be written nor be kept")
 
 
 def test_what_is_kept_is_bounded_and_what_is_too_much_is_said(book: Book) -> None:

@@ -19,7 +19,7 @@ _SIZES = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 _LONGEST = 1000 * _UNITS["y"]
 _LARGEST = 1 << 40
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def duration(value: Any) -> float:
@@ -117,7 +117,7 @@ def text(value: Any) -> str:
     """A text that is not empty, and that a file system, a terminal and a log can take."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError("a text")
-    if _CONTROL.search(value):
+    if CONTROL.search(value):
         raise ValueError("a text without control characters")
     return value
 

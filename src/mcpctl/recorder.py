@@ -3,7 +3,7 @@
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
@@ -27,6 +27,15 @@ LATE = 1000
 
 
 @dataclass
+class Late:
+    """What a process has not been able to write yet: `lines` in order, and of lines that never will be written since
+    when, until when and how many."""
+
+    lines: deque[tuple[str, dict[str, Any]]] = field(default_factory=deque)
+    lost: tuple[str, str, int] | None = None
+
+
+@dataclass
 class _Stranger:
     """What one address had refused in a minute. `named`: some of it had the form of a token, and its checksum."""
 
@@ -41,7 +50,7 @@ class Recorder:
     one more line may be that a caller can have as many of as it likes, by all workers: on strangers (None), or on what
     one token did.
     `count(event, fields, written)` hears of each event, and whether its line is in the log; of each refused credential,
-    with None there."""
+    with None there. `greeted` and `late` outlive it where others come after it in its process."""
 
     def __init__(
         self,
@@ -53,6 +62,7 @@ class Recorder:
         count: Count = lambda event, fields, written: None,
         line: Callable[[str | None], bool] = lambda about: True,
         greeted: Greeted | None = None,
+        late: Late | None = None,
     ) -> None:
         self._audit = audit
         self._statements = statements
@@ -67,16 +77,15 @@ class Recorder:
         self._limited: dict[tuple[str | None, str, str], tuple[float, int, dict[str, Any]]] = {}
         self._minute = self._looked = clock()
         self._uncounted = 0
-        self._late: deque[tuple[str, dict[str, Any]]] = deque()
-        self._lost: tuple[str, str, int] | None = None
+        self._late = Late() if late is None else late
 
     def note(self, event: str, **fields: Any) -> None:
         """Write a line, or keep it until the log can be written. What must happen anyway (a revocation) uses this."""
         if self._write(event, fields):
             return
-        self._late.append((event, {"happened_at": self._audit.time(), **fields}))
-        if len(self._late) > LATE:
-            self._lose(self._late.popleft()[1]["happened_at"])
+        self._late.lines.append((event, {"happened_at": self._audit.time(), **fields}))
+        if len(self._late.lines) > LATE:
+            self._lose(self._late.lines.popleft()[1]["happened_at"])
 
     def call(self, event: str, **fields: Any) -> None:
         """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
@@ -114,17 +123,17 @@ class Recorder:
 
     def _lose(self, when: str) -> None:
         """Count a line that will never be written."""
-        since, until, count = self._lost or (when, when, 0)
-        self._lost = (min(since, when), max(until, when), count + 1)
+        since, until, count = self._late.lost or (when, when, 0)
+        self._late.lost = (min(since, when), max(until, when), count + 1)
 
     def _write_late(self) -> None:
-        while self._late:
-            event, fields = self._late[0]
+        while self._late.lines:
+            event, fields = self._late.lines[0]
             self._audit.append(event, **fields)
-            self._late.popleft()
-        if self._lost:
-            self._audit.append("audit.lost", reason=_lost(*self._lost))
-            self._lost = None
+            self._late.lines.popleft()
+        if self._late.lost:
+            self._audit.append("audit.lost", reason=_lost(*self._late.lost))
+            self._late.lost = None
 
     def catch_up(self) -> None:
         """Write what was kept, here and by commands, if the log can be written again."""
@@ -135,15 +144,15 @@ class Recorder:
             pass  # it was said when it began
 
     def close(self) -> None:
-        """Leave what is still kept beside the log, for the next who can write it."""
+        """Leave what is still kept beside the log, for the next who can write it: this process ends."""
         self.catch_up()
-        left, lost = list(self._late), self._lost[2] if self._lost else 0
+        left, lost = list(self._late.lines), self._late.lost[2] if self._late.lost else 0
         try:
             while left:
                 self._audit.keep(left[0][0], **left[0][1])
                 del left[0]
-            if self._lost:
-                self._audit.keep("audit.lost", reason=_lost(*self._lost))
+            if self._late.lost:
+                self._audit.keep("audit.lost", reason=_lost(*self._late.lost))
         except Error as problem:
             log.error("%d lines are lost to the audit log: %s", len(left) + lost, problem.message)
             self._audit.lose(len(left) + lost)

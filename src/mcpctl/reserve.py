@@ -27,6 +27,17 @@ def there(folder: Path) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_size >= SIZE
 
 
+def spent(folder: Path) -> bool:
+    """Whether the room is not kept, and not free either: what is left of it is for taking rights away."""
+    if there(folder) or not hasattr(os, "statvfs"):
+        return False
+    try:
+        disk = os.statvfs(folder)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < 2 * SIZE  # what is given needs some, too
+
+
 def keep(folder: Path) -> None:
     """Make it where it is not there, and the disk has plenty of room. That it cannot be made is no fault."""
     if there(folder) or not hasattr(os, "posix_fallocate"):

@@ -30,13 +30,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 
 def _reason(text: str | None) -> str | None:
-    """A reason that the log can take. A token in it is masked, and holds up no revocation."""
+    """A reason that the log can take. A token in it is masked, a control character is a blank, and what is too long is
+    cut off: no pasted text holds up a revocation."""
     if text is None:
         return None
-    from mcpctl.identity.users import check_note
+    from mcpctl.config_values import CONTROL
 
-    check_note(masked(text), "--reason")
-    return masked(text)
+    return CONTROL.sub(" ", masked(text)).strip()[:1000] or None
 
 
 ReasonOption = Annotated[
@@ -198,12 +198,15 @@ def check_log(found: "Settings") -> None:
 
 def ready_to_note(found: "Settings") -> None:
     """Refuses what gives a right while it could not be written into the audit log, unless the config only warns."""
+    from mcpctl import reserve
     from mcpctl.errors import ConfigError, Error, FullError
 
     if found.audit.on_failure != "refuse":
         return
     try:
         check_log(found)
+        if reserve.spent(found.auth.token_file.parent):
+            raise FullError("the disk is full: what room is left is for taking rights away", "make room")
     except FullError as problem:
         raise FullError(f"nothing was done: {problem.message}", problem.hint) from None
     except Error as problem:

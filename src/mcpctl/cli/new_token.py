@@ -31,8 +31,8 @@ def people(found: "Settings") -> "Mapping[str, User] | None":
         return None
 
 
-def blocked_by_us(found: "Settings") -> "Mapping[str, Block]":
-    """The tokens that the server has blocked; none while nobody can say, which is warned of."""
+def blocked_by_us(found: "Settings") -> "Mapping[str, Block] | None":
+    """The tokens that the server has blocked; None while nobody can say, which is warned of."""
     from contextlib import closing
 
     from mcpctl.errors import Error
@@ -43,7 +43,17 @@ def blocked_by_us(found: "Settings") -> "Mapping[str, Block]":
             return Blocked(state).current()
     except Error as problem:
         output.warn(problem.message, problem.hint)
-        return {}
+        return None
+
+
+def standing(
+    token: "Token", known: "Mapping[str, User] | None", now: "datetime", blocked: "Mapping[str, Block] | None"
+) -> str:
+    """A token's status; `unknown` where it would be good, and nobody can say whether it is blocked."""
+    from mcpctl.identity import tokens
+
+    status = tokens.standing(token, known, now, blocked or ())
+    return "unknown" if blocked is None and status in ("active", "expiring") else status
 
 
 def not_to_rotate(found: "Settings") -> dict[str, str]:

@@ -31,6 +31,7 @@ from mcpctl.cli.new_token import (
     people,
     permission_of,
     record,
+    standing,
     tell,
 )
 from mcpctl.cli.taking import known_of, taking
@@ -158,9 +159,9 @@ def list_(
         entries = [token for token in entries if token.status(now) == "expired"]
     lockdown.tell(found)
     known, blocked = people(found), blocked_by_us(found)
-    values = [record(token, tokens.standing(token, known, now, blocked)) for token in entries]
+    values = [record(token, standing(token, known, now, blocked)) for token in entries]
     for value in values:
-        if value["id"] in blocked:
+        if blocked and value["id"] in blocked:
             value["blocked"] = blocked[value["id"]].words
     reading = usage.add(found, values, now) if used else None
     usage.warn_of_age([token for token in entries if token.status(now) in ("active", "expiring")], now)
@@ -198,8 +199,8 @@ def show(context: typer.Context, id: TokenId, json: JsonOption = False, config: 
     entry = tokens.show(tokens.token_file(found.auth.token_file), id)
     blocked = blocked_by_us(found)
     shown = {
-        **record(entry, tokens.standing(entry, people(found), now, blocked)),
-        **({"blocked": blocked[id].words} if id in blocked else {}),
+        **record(entry, standing(entry, people(found), now, blocked)),
+        **({"blocked": blocked[id].words} if blocked and id in blocked else {}),
         "allow_ips": None if entry.allow_ips is None else [str(item) for item in entry.allow_ips],
     }
     if json:
@@ -432,7 +433,9 @@ def verify(
         good, why = False, f"there is no token {name} here (removed, or of another server)"
     elif not tokens.matches(entry, text):
         good, why = False, f"its id is {name}, but it is not that token"
-    elif name in (blocked := blocked_by_us(found)):
+    elif (blocked := blocked_by_us(found)) is None:
+        good, why = False, f"token {name} may be blocked: nobody can say which tokens are"
+    elif name in blocked:
         good, why = False, f"token {name} is blocked {blocked[name].words}"
     elif (bars := _user_bars(found, entry)) is not None:
         good, why = False, f"token {name} opens nothing: its user {entry.user} {bars}"

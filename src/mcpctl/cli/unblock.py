@@ -28,11 +28,19 @@ def unblock(
     found = settings(context, config)
     ready_to_note(found)
     with closing(State(found.server.state_file) if all_ else store(found)) as state:
-        blocked = Blocked(state)
+        blocked, lost = Blocked(state), not state.path.exists()
         if id is not None:
             blocked.lift(id)
         lifted = [id] if id is not None else blocked.lift_all()
-    note_all(found, [("token.unblocked", {"token": one, "reason": by_whom(context, reason)}) for one in lifted])
+    why = by_whom(context, reason)
+    events = [("token.unblocked", {"token": one, "reason": why}) for one in lifted]
+    if lost:
+        output.warn(
+            f"there was no {found.server.state_file}: an empty one was made, and whoever was blocked is let in",
+            "the audit log's token.blocked lines say who was; `mcpctl token revoke` ends a token",
+        )
+        events = [("token.unblocked", {"reason": f"every token, since state.db was gone and was made anew; {why}"})]
+    note_all(found, events)
     proof(found, [])  # so that the servers have looked
     if json:
         output.put_json({"unblocked": lifted})

@@ -113,18 +113,18 @@ def rfc3339(when: datetime) -> str:
     return when.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
-def check_note(note: str | None, option: str = "--note") -> None:
-    """A note is a short line of text; `option` is what it was given with."""
+def check_note(note: str | None) -> None:
+    """A note is a short line of text."""
     if note is None:
         return
     try:
         text(note)
     except ValueError as problem:
-        raise UsageError(f"{option} takes {problem}", "or leave it out") from None
+        raise UsageError(f"--note takes {problem}", "or leave it out") from None
     if _TOKEN.search(note):
-        raise UsageError(f"{option} holds a token", "notes are shown and logged; name the token by its id")
+        raise UsageError("--note holds a token", "notes are shown and logged; name the token by its id")
     if len(note) > 1000:
-        raise UsageError(f"{option} is longer than 1000 characters", "say it shorter")
+        raise UsageError("--note is longer than 1000 characters", "say it shorter")
 
 
 def repeated(name: str, instead: str) -> str:

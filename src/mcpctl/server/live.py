@@ -23,7 +23,7 @@ from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.pools import Pools, reachable
 from mcpctl.postgres.token_pool import TokenPool
 from mcpctl.private_file import fingerprint
-from mcpctl.recorder import Greeted, Recorder
+from mcpctl.recorder import Greeted, Late, Recorder
 from mcpctl.server.answers import Answer, Request, values
 from mcpctl.shared_counters import SAVED_EVERY, Counters
 from mcpctl.tools.table import TOOLS
@@ -63,6 +63,7 @@ class Process:
         self.begun = time.time()
         self.over: dict[str, datetime | None] = {}
         self.greeted = Greeted()
+        self.late = Late()
         self.begins = True
         """Whether the server starts with it, which then wants every file in order."""
         self.ends: Callable[[], datetime | None] = lambda: None

@@ -94,6 +94,7 @@ async def running(
         count=metrics.count,
         line=limiter.line,
         greeted=process.greeted,
+        late=process.late,
     )
     large_blocks_apart()
     pools = Pools(
@@ -142,9 +143,12 @@ async def running(
         await asyncio.gather(*tasks, return_exceptions=True)
         await pools.close()
         recorder.flush(everything=True)
-        if begun and not core.quiet:
-            recorder.note("server.stopped", reason=f"pid {os.getpid()}")
-        recorder.close()
+        if core.quiet or (again and not begun):
+            recorder.catch_up()  # what it cannot write yet its successor does: the process has it still
+        else:
+            if begun:
+                recorder.note("server.stopped", reason=f"pid {os.getpid()}")
+            recorder.close()
         await durable.close()
         authenticator.close()
         own.close()

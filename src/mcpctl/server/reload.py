@@ -249,15 +249,24 @@ def _book(settings: Settings) -> AbstractContextManager[AuditLog]:
 
 
 def _note(settings: Settings, event: str, reason: str) -> None:
+    """Write a reload's line, or keep it beside the log, as a command does."""
     try:
         with _book(settings) as book:
             try:
                 book.append(event, reason=reason)
-            except UnavailableError:  # the key that is read anew here may be what is refused: others have the right one
-                book.keep(event, reason=reason)
-                raise
+            except Error as problem:
+                log.error("%s: %s", event, problem.message)
+                _keep(book, event, reason)
     except Error as problem:
         log.error("%s: %s", event, problem.message)
+
+
+def _keep(book: AuditLog, event: str, reason: str) -> None:
+    try:
+        book.keep(event, reason=reason)
+    except Error as problem:
+        log.error("1 line is lost to the audit log: %s: %s", event, problem.message)
+        book.lose(1)
 
 
 class Requests:
