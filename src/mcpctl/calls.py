@@ -340,7 +340,9 @@ class Calls:
     def _begins(self, text: str | None, facts: _Facts) -> None:
         """Write down what is about to stay: where the process is killed, the call's own line never comes. Raises
         UnavailableError as the recorder does."""
-        kept = self._recorder.statement(text, described=False) if text is not None else {}
+        kept: dict[str, Any] = {}
+        if text is not None:
+            kept = {**self._recorder.statement(text, described=False), "relations": facts.relations}
         self._recorder.call("tool.begun", **facts.base, **facts.values, **kept, reason=facts.reason(None))
 
     async def _ask_several(

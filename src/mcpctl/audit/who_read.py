@@ -99,7 +99,7 @@ def search(reading: Reading, target: Target, kept: int = KEPT) -> Found:
     for line in reading.lines(wanted):
         touched = _touched(line, target)
         if not touched and _unknown(line, target):
-            found.unknown[str(line.get("outcome"))] += 1
+            found.unknown[str(line.get("outcome", "begun"))] += 1
             found.unknown_when.add(line)
         for database in touched:
             who = (_name(line, "user"), _name(line, "token"), database)

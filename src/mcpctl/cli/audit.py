@@ -113,7 +113,7 @@ def _known(
 
     if begin is None:
         return list(islice(filter(wanted, _all_lines(path)), most))[::-1]
-    reading = Reading(path, begin)
+    reading = Reading(path, begin, every=True)
     known = list(deque(filter(wanted, reading.lines(lambda line: True)), most))
     for text in (reading.missing_before, *reading.remarks, *reading.faults):
         if text:
