@@ -28,6 +28,7 @@ from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
 from mcpctl.policy.limits import Limiter
 from mcpctl.postgres.answer import Bounds
+from mcpctl.postgres.catalog import NothingThereError
 from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.logins import Logins
@@ -489,7 +490,7 @@ def _noted(problem: Error) -> str:
         return "an argument that the tool does not take"
     if isinstance(problem, StatementError):
         return f"SQLSTATE {problem.fields.get('sqlstate', 'none')}"
-    return problem.message
+    return "there is nothing of that name to read" if isinstance(problem, NothingThereError) else problem.message
 
 
 def _failed(problem: Error) -> Answer:
