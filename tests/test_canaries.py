@@ -39,6 +39,7 @@ TOUCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "a view": ("query_database", {"query": "select * from honey_view"}),
     "a subquery that yields nothing": ("query_database", {"query": "select 1 where exists (select from honey)"}),
     "a function": ("query_database", {"query": "select word from ts_stat('select to_tsvector(id::text) from honey')"}),
+    "a function whose block is rolled back": ("query_database", {"query": "select honey_undone()"}),
     "TABLE": ("query_database", {"query": "table honey"}),
     "an odd name": ("query_database", {"query": 'select * from "Odd.Name"'}),
     "several databases": ("query_database", {"query": "select * from honey", "databases": ["shop"]}),
@@ -63,6 +64,8 @@ def honey(shop: Shop) -> Shop:
             'CREATE TABLE IF NOT EXISTS honey (id int); CREATE TABLE IF NOT EXISTS "Odd.Name" (id int);'
             "CREATE TABLE IF NOT EXISTS tips (id int); INSERT INTO honey VALUES (42);"
             "CREATE OR REPLACE VIEW honey_view AS SELECT * FROM honey;"
+            "CREATE OR REPLACE FUNCTION honey_undone() RETURNS int LANGUAGE plpgsql AS $$"
+            "BEGIN PERFORM FROM honey; RAISE 'undone'; EXCEPTION WHEN raise_exception THEN RETURN 1; END$$;"
             'GRANT SELECT ON honey, "Odd.Name", honey_view, tips TO shop_reader; GRANT INSERT ON tips TO shop_reader'
         )
     return shop

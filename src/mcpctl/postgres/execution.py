@@ -50,7 +50,7 @@ class _Execution(Exchange):
             accepted, _ = await self.judge(wire, text, _PREPARE)
             if not accepted:
                 raise NotAQuestionError("PostgreSQL would not PREPARE this statement, so it was not run", _TAKEN)
-            self.begin(b"BEGIN READ WRITE", (text, ()), (_DEFERRED, ()), (statement.LOCKED, ()))
+            self.begin(b"BEGIN READ WRITE", (text, ()), (_DEFERRED, ()), (statement.SEEN, ()))
             await wire.flush()
             await self._begun(wire)
             try:
