@@ -38,6 +38,11 @@ def counted(line: dict[str, Any]) -> int | None:
     return int(found[1]) if found else None
 
 
+def outcome_of(line: dict[str, Any]) -> str:
+    """How a call ended; `begun` where the log does not say that it has."""
+    return "begun" if line.get("event") == "tool.begun" else str(line.get("outcome"))
+
+
 def reason_of(line: dict[str, Any]) -> str:
     """Why a refusal was, without the number of those that are counted."""
     return str(line.get("reason", "no reason")) if counted(line) is None else "more within a minute, counted"

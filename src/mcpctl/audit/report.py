@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mcpctl.audit.reading import Reading, Tally, reason_of, shortened
+from mcpctl.audit.reading import Reading, Tally, outcome_of, reason_of, shortened
 from mcpctl.audit.who_read import databases
 
 MOST = 500
@@ -66,7 +66,7 @@ class Facts:
             self.events.append(line)
 
     def _add_call(self, line: dict[str, Any]) -> None:
-        self.calls.add((str(line.get("tool", "(any)")), str(line.get("outcome", "begun"))), line)
+        self.calls.add((str(line.get("tool", "(any)")), outcome_of(line)), line)
         for one in databases(line):
             self.tables.add(one, line)
         if (role := line.get("role")) is not None:
