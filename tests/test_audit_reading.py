@@ -15,7 +15,9 @@ import pytest
 from chain import KEY
 from command_line import Home
 from mcpctl.audit import files as audit_files
+from mcpctl.audit import report, top, usage, who_read
 from mcpctl.audit.log import AuditLog
+from mcpctl.audit.reading import Reading
 
 
 @pytest.fixture
@@ -161,6 +163,38 @@ def test_a_name_of_several_lines_says_nothing_of_its_own(tmp_path: Path) -> None
     for arguments in (("verify",), ("tail",)):
         done = home("audit", *arguments)
         assert (done.code, [line for line in done.err.splitlines() if not line.startswith("mcpctl: ")]) == (1, [])
+
+
+def test_a_call_that_was_killed_before_its_own_line_counts_as_one_in_every_answer(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    path, minute = home.folder / "audit.jsonl", 0
+
+    def clock() -> datetime:
+        nonlocal minute
+        minute += 1
+        return datetime(2026, 1, 1, 0, minute, tzinfo=UTC)
+
+    log = AuditLog(path, KEY, clock)
+    call: dict[str, Any] = {"token": "k3vq09zd", "user": "eve", "tool": "execute_statement", "database": "shop",
+                            "role": "mcp_eve_w", "backend_pid": 7, "statement_hmac": "5a"}  # fmt: skip
+    log.append("tool.begun", request_id="ended", relations=["sales.orders"], **call)
+    log.append("tool.begun", request_id="killed", relations=["sales.orders"], **call)
+    log.append("tool.called", request_id="ended", relations=["sales.orders"], rows=2, outcome="ok", **call)
+    log.append("tool.begun", request_id="unknown", **call)  # as older versions wrote it
+    log.append("tool.begun", request_id="late", relations=["sales.orders"], **call)
+    log.append("tool.refused", request_id="late", relations=["sales.orders"], outcome="cut", **call)
+
+    found = who_read.search(Reading(path), who_read.Target("sales", "orders"))
+    assert [line["request_id"] for line in found.statements] == ["ended", "late", "killed"]
+    assert found.unknown == {"begun": 1}
+    assert top.count(Reading(path), "user")["eve"].count == usage.by_token(Reading(path))["k3vq09zd"].count == 4
+    facts = report.gather(Reading(path), "k3vq09zd", None)
+    assert {outcome: one.count for (_, outcome), one in facts.calls.items()} == {"ok": 1, "cut": 1, "begun": 2}
+    assert (facts.asked, facts.backends[7].count, facts.roles["shop", "mcp_eve_w"].count) == (4, 4, 4)
+    until = Reading(path, end=datetime(2026, 1, 1, 0, 6, tzinfo=UTC))  # its end lies behind that
+    assert top.count(until, "user")["eve"].count == 3
+    shown = home("audit", "tail", "--since", "2026-01-01", "--json").good
+    assert shown.count("tool.begun") == 4
 
 
 def test_what_lies_beside_the_log_stops_neither_reading_nor_writing(tmp_path: Path) -> None:

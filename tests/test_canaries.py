@@ -39,6 +39,7 @@ TOUCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "a view": ("query_database", {"query": "select * from honey_view"}),
     "a subquery that yields nothing": ("query_database", {"query": "select 1 where exists (select from honey)"}),
     "a function": ("query_database", {"query": "select word from ts_stat('select to_tsvector(id::text) from honey')"}),
+    "a function whose block is rolled back": ("query_database", {"query": "select honey_undone()"}),
     "TABLE": ("query_database", {"query": "table honey"}),
     "an odd name": ("query_database", {"query": 'select * from "Odd.Name"'}),
     "several databases": ("query_database", {"query": "select * from honey", "databases": ["shop"]}),
@@ -63,6 +64,8 @@ def honey(shop: Shop) -> Shop:
             'CREATE TABLE IF NOT EXISTS honey (id int); CREATE TABLE IF NOT EXISTS "Odd.Name" (id int);'
             "CREATE TABLE IF NOT EXISTS tips (id int); INSERT INTO honey VALUES (42);"
             "CREATE OR REPLACE VIEW honey_view AS SELECT * FROM honey;"
+            "CREATE OR REPLACE FUNCTION honey_undone() RETURNS int LANGUAGE plpgsql AS $$"
+            "BEGIN PERFORM FROM honey; RAISE 'undone'; EXCEPTION WHEN raise_exception THEN RETURN 1; END$$;"
             'GRANT SELECT ON honey, "Odd.Name", honey_view, tips TO shop_reader; GRANT INSERT ON tips TO shop_reader;'
             "CREATE OR REPLACE FUNCTION peek(name regclass) RETURNS text LANGUAGE plpgsql AS $$ DECLARE found text;"
             " BEGIN EXECUTE format('SELECT max(id) FROM %s', name) INTO found; RETURN found; END $$;"
@@ -155,6 +158,14 @@ def test_a_block_is_every_workers_it_outlives_a_restart_and_is_lifted_by_one_com
 def test_what_writes_is_rolled_back_where_it_touches_a_canary(make_site: MakeSite, honey: Shop) -> None:
     extra = CANARIES + "auth: {admin_users: [eve]}\n"
     at = make_site(honey, extra=extra, per_user=True, database="    allow_open_hba: true\n")
+    with at.shop.admin() as admin:
+        admin.execute(
+            "DROP TABLE IF EXISTS later; CREATE TABLE later (id int UNIQUE DEFERRABLE INITIALLY DEFERRED);"
+            "CREATE OR REPLACE FUNCTION peek() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$"
+            "BEGIN PERFORM FROM public.honey; RETURN NULL; END$$;"
+            "CREATE CONSTRAINT TRIGGER peek AFTER INSERT ON later DEFERRABLE INITIALLY DEFERRED"
+            " FOR EACH ROW WHEN (NEW.id = 7) EXECUTE FUNCTION peek()"
+        )
     at.user("eve")
     at.grant("eve", "--schema", "public", access="write")
     at.start()
@@ -162,12 +173,20 @@ def test_what_writes_is_rolled_back_where_it_touches_a_canary(make_site: MakeSit
     with at.client(text) as a:
         ours = a.call("execute_statement", {"statement": "insert into tips select 1 returning id"})
         assert ours.json()["result"]["isError"] is False, ours.text
+        twice = a.call("execute_statement", {"statement": "insert into later values (1), (1)"})
+        assert "duplicate key" in twice.text
+        assert [line["relations"] for line in at.audit() if line["event"] == "tool.begun"] == [["public.tips"]]
         theirs = a.call("execute_statement", {"statement": "insert into tips select id from honey"})
         assert theirs.status_code == 401
-    assert list(blocked(at)) == [name]
+    other, text = at.token("eve")
+    with at.client(text) as a:  # what runs at the COMMIT alone
+        assert a.call("execute_statement", {"statement": "insert into later values (7)"}).status_code == 401
+    assert set(blocked(at)) == {name, other}
     at.run("user", "remove", "eve", "--yes")
     with at.shop.admin() as admin:
         assert admin.execute("DELETE FROM tips RETURNING id").fetchall() == [(1,)]
+        assert admin.execute("SELECT FROM later").fetchall() == []
+        admin.execute("DROP TABLE later; DROP FUNCTION peek()")
 
 
 def test_a_plan_that_cannot_be_seen_is_not_answered(at: Site) -> None:

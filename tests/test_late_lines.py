@@ -180,13 +180,15 @@ def _dies(event: str, fields: dict[str, Any]) -> None:
 def test_what_is_beside_the_log_and_none_of_ours_is_told_and_not_written(book: Book) -> None:
     book.log.keep("token.revoked", token="first")
     with late.place(book.path).open("ab") as file:
+        for depth in (2, *range(980, 1000), 100_000):
+            file.write(b'{"event":"token.revoked","reason":%s%s}\n' % (b"[" * depth, b"]" * depth))
         file.write(b'{"event":"made.up"}\n{"event":"token.revoked","made_up":1}\n[]\n{"eve')
     book.log.keep("token.revoked", token="second")
     book.log.append("server.started")
     events = [one[:2] for one in book.told()]
     assert events[0] == ("token.revoked", "first")
-    assert events[1:5] == [("audit.lost", None)] * 4
-    assert events[5:] == [("token.revoked", "second"), ("server.started", None)]
+    assert events[1:27] == [("audit.lost", None)] * 26
+    assert events[27:] == [("token.revoked", "second"), ("server.started", None)]
 
 
 def test_a_line_from_outside_says_nothing_of_its_place_in_the_chain(book: Book) -> None:

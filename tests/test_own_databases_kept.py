@@ -403,8 +403,10 @@ def test_no_login_role_of_mcpctls_own_is_brought(make_site: MakeSite, newest_sho
             admin.execute("DROP OWNED BY mcp_kim_w; DROP ROLE mcp_kim_w, mcp_logins")
 
 
-def test_what_is_no_name_in_the_place_of_a_table_is_neither_repeated_nor_logged(at: Site, carol: Client) -> None:
+def test_what_names_no_table_is_not_logged_and_what_is_no_name_is_not_repeated(at: Site, carol: Client) -> None:
     sql = "alter role joe password CANARY"
     for wrong in ({"table": "postgresql://u:CANARY@h/d"}, {"schema": "host=h password=CANARY"}, {"table": sql}):
         assert "of that name" in refused(carol, "get_schema_info", **wrong)
+    for wrong in ({"table": "CANARY"}, {"schema": "CANARY"}, {"table": "public.CANARY"}):  # a password may look so
+        assert "CANARY" in refused(carol, "get_schema_info", **wrong)
     assert b"CANARY" not in (at.folder / "audit.jsonl").read_bytes()

@@ -331,6 +331,6 @@ def test_what_writes_has_a_line_before_it_stays_and_else_does_not_stay(
     begun, called = [line for line in at.audit() if line.get("user") == "nina" and line["event"].startswith("tool.")][
         :2
     ]
-    same = ("request_id", "token", "tool", "database", "role", "backend_pid", "statement_hmac")
+    same = ("request_id", "token", "tool", "database", "role", "backend_pid", "statement_hmac", "relations")
     assert [begun[name] for name in same] == [called[name] for name in same]
     assert top.count(Reading(at.folder / "audit.jsonl"), "user")["nina"].count == 2

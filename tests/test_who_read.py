@@ -107,6 +107,31 @@ def test_who_read_says_what_it_cannot_know(at: Site, alice: Client) -> None:
     assert "of 3 statements the log does not say what they read (2 ok, 1 error)" in done.stderr
 
 
+def test_what_a_function_reads_in_a_block_that_is_rolled_back_is_seen(at: Site, alice: Client) -> None:
+    """Its locks are released with it."""
+    with at.shop.admin() as admin:
+        admin.execute(
+            b"CREATE FUNCTION sales.rolled_back(query text) RETURNS int LANGUAGE plpgsql AS $$BEGIN "
+            b"EXECUTE query; RAISE 'undone'; EXCEPTION WHEN raise_exception THEN RETURN 1; END$$"
+        )
+    alice.ask("select * from sales.other")  # whose counters are not the next statements'
+    reads = {
+        "select 1": [],
+        "select count(*) from sales.secret": ["sales.secret"],
+        "select from sales.secret where id = 2": ["sales.secret"],
+        "select from sales.secret where id = 4711": ["sales.secret"],
+        "select from sales.secret where ctid = '(0,1)'": ["sales.secret"],
+        "select from sales.kept": ["sales.kept"],
+        'select from sales."Order.Lines"': ["sales.Order.Lines"],
+        "select from sales.part_1": ["sales.part_1"],
+    }
+    for query in reads:
+        for _ in range(2):
+            alice.ask(f"select sales.rolled_back($q${query}$q$)")
+    found = [line["relations"] for line in at.audit() if line["event"] == "tool.called"]
+    assert found[1:] == [read for read in reads.values() for _ in range(2)]
+
+
 def test_functions_in_what_was_cut_off_or_failed_may_have_read_anything(at: Site, alice: Client) -> None:
     for _ in range(2):
         alice.ask("select sales.count_them() from generate_series(1, 3000)")

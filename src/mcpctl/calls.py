@@ -28,6 +28,7 @@ from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
 from mcpctl.policy.limits import Limiter
 from mcpctl.postgres.answer import Bounds
+from mcpctl.postgres.catalog import NothingThereError
 from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.logins import Logins
@@ -347,7 +348,9 @@ class Calls:
     def _begins(self, text: str | None, facts: _Facts) -> None:
         """Write down what is about to stay: where the process is killed, the call's own line never comes. Raises
         UnavailableError as the recorder does."""
-        kept = self._recorder.statement(text, described=False) if text is not None else {}
+        kept: dict[str, Any] = {}
+        if text is not None:
+            kept = {**self._recorder.statement(text, described=False), "relations": facts.relations}
         self._recorder.call("tool.begun", **facts.base, **facts.values, **kept, reason=facts.reason(None))
 
     async def _ask_several(
@@ -494,7 +497,7 @@ def _noted(problem: Error) -> str:
         return "an argument that the tool does not take"
     if isinstance(problem, StatementError):
         return f"SQLSTATE {problem.fields.get('sqlstate', 'none')}"
-    return problem.message
+    return "there is nothing of that name to read" if isinstance(problem, NothingThereError) else problem.message
 
 
 def _failed(problem: Error) -> Answer:

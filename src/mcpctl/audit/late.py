@@ -132,8 +132,11 @@ def _read(line: bytes) -> tuple[str, dict[str, Any]]:
     """A kept line's event and fields; what cannot be read is told in a line of its own."""
     try:
         fields = json.loads(line)
+        listed = [one for value in fields.values() for one in (value if isinstance(value, list) else [value])]
+        if any(isinstance(one, list | dict) for one in listed):  # what is nested enough cannot be written again
+            raise ValueError
         return fields.pop("event"), fields
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "audit.lost", {"reason": "a line that was kept for the log could not be read"}
 
 

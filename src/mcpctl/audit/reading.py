@@ -28,13 +28,19 @@ _TOLD = 20
 _STEP = timedelta(seconds=5)
 """How far back a line's time may be behind the one before it: they are taken before the log is locked."""
 _BEGUN = b'"event":"tool.begun"'
-"""Of a call that has a line of its own, or was killed: it counts as no call."""
+"""Of a call that has a line of its own, which counts, or was killed before it: then this one does."""
+_CALL = re.compile(rb'"event":"tool\.(?:begun|called|refused)","request_id":"([^"]*)"')
 
 
 def counted(line: dict[str, Any]) -> int | None:
     """How many refusals a line stands for that counts them; None where it is of one call."""
     found = _COUNTED.match(str(line.get("reason"))) if str(line.get("event")).endswith(".refused") else None
     return int(found[1]) if found else None
+
+
+def outcome_of(line: dict[str, Any]) -> str:
+    """How a call ended; `begun` where the log does not say that it has."""
+    return "begun" if line.get("event") == "tool.begun" else str(line.get("outcome"))
 
 
 def reason_of(line: dict[str, Any]) -> str:
@@ -88,7 +94,8 @@ class Reading:
 
     `known` says where the log ended before this began. When `lines` has come to its end, `faults` says in words what
     was missing or could not be read, `remarks` what else is to be known, and `starts` is the number and time of the
-    first line that there is: of what was before it nothing is known.
+    first line that there is: of what was before it nothing is known. `every`: also the `tool.begun` of calls that have
+    ended.
     """
 
     path: Path
@@ -97,6 +104,7 @@ class Reading:
     known: "Sequence[Anchor]" = ()
     faults: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    every: bool = False
     starts: tuple[int, str] | None = None
     read: int = 0
     packed: bool = False
@@ -105,6 +113,7 @@ class Reading:
     _last: tuple[int, bytes] = (0, b"")
     _latest: bytes = b""
     _skipped: bool = False
+    _open: dict[bytes, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._from = stamp(self.begin).encode() if self.begin else b""
@@ -112,14 +121,20 @@ class Reading:
 
     def lines(self, wanted: Callable[[bytes], bool], decode: Callable[[bytes], Any] = _decoded) -> Iterator[Any]:
         """The lines of that time whose bytes are `wanted`, in the order of the chain, as dicts or what `decode` makes
-        of them. Where the clock was set back, lines behind one of that time count as of that time, too. Raises
-        NotFoundError where there is no log at all."""
+        of them. Where the clock was set back, lines behind one of that time count as of that time, too. Calls
+        that were begun, and of whose end the log says nothing, come last. Raises NotFoundError where there is no log
+        at all."""
         with contextlib.ExitStack() as stack:
             for part in self._needed(self._chosen(stack)):
                 try:
                     yield from self._of(part, wanted, decode)
                 except Error as problem:
                     self._fault(problem.message)
+        for line in self._open.values():
+            try:
+                yield decode(line)
+            except (msgspec.DecodeError, ValueError, RecursionError):
+                self._fault("the line of a call that was begun cannot be read")
         self._end_at(self._last[0])
 
     def lines_back(self) -> Generator[dict[str, Any]]:
@@ -235,10 +250,12 @@ class Reading:
                 if when < before:
                     self._set_back(number, before.decode(), when.decode())
                 last, before = number, when
+                if self._open and _BEGUN not in line and (call := _CALL.search(line)):
+                    self._open.pop(call[1], None)
                 if latest < self._from or when >= self._to:
                     continue
                 self.read += 1
-                if wanted(line) and _BEGUN not in line:
+                if wanted(line) and not self._begins(line):
                     try:
                         yield decode(line)
                     except (msgspec.DecodeError, ValueError, RecursionError):
@@ -247,6 +264,13 @@ class Reading:
             self._last, self._latest = (last, before), latest
             if broken:
                 self._fault(f"{part.name}: {broken} lines cannot be read")
+
+    def _begins(self, line: bytes) -> bool:
+        """Whether a line is kept back, since its call's end may follow, which says more."""
+        call = _CALL.search(line) if _BEGUN in line and not self.every else None
+        if call is not None:
+            self._open[call[1]] = line
+        return call is not None
 
     def _set_back(self, number: int, before: str, when: str) -> None:
         with contextlib.suppress(ValueError):

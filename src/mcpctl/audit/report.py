@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mcpctl.audit.reading import Reading, Tally, reason_of, shortened
+from mcpctl.audit.reading import Reading, Tally, outcome_of, reason_of, shortened
 from mcpctl.audit.who_read import databases
 
 MOST = 500
@@ -66,7 +66,7 @@ class Facts:
             self.events.append(line)
 
     def _add_call(self, line: dict[str, Any]) -> None:
-        self.calls.add((str(line.get("tool", "(any)")), str(line.get("outcome"))), line)
+        self.calls.add((str(line.get("tool", "(any)")), outcome_of(line)), line)
         for one in databases(line):
             self.tables.add(one, line)
         if (role := line.get("role")) is not None:
@@ -76,7 +76,7 @@ class Facts:
         if "statement" in line or "statement_hmac" in line:
             self.asked += 1
             self.statements.append(shortened(line))
-        if line.get("tool") == "set_pg_configuration" and line.get("event") == "tool.called":
+        if line.get("tool") == "set_pg_configuration" and line.get("event") != "tool.refused":
             self.changed += 1
             self.settings.append(line)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mcpctl.audit.log import MORE
-from mcpctl.audit.reading import Reading, Tally, shortened
+from mcpctl.audit.reading import Reading, Tally, outcome_of, shortened
 from mcpctl.errors import UsageError
 from mcpctl.identity import grants
 
@@ -99,7 +99,7 @@ def search(reading: Reading, target: Target, kept: int = KEPT) -> Found:
     for line in reading.lines(wanted):
         touched = _touched(line, target)
         if not touched and _unknown(line, target):
-            found.unknown[str(line.get("outcome"))] += 1
+            found.unknown[outcome_of(line)] += 1
             found.unknown_when.add(line)
         for database in touched:
             who = (_name(line, "user"), _name(line, "token"), database)

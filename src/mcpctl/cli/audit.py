@@ -119,13 +119,13 @@ def _known(
 
     from mcpctl.cli.audit_read import reading_from
 
-    reading = reading_from(found, begin)
+    reading = reading_from(found, begin, every=True)
     if begin is None:
         with contextlib.closing(reading.lines_back()) as back:
             known = list(islice(filter(wanted, back), most))[::-1]
         if not reading.packed:
             return known, reading
-        reading = reading_from(found, None)  # what is packed can be read only from its beginning
+        reading = reading_from(found, None, every=True)  # what is packed can be read only from its beginning
     return list(deque(filter(wanted, reading.lines(lambda line: True)), most)), reading
 
 

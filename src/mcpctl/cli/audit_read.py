@@ -31,8 +31,11 @@ def reading_of(context: typer.Context, config: Any, since: str | None, until: st
     return reading_from(settings(context, config, needs_log=False, forgiving=True), begin, end)
 
 
-def reading_from(found: "Settings", begin: "datetime | None", end: "datetime | None" = None) -> "Reading":
-    """The same; where the log ends by the servers and by `audit.anchor_file` is looked at first."""
+def reading_from(
+    found: "Settings", begin: "datetime | None", end: "datetime | None" = None, *, every: bool = False
+) -> "Reading":
+    """The same; where the log ends by the servers and by `audit.anchor_file` is looked at first. `every` line, also one
+    that says only that a call was begun."""
     from mcpctl.audit.log import read_key
     from mcpctl.audit.reading import Reading
     from mcpctl.cli.audit_verify import known_ends
@@ -44,7 +47,7 @@ def reading_from(found: "Settings", begin: "datetime | None", end: "datetime | N
     except Error as problem:
         remarks.append(f"audit.anchor_file is not looked at: {problem.message}")
     elsewhere = known_ends(found, key)
-    return Reading(found.audit.file, begin, end, elsewhere.anchors, remarks=remarks + elsewhere.remarks)
+    return Reading(found.audit.file, begin, end, elsewhere.anchors, remarks=remarks + elsewhere.remarks, every=every)
 
 
 def tell_of(reading: "Reading") -> None:

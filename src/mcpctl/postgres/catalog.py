@@ -53,11 +53,15 @@ WHERE c.relname = $2 AND c.relkind IN ('r', 'p', 'v', 'm', 'f') AND {READABLE}
 """
 
 
+class NothingThereError(NotFoundError):
+    """Nothing that the role may read has that name, which is whatever the caller has sent."""
+
+
 async def tables(session: Session, schema: str | None, bounds: Bounds) -> Rows:
     """The tables and views that the role may read: schema, name, kind, estimated rows, comment."""
     found = await statement.run(session, _TABLES, bounds, [_param(schema)])
     if schema is not None and not found.rows:
-        raise NotFoundError(
+        raise NothingThereError(
             f"there is no schema {_said(schema)} with a table that you may read", "leave out `schema` to see all"
         )
     return found
@@ -73,7 +77,7 @@ async def table(session: Session, schema: str | None, name: str, bounds: Bounds)
             f"what there is to say of {name!r} is more than an answer may have here", "ask the catalog for a part"
         )
     if not found.rows:
-        raise NotFoundError(
+        raise NothingThereError(
             f"there is no table {_said(name)}{f' in schema {_said(schema)}' if schema else ''} that you may read",
             "get_schema_info without arguments lists those there are",
         )
@@ -82,7 +86,7 @@ async def table(session: Session, schema: str | None, name: str, bounds: Bounds)
 
 
 def _said(name: str) -> str:
-    """A name that was not found, in words that are logged, too: what has not the form of one is not repeated."""
+    """A name that was not found: what has not the form of one is not repeated."""
     return repr(name) if _NAME.fullmatch(name) else "of that name"
 
 

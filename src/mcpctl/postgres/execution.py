@@ -6,7 +6,7 @@ UPDATE, DELETE and MERGE, and for nothing else (its manual, PREPARE). So no sett
 transaction can be touched by the text itself. Its parser takes SELECT INTO for a SELECT there: what counts rows as one
 and describes no columns has made a table, and is rolled back.
 
-    BEGIN READ WRITE · limits · the statement · what it has locked · sync
+    BEGIN READ WRITE · limits · the statement · what waits for the COMMIT · what it has locked · sync
     COMMIT · sync
 """
 
@@ -22,6 +22,8 @@ from mcpctl.postgres.token_pool import Session
 from mcpctl.postgres.wire import ConnectionLostError, TooLargeError, Wire
 
 _PREPARE = b"prepare x as\n"
+_DEFERRED = b"SET CONSTRAINTS ALL IMMEDIATE"
+"""Runs the constraints and triggers that are deferred to the COMMIT: what they read is looked at, too."""
 _TAKEN = "execute_statement takes SELECT, VALUES, INSERT, UPDATE, DELETE and MERGE, also behind WITH"
 
 
@@ -48,7 +50,7 @@ class _Execution(Exchange):
             accepted, _ = await self.judge(wire, text, _PREPARE)
             if not accepted:
                 raise NotAQuestionError("PostgreSQL would not PREPARE this statement, so it was not run", _TAKEN)
-            self.begin(b"BEGIN READ WRITE", (text, ()), (statement.LOCKED, ()))
+            self.begin(b"BEGIN READ WRITE", (text, ()), (_DEFERRED, ()), (statement.SEEN, ()))
             await wire.flush()
             await self._begun(wire)
             try:
@@ -79,8 +81,10 @@ class _Execution(Exchange):
                 raise ConnectionLostError("the statement turned out to be a COPY, which is not possible here")
             else:
                 failed = failed or statement.error(result)
+        deferred = statement.cells(await wire.command())
         locked = statement.cells(await wire.command())
         await self._synced(wire)
+        failed = failed or (deferred if isinstance(deferred, StatementError) else None)
         if failed is not None:
             raise failed
         self.see(locked)

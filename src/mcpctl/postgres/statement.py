@@ -39,6 +39,8 @@ _LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, true),
  pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.pg_backend_pid()"""
 _UNLOCK = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
  (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements), pg_catalog.setseed($1)"""
+_FLUSH = 150000, _UNLOCK + b", pg_catalog.pg_stat_force_next_flush()"
+"""From that version on, so that what SEEN counts is of one transaction alone: PostgreSQL gathers it for seconds."""
 _CURSOR = b"declare c no scroll cursor for\n"
 LOCKED = b"""SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_catalog.pg_locks l
  JOIN pg_catalog.pg_class t ON t.oid = l.relation JOIN pg_catalog.pg_class c ON c.oid = CASE t.relkind WHEN 't'
@@ -46,7 +48,19 @@ LOCKED = b"""SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_catalog.pg_lo
  JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
  WHERE l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
  AND l.relation NOT IN ('pg_catalog.pg_locks'::regclass, 'pg_catalog.pg_class'::regclass,
-                        'pg_catalog.pg_namespace'::regclass) ORDER BY 1"""
+                        'pg_catalog.pg_namespace'::regclass, 'pg_catalog.pg_index'::regclass) ORDER BY 1"""
+SEEN = (
+    b"("
+    + LOCKED
+    + b""") UNION SELECT n.nspname || '.' || c.relname FROM pg_catalog.pg_class t
+ LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = t.oid
+ JOIN pg_catalog.pg_class c ON c.oid = coalesce(i.indrelid, t.oid)
+ JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ WHERE t.oid >= 16384 AND t.relkind IN ('r', 'm', 'S', 'i') AND c.relkind IN ('r', 'm', 'S')
+ AND pg_catalog.pg_stat_get_xact_numscans(t.oid) + pg_catalog.pg_stat_get_xact_blocks_fetched(t.oid) > 0"""
+)
+"""Also the tables that the transaction's counters have: where a block that catches its error was rolled back, its locks
+are gone by now. No such block stands in what leaves nothing, and asking of each table costs too much there."""
 _GATHER = b"""SELECT pg_catalog.set_config($1, 'on', true),
  pg_catalog.set_config('max_parallel_workers_per_gather', '1', true)"""
 _APART = b"EXPLAIN (COSTS OFF) WITH apart AS MATERIALIZED (\n%s\n) SELECT"
@@ -311,7 +325,9 @@ class Exchange:
         self.begin(b"BEGIN READ ONLY", *statements)
         pgconn = self._pgconn
         pgconn.send_query_params(b"ROLLBACK", None)
-        pgconn.send_query_params(_UNLOCK, [b"%.9f" % random.uniform(-1, 1)])  # noqa: S311 - no secret
+        since, flush = _FLUSH
+        unlock = flush if pgconn.server_version >= since else _UNLOCK
+        pgconn.send_query_params(unlock, [b"%.9f" % random.uniform(-1, 1)])  # noqa: S311 - no secret
         self._sync()
 
     async def _begun(self, wire: Wire) -> None:
@@ -342,7 +358,7 @@ class Exchange:
     ) -> Rows:
         """The statement's rows. `look`: at what it has read, functions too, which is more than its plan says; `must`:
         without that it is not answered."""
-        self._send((text, params), *([(LOCKED, ())] if look else []))
+        self._send((text, params), *([(LOCKED if self._leaves_nothing else SEEN, ())] if look else []))
         await wire.flush()
         await self._begun(wire)
         answer = Answer(self._types, self.bounds)

@@ -16,7 +16,7 @@ from typing import Any
 from mcpctl import certificates
 from mcpctl.audit.log import AuditLog, read_key
 from mcpctl.config_keys import Settings
-from mcpctl.errors import Error, UnavailableError
+from mcpctl.errors import Error
 from mcpctl.identity.tokens import utcnow
 from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.listening import Listening
