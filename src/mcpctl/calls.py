@@ -9,7 +9,6 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from mcpctl.audit.log import MORE
 from mcpctl.canaries import Canaries
 from mcpctl.config import NAME
 from mcpctl.config_keys import Database, Settings
@@ -23,6 +22,7 @@ from mcpctl.errors import (
     UnavailableError,
     UsageError,
 )
+from mcpctl.facts import Facts
 from mcpctl.identity.own_databases import check_name
 from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
@@ -35,7 +35,7 @@ from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import NarrowedError, Pools, ended
 from mcpctl.postgres.statement import NotAQuestionError, StatementError, elapsed
-from mcpctl.postgres.token_pool import Session, Use
+from mcpctl.postgres.token_pool import Session
 from mcpctl.reach import Reach
 from mcpctl.recorder import Recorder
 from mcpctl.shared_counters import Slot
@@ -75,53 +75,6 @@ class UnknownToolError(NotFoundError):
     """There is no tool of that name for this caller."""
 
 
-@dataclass
-class _Facts:
-    """What the audit line says of one call, gathered on the way."""
-
-    tool: str
-    address: str | None = None
-    values: dict[str, Any] = field(default_factory=dict)
-    uses: dict[str, Use] = field(default_factory=dict)
-    roles: list[str] = field(default_factory=list)
-    several: bool = False
-    outcome: str = "ok"
-    client_ip: str | None = None
-    seconds: float = 0.0
-    limited: LimitedError | None = None
-    base: Mapping[str, Any] = field(default_factory=dict)
-
-    def session(self, session: Session, database: str) -> None:
-        """One of several databases that are asked at once adds to what the others have said."""
-        self.uses[database] = session.use  # and never the session, which is another call's by the end of this one
-        self.roles.append(session.login)
-        self.values.update(
-            database=self.values.get("database", database),
-            role=",".join(dict.fromkeys(self.roles)),
-            backend_pid=session.pid if len(self.uses) == 1 else None,
-        )
-
-    @property
-    def relations(self) -> tuple[str, ...] | None:
-        """What was read; with the database's name before it where several were asked, whoever of them answered."""
-        if not self.several:
-            return next((use.read for use in self.uses.values()), None)
-        if all(use.relations is None for use in self.uses.values()):
-            return None
-        read = {name: (MORE,) if use.read is None else use.read for name, use in sorted(self.uses.items())}
-        return tuple(f"{name}:{one}" for name, found in read.items() for one in found)
-
-    @property
-    def described(self) -> bool:
-        """Whether PostgreSQL has described columns of the statement, wherever it came."""
-        return any(use.described for use in self.uses.values())
-
-    def reason(self, reason: str | None) -> str | None:
-        """What was done, where the line must say it, before how it ended."""
-        did = [use.did for use in self.uses.values() if use.did is not None]
-        return ": ".join(did + ([reason] if reason is not None else [])) or None
-
-
 @dataclass(frozen=True, eq=False)
 class Running:
     """A call that has not ended. `begun` is of the monotonic clock, `arguments` are as they came."""
@@ -129,7 +82,7 @@ class Running:
     principal: Principal
     request: Request
     task: "asyncio.Task[Any]"
-    facts: _Facts
+    facts: Facts
     arguments: Mapping[str, Any]
     begun: float
 
@@ -182,7 +135,7 @@ class Calls:
         ended meanwhile) and UnavailableError (no audit log) are raised."""
         begun = monotonic()
         task = request.task or asyncio.current_task()
-        facts = _Facts(name if name in TOOLS else "(unknown)", client_ip=request.client_ip)
+        facts = Facts(name if name in TOOLS else "(unknown)", client_ip=request.client_ip)
         entry = Running(principal, request, task, facts, arguments or {}, begun) if task is not None else None
         base = {"request_id": request.id, "token": principal.token, "user": principal.user, "tenant": principal.tenant,
                 "client_ip": request.client_ip, "transport": request.transport, "tool": facts.tool}  # fmt: skip
@@ -255,12 +208,12 @@ class Calls:
                 self._recorder.note("tool.refused", **base, outcome="error", reason=withheld)
                 raise
 
-    def _charge(self, principal: Principal, facts: _Facts) -> None:
+    def _charge(self, principal: Principal, facts: Facts) -> None:
         """Charge a call to the budgets, however it ended."""
         rows, size = facts.values.get("rows") or 0, facts.values.get("bytes") or 0
         self.limiter.charge(principal, facts.client_ip, rows=rows, size=size, seconds=facts.seconds)
 
-    def _tried(self, principal: Principal, arguments: Mapping[str, Any], facts: _Facts) -> str:
+    def _tried(self, principal: Principal, arguments: Mapping[str, Any], facts: Facts) -> str:
         """Note the database that a call meant which never came there, and say the setting, as far as each has the form
         of a name: what has not may be a connection string, or whatever the caller has sent."""
         database, setting = arguments.get("database") or self._reach.default(principal), arguments.get("name")
@@ -284,9 +237,7 @@ class Calls:
             )
         return tool
 
-    async def _run(
-        self, tool: Tool, principal: Principal, arguments: Mapping[str, Any] | None, facts: _Facts
-    ) -> Result:
+    async def _run(self, tool: Tool, principal: Principal, arguments: Mapping[str, Any] | None, facts: Facts) -> Result:
         checked = tool.check(arguments)
         if tool.tell is not None:
             return tool.tell(principal, self._reach.known(principal))
@@ -310,7 +261,7 @@ class Calls:
                 kept = self._recorder.statement(checked[tool.statement], described=described)
                 facts.values.update(kept, relations=facts.relations)
 
-    async def _run_own(self, tool: Tool, principal: Principal, arguments: dict[str, Any], facts: _Facts) -> Result:
+    async def _run_own(self, tool: Tool, principal: Principal, arguments: dict[str, Any], facts: Facts) -> Result:
         """Do something with the databases that the caller's user has brought. A token for some databases only neither
         brings others nor takes them away."""
         if tool.own is None or principal.user is None:
@@ -330,7 +281,7 @@ class Calls:
         )
 
     async def _ask(
-        self, tool: Tool, principal: Principal, database: str, arguments: dict[str, Any], facts: _Facts, share: int = 1
+        self, tool: Tool, principal: Principal, database: str, arguments: dict[str, Any], facts: Facts, share: int = 1
     ) -> Result:
         """Ask one database; `share` is how many of them the answer's bytes are for."""
         if tool.ask is None:
@@ -345,7 +296,7 @@ class Calls:
         self._pools.check(principal, login.name)
         return result
 
-    def _begins(self, text: str | None, facts: _Facts) -> None:
+    def _begins(self, text: str | None, facts: Facts) -> None:
         """Write down what is about to stay: where the process is killed, the call's own line never comes. Raises
         UnavailableError as the recorder does."""
         kept: dict[str, Any] = {}
@@ -354,7 +305,7 @@ class Calls:
         self._recorder.call("tool.begun", **facts.base, **facts.values, **kept, reason=facts.reason(None))
 
     async def _ask_several(
-        self, tool: Tool, principal: Principal, names: list[str], arguments: dict[str, Any], facts: _Facts
+        self, tool: Tool, principal: Principal, names: list[str], arguments: dict[str, Any], facts: Facts
     ) -> Result:
         """Ask several at the same time. What goes wrong with one stands beside the others' rows; what ends the call as
         a whole (the token's end, the client's going) ends it."""
@@ -399,7 +350,7 @@ class Calls:
         return found
 
     @contextlib.asynccontextmanager
-    async def _borrow(self, principal: Principal, login: Login, facts: _Facts) -> AsyncIterator[Session]:
+    async def _borrow(self, principal: Principal, login: Login, facts: Facts) -> AsyncIterator[Session]:
         async with self._pools.turn(login), self._pools.borrow(principal, login) as session:
             facts.session(session, login.name)
             begun = monotonic()
