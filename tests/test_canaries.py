@@ -176,6 +176,8 @@ def test_what_writes_is_rolled_back_where_it_touches_a_canary(make_site: MakeSit
         twice = a.call("execute_statement", {"statement": "insert into later values (1), (1)"})
         assert "duplicate key" in twice.text
         assert [line["relations"] for line in at.audit() if line["event"] == "tool.begun"] == [["public.tips"]]
+        hidden = a.call("execute_statement", {"statement": "insert into tips select ('x' || peek('honey'))::int"})
+        assert ("42" in hidden.text, hidden.json()["result"]["isError"]) == (False, True)
         theirs = a.call("execute_statement", {"statement": "insert into tips select id from honey"})
         assert theirs.status_code == 401
     other, text = at.token("eve")

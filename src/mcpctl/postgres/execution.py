@@ -80,7 +80,7 @@ class _Execution(Exchange):
             elif self.is_copy(result):
                 raise ConnectionLostError("the statement turned out to be a COPY, which is not possible here")
             else:
-                failed = failed or statement.error(result)
+                failed = failed or self._told(result)
         deferred = statement.cells(await wire.command())
         locked = statement.cells(await wire.command())
         await self._synced(wire)
@@ -92,6 +92,11 @@ class _Execution(Exchange):
         affected = int(words[-1]) if words and words[-1].isdigit() else 0
         return Executed(" ".join(words), affected, answer.done())
 
+    def _told(self, result: Any) -> StatementError:
+        """PostgreSQL's error, without its words where a function may have put a canary's row into them."""
+        failed = statement.error(result)
+        return failed if self.session.use.guard is None else statement.withheld(failed)
+
     async def _commit(self, wire: Wire) -> None:
         self._pgconn.send_query_params(b"COMMIT", None)
         self._sync()
@@ -99,6 +104,6 @@ class _Execution(Exchange):
         committed: Any = await wire.command()
         await self._synced(wire)
         if not self.has_rows(committed):
-            raise statement.error(committed)
+            raise self._told(committed)
         if committed.command_status != b"COMMIT":
             raise StatementError("the transaction was rolled back: something in it had failed", {})
