@@ -76,6 +76,18 @@ def test_a_password_that_is_not_there_is_no_database_that_is_down(make_site: Mak
         assert a.rows("select 1") == [[1]]
 
 
+def test_a_refused_login_leaves_no_backend(make_site: MakeSite, newest: object) -> None:
+    with site.shop(newest) as shop:  # type: ignore[arg-type]
+        with shop.admin() as admin:
+            admin.execute("ALTER ROLE shop_reader REPLICATION")
+        at = make_site(shop).start()
+        with at.client(at.token()[1]) as a:
+            for _ in range(5):
+                assert "is not served: its login is a superuser" in a.error("select 1")
+        eventually(lambda: not shop.backends("application_name <> 'mcpctl cut'"), 3)
+        eventually(lambda: not shop.backends())  # what is kept to end the others with goes with the next sweep
+
+
 def test_a_token_is_well_again_after_more_failures_than_calls_may_wait(make_site: MakeSite, newest: object) -> None:
     with site.shop(newest) as shop:  # type: ignore[arg-type]
         at = make_site(shop, database="    pool: {max_waiting: 3}\n").start()

@@ -312,8 +312,10 @@ class TokenPool:
                 )
             if pooled := row[0] != conn.pgconn.backend_pid:
                 await self._check_pooler(conn, row[0])
-        except Exception as problem:
-            self._failed(problem)
+        except BaseException as problem:
+            await conn.close()  # psycopg_pool forgets it, and its backend would stay
+            if isinstance(problem, Exception):
+                self._failed(problem)
             raise
         conn.pgconn.enter_pipeline_mode()
         self.connecting -= 1
