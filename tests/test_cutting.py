@@ -294,6 +294,32 @@ def test_a_frozen_backend_is_remembered_until_it_has_ended(make_site: MakeSite, 
     assert not shop.backends(f"pid = {pid}")
 
 
+def test_a_frozen_backend_is_remembered_after_a_reload(make_site: MakeSite, newest_shop: Shop) -> None:
+    """One of a token that was revoked before it, and one that the reload itself has cut."""
+    at = make_site(newest_shop, extra="limits: {statement_timeout: 200ms}\n").start()
+    (before, first), (after, second) = at.token(), at.token()
+    with at.client(first) as a, at.client(second) as b:
+        pids = [client.rows("select pg_backend_pid()")[0][0] for client in (a, b)]
+        kept = [row[0] for row in newest_shop.backends("application_name = 'mcpctl cut'")]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            assert all("statement timeout" in client.error("select 1") for client in (a, b))
+            at.run("token", "revoke", before)
+            at.run("config", "reload")
+            eventually(lambda: any(line.get("reason", "").startswith("the config was reloaded") for line in at.audit()))
+            for pid, token_id in zip(pids, (before, after), strict=True):
+                done = at.run("token", "revoke", token_id).stdout
+                assert done.endswith(f"cut: 0 queries, 1 backend left (pid {pid})\n")
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+    for pid in pids:
+        eventually(lambda pid=pid: any(f"backend {pid} is gone" in str(line.get("reason")) for line in at.audit()))
+    assert "cut: 0 queries, 0 backends left" in at.run("token", "revoke", before).stdout
+    eventually(lambda: not {row[0] for row in newest_shop.backends()} & {*pids, *kept})
+
+
 def test_the_place_of_a_frozen_backend_is_free_when_it_has_ended(make_site: MakeSite, newest_shop: Shop) -> None:
     at = make_site(newest_shop, extra="limits: {statement_timeout: 200ms, connections: 2}\n").start()
     with at.client(at.token()[1]) as a, at.client(at.token("bob")[1]) as b:

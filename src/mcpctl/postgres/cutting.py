@@ -7,7 +7,7 @@ backend within `client_connection_check_interval`, and what survives even that i
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mcpctl.postgres.terminator import Terminator
@@ -36,6 +36,39 @@ class Cut:
         left = "backend" if self.backends_left == 1 else "backends"
         text = f"{self.queries} {word} cancelled, {self.backends_left} {left} left"
         return text + (f" (pid {', '.join(map(str, self.lingering))})" if self.lingering else "")
+
+
+class Outlived:
+    """The backends that outlived their cut, by the task that ends them. A process has one, since they outlive the
+    config that was in force, too: `hearing` is who is told of them, for each config that is in force or about to be."""
+
+    def __init__(self) -> None:
+        self._left: dict[asyncio.Task[None], list[Session]] = {}
+        self.hearing: list[Callable[..., None]] = []
+
+    def follow(self, task: asyncio.Task[None], left: list[Session]) -> None:
+        """Know these until that task, which ends them, has done so; for good where it fails: nobody knows then."""
+        self._left[task] = left
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or task.exception() is None:
+            del self._left[task]
+
+    def of(self, theirs: Callable[[TokenPool], bool]) -> list[int]:
+        """The pids of those of these pools."""
+        return [session.pid for left in self._left.values() for session in left if theirs(session.pool)]
+
+    @property
+    def terminators(self) -> set[Terminator]:
+        """What they are ended with."""
+        return {session.pool.terminator for left in self._left.values() for session in left}
+
+    async def give_up(self) -> None:
+        """Leave them alone, at the end of the server."""
+        for task in (tasks := list(self._left)):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def cut(pools: Sequence[TokenPool]) -> Cut:

@@ -6,14 +6,14 @@ All pools live under one budget of connections; a full budget closes the longest
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Container, Iterator
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
 
 from mcpctl.errors import Error, ForbiddenError, UnauthorizedError, UnavailableError
 from mcpctl.identity.principal import Principal
-from mcpctl.postgres.cutting import Cut, cut, try_again
+from mcpctl.postgres.cutting import Cut, Outlived, cut, try_again
 from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.ping import takes_connections
 from mcpctl.postgres.terminator import Terminator, unreachable
@@ -56,8 +56,8 @@ class _Shared:
 class Pools:
     """All pools of this process. `told(event, **fields)` hears of each opening and closing; `valid(principal)` says
     whether a principal's token still opens something, `in_force(principal, database)` whether it has all the rights in
-    that database that it had when its request came in. `failed(database)` hears of each connection that could not be
-    made."""
+    that database that it had when its request came in. `outlived` is the process's. `failed(database)` hears of each
+    connection that could not be made."""
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class Pools:
         told: Told,
         valid: Callable[[Principal], bool],
         in_force: Callable[[Principal, str], bool],
+        outlived: Outlived,
         workers: int = 1,
     ) -> None:
         self._shared: dict[tuple[str, str | None], _Shared] = {}
@@ -82,12 +83,16 @@ class Pools:
         self._freed = asyncio.Event()
         self._waiting: list[TokenPool] = []
         self._since: dict[TokenPool, float] = {}
-        self._finishing: set[asyncio.Task[None]] = set()
+        self._outlived = outlived
         self._cutting = 0
         self._closed = False
         self.ends = "the server stops"
         """What is said of its end."""
         self.failed: Callable[[str], None] = lambda database: None
+
+    def begin(self) -> None:
+        """Hear of what outlives a cut, until the end."""
+        self._outlived.hearing.append(self._told)
 
     def _counted(self, asking: TokenPool, more: int) -> int:
         """Connections, as they would be with `more` of that pool's and the one that is kept for its login.
@@ -348,9 +353,9 @@ class Pools:
         For the sake of a pool that asks for room, also what others wait for, who have none yet and asked later. Who
         asked first keeps it, if its host answers: else each would close what the others have, and none get further.
         """
-        if self._cutting or self._finishing:
+        if self._cutting:
             return False
-        used = {
+        used = self._outlived.terminators | {
             pool.terminator
             for pool in self._pools.values()
             if pool is asking
@@ -394,22 +399,37 @@ class Pools:
     async def cut(self, token: str | None, reason: str) -> Cut:
         """End all that a token has open where it no longer has the rights for it: cancel, terminate, close. Returns
         what was done; see `cutting`."""
-        ending = [pool for pool in self._pools.values() if pool.principal.token == token]
-        victims = [pool for pool in ending if self._closed or not self._in_force(pool.principal, pool.login.name)]
-        return await self._cut(victims, token, reason)
+
+        def over(pool: TokenPool) -> bool:
+            return self._closed or not self._in_force(pool.principal, pool.login.name)
+
+        return await self._cut(lambda pool: pool.principal.token == token, token, reason, over)
 
     async def end(self, token: str, reason: str) -> Cut:
         """End all that a token has open, as `cut` does, although the token stays as it is."""
-        victims = [pool for pool in self._pools.values() if pool.principal.token == token]
-        for pool in victims:
-            pool.ended = reason
-        return await self._cut(victims, token, reason)
+        for pool in self._pools.values():
+            if pool.principal.token == token:
+                pool.ended = reason
+        return await self._cut(lambda pool: pool.principal.token == token, token, reason)
 
     async def cut_login(self, key: tuple[str, str | None], reason: str) -> Cut:
         """End all that anybody has open as that login, as `cut` does."""
-        return await self._cut([pool for pool in self._pools.values() if pool.login.key == key], None, reason)
+        return await self._cut(lambda pool: pool.login.key == key, None, reason)
 
-    async def _cut(self, victims: list[TokenPool], token: str | None, reason: str) -> Cut:
+    def outlived(self, tokens: Container[str] | None) -> list[int]:
+        """The pids of these tokens' backends, or of all, that were cut and have not ended, whatever config was in force
+        then. Who comes without a token is ""."""
+        return self._outlived.of(lambda pool: tokens is None or (pool.principal.token or "") in tokens)
+
+    async def _cut(
+        self,
+        theirs: Callable[[TokenPool], bool],
+        token: str | None,
+        reason: str,
+        over: Callable[[TokenPool], bool] = lambda pool: True,
+    ) -> Cut:
+        """End their pools that are over; what is left of an earlier cut of theirs counts as left, too."""
+        victims = [pool for pool in self._pools.values() if theirs(pool) and over(pool)]
         for key, pool in list(self._pools.items()):
             if pool in victims:
                 del self._pools[key]
@@ -418,14 +438,15 @@ class Pools:
             done = await cut(victims)
         finally:
             self._cutting -= 1
+        before = self._outlived.of(theirs)
         for terminator, left in done.left:
-            task = asyncio.create_task(self._finish(terminator, left, token, reason))
-            self._finishing.add(task)
-            task.add_done_callback(self._finishing.discard)
+            self._outlived.follow(asyncio.create_task(self._finish(terminator, left, token, reason)), left)
         for pool in victims:
             self._tell("pool.closed", pool, f"{reason}: {done}")
         await self._let_go()
         self._freed.set()
+        done.lingering += before
+        done.backends_left += len(before)
         return done
 
     async def _finish(self, terminator: Terminator, left: list[Session], token: str | None, reason: str) -> None:
@@ -435,25 +456,34 @@ class Pools:
         def tell(what: str) -> None:
             log.info("token %s: %s: backend %s %s", token, reason, pids, what)
             said = f"{reason}: backend {pids} {what}"
-            self._told("query.cancelled", token=token, database=terminator.login.shown, reason=said)
+            for told in self._outlived.hearing[:1]:  # the config that was in force then may be so no more
+                told("query.cancelled", token=token, database=terminator.login.shown, reason=said)
 
         begun, late = monotonic(), False
-        while left := await try_again(terminator, left):
-            if not late and monotonic() - begun > _MINUTE:
-                late = True
-                tell("is still there after a minute")
-            await asyncio.sleep(_SELDOM if late else _OFTEN)
-        tell("is gone")
+        try:
+            while still := await try_again(terminator, left):
+                left[:] = still
+                if not late and monotonic() - begun > _MINUTE:
+                    late = True
+                    tell("is still there after a minute")
+                await asyncio.sleep(_SELDOM if late else _OFTEN)
+            tell("is gone")
+        finally:
+            if self._closed:
+                await terminator.close()
 
     async def close(self) -> None:
         """Cut everything, for the end of the server or of its config."""
         self._closed = True
         ending = {pool.principal.token for pool in self._pools.values()}
         await asyncio.gather(*(self.cut(token, self.ends) for token in ending))
-        for task in self._finishing:
-            task.cancel()
-        await asyncio.gather(*self._finishing, return_exceptions=True)
-        await asyncio.gather(*(shared.terminator.close() for shared in self._shared.values()))
+        if self._told in self._outlived.hearing:
+            self._outlived.hearing.remove(self._told)
+        if not self._outlived.hearing:
+            await self._outlived.give_up()
+        kept = self._outlived.terminators  # closed when what it is to end has ended
+        unused = (shared.terminator for shared in self._shared.values() if shared.terminator not in kept)
+        await asyncio.gather(*(terminator.close() for terminator in unused))
 
 
 async def reachable(login: Login) -> bool:

@@ -19,6 +19,7 @@ from mcpctl.identity import tokens
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
 from mcpctl.metrics import Metrics, Sample
+from mcpctl.postgres.cutting import Outlived
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.pools import Pools, reachable
 from mcpctl.postgres.token_pool import TokenPool
@@ -49,7 +50,7 @@ class Process:
     """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late, `counters`
     what the limits count: all workers of a server have the same, and `told`, whom a command has told one of them to
     keep out although no file says so, {token: why}, "" for all. `kept_out` is who is let in by no generation, see
-    Authenticator."""
+    Authenticator, and `outlived` which backends have outlived a cut, of any generation's."""
 
     def __init__(self, place: Place, counters: Counters | None = None) -> None:
         self.place = place
@@ -64,6 +65,7 @@ class Process:
         self.over: dict[str, datetime | None] = {}
         self.greeted = Greeted()
         self.late = Late()
+        self.outlived = Outlived()
         self.begins = True
         """Whether the server starts with it, which then wants every file in order."""
         self.ends: Callable[[], datetime | None] = lambda: None

@@ -103,6 +103,7 @@ async def running(
         recorder.note,
         authenticator.still_valid,
         authenticator.in_force,
+        process.outlived,
         process.place.workers,
     )
     pools.failed = metrics.connection_failed
@@ -123,6 +124,7 @@ async def running(
     watch.answers.add(live.answers())
     core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live)
     tasks, begun = [], False
+    pools.begin()
     try:
         async with contextlib.AsyncExitStack() as stack:
             if files:

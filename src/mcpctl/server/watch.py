@@ -282,20 +282,19 @@ class Watch:
         return {}
 
     async def _settle(self, tokens: list[str] | None) -> Cut:
-        """Take note of the files, and wait until what ended is cut: what was done for these tokens, or by a lockdown"""
+        """Take note of the files, and wait until what ended is cut: what was done for these tokens, or by a lockdown,
+        and what is left of theirs now, also of an earlier cut."""
         self._look()
         done = Cut()
-        if tokens is None:
-            tokens = [token for token, task in self._cuts.items() if task.get_name() == LOCKED]
-        for token in tokens:
+        locked = [token for token, task in self._cuts.items() if task.get_name() == LOCKED]
+        for token in locked if tokens is None else tokens:
             task = self._cuts.get(token)
             if task is not None:
-                found = await asyncio.shield(task)
-                done.queries += found.queries
-                done.backends_left += found.backends_left
-                done.lingering += found.lingering
-                if not found.backends_left:
+                done.queries += (await asyncio.shield(task)).queries
+                if not self._pools.outlived([token]):
                     self._cuts.pop(token, None)  # told once: whoever revokes it again has cut nothing
+        done.lingering = self._pools.outlived(tokens)
+        done.backends_left = len(done.lingering)
         return done
 
     async def cancel_elsewhere(self, token: str | None, number: str | int, here: int) -> None:
