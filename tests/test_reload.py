@@ -466,7 +466,7 @@ def on_terminal(at: Site, *before: str) -> tuple[subprocess.Popen[bytes], int]:
         start_new_session=True, preexec_fn=take,
     )  # fmt: skip
     os.close(follower)
-    eventually(lambda: list(at.folder.glob("control.*.sock")), 20)
+    eventually(lambda: (at.folder / "audit.jsonl").exists() and list(at.folder.glob("control.*.sock")), 20)
     return process, leader
 
 
