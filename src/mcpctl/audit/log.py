@@ -126,7 +126,8 @@ class AuditLog:
             self._take_lock()
             try:
                 self._write_late()
-                self._write({"time": self.time(), "event": event, **fields})
+                fields["time"], fields["event"] = self.time(), event
+                self._write(fields)
             finally:
                 private_file.unlock(self._lock)
         except (OSError, Error) as problem:
