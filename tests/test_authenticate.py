@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+import contextlib
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -453,5 +454,45 @@ def test_while_the_server_is_locked_a_wrong_credential_is_wrong_and_a_right_one_
     with pytest.raises(LockedError) as caught:
         enter(house, text)
     assert (caught.value.token_id, caught.value.user, tripped) == (name, "alice", [name])
+    house.change(name, revoked_at=house.now)
+    assert refused(house, text).message == "the token is revoked"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda house, name: house.change(name, revoked_at=house.now),
+        lambda house, name: house.change(name, expires_at=START),
+        lambda house, name: users.disable(house.users, "alice", START),
+        lambda house, name: users.remove(house.users, "alice"),
+        lambda house, name: house.door.keep_out("command", {name: "told"}),
+        lambda house, name: house.door._kept_out.update(command={name: "told to another generation"}),
+        lambda house, name: house.door.lockdown.path.touch(),
+        lambda house, name: (house.later(hours=2), house.door.expired(), house.later(hours=-2)),
+    ],
+)
+def test_what_is_remembered_of_a_token_that_opens_ends_with_whatever_ends_it(
+    house: House, end: Callable[[House, str], object]
+) -> None:
+    name, text = house.token(user="alice", expires_at=START + timedelta(hours=1))
+    found = enter(house, text)
+    assert house.door.still_valid(found)
+    end(house, name)
+    with contextlib.suppress(LockedError):
+        house.door.refresh()
+    assert not house.door.still_valid(found)
+    assert not house.door.in_force(found, "shop")
+
+
+def test_files_that_have_not_changed_are_looked_at_and_not_gone_through(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, text = house.token(user="alice")
+    found = enter(house, text)
+    monkeypatch.setattr(house.door, "read", lambda: pytest.fail("read again"))
+    monkeypatch.setattr(house.door, "_why_not", lambda token: pytest.fail("judged again"))
+    assert enter(house, text) is found
+    assert house.door.still_valid(found)
+    monkeypatch.undo()
     house.change(name, revoked_at=house.now)
     assert refused(house, text).message == "the token is revoked"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import string
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mcpctl import config, config_values, plain_yaml, private_file
+from mcpctl.audit import log as audit_log
+from mcpctl.audit.log import AuditLog
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, Error, UsageError
 from mcpctl.identity import grants, tenants, tokens, users
@@ -284,3 +287,33 @@ def test_any_target_is_a_path_or_an_error(target: bytes, scheme: bytes) -> None:
     with contextlib.suppress(Error):
         credentials.refuse_in_url(target)
         assert b"mcp_" not in target
+
+
+# -- lines of the audit log ------------------------------------------------------------------------------------------
+
+TEXT = st.text(alphabet=st.characters() | st.sampled_from('\0\t\n"\\/\x1f\x7f\x80é\ud800\U0001f600'), max_size=20)
+
+
+@QUICK
+@given(
+    statement=TEXT | TEXT.filter(str.isascii) | st.none(),
+    relations=st.lists(TEXT, max_size=3).map(tuple) | st.none(),
+    rows=st.integers() | st.none(),
+    elapsed=st.floats(0, 1e9).map(lambda number: round(number, 3)) | st.none(),
+)
+def test_a_line_is_what_json_makes_of_its_fields(
+    statement: str | None, relations: tuple[str, ...] | None, rows: int | None, elapsed: float | None
+) -> None:
+    fields = {"elapsed_ms": elapsed, "rows": rows, "relations": relations, "statement": statement, "hash": None}
+    ordered = {name: fields[name] for name in audit_log.FIELDS if fields.get(name) is not None}
+    made = json.dumps(ordered, separators=(",", ":")).replace("\x7f", "\\u007f")
+    assert audit_log._as_json(fields) == made.encode("ascii")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.8765, 0.876999, 0.877, 1.0, 61.5, 86400.2, -0.001, -86400.0])
+def test_a_time_is_told_to_the_millisecond_wherever_the_clock_is_set(seconds: float) -> None:
+    begun = NOW.replace(microsecond=123456)
+    times = iter([begun, begun + timedelta(seconds=seconds)])
+    log = AuditLog(Path("x"), bytes(32), lambda: next(times))
+    assert log.time() == "2026-11-20T12:00:00.123Z"
+    assert log.time() == audit_log.stamp(begun + timedelta(seconds=seconds))

@@ -51,7 +51,7 @@ Fingerprint = tuple[int, int, int, int]
 ABSENT: Fingerprint = (0, -1, 0, 0)
 
 
-def fingerprint(path: Path) -> Fingerprint:
+def fingerprint(path: Path | str) -> Fingerprint:
     """What `stat` says of the file now; `ABSENT` when there is none. Costs one system call."""
     try:
         found = os.stat(path)
