@@ -317,6 +317,40 @@ def test_an_end_that_is_put_off_works_without_a_new_hash(house: House) -> None:
     assert house.ended == []
 
 
+def test_one_changed_entry_costs_the_others_no_new_hash_and_as_long_as_none_is_due_none_is_looked_at(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [house.token(expires_at=START + timedelta(hours=2)) for _ in range(5)]
+    first, later = house.token(expires_at=START + timedelta(hours=1)), house.token()
+    for _, text in (*made, first, later):
+        enter(house, text)
+    tokens.revoke(house.tokens, [made[0][0]], house.now)
+    house.change(later[0], expires_at=START + timedelta(minutes=30))
+    house.door.refresh()
+    assert house.ended == [{made[0][0]: "revoked"}]
+    with monkeypatch.context() as looking:
+        looking.setattr(Token, "status", lambda *_: pytest.fail("it was looked at"))
+        assert house.door.next_expiry() == 1800
+        assert house.door.expired() == []
+    for _, text in (*made[1:], first, later):
+        enter(house, text)
+    assert house.hashes == 7
+    house.later(minutes=30)
+    assert house.door.expired() == [later[0]]
+    assert house.door.next_expiry() == 1800
+    house.later(minutes=30)
+    assert house.door.expired() == [first[0]]
+
+
+def test_who_was_seen_to_have_expired_is_told_of_though_the_clock_is_set_back(house: House) -> None:
+    name, text = house.token(expires_at=START + timedelta(hours=1))
+    enter(house, text)
+    house.later(hours=1)
+    refused(house, text)
+    house.later(hours=-1)
+    assert house.door.expired() == [name]
+
+
 def test_a_rotation_with_overlap_does_not_disturb_what_the_old_token_has_open(house: House) -> None:
     name, text = house.token()
     found = enter(house, text)

@@ -8,6 +8,7 @@ import json
 import string
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -161,6 +162,42 @@ def test_any_bytes_are_entries_or_a_config_error_and_nothing_else(data: bytes) -
     faults: list[str] = []
     plain_yaml.as_plain(plain_yaml.parse(data, Path("config.yaml"), faults))
     assert all("config.yaml" in fault for fault in faults)
+
+
+_PIECES = [
+    "user", "note", "a", "alice", "shop", "yes", "No", "null", "~", "on", "2026-11-20", "12:00:00Z", "1e3", "0x1", ".5",
+    "it's", "'", "''", '"', ": ", ":", ", ", ",", "[", "]", "{", "}", " ", "  ", "\t", "#", " #", "-", "- ", "&a", "*a",
+    "!", "|", ">", "%", "@", "`", "?", "? ", "=", "<<", "\\", "/", ".", "_", "é", "ß", "²", "٣", "你", "\u00a0",
+    "\u2028", "\x85", "\ufeff", "\r", "\x00", "tools:*", "10.0.0.0/8", "10.1.2.3", "$argon2id$v=19$m=8,t=1,p=1$a+/b",
+]  # fmt: skip
+
+
+def _one_line(random: Random) -> str:
+    """A mapping as we write it, of texts that may mean something else; then, perhaps, changed in one or two places."""
+
+    def text() -> str:
+        made = "".join(random.choices(random.choice([_PIECES, _PIECES[:8]]), k=random.randint(1, 3)))
+        return random.choice([made, f"'{made}'"])
+
+    values = [random.choice([text(), f"[{', '.join(text() for _ in range(random.randint(0, 3)))}]"]) for _ in range(3)]
+    made = f"{{{', '.join(f'{key}: {value}' for key, value in zip(('user', 'note', 'null'), values, strict=True))}}}"
+    for _ in range(random.choice([0, 0, 1, 2])):
+        at = random.randrange(len(made))
+        made = made[:at] + random.choice(["", random.choice(_PIECES)]) + made[at + random.randint(0, 2) :]
+    return made
+
+
+def test_a_line_that_is_read_without_the_parser_says_what_it_says_to_the_parser() -> None:
+    random, taken = Random(1), 0
+    for _ in range(6000):
+        text = _one_line(random)
+        fields = plain_yaml.one_line(text)
+        if fields is not None:
+            faults: list[str] = []
+            tree = plain_yaml.parse(f"version: 1\ntokens:\n  ab12cd34: {text}\n".encode(), Path("x"), faults)
+            assert (text, faults, plain_yaml.as_plain(tree)["tokens"]) == (text, [], {"ab12cd34": fields})
+            taken += 1
+    assert taken > 1000
 
 
 @pytest.fixture(scope="module")

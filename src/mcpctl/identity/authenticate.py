@@ -81,13 +81,14 @@ class Authenticator:
         self._wrong = wrong
         self._key = secrets.token_bytes(32)
         self._known: dict[str, tuple[bytes, Principal]] = {}
-        self._seen: dict[str, Token] = {}
+        self._seen: Mapping[str, Token] = {}
         self._editions: dict[str, int] = {}
         self._edition = 0
         self._narrowed: dict[str, dict[str, int]] = {}
         self._verifying: dict[str, asyncio.Lock] = {}
         self._people: Mapping[str, users.User] = {}
         self._active: set[str] = set()
+        self._due: datetime | None = None  # none of those in use expires before
         self._over = {} if over is None else over
         self._places: Mapping[str, Tenant] = {}
         self._versions = (-1, -1, -1)
@@ -141,18 +142,20 @@ class Authenticator:
         versions = (self.tokens.version, self.users.version, self.tenants.version)
         if versions == self._versions:
             return
-        before, self._seen, self._versions = self._seen, dict(entries), versions
+        before, self._seen, self._versions = self._seen, entries, versions
         self._open.clear()
         for name in self._over.keys() - entries.keys():
             del self._over[name]
         narrowed = self._note_people(people, places)
         for name, old in before.items():
             new = entries.get(name)
+            if new is old:
+                continue
             if new is None or new.rights != old.rights:
                 self._known.pop(name, None)
                 self._edition += 1
                 self._editions[name] = self._edition  # kept when it is gone: an id that comes back is another edition
-            elif new is not old and name in self._known:  # its times or its note: the same secret still opens it
+            elif name in self._known:  # its times or its note: the same secret still opens it
                 self._known[name] = (self._known[name][0], self._principal(new))
         over = {
             name: why
@@ -160,6 +163,7 @@ class Authenticator:
             if (why := self._why_over(before.get(name), entries.get(name), narrowed)) is not None
         }
         self._active.difference_update(name for name in over if not self._opens(name))
+        self._note_due()
         if over:
             self.ended(over)
 
@@ -230,7 +234,7 @@ class Authenticator:
         user's rights have become fewer."""
         if new is None:
             return "removed"
-        if new.status(self._now()) == "revoked":
+        if new.revoked_at is not None:
             return "revoked"
         if new.user is not None and new.user not in self._people:
             return "its user is gone"
@@ -239,10 +243,18 @@ class Authenticator:
         return narrowed.get(new.user or "")
 
     def expired(self) -> list[str]:
-        """Ids of tokens in use whose time is over; each is told once."""
+        """Ids of tokens in use whose time is over; each is told once. As long as there can be none it looks at none."""
+        early = self._due is None or self._now() < self._due
+        if early and self._over.keys().isdisjoint(self._active):
+            return []
         over = [name for name in self._active if self._status(self._seen[name]) == "expired"]
         self._active.difference_update(over)
+        self._note_due()
         return over
+
+    def _note_due(self) -> None:
+        ends = (self._seen[name].expires_at for name in self._active)
+        self._due = min((end for end in ends if end is not None), default=None)
 
     def still_valid(self, principal: Principal) -> bool:
         """Whether its token still opens something: it is there, with the same rights, neither expired nor revoked, and
@@ -277,9 +289,8 @@ class Authenticator:
         return True
 
     def next_expiry(self) -> float | None:
-        """Seconds until the next token in use expires; None when none does."""
-        ends = [end for name in self._active if (end := self._seen[name].expires_at) is not None]
-        return max(0.0, (min(ends) - self._now()).total_seconds()) if ends else None
+        """Seconds until the next token in use expires, at least; None when none does."""
+        return max(0.0, (self._due - self._now()).total_seconds()) if self._due is not None else None
 
     def local(self) -> Principal:
         """Whoever calls without a token where none is asked for."""
@@ -315,7 +326,10 @@ class Authenticator:
             raise self._is_over(f"not from this address ({address})", address, name)
         if self.locked:
             raise LockedError(name, token.user)
-        self._active.add(name)
+        if name not in self._active:
+            self._active.add(name)
+            if token.expires_at is not None and (self._due is None or token.expires_at < self._due):
+                self._due = token.expires_at
         return principal
 
     async def _prove(self, text: str, address: str | None) -> Principal:
