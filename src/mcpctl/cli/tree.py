@@ -2,6 +2,7 @@
 that another one does."""
 
 from collections.abc import Callable
+from copy import copy
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
@@ -49,12 +50,16 @@ TOP = {
 """Name → its help's first sentence, its module, and the modules whose commands join it."""
 
 
-def load(name: str) -> Any:
-    """The real command or group of that name, whose modules are imported now."""
+def load(name: str, below: str | None = None) -> Any:
+    """The real command or group of that name, whose modules are imported now; of the group no more than the command
+    `below` it, where there is one of that name."""
     module, *_ = [import_module(f"mcpctl.cli.{place}") for place in TOP[name][1:]]
     alone = typer.Typer(rich_markup_mode=None)
     if hasattr(module, "app"):
-        alone.add_typer(module.app, name=name)
+        app = copy(module.app)
+        named = [one for one in app.registered_commands if one.name == below]
+        app.registered_commands = named or app.registered_commands
+        alone.add_typer(app, name=name)
     else:
         alone.command(name)(getattr(module, name.replace("-", "_")))
     return typer.main.get_group(alone).commands[name]
@@ -70,7 +75,7 @@ class Top(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         """The real command instead of the one that is shown."""
         name, shown, rest = super().resolve_command(ctx, args)
-        return name, shown and load(args[0]), rest
+        return name, shown and load(args[0], *rest[:1]), rest
 
 
 def read_plainly() -> None:
