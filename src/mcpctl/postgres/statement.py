@@ -310,6 +310,7 @@ class Exchange:
         if not session.framed:
             for name, text in frame.FRAME.items():
                 pgconn.send_prepare(name, text)
+            self._sync()  # what is parsed takes a snapshot, and behind one nothing can be READ WRITE
         if begin is None:
             pgconn.send_query_prepared(frame.BEGIN, None)
         else:
@@ -345,7 +346,10 @@ class Exchange:
             self._refreshed = False
             await wire.commands(1)
             await self._synced(wire)
-        prepared = [] if self.session.framed else await wire.commands(len(frame.FRAME))
+        prepared = []
+        if not self.session.framed:
+            prepared = await wire.commands(len(frame.FRAME))
+            await self._synced(wire)
         begin, limits = await wire.commands(2)
         failed = next((one for one in (*prepared, begin) if one.status != _Status.COMMAND_OK), None)
         if failed is not None or limits.status != _Status.TUPLES_OK:

@@ -228,6 +228,14 @@ class Wire:
 
     async def result(self) -> Any:
         """The next result, or None at the end of a command's results (PQgetResult)."""
+        found = await self._next()
+        if found is not None and found.ntuples:
+            self._count()  # it was made of what had been read: its memory is libpq's, what is made of it is ours
+            self._size = -1
+        return found
+
+    async def _next(self) -> Any:
+        """`result`, of whose rows nothing large is made."""
         if self._late:
             raise TimeoutError
         if self._busy():
@@ -237,12 +245,8 @@ class Wire:
                 await self._ready()
                 self._read()
         found = self._pgconn.get_result()
-        if found is not None:
-            if found.ntuples:
-                self._count()  # it was made of what had been read: its memory is libpq's, what is made of it is ours
-                self._size = -1
-            elif found.status == pq.ExecStatus.FATAL_ERROR:
-                self._see()
+        if found is not None and found.status == pq.ExecStatus.FATAL_ERROR:
+            self._see()
         return found
 
     def _see(self) -> None:
@@ -251,14 +255,15 @@ class Wire:
             self.close()
 
     async def commands(self, count: int) -> list[Any]:
-        """The one result of each of so many commands, with the None behind it taken; None for one that has none."""
+        """The one result of each of so many commands of ours, with the None behind it taken; None for one without."""
         found = []
+        busy, get = self._pgconn.is_busy, self._pgconn.get_result
         for _ in range(count):
-            result = await self.result()
-            if result is not None:
-                while await self.result() is not None:
-                    pass
+            result = await self._next()
             found.append(result)
+            if result is not None and (busy() or get() is not None):  # mostly all of it is there
+                while await self._next() is not None:
+                    pass
         return found
 
     async def command(self) -> Any:
@@ -267,6 +272,6 @@ class Wire:
 
     async def sync(self) -> None:
         """The result that stands for a sync point."""
-        result = await self.result()
+        result = await self._next()
         if result is None or result.status != pq.ExecStatus.PIPELINE_SYNC:
             raise ConnectionLostError("the conversation with the database is out of step")
