@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import re
+import runpy
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -381,3 +382,17 @@ def test_a_revocation_by_a_command_without_the_log_is_in_the_log_later(tmp_path:
     assert revoked["happened_at"] <= revoked["time"]
     assert added["event"] == "user.added"
     assert verify(log, key=bytes.fromhex((home.folder / "audit.key").read_text())) == len(lines(log))
+
+
+def test_what_is_there_is_what_lexists_says_also_where_access_is_forbidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    names = [str(tmp_path / name) for name in ("file", "link", "none", "file/none")]
+    assert [late.is_there(name) for name in names] == [True, True, False, False]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_, **__: False)
+        patch.setattr(os, "supports_follow_symlinks", {os.access})
+        forbidden = runpy.run_path(late.__file__)["is_there"]
+        assert [forbidden(name) for name in names] == [True, True, False, False]

@@ -28,8 +28,9 @@ def _is_there(path: str) -> bool:
     return os.access(path, os.F_OK, follow_symlinks=False)
 
 
-is_there = _is_there if os.access in os.supports_follow_symlinks else os.path.lexists
-"""What lexists says, in half its time where the system can: each line of the log asks for each place."""
+is_there = _is_there if os.access in os.supports_follow_symlinks and _is_there(os.sep) else os.path.lexists
+"""What lexists says, in half its time where the system can, and does not keep us from it (a container's rules may):
+each line of the log asks for each place."""
 
 
 class _TooMuchError(UnavailableError):

@@ -300,11 +300,11 @@ class AuditLog:
 
     def _line(self, end: End, fields: dict[str, Any]) -> tuple[bytes, str]:
         """The line that comes next, in printable ASCII alone, and its hash."""
-        values = {**fields, "seq": end.seq + 1, "key_id": self.key_id, "prev": end.hash, "hash": None}
+        fields.update(seq=end.seq + 1, key_id=self.key_id, prev=end.hash, hash=None)
         for name in ("statement", "reason"):
-            if isinstance(value := values.get(name), str):
-                values[name] = masked(value)
-        body = _as_json(values)[:-1]
+            if isinstance(value := fields.get(name), str):
+                fields[name] = masked(value)
+        body = _as_json(fields)[:-1]
         chained = self._hmac.copy()  # chain_hash, with the key's part done
         chained.update(end.hash.encode("ascii") + body)
         digest = chained.hexdigest()
@@ -374,10 +374,12 @@ class AuditLog:
 
 def _as_json(values: dict[str, Any]) -> bytes:
     """The values that there are, in the order of FIELDS, in printable ASCII."""
-    with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair
+    try:
         data = _encode(_Line(**values))
-        if data.isascii() and b"\x7f" not in data:
-            return data
+    except UnicodeEncodeError:  # half of a surrogate pair, which the other has words for
+        data = b"\x7f"
+    if data.isascii() and b"\x7f" not in data:
+        return data
     ordered = {name: values[name] for name in FIELDS if values.get(name) is not None}
     text = json.dumps(ordered, ensure_ascii=True, separators=(",", ":")).replace("\x7f", "\\u007f")
     return text.encode("ascii")

@@ -1,8 +1,8 @@
 """A presented credential → Principal, or a refusal with its reason.
 
-The order is that of the cost, so that a stranger costs little: form and checksum (no hash), a known id (no hash),
-the remembered digest (one keyed BLAKE2), and only then Argon2id, on a thread. Too many refused ones from an address
-change what a refused one is answered, and nothing else: a right token is always let in.
+The order is that of the cost, so that a stranger costs little: the remembered digest of a known id (one keyed BLAKE2),
+form and checksum (no hash), whether there is such an id (no hash), and only then Argon2id, on a thread. Too many
+refused ones from an address change what a refused one is answered, and nothing else: a right token is always let in.
 """
 
 import asyncio
