@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+import signal
 import socket
 import ssl
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from mcpctl.server import door, encoding
 from mcpctl.server.exchange import Receive, Scope, Send
 from mcpctl.server.express import Call
 from mcpctl.server.hot import Found, Lane, Reply
-from site_of_mcpctl import Shop, Site, eventually, in_background
+from site_of_mcpctl import Shop, Site, eventually
 from visiting import answer, visited
 
 MakeSite = Callable[..., Site]
@@ -263,7 +264,8 @@ def test_what_has_changed_between_two_hot_calls_counts(
         assert _ask(at, wire, token, "select 1")[0] == 200
         wire.sendall(_request(at, token, "select 'late', pg_sleep(1)"))
         eventually(lambda: newest_shop.backends("query LIKE '%late%' AND state = 'active'"))
-        in_background(at.stop)
+        assert at.process is not None
+        at.process.send_signal(signal.SIGTERM)
         head, body = answer(wire)
         assert b"connection: close" in head
         assert b"late" in body
