@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,10 +20,12 @@ from mcpctl.server import door, encoding
 from mcpctl.server.exchange import Receive, Scope, Send
 from mcpctl.server.express import Call
 from mcpctl.server.hot import Found, Lane, Reply
-from site_of_mcpctl import Shop, Site, eventually
+from site_of_mcpctl import Shop, Site, eventually, in_background
 from visiting import answer, visited
 
 MakeSite = Callable[..., Site]
+Task = asyncio.Task[None]
+Gone = Callable[[], bool]
 _HEAD = b"POST /mcp HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nAuthorization: y\r\n\r\n"
 
 
@@ -44,14 +47,18 @@ class _App:
             if not message["more_body"]:
                 break
         self.ordinary.append(body)
-        scope["state"] |= {"found": Found(self, None, None, scope["headers"], 100), "generation": self, "known": "t"}
+        scope["state"] |= {
+            "found": Found(self, None, None, scope["headers"], 100, ""),
+            "generation": self,
+            "known": "t",
+        }
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
     def read(self, found: Found, body: bytes) -> Call | None:
         return None if body == b"sdk" else Call(1, body.decode(), None, False)
 
-    async def again(self, found: Found, call: Call, gone: Callable[[], bool]) -> Reply | None:
+    async def again(self, found: Found, call: Call, task: Task, gone: Gone) -> Reply | None:
         self.again_for.append(call.name.encode())
         try:
             await asyncio.sleep(60 if call.name == "long" else 0)
@@ -123,11 +130,31 @@ def test_what_does_not_come_at_once_goes_the_ordinary_way(monkeypatch: pytest.Mo
     assert (app.ordinary, app.again_for) == ([b"one", b"one"], [])
 
 
+def test_who_asks_nothing_more_is_sent_away_and_who_is_answered_is_not() -> None:
+    app = _App()
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            began = time.monotonic()
+            while time.monotonic() - began < 1.5:  # longer than anybody may be silent
+                wire.sendall(_HEAD % 3 + b"one")
+                answer(wire)
+            wire.sendall(_HEAD % 3 + b"on")
+            wire.sendall(b"e")
+            answer(wire)
+            assert wire.recv(1) == b""
+
+    asyncio.run(visited(app, visit, 20, timeout_keep_alive=1))
+    assert len(app.ordinary) == 1
+
+
 def test_a_long_answer_stops_when_it_is_no_longer_wanted_and_waits_for_who_reads_it() -> None:
     class Long(_App):
         wanted = True
 
-        async def again(self, found: Found, call: Call, gone: Callable[[], bool]) -> Reply | None:
+        async def again(
+            self, found: Found, call: Call, task: asyncio.Task[None], gone: Callable[[], bool]
+        ) -> Reply | None:
             return Reply(200, bytes(8 << 20), "1", wanted=lambda: self.wanted)
 
     app = Long()
@@ -154,7 +181,7 @@ def test_the_headers_of_an_answer_are_the_same_in_both_lanes() -> None:
 
 @pytest.mark.parametrize("head", [b"GET / HTTP/1.1\r\n\r\n", b"x\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n"])
 def test_a_head_without_one_length_is_never_known(head: bytes) -> None:
-    assert Lane.of(head, Found(_App(), None, None, [], 9), _App()) is None
+    assert Lane.of(head, Found(_App(), None, None, [], 9, ""), _App()) is None
 
 
 # -- over a real server --------------------------------------------------------------------------------------------
@@ -232,6 +259,14 @@ def test_who_goes_away_in_a_hot_call_ends_it(newest_shop: Shop, served: Site) ->
     eventually(lambda: [line for line in served.audit() if line.get("outcome") == "cancelled"])
 
 
+def _run(at: Site, wire: socket.socket, token: str, *command: str) -> str:
+    """What a command says; calls go on meanwhile, so that the connection stays."""
+    running = in_background(at.run, *command)
+    while running.runs:
+        _ask(at, wire, token, "select 1")
+    return str(running.result().stdout)
+
+
 def test_what_has_changed_between_two_hot_calls_counts(
     make_site: MakeSite, newest_shop: Shop, certificates: Path
 ) -> None:
@@ -242,15 +277,15 @@ def test_what_has_changed_between_two_hot_calls_counts(
     with _wire(at, certificates) as wire:
         for _ in range(3):
             assert _ask(at, wire, token, "select 1")[0] == 200
-        at.run("lockdown")
+        _run(at, wire, token, "lockdown")
         assert [_ask(at, wire, token, "select 1")[0] for _ in range(2)] == [503, 503]
-        at.run("lockdown", "--lift")
+        _run(at, wire, token, "lockdown", "--lift")
         assert [_ask(at, wire, token, "select 1")[0] for _ in range(2)] == [200, 200]
         assert _ask(at, wire, wrong, "select 1")[0] == 401
         assert [_ask(at, wire, token, "select 1")[0] for _ in range(2)] == [200, 200]
-        assert at.run("config", "reload").stdout.startswith("changed: ")
+        assert _run(at, wire, token, "config", "reload").startswith("changed: ")
         assert [_ask(at, wire, token, "select 1")[0] for _ in range(3)] == [200, 200, 200]
-        at.run("token", "revoke", name)
+        _run(at, wire, token, "token", "revoke", name)
         assert [_ask(at, wire, token, "select 1")[0] for _ in range(2)] == [401, 401]
     name, token = at.token()
     with _wire(at, certificates) as wire:

@@ -174,6 +174,7 @@ class Visitor(Requests):
     _dropped = 0
     _lane: Lane | None = None
     _task: "asyncio.Task[None] | None" = None
+    _answered_at = 0.0
     _dates: tuple[object, bytes] = (None, b"")
 
     def __init__(self, *args: Any, **named: Any) -> None:
@@ -243,11 +244,11 @@ class Visitor(Requests):
     def data_received(self, data: bytes) -> None:
         """Bytes came. While an answer is being made there may be some for the next request, and they are kept: uvicorn
         would stop reading, and not see that the client goes away."""
-        self._unset_keepalive_if_required()
         if self.reading is Reading.HEAD:
             if self._goes_again(data):
                 return
             self._end_turn()
+        self._unset_keepalive_if_required()
         if self.deaf:
             self._dropped += len(data)
             if self._dropped > _LINGER_BYTES:
@@ -276,6 +277,7 @@ class Visitor(Requests):
         if self._lane is None or (body := self._lane.body(data)) is None:
             return False
         if self._lane.missing:
+            self._unset_keepalive_if_required()
             self.waiting[:] = data
             self._count_waiting()
             if self.turn is None:
@@ -315,19 +317,39 @@ class Visitor(Requests):
 
     async def _again(self, lane: Lane, call: Call) -> None:
         """Answer a call, and take the next request."""
-        whole = False
+        whole, task = False, self._task
+        if task is None:
+            raise TypeError("a call without a task")
         try:
-            reply = await lane.answer(call, self.transport.is_closing)
+            reply = await lane.answer(call, task, self.transport.is_closing)
             whole = reply is not None and await self._write(reply)
         except asyncio.CancelledError:  # the client has gone, or the server ends
             log.debug("a call was cancelled before it was answered")
         finally:
-            if self._task is not None:
-                self.tasks.discard(self._task)
+            self.tasks.discard(task)
             self._task = None
             if not whole:
                 self.transport.close()
+            self._answered_again()
+
+    def _answered_again(self) -> None:
+        """`on_response_complete`, where nothing is left to do most times."""
+        if self.waiting or self.flow.read_paused or self.timeout_keep_alive_task is None:
             self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            self.reading, self._answered_at = Reading.HEAD, self.loop.time()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection, if there was no further call meanwhile. One sets no timer anew."""
+        self.timeout_keep_alive_task = None
+        left = self._answered_at + self.timeout_keep_alive - self.loop.time()
+        if self._task is not None:
+            return
+        if left > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
 
     async def _write(self, reply: Reply) -> bool:
         """Write an answer; whether all of it left and the connection goes on. What its caller may no longer have

@@ -5,9 +5,10 @@ each request, by the same functions: rates, the token, a lockdown, the calls at 
 """
 
 import re
+from asyncio import Task
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mcpctl.server import encoding
 from mcpctl.server.express import Call
@@ -16,7 +17,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length:[\t ]*([0-9]{1,7})[\t ]*(?=\r\n)", re
 _DIGITS = 7
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """An answer that is to be written. `wanted`: whether the rest of a long one may still leave."""
 
@@ -40,7 +41,7 @@ class Again(Protocol):
     def read(self, found: "Found", body: bytes) -> Call | None:
         """The call in a body; None where the request has to go the ordinary way."""
 
-    async def again(self, found: "Found", call: Call, gone: Callable[[], bool]) -> Reply | None:
+    async def again(self, found: "Found", call: Call, task: "Task[Any]", gone: Callable[[], bool]) -> Reply | None:
         """The answer to a call; None where its client has `gone`, which ends the task that this runs in."""
 
 
@@ -51,20 +52,21 @@ class Generation(Protocol):
     def in_force(self) -> bool:
         """Whether it still is."""
 
-    async def again(self, found: "Found", call: Call, gone: Callable[[], bool]) -> Reply | None:
+    async def again(self, found: "Found", call: Call, task: "Task[Any]", gone: Callable[[], bool]) -> Reply | None:
         """`Again.again`, as a call that runs in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
     """What the head of a request that was let in has said: the client's address, the credential, and the headers as
-    both lanes see them. `most`: the bytes that a body may have."""
+    both lanes see them. `most`: the bytes that a body may have; `routed`: see `Express.route`."""
 
     app: Again
     address: str | None
     text: str | None
     headers: list[tuple[bytes, bytes]]
     most: int
+    routed: str
 
 
 class Lane:
@@ -103,6 +105,6 @@ class Lane:
         """See `Again.read`."""
         return self._found.app.read(self._found, body)
 
-    async def answer(self, call: Call, gone: Callable[[], bool]) -> Reply | None:
+    async def answer(self, call: Call, task: "Task[Any]", gone: Callable[[], bool]) -> Reply | None:
         """See `Again.again`."""
-        return await self._generation.again(self._found, call, gone)
+        return await self._generation.again(self._found, call, task, gone)

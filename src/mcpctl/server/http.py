@@ -32,6 +32,7 @@ from mcpctl.server.express import Call, Express
 from mcpctl.server.held import SMALL, Bodies
 from mcpctl.server.hot import Found, Reply
 from mcpctl.server.refusals import CANCELLED, Refusals, failed
+from mcpctl.shared_counters import Slot
 
 log = logging.getLogger("mcpctl.http")
 T = TypeVar("T")
@@ -108,55 +109,65 @@ class Http:
         if scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
         exchange.negotiate(scope)
-        with self._entered(principal, address, request_id):
+        slots = self._enter(principal, address, request_id)
+        try:
             _know(scope, principal)
             body = await self._body(scope, receive, principal)
-            most = min(SMALL, self._parts.settings.limits.request_bytes)
-            scope["state"]["found"] = Found(self, address, text, scope["headers"], most)
+            self._remember(scope, address, text)
             await self._served(scope, receive, send, Request(request_id, address, "http"), principal, body)
-
-    @contextlib.contextmanager
-    def _entered(self, principal: Principal, address: str | None, request_id: str) -> Iterator[None]:
-        """One of the calls at once, or a refusal."""
-        limiter = self._parts.calls.limiter
-        try:
-            slots = limiter.enter(principal, address, visited=True)
-        except LimitedError as problem:
-            self._note_limited(problem, principal, address, request_id)
-            raise
-        try:
-            yield
         except UnauthorizedError:
             if self._parts.authenticator.locked:
                 raise LockedError from None
             raise
         finally:
-            limiter.leave(slots)
+            self._parts.calls.limiter.leave(slots)
+
+    def _enter(self, principal: Principal, address: str | None, request_id: str) -> list[Slot]:
+        """One of the calls at once, or a refusal."""
+        try:
+            return self._parts.calls.limiter.enter(principal, address, visited=True)
+        except LimitedError as problem:
+            self._note_limited(problem, principal, address, request_id)
+            raise
+
+    def _remember(self, scope: Scope, address: str | None, text: str | None) -> None:
+        """Let further calls with that head go the hot way, if they can."""
+        routed = self._parts.express.route(scope["headers"]) if self._parts.express is not None else None
+        if routed is not None:
+            most = min(SMALL, self._parts.settings.limits.request_bytes)
+            scope["state"]["found"] = Found(self, address, text, scope["headers"], most, routed)
 
     # -- the hot lane, see hot.py ---------------------------------------------------------------------------------
 
     def read(self, found: Found, body: bytes) -> Call | None:
         """The call in a body, which the express lane can answer."""
-        return self._parts.express.read(found.headers, body) if self._parts.express is not None else None
+        return self._parts.express.read(found.headers, body, found.routed) if self._parts.express is not None else None
 
-    async def again(self, found: Found, call: Call, gone: Callable[[], bool]) -> Reply | None:
+    async def again(
+        self, found: Found, call: Call, task: "asyncio.Task[Any]", gone: Callable[[], bool]
+    ) -> Reply | None:
         """The answer to a further call with a head that was let in; `_mcp` from there on."""
         request_id, address = next(self._ids), found.address
         try:
             self._count(address, lambda: found.text, request_id)
             principal = await self._known(found.text, address, request_id)
-            with self._entered(principal, address, request_id):
-                request = Request(request_id, address, "http", call.id, asyncio.current_task())
+            slots = self._enter(principal, address, request_id)
+            try:
+                request = Request(request_id, address, "http", call.id, task)
                 answer = await self._guarded(principal, request, gone, self._express(call, principal, request))
-                if answer is None:
-                    return None
-                return Reply(*answer, request_id, wanted=lambda: self._may_leave(principal, request))
+            except UnauthorizedError:
+                if self._parts.authenticator.locked:
+                    raise LockedError from None
+                raise
+            finally:
+                self._parts.calls.limiter.leave(slots)
         except Error as problem:
             status, body, headers = self._refusals.answer(found.headers, "/mcp", problem, request_id)
             return Reply(status, body, request_id, headers)
         except Exception:
             log.exception("request %s failed", request_id)
             return Reply(500, failed(request_id), request_id)
+        return answer and Reply(*answer, request_id, (), lambda: self._may_leave(principal, request))
 
     def _note_limited(
         self, problem: LimitedError, principal: Principal | None, address: str | None, request_id: str
@@ -303,7 +314,8 @@ class Http:
         self, scope: Scope, principal: Principal, request: Request, body: bytes
     ) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
         parts = self._parts
-        call = parts.express.read(scope["headers"], body) if parts.express is not None else None
+        express, headers = parts.express, scope["headers"]
+        call = express.read(headers, body, express.route(headers)) if express is not None else None
         if call is not None:
             return *await self._express(call, principal, replace(request, rpc_id=call.id)), []
         self.answered_sdk += 1
@@ -456,7 +468,7 @@ def _request_ids() -> Iterator[str]:
     """16 random hexadecimal digits each; a system call is for many."""
     while True:
         drawn = secrets.token_hex(2048)
-        yield from (drawn[at : at + 16] for at in range(0, len(drawn), 16))
+        yield from [drawn[at : at + 16] for at in range(0, len(drawn), 16)]
 
 
 def _know(scope: Scope, principal: Principal) -> None:

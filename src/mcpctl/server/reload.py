@@ -82,14 +82,11 @@ class _Generation:
         finally:
             del self._busy[task]
 
-    async def again(self, found: Found, call: Call, gone: Callable[[], bool]) -> Reply | None:
+    async def again(self, found: Found, call: Call, task: asyncio.Task[Any], gone: Callable[[], bool]) -> Reply | None:
         """Answer a further call with a head that this one's app let in; see hot.py."""
-        task = asyncio.current_task()
-        if task is None:
-            raise TypeError("a request without a task")
         self._busy[task] = "/mcp"
         try:
-            return await found.app.again(found, call, gone)
+            return await found.app.again(found, call, task, gone)
         finally:
             del self._busy[task]
 
