@@ -319,6 +319,10 @@ class Background:
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
 
+    @property
+    def runs(self) -> bool:
+        return self._thread.is_alive()
+
     def result(self, seconds: float = 30) -> Any:
         self._thread.join(seconds)
         assert not self._thread.is_alive(), "it still runs"

@@ -16,8 +16,12 @@ from time import monotonic
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from mcpctl.server.exchange import PIECE
+from mcpctl.server.express import Call
 from mcpctl.server.held import SMALL, Budget
+from mcpctl.server.hot import Lane, Reply
 from mcpctl.server.requests import Reading, Requests
 from mcpctl.shared_counters import source
 
@@ -28,6 +32,7 @@ _NEWCOMERS = 16
 """Descriptors for those for whom others have to go, whose own are free only when the event loop comes to it."""
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
 _BACKLOG, _AT_ONCE, _PAUSE = 2048, 16, 1.0
+_AT_ONCE_SECONDS = 0.05
 _SAID_FOR = 60.0
 """Seconds between two lines on who was turned away."""
 
@@ -167,6 +172,10 @@ class Visitor(Requests):
     _seen: object = None
     _unread: tuple[int, ...] = ()
     _dropped = 0
+    _lane: Lane | None = None
+    _task: "asyncio.Task[None] | None" = None
+    _answered_at = 0.0
+    _dates: tuple[object, bytes] = (None, b"")
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -214,7 +223,7 @@ class Visitor(Requests):
     @property
     def idle(self) -> bool:
         """Whether no request is being read or answered."""
-        return self.cycle is None or self.cycle.response_complete
+        return self._task is None and (self.cycle is None or self.cycle.response_complete)
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -235,6 +244,10 @@ class Visitor(Requests):
     def data_received(self, data: bytes) -> None:
         """Bytes came. While an answer is being made there may be some for the next request, and they are kept: uvicorn
         would stop reading, and not see that the client goes away."""
+        if self.reading is Reading.HEAD:
+            if self._goes_again(data):
+                return
+            self._end_turn()
         self._unset_keepalive_if_required()
         if self.deaf:
             self._dropped += len(data)
@@ -250,6 +263,123 @@ class Visitor(Requests):
         elif self.turn is None:
             self.feed()
         self._count_waiting()
+
+    # -- the hot lane, see hot.py -----------------------------------------------------------------------------------
+
+    def _goes_again(self, data: bytes) -> bool:
+        """Whether that is of a call with the head of the request before, which goes this way if the rest of it comes at
+        once."""
+        if self.scope is None or not self.idle or self.deaf or self.transport.is_closing():
+            return False
+        if self._lane is None and not self._found_lane():
+            return False
+        data = bytes(self.waiting) + data if self.waiting else data
+        if self._lane is None or (body := self._lane.body(data)) is None:
+            return False
+        if self._lane.missing:
+            self._unset_keepalive_if_required()
+            self.waiting[:] = data
+            self._count_waiting()
+            if self.turn is None:
+                self.turn = self.loop.call_later(_AT_ONCE_SECONDS, self.feed)
+            return True
+        if (call := self._lane.call(body)) is None:
+            return False
+        if self.waiting:
+            self._searched = 0
+            self.waiting.clear()
+            self._count_waiting()
+        self._end_turn()
+        self.reading, self._seen = Reading.WHOLE, None
+        self._task = self.loop.create_task(self._again(self._lane, call))
+        self.tasks.add(self._task)
+        return True
+
+    def _end_turn(self) -> None:
+        """What waits is not left for later."""
+        if self.turn is not None:
+            self.turn.cancel()
+            self.turn = None
+
+    def _found_lane(self) -> bool:
+        """Whether the last request, which went the ordinary way, was let in, so that its head is known."""
+        state = self.scope["state"]
+        found, generation = state.pop("found", None), state.get("generation")
+        if found is None or generation is None or not self.cycle.keep_alive or self.expect_100_continue:
+            return False
+        self._lane = Lane.of(self.head, found, generation)
+        return self._lane is not None
+
+    def on_message_begin(self) -> None:
+        """A request begins that goes the ordinary way."""
+        self._lane = None
+        super().on_message_begin()
+
+    async def _again(self, lane: Lane, call: Call) -> None:
+        """Answer a call, and take the next request."""
+        whole, task = False, self._task
+        if task is None:
+            raise TypeError("a call without a task")
+        try:
+            reply = await lane.answer(call, task, self.transport.is_closing)
+            whole = reply is not None and await self._write(reply)
+        except asyncio.CancelledError:  # the client has gone, or the server ends
+            log.debug("a call was cancelled before it was answered")
+        finally:
+            self.tasks.discard(task)
+            self._task = None
+            if not whole:
+                self.transport.close()
+            self._answered_again()
+
+    def _answered_again(self) -> None:
+        """`on_response_complete`, where nothing is left to do most times."""
+        if self.waiting or self.flow.read_paused or self.timeout_keep_alive_task is None:
+            self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            self.reading, self._answered_at = Reading.HEAD, self.loop.time()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close the connection, if there was no further call meanwhile. One sets no timer anew."""
+        self.timeout_keep_alive_task = None
+        left = self._answered_at + self.timeout_keep_alive - self.loop.time()
+        if self._task is not None:
+            return
+        if left > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
+
+    async def _write(self, reply: Reply) -> bool:
+        """Write an answer; whether all of it left and the connection goes on. What its caller may no longer have
+        stays."""
+        if reply.status not in (200, 400):  # who he is has to be found anew
+            self._lane = None
+            self.scope["state"].pop("known", None)
+        lines, goes_on = reply.lines(), self.cycle.keep_alive and CLOSE_HEADER not in reply.headers
+        if not goes_on and CLOSE_HEADER not in reply.headers:
+            lines += b"connection: close\r\n"
+        if (dates := self.server_state.default_headers) is not self._dates[0]:
+            self._dates = (dates, b"".join(b"%b: %b\r\n" % header for header in dates))
+        body = reply.body
+        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[reply.status], self._dates[1], lines, body[:PIECE]))
+        for start in range(PIECE, len(body), PIECE):
+            if self.flow.write_paused:
+                await self.flow.drain()
+            if self.transport.is_closing() or not reply.wanted():
+                return False
+            self.transport.write(body[start : start + PIECE])
+        return goes_on
+
+    def shutdown(self) -> None:
+        """The server ends, or wants the connection to: when the call that runs has its answer."""
+        if self._task is None:
+            super().shutdown()
+        else:
+            self.cycle.keep_alive = False
+
+    # -- the ordinary way --------------------------------------------------------------------------------------------
 
     async def _answered(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
         """Ask the app. Where it answers before the request's body has come to its end, nothing more is read as HTTP:
@@ -311,8 +441,10 @@ class Visitor(Requests):
         """It has ended."""
         if self._patience is not None:
             self._patience.cancel()
-        if self.turn is not None:
-            self.turn.cancel()
+        self._end_turn()
+        if self._task is not None:
+            self._task.cancel()
+            self._task.add_done_callback(self.tasks.discard)  # it may not have begun
         if self.here.get(self._number) is self:
             del self.here[self._number]
         self._gone.set()

@@ -42,6 +42,17 @@ def headers(body: bytes, request_id: str) -> list[tuple[bytes, bytes]]:
     return found if body else found[1:]
 
 
+def lines(length: int, request_id: str) -> bytes:
+    """`headers` of a body of so many bytes, as they are sent."""
+    return _LINES % (length, request_id.encode())
+
+
+_LINES = b"".join(
+    b"%b: %b\r\n" % (name, {b"content-length": b"%d", b"x-request-id": b"%b"}.get(name, value))
+    for name, value in headers(b"{}", "")
+)
+
+
 def rpc_error(
     code: int, message: str, data: dict[str, Any] | None = None, *, request: str | int | None = None
 ) -> bytes:

@@ -17,7 +17,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _JSON = b"application/json"
-_PIECE = 64 << 10
+PIECE = 64 << 10
+"""Bytes of an answer that leave at once."""
 
 
 @dataclass
@@ -113,9 +114,9 @@ async def answer(
     own = encoding.headers(body, request_id) + (headers or [])
     await send({"type": "http.response.start", "status": status, "headers": own})
     whole = memoryview(body)
-    while len(whole) > _PIECE:
-        await send({"type": "http.response.body", "body": bytes(whole[:_PIECE]), "more_body": True})
-        whole = whole[_PIECE:]
+    while len(whole) > PIECE:
+        await send({"type": "http.response.body", "body": bytes(whole[:PIECE]), "more_body": True})
+        whole = whole[PIECE:]
         if not wanted():
             return
     await send({"type": "http.response.body", "body": bytes(whole)})

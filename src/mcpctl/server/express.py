@@ -52,8 +52,10 @@ class Express:
     def __init__(self) -> None:
         self._metas: OrderedDict[bytes, None] = OrderedDict()
 
-    def read(self, headers: Headers, body: bytes) -> Call | None:
-        """The call in a POST to /mcp, or None where the SDK is to see to it."""
+    def read(self, headers: Headers, body: bytes, routed: str | None) -> Call | None:
+        """The call in a POST to /mcp, or None where the SDK is to see to it. `routed` is `route` of the headers."""
+        if routed is None:
+            return None
         if body.count(b"[") + body.count(b"{") > _MOST_NESTED:
             return None  # it may be nested deeper than the SDK's parser goes
         try:
@@ -72,13 +74,15 @@ class Express:
             return None
         if not isinstance(arguments, dict) and "arguments" in params:
             return None
-        modern = self._era(headers, name)
-        if modern is None or not self._meta_is_good(meta, "_meta" in params, modern, name, headers):
+        modern = bool(routed)
+        if modern and (routed != name or not name.isascii() or name.startswith("=?")):
+            return None
+        if not self._meta_is_good(meta, "_meta" in params, modern, name, headers):
             return None
         return Call(number, name, arguments, modern)
 
-    def _era(self, headers: Headers, name: str) -> bool | None:
-        """Whether the headers are those of a modern or of an older tools/call of this tool; None for any other."""
+    def route(self, headers: Headers) -> str | None:
+        """The tool that the headers of a modern tools/call name; "" with those of an older one, None for any other."""
         found: dict[bytes, bytes] = {}
         for key, value in headers:
             if key in _ROUTING:
@@ -88,14 +92,13 @@ class Express:
             elif key.startswith(b"mcp-param-"):
                 return None
         if b"mcp-protocol-version" not in found:
-            return False
+            return ""
         version = found[b"mcp-protocol-version"].decode("latin-1")
         if version in HANDSHAKE_PROTOCOL_VERSIONS:
-            return False
-        if version not in MODERN_PROTOCOL_VERSIONS or not name.isascii() or name.startswith("=?"):
+            return ""
+        if version not in MODERN_PROTOCOL_VERSIONS or found.get(b"mcp-method") != b"tools/call":
             return None
-        good = found.get(b"mcp-method") == b"tools/call" and found.get(b"mcp-name") == name.encode()
-        return True if good else None
+        return found.get(b"mcp-name", b"").decode("latin-1") or None
 
     def _meta_is_good(self, meta: Any, given: bool, modern: bool, name: str, headers: Headers) -> bool:
         if not given:

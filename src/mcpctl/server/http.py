@@ -8,10 +8,10 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from mcp_types import jsonrpc_message_adapter
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
@@ -28,14 +28,15 @@ from mcpctl.recorder import Recorder
 from mcpctl.server import credentials, encoding, exchange, messages
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.exchange import App, Caller, Message, Receive, Scope, Send
-from mcpctl.server.express import Express
-from mcpctl.server.held import Bodies, TooMuchError
+from mcpctl.server.express import Call, Express
+from mcpctl.server.held import SMALL, Bodies
+from mcpctl.server.hot import Found, Reply
+from mcpctl.server.refusals import CANCELLED, Refusals, failed
+from mcpctl.shared_counters import Slot
 
 log = logging.getLogger("mcpctl.http")
+T = TypeVar("T")
 _READY_FOR = 2.0
-_SAID_FOR = 60.0
-_CANCELLED = "The call was cancelled: by its client, or because "
-_INVALID_REQUEST, _INTERNAL = -32600, -32603
 
 
 @dataclass
@@ -66,9 +67,10 @@ class Http:
         self._parts = parts
         self._bodies = Bodies(parts.settings.limits.request_bytes)
         self._ready: tuple[float, bool] | None = None
-        self._said: dict[str, tuple[float, int]] = {}
+        self._refusals = Refusals(parts.settings.server.public_url, parts.gatekeeper, tls=parts.tls)
         self._asking = asyncio.Lock()
         self._streams: dict[asyncio.Task[Any], Principal] = {}
+        self._ids = _request_ids()
         self.answered_express = 0
         self.answered_sdk = 0
         self._routes: dict[str, Callable[[Scope, Receive, Send, str], Awaitable[None]]] = {
@@ -84,7 +86,7 @@ class Http:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        request_id = secrets.token_hex(8)
+        request_id = next(self._ids)
         try:
             credentials.to_origin_form(scope)
             if self._parts.no_auth and credentials.forwarded(scope["headers"]):
@@ -98,32 +100,74 @@ class Http:
             await self._refuse(scope, send, problem, request_id)
         except Exception:
             log.exception("request %s failed", request_id)
-            await exchange.answer(
-                send, 500, encoding.rpc_error(_INTERNAL, f"Internal error. Request {request_id}."), request_id
-            )
+            await exchange.answer(send, 500, failed(request_id), request_id)
 
     # -- /mcp ----------------------------------------------------------------------------------------------------
 
     async def _mcp(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
-        address, principal = await self._admit(scope, request_id)
+        address, text, principal = await self._admit(scope, request_id)
         if scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
         exchange.negotiate(scope)
-        limiter = self._parts.calls.limiter
+        slots = self._enter(principal, address, request_id)
         try:
-            slots = limiter.enter(principal, address, visited=True)
-        except LimitedError as problem:
-            self._note_limited(problem, principal, address, request_id)
-            raise
-        _know(scope, principal)
-        try:
-            await self._served(scope, receive, send, Request(request_id, address, "http"), principal)
+            _know(scope, principal)
+            body = await self._body(scope, receive, principal)
+            self._remember(scope, address, text)
+            await self._served(scope, receive, send, Request(request_id, address, "http"), principal, body)
         except UnauthorizedError:
             if self._parts.authenticator.locked:
                 raise LockedError from None
             raise
         finally:
-            limiter.leave(slots)
+            self._parts.calls.limiter.leave(slots)
+
+    def _enter(self, principal: Principal, address: str | None, request_id: str) -> list[Slot]:
+        """One of the calls at once, or a refusal."""
+        try:
+            return self._parts.calls.limiter.enter(principal, address, visited=True)
+        except LimitedError as problem:
+            self._note_limited(problem, principal, address, request_id)
+            raise
+
+    def _remember(self, scope: Scope, address: str | None, text: str | None) -> None:
+        """Let further calls with that head go the hot way, if they can."""
+        routed = self._parts.express.route(scope["headers"]) if self._parts.express is not None else None
+        if routed is not None:
+            most = min(SMALL, self._parts.settings.limits.request_bytes)
+            scope["state"]["found"] = Found(self, address, text, scope["headers"], most, routed)
+
+    # -- the hot lane, see hot.py ---------------------------------------------------------------------------------
+
+    def read(self, found: Found, body: bytes) -> Call | None:
+        """The call in a body, which the express lane can answer."""
+        return self._parts.express.read(found.headers, body, found.routed) if self._parts.express is not None else None
+
+    async def again(
+        self, found: Found, call: Call, task: "asyncio.Task[Any]", gone: Callable[[], bool]
+    ) -> Reply | None:
+        """The answer to a further call with a head that was let in; `_mcp` from there on."""
+        request_id, address = next(self._ids), found.address
+        try:
+            self._count(address, lambda: found.text, request_id)
+            principal = await self._known(found.text, address, request_id)
+            slots = self._enter(principal, address, request_id)
+            try:
+                request = Request(request_id, address, "http", call.id, task)
+                answer = await self._guarded(principal, request, gone, self._express(call, principal, request))
+            except UnauthorizedError:
+                if self._parts.authenticator.locked:
+                    raise LockedError from None
+                raise
+            finally:
+                self._parts.calls.limiter.leave(slots)
+        except Error as problem:
+            status, body, headers = self._refusals.answer(found.headers, "/mcp", problem, request_id)
+            return Reply(status, body, request_id, headers)
+        except Exception:
+            log.exception("request %s failed", request_id)
+            return Reply(500, failed(request_id), request_id)
+        return answer and Reply(*answer, request_id, (), lambda: self._may_leave(principal, request))
 
     def _note_limited(
         self, problem: LimitedError, principal: Principal | None, address: str | None, request_id: str
@@ -137,76 +181,103 @@ class Http:
             who = {"token": principal.token, "user": principal.user, "tenant": principal.tenant}
             recorder.limited(problem, **who, client_ip=address, **where)
 
-    async def _served(self, scope: Scope, receive: Receive, send: Send, request: Request, principal: Principal) -> None:
-        body = await self._body(scope, receive, principal)
+    async def _served(
+        self, scope: Scope, receive: Receive, send: Send, request: Request, principal: Principal, body: bytes
+    ) -> None:
         task = asyncio.current_task()
         gone = asyncio.Event()
         watcher = asyncio.create_task(exchange.watch(receive, task, gone))
         request = replace(request, task=task)
         try:
-            status, answer, headers = await self._answer(scope, principal, request, body)
-        except asyncio.CancelledError:
-            if gone.is_set():
-                return
-            if task is not None:
-                task.uncancel()
-            if self._parts.authenticator.still_valid(principal):
-                raise UnavailableError(_CANCELLED + self._parts.calls.ends) from None
-            raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
+            work = self._answer(scope, principal, request, body)
+            found = await self._guarded(principal, request, gone.is_set, work)
         finally:
             watcher.cancel()
+        if found is not None:
+            await exchange.answer(
+                send, *found[:2], request.id, found[2], wanted=lambda: self._may_leave(principal, request)
+            )
+
+    async def _guarded(
+        self, principal: Principal, request: Request, gone: Callable[[], bool], work: Coroutine[Any, Any, T]
+    ) -> T | None:
+        """What a call answers, if its caller's token is still valid then; None where its client has gone."""
+        try:
+            answer = await work
+        except asyncio.CancelledError:
+            if gone():
+                return None
+            if request.task is not None:
+                request.task.uncancel()
+            if self._parts.authenticator.still_valid(principal):
+                raise UnavailableError(CANCELLED + self._parts.calls.ends) from None
+            raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
         if not self._parts.authenticator.still_valid(principal):
             raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
-        await exchange.answer(
-            send, status, answer, request.id, headers, wanted=lambda: self._may_leave(principal, request)
-        )
+        return answer
 
     def _may_leave(self, principal: Principal, request: Request) -> bool:
         """Whether an answer may still leave: its caller has the rights that it was made with."""
         door = self._parts.authenticator
         return door.still_valid(principal) and all(door.in_force(principal, one) for one in request.databases)
 
-    async def _admit(self, scope: Scope, request_id: str) -> tuple[str | None, Principal]:
-        """Host, origin, address, its rate, and credential: the caller's address and principal, or a refusal."""
-        parts, headers = self._parts, scope["headers"]
+    async def _admit(self, scope: Scope, request_id: str) -> tuple[str | None, str | None, Principal]:
+        """Host, origin, address, its rate, and credential: the caller's address, credential and principal, or a
+        refusal."""
         address = self._visit(scope, request_id)
-        parts.gatekeeper.check(headers)
-        if parts.no_auth:
-            credentials.refuse_in_url(scope["query_string"])
-            return address, parts.authenticator.local()
+        self._parts.gatekeeper.check(scope["headers"])
         try:
             credentials.refuse_in_url(scope["query_string"])
-            text = credentials.token(headers)
+            text = None if self._parts.no_auth else credentials.token(scope["headers"])
+        except (UnauthorizedError, UsageError) as problem:
+            self._note_refused(problem, address, request_id)
+            raise
+        return address, text, await self._known(text, address, request_id)
+
+    async def _known(self, text: str | None, address: str | None, request_id: str) -> Principal:
+        """Whose credential it is, or a refusal."""
+        parts = self._parts
+        if parts.no_auth:
+            return parts.authenticator.local()
+        try:
             if text is None:
                 raise UnauthorizedError("no credential")
             principal = await parts.authenticator.authenticate(text, address)
         except (UnauthorizedError, UsageError, LockedError) as problem:
-            locked = isinstance(problem, LockedError)
-            who: dict[str, Any] = {"token": getattr(problem, "token_id", None), "user": getattr(problem, "user", None)}
-            proven = who["token"] is not None and (locked or getattr(problem, "proven", False))
-            parts.recorder.auth_refused(
-                address, problem.message, locked=locked, proven=proven, **who, request_id=request_id, transport="http"
-            )
+            self._note_refused(problem, address, request_id)
             raise
         parts.recorder.auth_ok(principal.token, principal.user, address, request_id=request_id, transport="http")
-        return address, principal
+        return principal
+
+    def _note_refused(self, problem: Error, address: str | None, request_id: str) -> None:
+        if self._parts.no_auth:
+            return
+        locked = isinstance(problem, LockedError)
+        who: dict[str, Any] = {"token": getattr(problem, "token_id", None), "user": getattr(problem, "user", None)}
+        proven = who["token"] is not None and (locked or getattr(problem, "proven", False))
+        self._parts.recorder.auth_refused(
+            address, problem.message, locked=locked, proven=proven, **who, request_id=request_id, transport="http"
+        )
 
     def _visit(self, scope: Scope, request_id: str) -> str | None:
-        """Count a request against its address's rate, and return the address. Beyond it nothing costs a hash, or a line
-        each."""
+        """Count a request against its address's rate, and return the address."""
         headers, address = scope["headers"], scope["client"][0] if scope.get("client") else None
         if not self._parts.no_auth:
             address = self._parts.gatekeeper.address(headers, address)
+        self._count(address, lambda: credentials.token(headers), request_id)
+        return address
+
+    def _count(self, address: str | None, text: Callable[[], str | None], request_id: str) -> None:
+        """Count a request against its address's rate. Beyond it nothing costs a hash, or a line each."""
         try:
             self._parts.calls.limiter.visit(address)
         except LimitedError as problem:
             known = None
             if not self._parts.no_auth:
                 with contextlib.suppress(UnauthorizedError, UsageError):
-                    known = self._parts.authenticator.recognised(credentials.token(headers))
+                    known = self._parts.authenticator.recognised(text())
             self._note_limited(problem, known, address, request_id)
             raise
-        return address
 
     async def _body(self, scope: Scope, receive: Receive, principal: Principal) -> bytes:
         """The request's body, never more of it than the config allows, nor with the others', and not for ever."""
@@ -237,20 +308,16 @@ class Http:
         except asyncio.CancelledError:  # nobody watches for the client yet: a reload cuts it, or the server's end
             if (task := asyncio.current_task()) is not None:
                 task.uncancel()
-            raise UnavailableError(_CANCELLED + self._parts.calls.ends) from None
+            raise UnavailableError(CANCELLED + self._parts.calls.ends) from None
 
     async def _answer(
         self, scope: Scope, principal: Principal, request: Request, body: bytes
     ) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
         parts = self._parts
-        call = parts.express.read(scope["headers"], body) if parts.express is not None else None
-        if call is not None and parts.express is not None:
-            self.answered_express += 1
-            try:
-                answer = await parts.calls.call(principal, call.name, call.arguments, replace(request, rpc_id=call.id))
-                return *parts.express.answer(call, answer), []
-            except UnknownToolError as problem:
-                return *parts.express.unknown_tool(call, problem.message), []
+        express, headers = parts.express, scope["headers"]
+        call = express.read(headers, body, express.route(headers)) if express is not None else None
+        if call is not None:
+            return *await self._express(call, principal, replace(request, rpc_id=call.id)), []
         self.answered_sdk += 1
         try:
             message = messages.read(body)
@@ -260,6 +327,17 @@ class Http:
         await self._cancelled(principal, message, scope["headers"])
         scope["mcpctl"] = Caller(principal, request)
         return await exchange.through(self._parts.sdk, scope, body)
+
+    async def _express(self, call: Call, principal: Principal, request: Request) -> tuple[int, bytes]:
+        """The express lane's answer."""
+        express = self._parts.express
+        if express is None:
+            raise TypeError("there is no express lane")
+        self.answered_express += 1
+        try:
+            return express.answer(call, await self._parts.calls.call(principal, call.name, call.arguments, request))
+        except UnknownToolError as problem:
+            return express.unknown_tool(call, problem.message)
 
     async def _cancelled(self, principal: Principal, message: Any, headers: credentials.Headers) -> None:
         """An older client's `notifications/cancelled` ends the one call of that token and number, if it is one. The
@@ -298,28 +376,17 @@ class Http:
         exchange.only_get(scope)
         self._parts.gatekeeper.check(scope["headers"])
         found = {
-            "resource": f"{self._base(scope)}/mcp",
+            "resource": f"{self._refusals.base(scope['headers'])}/mcp",
             "bearer_methods_supported": ["header"],
             "resource_name": "mcpctl",
         }
         await exchange.answer(send, 200, encoding.encode(found), request_id)
 
-    def _base(self, scope: Scope) -> str:
-        """What clients call this server by."""
-        if self._parts.settings.server.public_url:
-            return self._parts.settings.server.public_url
-        try:
-            host = credentials.header(scope["headers"], b"host")
-            self._parts.gatekeeper.check(scope["headers"])
-        except Error:
-            host = None
-        return f"{'https' if self._parts.tls else 'http'}://{host or self._parts.gatekeeper.authority}"
-
     async def _old_stream(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         """/sse, for clients of before 2025-03: a stream that ends when its token does."""
         if self._parts.sse is None or scope["method"] != "GET":
             raise Error("only GET is answered here", status=405)
-        address, principal = await self._admit(scope, request_id)
+        address, _, principal = await self._admit(scope, request_id)
         try:
             self._check_streams(principal)
         except LimitedError as problem:
@@ -362,7 +429,7 @@ class Http:
     async def _old_message(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         if self._parts.sse is None or scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
-        address, principal = await self._admit(scope, request_id)
+        address, _, principal = await self._admit(scope, request_id)
         _know(scope, principal)
         exchange.check_content_type(scope["headers"])
         body = await self._body(scope, receive, principal)
@@ -393,54 +460,17 @@ class Http:
     # -- refusals --------------------------------------------------------------------------------------------------
 
     async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
-        """One answer for every refusal; a 401 says the same whatever the reason, which is in the audit log."""
-        headers: list[tuple[bytes, bytes]] = []
-        message, hint = problem.message, problem.hint
-        if isinstance(problem, UnauthorizedError):
-            message, hint = "Unauthorized: a valid token is needed", "send it as Authorization: Bearer …"
-            if problem.status == 429:
-                message, hint = "Too many wrong tokens from this address; a valid one is taken", None
-            else:
-                where = f"{self._base(scope)}/.well-known/oauth-protected-resource/mcp"
-                error = "" if problem.message == "no credential" else ', error="invalid_token"'
-                headers.append(
-                    (b"www-authenticate", f'Bearer resource_metadata="{where}"{error}'.encode("latin-1", "replace"))
-                )
-        if isinstance(problem, UnauthorizedError | LimitedError | TooMuchError) and problem.status == 429:
-            headers.append((b"retry-after", str(problem.retry_after).encode()))
-        if problem.status == 405:
-            headers.append((b"allow", b"POST" if scope["path"] in ("/mcp", "/messages", "/messages/") else b"GET"))
-        if problem.status in (400, 408, 413) or isinstance(problem, TooMuchError):
-            headers.append((b"connection", b"close"))
-        if problem.status >= 500:
-            self._say(problem.message, request_id)
-            told = problem.status == 503 and ("cannot be written" in message or message.startswith(_CANCELLED))
-            message = message if told else outside(problem)
-        data = {"hint": hint} if hint and problem.status < 500 else None
-        body = encoding.rpc_error(_INVALID_REQUEST, message, data)
-        await exchange.answer(send, problem.status, body, request_id, headers)
+        status, body, headers = self._refusals.answer(scope["headers"], scope["path"], problem, request_id)
+        await exchange.answer(send, status, body, request_id, headers)
 
-    def _say(self, message: str, request_id: str) -> None:
-        """Say in the server's log what is wrong with us: once a minute, however many ask."""
-        since, more = self._said.get(message, (-_SAID_FOR, 0))
-        if monotonic() - since < _SAID_FOR:
-            self._said[message] = (since, more + 1)
-            return
-        log.warning("request %s: %s%s", request_id, message, f" ({more} requests more before)" if more else "")
-        self._said[message] = (monotonic(), 0)
+
+def _request_ids() -> Iterator[str]:
+    """16 random hexadecimal digits each; a system call is for many."""
+    while True:
+        drawn = secrets.token_hex(2048)
+        yield from [drawn[at : at + 16] for at in range(0, len(drawn), 16)]
 
 
 def _know(scope: Scope, principal: Principal) -> None:
     """Tell the door whose the connection is; see door.py:Visitor.make_room. Not of one who is refused by a limit."""
     scope.setdefault("state", {})["known"] = principal.token or "local"
-
-
-def outside(problem: Error) -> str:
-    """What a stranger may hear of a fault of ours: files and their paths are for the log."""
-    if isinstance(problem, LockedError):
-        return problem.message
-    return (
-        "The server cannot answer calls right now; the administrator's log says why"
-        if problem.status == 503
-        else "Internal error"
-    )

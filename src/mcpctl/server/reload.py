@@ -19,6 +19,8 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.identity.tokens import utcnow
 from mcpctl.server.exchange import App, Receive, Scope, Send
+from mcpctl.server.express import Call
+from mcpctl.server.hot import Found, Reply
 from mcpctl.server.listening import Listening
 from mcpctl.server.parts import Core, digest
 from mcpctl.server.tls import Certificates, aside
@@ -40,6 +42,7 @@ class _Generation:
 
     def __init__(self, listening: Listening) -> None:
         self.listening = listening
+        self.in_force = True
         self._busy: dict[asyncio.Task[Any], str] = {}
         self._cut = False
         self._over = asyncio.Event()
@@ -68,6 +71,7 @@ class _Generation:
         if task is None:
             raise TypeError("a request without a task")
         self._busy[task] = scope["path"]
+        scope.setdefault("state", {})["generation"] = self
         try:
             await self.app(scope, receive, send)
         except asyncio.CancelledError:
@@ -75,6 +79,14 @@ class _Generation:
                 raise
             task.uncancel()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            del self._busy[task]
+
+    async def again(self, found: Found, call: Call, task: asyncio.Task[Any], gone: Callable[[], bool]) -> Reply | None:
+        """Answer a further call with a head that this one's app let in; see hot.py."""
+        self._busy[task] = "/mcp"
+        try:
+            return await found.app.again(found, call, task, gone)
         finally:
             del self._busy[task]
 
@@ -169,6 +181,7 @@ class Serving:
             return
         (made, pair), self._next = self._next, None
         old = self.current
+        old.in_force = False
         old.core.quiet = True
         old.core.pools.ends = RELOADED
         self._take(made)

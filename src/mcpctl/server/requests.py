@@ -75,6 +75,8 @@ class Requests(HttpToolsProtocol):
 
     deaf = False
     """Nothing that comes is read any more."""
+    head = b""
+    """That of the last request, as it came."""
     reading = Reading.HEAD
     turn: asyncio.Handle | None = None
     """When the rest of what came is looked at."""
@@ -142,7 +144,8 @@ class Requests(HttpToolsProtocol):
             self._turn_away("HTTP/1.1 is spoken here", status=505 if other else 400)
         else:
             self._searched = 0
-            return _UPGRADE.sub(b"", self._taken(end))
+            self.head = self._taken(end)
+            return _UPGRADE.sub(b"", self.head)
         return b""
 
     def _parse(self, data: bytes) -> None:

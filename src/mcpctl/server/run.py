@@ -25,7 +25,7 @@ from mcpctl.calls import Request
 from mcpctl.errors import Error
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import utcnow
-from mcpctl.server import http, loop, metrics, protocol
+from mcpctl.server import loop, metrics, protocol
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.door import Door, Entrance, Visitor
 from mcpctl.server.exchange import App, Caller, Receive, Scope, Send
@@ -34,6 +34,7 @@ from mcpctl.server.http import Http, Parts
 from mcpctl.server.listening import Listening, bind
 from mcpctl.server.live import Place, Process
 from mcpctl.server.parts import Core, running
+from mcpctl.server.refusals import outside
 from mcpctl.server.reload import DRAIN, Alone, Read, Serving
 from mcpctl.server.workers import Link, Supervisor, stopping
 from mcpctl.shared_counters import Counters
@@ -297,7 +298,7 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
 
     def failed(context: protocol.Context, problem: Error) -> str:
         _caller(context).problem = problem
-        return http.outside(problem)
+        return outside(problem)
 
     server = protocol.build(core.calls, who, failed)
     # The gatekeeper has checked Host and Origin for both lanes before the SDK sees a request.

@@ -1,0 +1,89 @@
+"""What is said to a request that is refused, or that we failed: the same in all lanes."""
+
+import logging
+from time import monotonic
+
+from mcpctl.errors import Error, LimitedError, LockedError, UnauthorizedError
+from mcpctl.server import credentials, encoding
+from mcpctl.server.credentials import Gatekeeper
+from mcpctl.server.held import TooMuchError
+
+log = logging.getLogger("mcpctl.http")
+CANCELLED = "The call was cancelled: by its client, or because "
+_SAID_FOR = 60.0
+_INVALID_REQUEST, _INTERNAL = -32600, -32603
+
+
+class Refusals:
+    """The refusals of one app; `tls`: whether it is called by https."""
+
+    def __init__(self, public_url: str | None, gatekeeper: Gatekeeper, *, tls: bool) -> None:
+        self._public_url = public_url
+        self._gatekeeper = gatekeeper
+        self._tls = tls
+        self._said: dict[str, tuple[float, int]] = {}
+
+    def base(self, headers: credentials.Headers) -> str:
+        """What clients call this server by."""
+        if self._public_url:
+            return self._public_url
+        try:
+            host = credentials.header(headers, b"host")
+            self._gatekeeper.check(headers)
+        except Error:
+            host = None
+        return f"{'https' if self._tls else 'http'}://{host or self._gatekeeper.authority}"
+
+    def answer(
+        self, asked: credentials.Headers, path: str, problem: Error, request_id: str
+    ) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+        """(status, body, headers) of a refusal; a 401 says the same whatever the reason, which is in the audit log."""
+        headers: list[tuple[bytes, bytes]] = []
+        message, hint = problem.message, problem.hint
+        if isinstance(problem, UnauthorizedError):
+            message, hint = "Unauthorized: a valid token is needed", "send it as Authorization: Bearer …"
+            if problem.status == 429:
+                message, hint = "Too many wrong tokens from this address; a valid one is taken", None
+            else:
+                where = f"{self.base(asked)}/.well-known/oauth-protected-resource/mcp"
+                error = "" if problem.message == "no credential" else ', error="invalid_token"'
+                headers.append(
+                    (b"www-authenticate", f'Bearer resource_metadata="{where}"{error}'.encode("latin-1", "replace"))
+                )
+        if isinstance(problem, UnauthorizedError | LimitedError | TooMuchError) and problem.status == 429:
+            headers.append((b"retry-after", str(problem.retry_after).encode()))
+        if problem.status == 405:
+            headers.append((b"allow", b"POST" if path in ("/mcp", "/messages", "/messages/") else b"GET"))
+        if problem.status in (400, 408, 413) or isinstance(problem, TooMuchError):
+            headers.append((b"connection", b"close"))
+        if problem.status >= 500:
+            self._say(problem.message, request_id)
+            told = problem.status == 503 and ("cannot be written" in message or message.startswith(CANCELLED))
+            message = message if told else outside(problem)
+        data = {"hint": hint} if hint and problem.status < 500 else None
+        return problem.status, encoding.rpc_error(_INVALID_REQUEST, message, data), headers
+
+    def _say(self, message: str, request_id: str) -> None:
+        """Say in the server's log what is wrong with us: once a minute, however many ask."""
+        since, more = self._said.get(message, (-_SAID_FOR, 0))
+        if monotonic() - since < _SAID_FOR:
+            self._said[message] = (since, more + 1)
+            return
+        log.warning("request %s: %s%s", request_id, message, f" ({more} requests more before)" if more else "")
+        self._said[message] = (monotonic(), 0)
+
+
+def failed(request_id: str) -> bytes:
+    """The answer to what went wrong with us."""
+    return encoding.rpc_error(_INTERNAL, f"Internal error. Request {request_id}.")
+
+
+def outside(problem: Error) -> str:
+    """What a stranger may hear of a fault of ours: files and their paths are for the log."""
+    if isinstance(problem, LockedError):
+        return problem.message
+    return (
+        "The server cannot answer calls right now; the administrator's log says why"
+        if problem.status == 503
+        else "Internal error"
+    )
