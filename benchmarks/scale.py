@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import multiprocessing.synchronize
+import os
 import random
 import statistics
 import subprocess
@@ -287,7 +288,8 @@ def main() -> None:
             print(*row, sep="\t", flush=True)
             rows.append(row)
     head = f"# {MANY:,} tokens, {ACTIVE:,} of them active: {asked.workers} workers, {CLIENTS} clients, {binaries}\n"
-    lines = [head, f"| | {FEW} tokens | {MANY:,} tokens | at most |", "|--|--|--|--|"]
+    busy = f"Load average {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores, with what else the machine does.\n"
+    lines = [head, busy, f"| | {FEW} tokens | {MANY:,} tokens | at most |", "|--|--|--|--|"]
     said = "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
     if asked.write:
         (Path(__file__).parent / "scale.md").write_text(said, encoding="utf-8")

@@ -5,6 +5,7 @@ the parser's events, without recursion and without its composer, which a file of
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ _CONSTRUCTOR = yaml.constructor.SafeConstructor()
 _TEXT = "tag:yaml.org,2002:str"
 _SURPRISING = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-9_.]+)+)")
 """What YAML 1.1 takes for a number in base 8 or 60, and nobody means: 010, 1:20."""
+_OTHERWISE = r"(?i:yes|no|true|false|on|off|null)"
+"""Words that YAML 1.1 takes for something else than a text."""
 _QUOTED = r"'[ -&(-~\w]*(?:''[ -&(-~\w]*)*'"
 _NETWORK = r"[0-9]+(?:\.[0-9]+){3}(?:/[0-9]+)?"
-_SCALAR = rf"{_QUOTED}|{_NETWORK}|[^\W\d_][\w./'-]*(?: [\w./'-]+)*"
+_SCALAR = rf"(?:{_QUOTED}|{_NETWORK}|(?!{_OTHERWISE}(?:[],}}]|$))[^\W\d_][\w./'-]*(?: [\w./'-]+)*)"
 _SCALARS = re.compile(_SCALAR)
-_PAIR = re.compile(rf"([a-z_]+): (?:({_SCALAR})|\[((?:(?:{_SCALAR})(?:, (?:{_SCALAR}))*)?)\])(?:, |\}})")
-_OTHERWISE = {"yes", "no", "true", "false", "on", "off", "null"}
-"""Words that YAML 1.1 takes for something else than a text."""
+_PAIR = re.compile(rf"([a-z_]+): (?:({_SCALAR})|\[((?:{_SCALAR}(?:, {_SCALAR})*)?)\])(?:, |\}})")
 DEEPEST = 20
 _TOO_DEEP = f"nested deeper than {DEEPEST}"
 
@@ -79,15 +80,31 @@ def one_line(text: str) -> dict[str, Any] | None:
     at = 1 if text.startswith("{") else len(text)
     while found := _PAIR.match(text, at):
         name, one, several = found.groups()
-        texts = _SCALARS.findall(several) if one is None else [one]
-        if name in fields or any(text.lower() in _OTHERWISE for text in texts):
+        if name in fields:
             return None
-        texts = [text[1:-1].replace("''", "'") if text[0] == "'" else text for text in texts]
-        fields[name] = texts if one is None else texts[0]
+        fields[name] = list(map(_meant, _SCALARS.findall(several))) if one is None else _meant(one)
         at = found.end()
         if text[at - 1] == "}":
             return fields if at == len(text) else None
     return None
+
+
+def in_one_line(fields: Mapping[str, Any]) -> str:
+    """The text that `one_line` reads as these fields, if it can: whoever writes it looks."""
+    shown = (
+        f"{name}: [{', '.join(map(_shown, value))}]" if isinstance(value, list) else f"{name}: {_shown(value)}"
+        for name, value in fields.items()
+    )
+    return f"{{{', '.join(shown)}}}"
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if _SCALARS.fullmatch(text) and text[0] != "'" else "'" + text.replace("'", "''") + "'"
+
+
+def _meant(scalar: str) -> str:
+    return scalar[1:-1].replace("''", "'") if scalar[0] == "'" else scalar
 
 
 def as_plain(tree: Value | Branch) -> Any:

@@ -138,6 +138,9 @@ class EntryFile(Generic[E]):
     def _flow(self, entry: E) -> str:
         """An entry on one line: a text with a line break in it, or anything else that is not to be seen, is escaped."""
         values = {key: value for key, value in self.shape.write(entry).items() if value is not None}
+        plainest = plain_yaml.in_one_line(values)
+        if plain_yaml.one_line(plainest) == values:
+            return plainest
         return yaml.dump(
             values, Dumper=_OneLine, default_flow_style=True, width=float("inf"), sort_keys=False, allow_unicode=True
         ).strip()
