@@ -17,6 +17,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/tenants.py $(ARGS)
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python benchmarks/flood.py
+	$(BIN)/python benchmarks/commands.py
 
 # Half an hour: the HTTP surface under fuzzing, a bad night, and an audit log of a million lines.
 soak: $(STAMP)
