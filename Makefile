@@ -15,9 +15,9 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/tenants.py $(ARGS)
+	$(BIN)/python benchmarks/commands.py
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python benchmarks/flood.py
-	$(BIN)/python benchmarks/commands.py
 
 # Half an hour: the HTTP surface under fuzzing, a bad night, and an audit log of a million lines.
 soak: $(STAMP)
