@@ -15,6 +15,7 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/tenants.py $(ARGS)
+	$(BIN)/python benchmarks/commands.py
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python benchmarks/flood.py
 	$(BIN)/python benchmarks/scale.py

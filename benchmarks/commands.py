@@ -153,7 +153,7 @@ def idle(at: site.Site, shop: site.Shop, seconds: float) -> str:
     before = sum(map(_cpu, pids))
     time.sleep(seconds)
     used = (sum(map(_cpu, pids)) - before) / seconds
-    memory = sum(_memory(pid) for pid in pids) / 2**20
+    memory = sum(_memory(pid) for pid in pids) / 1e6
     connections = len(shop.backends())
     at.stop()
     return f"| {len(pids)} | {memory:.0f} | {used * 100:.2f} | {connections} |"
@@ -169,7 +169,9 @@ def _cpu(pid: int) -> float:
 
 
 def _memory(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory; of what processes share each has its part."""
+    found = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return int(found["Pss"].split()[0]) * 1024
 
 
 def main() -> None:
@@ -191,7 +193,7 @@ def main() -> None:
             *stdio(at, dsn, asked.rounds),
             "",
         ]
-        lines += ["| processes, idle with 1,000 tokens | MiB | % of a core | connections |", "|--|--|--|--|"]
+        lines += ["| processes, idle with 1,000 tokens | MB | % of a core | connections |", "|--|--|--|--|"]
         lines += [idle(at, shop, asked.idle)]
     print("\n".join(lines))
     if asked.write:

@@ -18,9 +18,10 @@ from site_of_mcpctl import environment
 
 HEAVY = ("mcp", "starlette", "uvicorn", "pydantic", "rich", "psycopg", "cryptography", "ssl", "asyncio", "msgspec")
 WORK = """
-import sys
+import gc, sys
 from mcpctl.cli import main
 main._run(sys.argv[2:])
+assert gc.get_threshold()[0] == 50_000
 print([name for name in sys.argv[1].split() if name in sys.modules], file=sys.stderr)
 print([name for name in sys.modules if name.startswith("mcpctl.cli.")], file=sys.stderr)
 """
