@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -11,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,8 @@ import site_of_mcpctl as site
 
 POOL = 16
 """Connections to PostgreSQL that each may hold."""
-PEERS = Path(os.environ.get("MCPCTL_BENCH_DIR", Path(__file__).parent.parent / ".bench"))
-TOKENS = 200
+HERE = Path(__file__).parent
+PEERS = Path(os.environ.get("MCPCTL_BENCH_DIR", HERE.parent / ".bench"))
 _SECONDS_TO_START = 30.0
 
 
@@ -32,17 +35,17 @@ class MissingError(Exception):
 
 @dataclass
 class Contender:
-    """A running server. `argument` is what its tool calls the SQL; `initialize` where it wants a session first."""
+    """A running server. `one` is in its answer to `select 1`; `argument` is what its tool calls the SQL."""
 
     name: str
+    version: str
     port: int
     process: subprocess.Popen[Any]
+    one: str
     tool: str = "query_database"
     argument: str = "query"
     path: str = "/mcp"
     tokens: list[str] = field(default_factory=list)
-    initialize: bool = False
-    version: str = ""
 
     def pids(self) -> list[int]:
         """Its processes."""
@@ -55,12 +58,11 @@ class Contender:
         """CPU seconds that its processes have used."""
         return sum(map(load.cpu_seconds, self.pids()))
 
-    def job(self, query: str, wanted: str, clients: int, **more: Any) -> dict[str, Any]:
-        """What the load generator is told."""
+    def job(self, query: str, wanted: str | None, clients: int, **more: Any) -> dict[str, Any]:
+        """What the load generator is told. `wanted` is in every answer; None for the one to `select 1`."""
         call = {"name": self.tool, "arguments": {self.argument: query}}
         at = {"host": "127.0.0.1", "port": self.port, "path": self.path}
-        who = {"tokens": self.tokens, "initialize": self.initialize}
-        return {**at, **who, "call": call, "wanted": wanted, "clients": clients, **more}
+        return {**at, "tokens": self.tokens, "call": call, "wanted": wanted or self.one, "clients": clients, **more}
 
 
 def free_port() -> int:
@@ -117,7 +119,7 @@ limits:
 @contextlib.contextmanager
 def mcpctl(folder: Path, shop: site.Shop, source: Path | None, name: str, tokens: int = 1) -> Iterator[Contender]:
     """mcpctl as an operator has it: token, limits, audit, a login role per user, read only; one worker."""
-    most = max(POOL, tokens)
+    most = max(POOL, tokens * 3 // 2)  # two calls of a token may meet
     at = site.Site(
         folder, shop, _LIMITS.format(most=most), _MCPCTL.format(pool=POOL, most=most), tcp=True, per_user=True
     )
@@ -130,7 +132,7 @@ def mcpctl(folder: Path, shop: site.Shop, source: Path | None, name: str, tokens
     try:
         assert at.process is not None
         port = int(at.url.split(":")[2].split("/")[0])
-        yield Contender(name, port, at.process, tokens=texts, version=_version(source))
+        yield Contender(name, _version(source), port, at.process, '"rows":[[1]]', tokens=texts)
     finally:
         at.stop()
 
@@ -144,36 +146,83 @@ def _version(source: Path | None) -> str:
 # -- the others -------------------------------------------------------------------------------------------------------
 
 
-def _toolbox() -> Path:
-    found = list(PEERS.glob("node_modules/@toolbox-sdk/server-*/bin/toolbox"))
-    if not found:
-        raise MissingError("npm's @toolbox-sdk/server is not there: run benchmarks/setup.sh")
-    return found[0]
+def _found(pattern: str, what: str) -> Path:
+    for path in sorted(PEERS.glob(pattern)):
+        if os.access(path, os.R_OK):
+            return path
+    raise MissingError(f"{what} is not there: benchmarks/setup.sh says why")
+
+
+def _dsn(shop: site.Shop) -> str:
+    return shop.cluster.dsn_for(site.READER, site.PASSWORD, "shop", tcp=True)
 
 
 @contextlib.contextmanager
-def toolbox(folder: Path, shop: site.Shop) -> Iterator[Contender]:
-    """Google's MCP Toolbox, without authentication."""
-    port = free_port()
-    with running(port, _toolbox_command(folder, shop, port, []), folder) as process:
-        yield Contender("Toolbox", port, process, argument="sql", version=_toolbox_version())
+def toolbox(folder: Path, shop: site.Shop, *, jwt: bool = False) -> Iterator[Contender]:
+    """Google's MCP Toolbox: without authentication, or with a JWT that it checks."""
+    with contextlib.ExitStack() as stack:
+        port, tokens, more, options = free_port(), [], [], []
+        if jwt:
+            token, service = _issued(folder, stack)
+            tokens, more, options = [token], [service], ["--toolbox-url", f"http://127.0.0.1:{port}"]
+        program = _found("node_modules/@toolbox-sdk/server-*/bin/toolbox", "npm's @toolbox-sdk/server")
+        config = _private(folder / f"toolbox-{port}.yaml", yaml.safe_dump_all([*more, *_toolbox_config(shop)]))
+        # It writes a line for each request unless told not to, and is not asked to here.
+        quiet = ["--log-level", "ERROR", "--disable-version-check", "--disable-reload"]
+        command = [str(program), *quiet, *options, "--config", str(config), "--port", str(port)]
+        process = stack.enter_context(running(port, command, folder))
+        said = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
+        name = "Toolbox with a JWT" if jwt else "Toolbox"
+        yield Contender(
+            name, said.split()[-1].split("+")[0], port, process, r"?column?\":1}", argument="sql", tokens=tokens
+        )
 
 
-def _toolbox_command(folder: Path, shop: site.Shop, port: int, more: list[dict[str, Any]]) -> list[str]:
+def _toolbox_config(shop: site.Shop) -> list[dict[str, Any]]:
     source = {
         "kind": "source", "name": "shop", "type": "postgres", "host": "127.0.0.1", "port": shop.cluster.port,
         "database": "shop", "user": site.READER, "password": site.PASSWORD,
         "queryParams": {"pool_max_conns": str(POOL)},
     }  # fmt: skip
     tool = {"kind": "tool", "name": "query_database", "type": "postgres-execute-sql", "source": "shop"}
-    tool["description"] = "Run a statement."
-    config = folder / f"toolbox-{port}.yaml"
-    config.touch(0o600)
-    config.write_text(yaml.safe_dump_all([*more, source, tool]), encoding="utf-8")
-    command = [str(_toolbox()), "--disable-version-check", "--disable-reload", "--log-level", "ERROR"]
-    return [*command, "--config", str(config), "--port", str(port)]
+    return [source, {**tool, "description": "Run a statement."}]
 
 
-def _toolbox_version() -> str:
-    done = subprocess.run([_toolbox(), "--version"], check=True, capture_output=True, text=True)
-    return done.stdout.split()[-1].split("+")[0]
+def _issued(folder: Path, stack: contextlib.ExitStack) -> tuple[str, dict[str, Any]]:
+    """(a JWT, the service that checks it) of an issuer that runs as long as the stack."""
+    port, file = free_port(), folder / "jwt"
+    stack.enter_context(running(port, [sys.executable, str(HERE / "issuer.py"), str(port), str(file), "bench"], folder))
+    service = {"kind": "authService", "name": "issuer", "type": "generic", "mcpEnabled": True, "audience": "bench"}
+    return file.read_text(encoding="ascii"), {**service, "authorizationServer": f"http://127.0.0.1:{port}"}
+
+
+@contextlib.contextmanager
+def dbhub(folder: Path, shop: site.Shop) -> Iterator[Contender]:
+    """Bytebase's DBHub: a bearer that all share, read only."""
+    port, token = free_port(), secrets.token_urlsafe()
+    source = f'[[sources]]\nid = "shop"\ndsn = "{_dsn(shop)}?sslmode=disable"\npool_max_connections = {POOL}\n'
+    tool = '[[tools]]\nname = "execute_sql"\nsource = "shop"\nreadonly = true\nmax_rows = 1000\n'
+    config = _private(folder / "dbhub.toml", source + tool)
+    package = _found("node_modules/@bytebase/dbhub/package.json", "npm's @bytebase/dbhub")
+    node = _found("node_modules/node-*/bin/node", "npm's Node 22")
+    command = [str(node), str(package.parent / "dist" / "index.js"), "--transport", "http", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--config", str(config)]
+    with running(port, command, folder, DBHUB_AUTH_TOKEN=token, NODE_ENV="production") as process:
+        number = json.loads(package.read_text(encoding="utf-8"))["version"]
+        one = r"?column?\": 1\n"
+        yield Contender("DBHub", number, port, process, one, tool="execute_sql", argument="sql", tokens=[token])
+
+
+@contextlib.contextmanager
+def bare_sdk(folder: Path, shop: site.Shop) -> Iterator[Contender]:
+    """The least that can be built on the official SDK for Python, without authentication."""
+    port = free_port()
+    command = [sys.executable, str(HERE / "bare_sdk.py"), str(port), str(POOL)]
+    with running(port, command, folder, BENCH_DSN=_dsn(shop)) as process:
+        yield Contender("bare SDK", version("mcp"), port, process, r"rows\":[[1]]")
+
+
+def _private(path: Path, text: str) -> Path:
+    path.touch(0o600)
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -19,7 +19,6 @@ from array import array
 from typing import Any
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-_SESSION = re.compile(rb"\r\nmcp-session-id: *([^\r]+)", re.IGNORECASE)
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 _READ = 1 << 18
 _TAKEN_APART = 3
@@ -27,28 +26,17 @@ _TAKEN_APART = 3
 _PATIENCE = 20.0
 """Seconds in which some answer has to come."""
 _HEAD = "Content-Type: application/json\r\nAccept: application/json, text/event-stream\r\n"
-_INITIALIZE = {
-    "jsonrpc": "2.0",
-    "id": "hello",
-    "method": "initialize",
-    "params": {
-        "protocolVersion": "2025-06-18",
-        "capabilities": {},
-        "clientInfo": {"name": "benchmark", "version": "1"},
-    },
-}
-_INITIALIZED = {"jsonrpc": "2.0", "method": "notifications/initialized"}
 
 
 class WrongError(Exception):
     """A server answered something else than was asked for."""
 
 
-def request(job: dict[str, Any], message: dict[str, Any], *headers: str) -> bytes:
+def request(job: dict[str, Any], message: dict[str, Any], token: str) -> bytes:
     """A message as the bytes of an HTTP request."""
     body = json.dumps(message).encode()
-    more = "".join(f"{one}\r\n" for one in headers)
-    head = f"POST {job['path']} HTTP/1.1\r\nHost: {job['host']}:{job['port']}\r\n{_HEAD}{more}"
+    who = f"Authorization: Bearer {token}\r\n" if token else ""
+    head = f"POST {job['path']} HTTP/1.1\r\nHost: {job['host']}:{job['port']}\r\n{_HEAD}{who}"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -64,31 +52,9 @@ class Connection:
         self.begun = 0.0
         self.got = b""
         message = {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": job["call"]}
-        headers = [f"Authorization: Bearer {one}" for one in job["tokens"]] or [""]
-        session = self._hello(job, headers[0]) if job["initialize"] else []
-        shift = number * len(headers) // job["clients"]  # else all would use the same token at the same time
-        headers = headers[shift:] + headers[:shift]
-        self.requests = [request(job, message, *filter(None, [one, *session])) for one in headers]
-
-    def _hello(self, job: dict[str, Any], header: str) -> list[str]:
-        """Begin a session; the headers that later requests carry."""
-        self.socket.sendall(request(job, _INITIALIZE, *filter(None, [header])))
-        answer = self._answer()
-        parsed(answer, "hello")
-        headers = ["MCP-Protocol-Version: 2025-06-18"]
-        if found := _SESSION.search(answer):
-            headers.append(f"Mcp-Session-Id: {found[1].decode()}")
-        self.socket.sendall(request(job, _INITIALIZED, *filter(None, [header, *headers])))
-        self._answer()
-        return headers
-
-    def _answer(self) -> bytes:
-        data = b""
-        while not complete(data):
-            if not (more := self.socket.recv(_READ)):
-                raise WrongError("the server closed the connection")
-            data += more
-        return data
+        tokens = job["tokens"] or [""]
+        shift = number * len(tokens) // job["clients"]  # else all would use the same token at the same time
+        self.requests = [request(job, message, one) for one in tokens[shift:] + tokens[:shift]]
 
 
 def complete(data: bytes) -> bool:
@@ -116,76 +82,18 @@ def body(answer: bytes) -> bytes:
     return whole
 
 
-def parsed(answer: bytes, id: int | str) -> dict[str, Any]:
-    """The result in an answer, be it JSON or one event of a stream. WrongError where there is none."""
-    text = body(answer)
-    if not text.lstrip().startswith(b"{"):
-        text = next((line[5:] for line in text.splitlines() if line.startswith(b"data:") and b'"id"' in line), b"{}")
-    message = json.loads(text)
-    if message.get("id") != id or "result" not in message or message["result"].get("isError"):
-        raise WrongError(f"answered {answer[:600]!r}")
-    result: dict[str, Any] = message["result"]
-    return result
-
-
 def check(answer: bytes, client: Connection, wanted: bytes) -> None:
-    """WrongError unless this is the answer that was asked for."""
+    """WrongError unless this is the answer that was asked for; the first few of a client are taken apart."""
     if not answer.startswith(b"HTTP/1.1 200 ") or (wanted not in answer and wanted not in body(answer)):
         raise WrongError(f"answered {answer[:600]!r}")
     if client.left:
         client.left -= 1
-        parsed(answer, client.id)
-
-
-def drive(job: dict[str, Any]) -> dict[str, Any]:
-    """Ask for `warm_up` seconds, then for `seconds` that count."""
-    clients = {one.socket.fileno(): one for one in (Connection(job, n) for n in range(job["clients"]))}
-    wanted = job["wanted"].encode()
-    poll = select.epoll()
-    now = time.perf_counter
-    for number, client in clients.items():
-        client.socket.setblocking(False)
-        poll.register(number, select.EPOLLIN)
-    for client in clients.values():
-        send(client, now())
-    took, calls = array("d"), 0
-    counted = now() + job["warm_up"]
-    until = counted + job["seconds"]
-    marks = [(time.monotonic(), time.process_time())]
-    while len(marks) < 3:
-        events = poll.poll(_PATIENCE)
-        if not events:
-            raise WrongError(f"no answer in {_PATIENCE:g} s")
-        for number, _ in events:
-            client = clients[number]
-            data = client.socket.recv(_READ)
-            if not data:
-                raise WrongError("the server closed the connection")
-            client.got = data = client.got + data if client.got else data
-            if not complete(data):
-                continue
-            at = now()
-            client.got = b""
-            check(data, client, wanted)
-            calls += 1
-            if at >= counted and len(marks) == 2:
-                took.append(at - client.begun)
-            if at >= (counted if len(marks) == 1 else until) and len(marks) < 3:
-                marks.append((time.monotonic(), time.process_time()))
-                if len(marks) == 2:
-                    print(json.dumps({"at": "begin"}), flush=True)
-            send(client, at)
-    print(json.dumps({"at": "end"}), flush=True)
-    total = drain(clients, poll, wanted)
-    took_sorted = sorted(took)
-    return {
-        "calls": len(took),
-        "all_calls": calls + total,
-        "seconds": marks[2][0] - marks[1][0],
-        "cpu": marks[2][1] - marks[1][1],
-        "p50": took_sorted[len(took) // 2],
-        "p99": took_sorted[int(len(took) * 0.99)],
-    }
+        text = body(answer)
+        if not text.lstrip().startswith(b"{"):  # one event of a stream
+            text = next((line[5:] for line in text.splitlines() if line.startswith(b"data: {")), b"{}")
+        message = json.loads(text)
+        if message.get("id") != client.id or message.get("result", {"isError": True}).get("isError"):
+            raise WrongError(f"answered {answer[:600]!r}")
 
 
 def send(client: Connection, at: float) -> None:
@@ -197,21 +105,78 @@ def send(client: Connection, at: float) -> None:
         raise WrongError("a request did not fit into the socket's buffer")
 
 
-def drain(clients: dict[int, Connection], poll: select.epoll, wanted: bytes) -> int:
-    """Take the answers that are still under way; how many there were."""
-    waiting = set(clients)
-    while waiting:
-        events = poll.poll(_PATIENCE)
+class Run:
+    """All clients of one job, each with a call under way."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self._wanted = job["wanted"].encode()
+        connections = [Connection(job, number) for number in range(job["clients"])]
+        self._clients = {one.socket.fileno(): one for one in connections}
+        self._poll = select.epoll()
+        for number, one in self._clients.items():
+            one.socket.setblocking(False)
+            self._poll.register(number, select.EPOLLIN)
+        for one in connections:
+            send(one, time.perf_counter())
+
+    def until(self, end: float) -> array[float]:
+        """Go on until that time of `perf_counter`; the seconds that each call took."""
+        took, now = array("d"), time.perf_counter
+        at = now()
+        while at < end:
+            for client in self._answered():
+                at = now()
+                took.append(at - client.begun)
+                send(client, at)
+        return took
+
+    def drain(self) -> int:
+        """Take the answers that are still under way; how many there were."""
+        left = set(self._clients.values())
+        while left:
+            left -= set(self._answered())
+        return len(self._clients)
+
+    def _answered(self) -> list[Connection]:
+        """The clients whose answers are whole and right, once there is news of any."""
+        events = self._poll.poll(_PATIENCE)
         if not events:
             raise WrongError(f"no answer in {_PATIENCE:g} s")
+        whole = []
         for number, _ in events:
-            client = clients[number]
-            client.got += client.socket.recv(_READ)
-            if complete(client.got):
-                check(client.got, client, wanted)
-                waiting.discard(number)
-                poll.unregister(number)
-    return len(clients)
+            client = self._clients[number]
+            data = client.socket.recv(_READ)
+            if not data:
+                raise WrongError("the server closed the connection")
+            if client.got:
+                data = client.got + data
+            if complete(data):
+                check(data, client, self._wanted)
+                data = b""
+                whole.append(client)
+            client.got = data
+        return whole
+
+
+def drive(job: dict[str, Any]) -> dict[str, Any]:
+    """Ask for `warm_up` seconds, then for `seconds` that count; says when these begin and when they end."""
+    run = Run(job)
+    warm = run.until(time.perf_counter() + job["warm_up"])
+    print(json.dumps({"at": "begin"}), flush=True)
+    begun, cpu = time.perf_counter(), time.process_time()
+    took = sorted(run.until(begun + job["seconds"]))
+    seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    print(json.dumps({"at": "end"}), flush=True)
+    if not took:
+        raise WrongError(f"no answer in {seconds:g} s")
+    return {
+        "calls": len(took),
+        "all_calls": len(warm) + len(took) + run.drain(),
+        "seconds": seconds,
+        "cpu": cpu,
+        "p50": took[len(took) // 2],
+        "p99": took[len(took) * 99 // 100],
+    }
 
 
 if __name__ == "__main__":
