@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -66,7 +67,7 @@ class Bench:
             assert driver.stdout is not None
             driver.stdin.write(json.dumps(job))
             driver.stdin.close()
-            found = {"wrong": "the load generator said nothing"}
+            found: dict[str, Any] = {"wrong": "the load generator said nothing"}
             for line in driver.stdout:
                 found = json.loads(line)
                 if "at" in found:
@@ -172,10 +173,10 @@ def main() -> None:
     chance = random.Random()
     with tempfile.TemporaryDirectory() as folder, postgresql() as bench, contextlib.ExitStack() as stack:
         table = Table(str(bench.shop.cluster.binaries), asked.rounds, asked.seconds)
-        running = []
-        for name, one in entered(Path(folder), bench.shop, asked).items():
+        running: list[Contender] = []
+        for name, entry in entered(Path(folder), bench.shop, asked).items():
             try:
-                running.append(stack.enter_context(one))
+                running.append(stack.enter_context(entry))
             except MissingError as problem:
                 table.left_out.append(f"{name}: {problem}")
         for one in running:  # every connection and every pool is there before what counts begins
