@@ -19,6 +19,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/tenants.py
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python benchmarks/flood.py
+	$(BIN)/python benchmarks/scale.py
 
 # Half an hour: the HTTP surface under fuzzing, a bad night, and an audit log of a million lines.
 soak: $(STAMP)

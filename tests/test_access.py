@@ -238,3 +238,25 @@ def test_roles_are_compared_by_what_they_give(
     own = {"sales": ("databases:sales:*",), "tools": ("tools:*",), "everything": ("databases:*", "tools:*")}
     access = Access(Auth(roles={name: Role(permissions=given) for name, given in own.items()}))
     assert access.fewer(before, after) is fewer
+
+
+def test_a_decision_is_remembered_for_that_very_principal_and_not_for_its_equal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    access = Access(Auth())
+    kept_out = replace(principal(), closed={"shop": "shop is a tenant's alone"})
+    assert kept_out == principal()
+    for _ in range(2):
+        assert access.may(principal(), "databases:shop:read").allowed
+        assert not access.may(kept_out, "databases:shop:read").allowed
+    monkeypatch.setattr(Access, "chain", lambda *_: pytest.fail("asked again"))
+    assert access.may(kept_out, "databases:shop:read").reason == "shop is a tenant's alone"
+
+
+def test_no_more_decisions_are_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcpctl.policy.access._REMEMBERED", 3)
+    access, who = Access(Auth()), principal()
+    for number in range(10):
+        assert access.may(who, f"databases:d{number}:read").allowed
+        assert not access.may(who, f"databases:d{number}:write").allowed
+        assert len(access._decided) <= 3

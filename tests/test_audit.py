@@ -212,14 +212,14 @@ def let_go(processes: list[subprocess.Popen[str]]) -> None:
 
 
 def test_several_processes_that_write_at_once_make_one_chain(path: Path) -> None:
-    processes = [many(path, f"p{number}", 500) for number in range(3)]
+    processes = [many(path, f"p{number}", 2000) for number in range(3)]
     let_go(processes)
     for process in processes:
         process.communicate(timeout=60)
         assert process.returncode == 0
-    assert verify(path) == 1500
+    assert verify(path) == 6000
     writers = [line["user"] for line in lines(path)]
-    assert {name: writers.count(name) for name in set(writers)} == {"p0": 500, "p1": 500, "p2": 500}
+    assert {name: writers.count(name) for name in set(writers)} == {"p0": 2000, "p1": 2000, "p2": 2000}
     changes = sum(one != other for one, other in itertools.pairwise(writers))
     assert changes > 2  # they did take turns
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+import contextlib
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -316,6 +317,40 @@ def test_an_end_that_is_put_off_works_without_a_new_hash(house: House) -> None:
     assert house.ended == []
 
 
+def test_one_changed_entry_costs_the_others_no_new_hash_and_as_long_as_none_is_due_none_is_looked_at(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [house.token(expires_at=START + timedelta(hours=2)) for _ in range(5)]
+    first, later = house.token(expires_at=START + timedelta(hours=1)), house.token()
+    for _, text in (*made, first, later):
+        enter(house, text)
+    tokens.revoke(house.tokens, [made[0][0]], house.now)
+    house.change(later[0], expires_at=START + timedelta(minutes=30))
+    house.door.refresh()
+    assert house.ended == [{made[0][0]: "revoked"}]
+    with monkeypatch.context() as looking:
+        looking.setattr(Token, "status", lambda *_: pytest.fail("it was looked at"))
+        assert house.door.next_expiry() == 1800
+        assert house.door.expired() == []
+    for _, text in (*made[1:], first, later):
+        enter(house, text)
+    assert house.hashes == 7
+    house.later(minutes=30)
+    assert house.door.expired() == [later[0]]
+    assert house.door.next_expiry() == 1800
+    house.later(minutes=30)
+    assert house.door.expired() == [first[0]]
+
+
+def test_who_was_seen_to_have_expired_is_told_of_though_the_clock_is_set_back(house: House) -> None:
+    name, text = house.token(expires_at=START + timedelta(hours=1))
+    enter(house, text)
+    house.later(hours=1)
+    refused(house, text)
+    house.later(hours=-1)
+    assert house.door.expired() == [name]
+
+
 def test_a_rotation_with_overlap_does_not_disturb_what_the_old_token_has_open(house: House) -> None:
     name, text = house.token()
     found = enter(house, text)
@@ -453,5 +488,45 @@ def test_while_the_server_is_locked_a_wrong_credential_is_wrong_and_a_right_one_
     with pytest.raises(LockedError) as caught:
         enter(house, text)
     assert (caught.value.token_id, caught.value.user, tripped) == (name, "alice", [name])
+    house.change(name, revoked_at=house.now)
+    assert refused(house, text).message == "the token is revoked"
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda house, name: house.change(name, revoked_at=house.now),
+        lambda house, name: house.change(name, expires_at=START),
+        lambda house, name: users.disable(house.users, "alice", START),
+        lambda house, name: users.remove(house.users, "alice"),
+        lambda house, name: house.door.keep_out("command", {name: "told"}),
+        lambda house, name: house.door._kept_out.update(command={name: "told to another generation"}),
+        lambda house, name: house.door.lockdown.path.touch(),
+        lambda house, name: (house.later(hours=2), house.door.expired(), house.later(hours=-2)),
+    ],
+)
+def test_what_is_remembered_of_a_token_that_opens_ends_with_whatever_ends_it(
+    house: House, end: Callable[[House, str], object]
+) -> None:
+    name, text = house.token(user="alice", expires_at=START + timedelta(hours=1))
+    found = enter(house, text)
+    assert house.door.still_valid(found)
+    end(house, name)
+    with contextlib.suppress(LockedError):
+        house.door.refresh()
+    assert not house.door.still_valid(found)
+    assert not house.door.in_force(found, "shop")
+
+
+def test_files_that_have_not_changed_are_looked_at_and_not_gone_through(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, text = house.token(user="alice")
+    found = enter(house, text)
+    monkeypatch.setattr(house.door, "read", lambda: pytest.fail("read again"))
+    monkeypatch.setattr(house.door, "_why_not", lambda token: pytest.fail("judged again"))
+    assert enter(house, text) is found
+    assert house.door.still_valid(found)
+    monkeypatch.undo()
     house.change(name, revoked_at=house.now)
     assert refused(house, text).message == "the token is revoked"

@@ -486,15 +486,3 @@ def test_no_right_is_given_while_the_audit_log_cannot_be_written_but_every_one_i
     done = alice("token", "add", "--user", "alice", "--expiry", "1d")
     assert TOKEN.fullmatch(done.good)
     assert "not in the audit log" in done.err
-
-
-def test_a_command_is_quick_since_it_loads_neither_server_nor_database(home: Home) -> None:
-    work = (
-        "import sys; from mcpctl.cli import main; main._run(sys.argv[1:]); "
-        "print([name for name in ('mcp', 'psycopg', 'starlette', 'uvicorn', 'rich') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [COMMAND[0], "-c", work, "--config", str(home.config), "token", "list"],
-        capture_output=True, text=True, env=environment(), timeout=60,
-    )  # fmt: skip
-    assert done.stdout == "[]\n", done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import FrozenInstanceError, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from unittest.mock import Mock
@@ -15,6 +16,7 @@ import mcpctl
 from command_line import Home, run
 from mcpctl import config
 from mcpctl.cli import config as config_command
+from mcpctl.config_keys import Pool
 from mcpctl.errors import ConfigError
 from test_control import process
 
@@ -229,3 +231,14 @@ def test_a_reload_names_at_once_who_does_not_answer_and_waits_on(
     assert [one["do"] for one in asked] == ["keys", "reload"]
     assert "process 4711 does not answer; it is waited for, 1 seconds at most" in told.err
     assert "process 4712" not in told.err
+
+
+def test_the_sections_are_frozen_dataclasses() -> None:
+    made = Pool(3, wait=2.0)
+    assert (made.max_size, made.wait, made.max_per_user) == (3, 2.0, Pool().max_per_user)
+    assert made == replace(Pool(), max_size=3, wait=2.0) != Pool()
+    assert hash(made) == hash(replace(made)) != hash(Pool())
+    with pytest.raises(FrozenInstanceError):
+        made.wait = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Pool(size=3)  # type: ignore[call-arg]

@@ -17,7 +17,7 @@ import httpx
 import pytest
 import uvicorn
 
-from mcpctl.server import door, http
+from mcpctl.server import door, http, loop, run
 from site_of_mcpctl import Shop, Site, eventually, in_background
 from visiting import answer, unauthorized, visited
 
@@ -303,7 +303,7 @@ def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first(monk
 
         async def main() -> None:
             options: dict[str, Any] = {"lifespan": "off", "log_config": None, "timeout_keep_alive": 60}
-            server = uvicorn.Server(uvicorn.Config(app, http=visitor, **options))
+            server = run._Uvicorn(uvicorn.Config(app, http=visitor, **options), lambda: None, [])
             serving = asyncio.create_task(server.serve(sockets=[bound]))
             while not server.started:
                 await asyncio.sleep(0.01)
@@ -311,4 +311,26 @@ def test_who_is_not_known_goes_for_a_newcomer_and_who_holds_most_goes_first(monk
             server.should_exit = True
             await serving
 
-        asyncio.run(main())
+        loop.run(main())
+
+
+def test_the_door_is_asked_on_libuv_too() -> None:
+    """uvloop has accept done by libuv, which knows no door: we accept ourselves."""
+    pytest.importorskip("uvloop")
+    found: list[str] = []
+
+    async def main() -> None:
+        found.append(type(asyncio.get_running_loop()).__module__)
+        visitor = door.Visitor.of(1 << 20, 0.5)
+        with door.Door() as bound:
+            bound.bind(("127.0.0.1", 0))
+            bound.most = 0  # nobody is let in
+            entrance = door.Entrance(bound, visitor, None)
+            with socket.create_connection(bound.getsockname(), timeout=10) as wire:
+                assert await asyncio.to_thread(wire.recv, 1) == b""
+            assert bound.turned_away == 1
+            entrance.close()
+            await entrance.wait_closed()
+
+    loop.run(main())
+    assert found == ["uvloop"]

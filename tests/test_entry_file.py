@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 import argon2
 import pytest
 
-from mcpctl import plain_yaml, private_file
+from mcpctl import private_file
+from mcpctl.config_values import network
 from mcpctl.errors import ConfigError, ConflictError, NotFoundError, UsageError
 from mcpctl.identity import entry_file, tokens, users
 from mcpctl.identity.tokens import CHEAP_ARGON2ID, Token, Wanted
@@ -161,23 +164,75 @@ def test_a_file_without_tokens_is_in_order_whichever_way_it_says_so(file: TokenF
         assert file.current() == {}
 
 
-def test_one_changed_line_in_a_thousand_parses_one_line_and_the_others_stay_the_same_objects(
-    file: TokenFile, monkeypatch: pytest.MonkeyPatch
+Change = Callable[[dict[str, Token]], Any]
+
+
+def name_of(number: int) -> str:
+    return f"tok{number:05}"
+
+
+@pytest.mark.parametrize(
+    "change, read",
+    [
+        (lambda found: found.update(tok00500=replace(found["tok00500"], revoked_at=NOW)), ["tok00500"]),
+        (lambda found: found.update(tok00000=replace(found["tok00000"], note="x")), ["tok00000"]),
+        (lambda found: found.update(tok00999=replace(found["tok00999"], note="x")), ["tok00999"]),
+        (lambda found: found.update(tok01000=replace(found["tok00999"], id="tok01000")), ["tok01000"]),
+        (lambda found: found.pop("tok00500"), []),
+        (lambda found: found.pop("tok00999"), []),
+        (lambda found: found.clear(), []),
+        (
+            lambda found: found.update({name_of(one): replace(found[name_of(one)], note="x") for one in (4, 6)}),
+            ["tok00004", "tok00005", "tok00006"],
+        ),
+    ],
+)
+def test_of_a_thousand_lines_only_those_around_a_change_are_read_and_the_others_stay_the_same_objects(
+    file: TokenFile, change: Change, read: list[str]
 ) -> None:
     with file.edit() as found:
         for number in range(1000):
-            found[f"tok{number:05}"] = Token(f"tok{number:05}", "alice", HASH, NOW)
-    before = dict(file.current())
-    parsed: list[bytes] = []
-    parse = plain_yaml.parse
-    monkeypatch.setattr(
-        entry_file.plain_yaml, "parse", lambda data, *rest: (parsed.append(data), parse(data, *rest))[1]
-    )
-    tokens.revoke(tokens.token_file(file.path), ["tok00500"], NOW)
-    parsed.clear()
+            found[name_of(number)] = Token(name_of(number), "alice", HASH, NOW)
+    before, seen = dict(file.current()), list[str]()
+    shape = file.shape
+    file.shape = replace(shape, read=lambda name, fields: (seen.append(name), shape.read(name, fields))[1])
+    with tokens.token_file(file.path).edit() as found:
+        change(found)
     after = file.current()
-    assert sum(data.count(b"\n") for data in parsed) == 3  # version, tokens, and the line
-    assert [name for name in after if after[name] is not before[name]] == ["tok00500"]
+    assert seen == read
+    assert list(after.items()) == list(found.items())
+    assert all(after[name] is before[name] for name in after if after[name] == before.get(name))
+    assert list(tokens.token_file(file.path).current().items()) == list(found.items())
+
+
+def test_what_we_write_is_read_without_the_parser_of_yaml(file: TokenFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = Wanted("alice", NOW, ("shop", "b-2"), ("tools:*",), (network("10.0.0.0/8"),), "Zoë's laptop, no. 2: old")
+    made = [tokens.add(file, one, NOW)[0] for one in (wanted, replace(wanted, note="a laptop"), Wanted())]
+    calls: list[bytes] = []
+    monkeypatch.setattr(entry_file.plain_yaml, "parse", lambda data, *rest: calls.append(data))
+    assert list(tokens.token_file(file.path).current().values()) == made
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        entries(line(), line("ab12cd35"), line()),
+        entries(line(), line("ab12cd35"), line("ab12cd36").rstrip("}")),
+        entries(line(), line("ab12cd35", note="x\u2028  ab12cd36: {}")),
+        entries(line(), line("ab12cd35", colour="red")),
+        entries(line(), "  ab12cd35: {note: 'x", line("ab12cd36")),
+        "version: 2\n" + entries(line(), line("ab12cd35")),
+    ],
+)
+def test_a_fault_in_a_changed_line_is_found_whatever_was_read_before(file: TokenFile, text: str) -> None:
+    put(file, entries(line(), line("ab12cd35")))
+    known = dict(file.current())
+    put(file, text)
+    assert broken(file) == broken(tokens.token_file(file.path))
+    put(file, entries(line("ab12cd36"), line()))
+    assert list(file.current()) == ["ab12cd36", "ab12cd34"]
+    assert file.current()["ab12cd34"] == known["ab12cd34"]
 
 
 def test_entries_of_a_hand_made_file_stay_the_same_objects_when_another_one_changes(file: TokenFile) -> None:

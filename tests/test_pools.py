@@ -21,6 +21,7 @@ from mcpctl.identity.principal import LOCAL
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import ping, token_pool
 from mcpctl.postgres.login import Login
+from mcpctl.postgres.session import Session
 from mcpctl.postgres.terminator import Terminator
 from mcpctl.postgres.verdicts import Verdicts
 from site_of_mcpctl import Client, Shop, Site, eventually
@@ -264,6 +265,8 @@ def test_who_comes_while_another_is_being_told_why_is_told_too(tmp_path: Path, g
 class _Spoken:
     """libpq's side of a connection, and its closing."""
 
+    wire = None
+
     def __init__(self, ours: socket.socket) -> None:
         self.socket = ours.fileno()
         self.closed = False
@@ -280,7 +283,7 @@ class _Spoken:
 def test_who_leaves_waits_until_the_backend_has_ended() -> None:
     async def run() -> None:
         ours, theirs = socket.socketpair()
-        session = token_pool.Session(_Spoken(ours), None, 1, "", "")  # type: ignore[arg-type]
+        session = Session(_Spoken(ours), None, 1, "", "")  # type: ignore[arg-type]
         leaving = asyncio.create_task(session.leave())
         with theirs:
             theirs.send(b"a last word")
@@ -288,7 +291,7 @@ def test_who_leaves_waits_until_the_backend_has_ended() -> None:
             assert not leaving.done()
         await leaving
         ours, theirs = socket.socketpair()
-        session = token_pool.Session(_Spoken(ours), None, 1, "", "")  # type: ignore[arg-type]
+        session = Session(_Spoken(ours), None, 1, "", "")  # type: ignore[arg-type]
         with theirs:
             await asyncio.wait_for(session.leave(), 5)  # it never ends: enough is enough
 

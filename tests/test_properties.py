@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import string
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mcpctl import config, config_values, plain_yaml, private_file
+from mcpctl.audit import log as audit_log
+from mcpctl.audit.log import AuditLog
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, Error, UsageError
 from mcpctl.identity import grants, tenants, tokens, users
@@ -160,6 +164,42 @@ def test_any_bytes_are_entries_or_a_config_error_and_nothing_else(data: bytes) -
     assert all("config.yaml" in fault for fault in faults)
 
 
+_PIECES = [
+    "user", "note", "a", "alice", "shop", "yes", "No", "null", "~", "on", "2026-11-20", "12:00:00Z", "1e3", "0x1", ".5",
+    "it's", "'", "''", '"', ": ", ":", ", ", ",", "[", "]", "{", "}", " ", "  ", "\t", "#", " #", "-", "- ", "&a", "*a",
+    "!", "|", ">", "%", "@", "`", "?", "? ", "=", "<<", "\\", "/", ".", "_", "é", "ß", "²", "٣", "你", "\u00a0",
+    "\u2028", "\x85", "\ufeff", "\r", "\x00", "tools:*", "10.0.0.0/8", "10.1.2.3", "$argon2id$v=19$m=8,t=1,p=1$a+/b",
+]  # fmt: skip
+
+
+def _one_line(random: Random) -> str:
+    """A mapping as we write it, of texts that may mean something else; then, perhaps, changed in one or two places."""
+
+    def text() -> str:
+        made = "".join(random.choices(random.choice([_PIECES, _PIECES[:8]]), k=random.randint(1, 3)))
+        return random.choice([made, f"'{made}'"])
+
+    values = [random.choice([text(), f"[{', '.join(text() for _ in range(random.randint(0, 3)))}]"]) for _ in range(3)]
+    made = f"{{{', '.join(f'{key}: {value}' for key, value in zip(('user', 'note', 'null'), values, strict=True))}}}"
+    for _ in range(random.choice([0, 0, 1, 2])):
+        at = random.randrange(len(made))
+        made = made[:at] + random.choice(["", random.choice(_PIECES)]) + made[at + random.randint(0, 2) :]
+    return made
+
+
+def test_a_line_that_is_read_without_the_parser_says_what_it_says_to_the_parser() -> None:
+    random, taken = Random(1), 0
+    for _ in range(6000):
+        text = _one_line(random)
+        fields = plain_yaml.one_line(text)
+        if fields is not None:
+            faults: list[str] = []
+            tree = plain_yaml.parse(f"version: 1\ntokens:\n  ab12cd34: {text}\n".encode(), Path("x"), faults)
+            assert (text, faults, plain_yaml.as_plain(tree)["tokens"]) == (text, [], {"ab12cd34": fields})
+            taken += 1
+    assert taken > 1000
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("any") / "config.yaml"
@@ -284,3 +324,33 @@ def test_any_target_is_a_path_or_an_error(target: bytes, scheme: bytes) -> None:
     with contextlib.suppress(Error):
         credentials.refuse_in_url(target)
         assert b"mcp_" not in target
+
+
+# -- lines of the audit log ------------------------------------------------------------------------------------------
+
+TEXT = st.text(alphabet=st.characters() | st.sampled_from('\0\t\n"\\/\x1f\x7f\x80é\ud800\U0001f600'), max_size=20)
+
+
+@QUICK
+@given(
+    statement=TEXT | TEXT.filter(str.isascii) | st.none(),
+    relations=st.lists(TEXT, max_size=3).map(tuple) | st.none(),
+    rows=st.integers() | st.none(),
+    elapsed=st.floats(0, 1e9).map(lambda number: round(number, 3)) | st.none(),
+)
+def test_a_line_is_what_json_makes_of_its_fields(
+    statement: str | None, relations: tuple[str, ...] | None, rows: int | None, elapsed: float | None
+) -> None:
+    fields = {"elapsed_ms": elapsed, "rows": rows, "relations": relations, "statement": statement, "hash": None}
+    ordered = {name: fields[name] for name in audit_log.FIELDS if fields.get(name) is not None}
+    made = json.dumps(ordered, separators=(",", ":")).replace("\x7f", "\\u007f")
+    assert audit_log._as_json(fields) == made.encode("ascii")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.8765, 0.876999, 0.877, 1.0, 61.5, 86400.2, -0.001, -86400.0])
+def test_a_time_is_told_to_the_millisecond_wherever_the_clock_is_set(seconds: float) -> None:
+    begun = NOW.replace(microsecond=123456)
+    times = iter([begun, begun + timedelta(seconds=seconds)])
+    log = AuditLog(Path("x"), bytes(32), lambda: next(times))
+    assert log.time() == "2026-11-20T12:00:00.123Z"
+    assert log.time() == audit_log.stamp(begun + timedelta(seconds=seconds))

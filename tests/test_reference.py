@@ -20,6 +20,7 @@ import yaml
 
 from mcpctl import config, errors
 from mcpctl.audit import log as audit_log
+from mcpctl.cli import tree
 from mcpctl.cli.main import app
 from mcpctl.config_keys import Database, Settings
 from mcpctl.errors import ConfigError
@@ -80,7 +81,10 @@ def spelled(option: Any) -> str:
     return ", ".join(f"`{name}{takes}`" for name in option.opts)
 
 
-COMMANDS = dict(walk(typer.main.get_command(app)))
+ROOT_COMMAND: Any = typer.main.get_command(app)
+SHOWN = {**ROOT_COMMAND.commands}
+ROOT_COMMAND.commands.update({name: tree.load(name) for name in SHOWN})
+COMMANDS = dict(walk(ROOT_COMMAND))
 LEAVES = {path: command for path, command in COMMANDS.items() if not hasattr(command, "commands") or not path}
 DESCRIBED = {
     tuple(title.strip("`").split()[1:]): text
@@ -95,6 +99,11 @@ def options(command: Any) -> list[Any]:
 
 def test_every_command_stands_in_the_reference_and_no_other() -> None:
     assert DESCRIBED.keys() == LEAVES.keys()
+
+
+def test_the_top_shows_each_command_with_the_beginning_of_its_help() -> None:
+    for name, shown in SHOWN.items():
+        assert shown.get_short_help_str(1000) == COMMANDS[name,].get_short_help_str(1000)
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: " ".join(path) or "mcpctl")

@@ -90,6 +90,22 @@ def test_any_number_of_addresses_evicts_the_stalest_of_them_and_no_principal(pat
         assert kept > 990
 
 
+def test_a_place_that_is_remembered_is_looked_up_again_once_it_is_another_s(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(path) as counters:
+        here = slot(counters, "alice")
+        counters.take(here, 5.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(counters, "_find", lambda table, digest: pytest.fail("looked up again"))
+            assert slot(counters, "alice") is here
+        counters._map[here.key : here.key + 16] = other = here.digest[:4] + bytes(12)  # as another worker does it
+        again = slot(counters, "alice")
+        assert again.key != here.key
+        assert counters.taken(again) == 0.0
+        assert counters.slot(PRINCIPALS, other).key == here.key
+
+
 def test_thousands_of_principals_have_room(path: Path) -> None:
     with opened(path) as counters:
         for number in range(3000):

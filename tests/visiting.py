@@ -9,7 +9,7 @@ from typing import Any
 
 import uvicorn
 
-from mcpctl.server import door, exchange
+from mcpctl.server import door, exchange, run
 
 CHUNKED = b"POST /mcp HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -17,7 +17,8 @@ CHUNKED = b"POST /mcp HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 async def visited(app: exchange.App, visit: Callable[[tuple[str, int]], None], patience: float, **options: Any) -> None:
     """Let somebody visit the app through the door."""
     visitor = door.Visitor.of(1 << 20, patience)
-    server = uvicorn.Server(uvicorn.Config(app, http=visitor, lifespan="off", log_config=None, **options))
+    config = uvicorn.Config(app, http=visitor, lifespan="off", log_config=None, **options)
+    server = run._Uvicorn(config, lambda: None, [])
     with door.Door() as bound:
         bound.visitors = visitor
         bound.bind(("127.0.0.1", 0))

@@ -1,13 +1,14 @@
 """One tools/call from Principal to result: decide, run, audit. Both lanes of the server end here."""
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
 from typing import Any
+
+import msgspec
 
 from mcpctl.canaries import Canaries
 from mcpctl.config import NAME
@@ -34,8 +35,9 @@ from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import NarrowedError, Pools, ended
-from mcpctl.postgres.statement import NotAQuestionError, StatementError, elapsed
-from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.said import StatementError
+from mcpctl.postgres.session import Session
+from mcpctl.postgres.statement import NotAQuestionError, elapsed
 from mcpctl.reach import Reach
 from mcpctl.recorder import Recorder
 from mcpctl.shared_counters import Slot
@@ -64,11 +66,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What goes back: `text` for people and models, `structured` for programs (None with an error)."""
+    """What goes back: `text` for people and models, which is JSON but for an error's."""
 
     text: str
-    structured: dict[str, Any] | None
     is_error: bool = False
+
+    @property
+    def structured(self) -> dict[str, Any] | None:
+        """The same for programs, read from the text; None with an error."""
+        found: dict[str, Any] | None = None if self.is_error else msgspec.json.decode(self.text)
+        return found
 
 
 class UnknownToolError(NotFoundError):
@@ -155,7 +162,7 @@ class Calls:
             request.databases.update(facts.uses)
             facts.values.update(rows=result.rows, bytes=result.bytes)
             reason, outcome = result.command, facts.outcome
-            return Answer(result.text, result.structured)
+            return Answer(result.text)
         except LimitedError as problem:
             facts.limited = problem
             return _failed(problem)
@@ -185,7 +192,7 @@ class Calls:
         except Exception:
             outcome, reason = "error", "internal error"
             log.exception("request %s: %s failed", request.id, facts.tool)
-            return Answer(f"Internal error. Tell the administrator: request {request.id}.", None, is_error=True)
+            return Answer(f"Internal error. Tell the administrator: request {request.id}.", is_error=True)
         finally:
             if entry is not None:
                 self._running.discard(entry)
@@ -284,17 +291,55 @@ class Calls:
         self, tool: Tool, principal: Principal, database: str, arguments: dict[str, Any], facts: Facts, share: int = 1
     ) -> Result:
         """Ask one database; `share` is how many of them the answer's bytes are for."""
-        if tool.ask is None:
-            raise TypeError(f"{tool.name} asks nothing")
         facts.values.setdefault("database", self._reach.shown(database))
         login = self._reach.login(principal, database, tool.access)
         bounds = self._bounds(login.settings, principal, facts.client_ip)
-        async with self._borrow(principal, login, facts) as session:
-            if tool.changes:
-                session.use.lasts = partial(self._begins, arguments.get(tool.statement or ""), facts)
-            result = await tool.ask(session, dict(arguments), replace(bounds, bytes=bounds.bytes // share))
+        if share > 1:
+            bounds = replace(bounds, bytes=bounds.bytes // share)
+        if login.for_settings:
+            async with self._pools.turn(login):
+                result = await self._asked(tool, principal, login, arguments, bounds, facts)
+        else:
+            result = await self._asked(tool, principal, login, arguments, bounds, facts)
         self._pools.check(principal, login.name)
         return result
+
+    async def _asked(
+        self,
+        tool: Tool,
+        principal: Principal,
+        login: Login,
+        arguments: dict[str, Any],
+        bounds: Bounds,
+        facts: Facts,
+    ) -> Result:
+        """Ask on a connection of the caller's own pool."""
+        if tool.ask is None:
+            raise TypeError(f"{tool.name} asks nothing")
+        session = await self._pools.take(principal, login)
+        try:
+            facts.session(session, login.name)
+            begun = monotonic()
+            session.use.guard = self.canaries.guard(principal, facts.client_ip, login.shown)
+            if tool.changes:
+                session.use.lasts = partial(self._begins, arguments.get(tool.statement or ""), facts)
+            try:
+                result = await tool.ask(session, dict(arguments), bounds)
+            except Error:
+                if session.cut:
+                    raise self._ended(principal, login, session) from None
+                raise
+            except asyncio.CancelledError:
+                if session.cut and self._removed(principal) and _uncancelled():
+                    raise self._ended(principal, login, session) from None
+                raise
+            finally:
+                facts.seconds += monotonic() - begun
+            if session.cut:
+                raise self._ended(principal, login, session)
+            return result
+        finally:
+            await self._pools.give_back(session)
 
     def _begins(self, text: str | None, facts: Facts) -> None:
         """Write down what is about to stay: where the process is killed, the call's own line never comes. Raises
@@ -348,27 +393,6 @@ class Calls:
         except NarrowedError as problem:
             return problem
         return found
-
-    @contextlib.asynccontextmanager
-    async def _borrow(self, principal: Principal, login: Login, facts: Facts) -> AsyncIterator[Session]:
-        async with self._pools.turn(login), self._pools.borrow(principal, login) as session:
-            facts.session(session, login.name)
-            begun = monotonic()
-            session.use.guard = self.canaries.guard(principal, facts.client_ip, login.shown)
-            try:
-                yield session
-            except Error:
-                if session.cut:
-                    raise self._ended(principal, login, session) from None
-                raise
-            except asyncio.CancelledError:
-                if session.cut and self._removed(principal) and _uncancelled():
-                    raise self._ended(principal, login, session) from None
-                raise
-            finally:
-                facts.seconds += monotonic() - begun
-            if session.cut:
-                raise self._ended(principal, login, session)
 
     def _removed(self, principal: Principal) -> bool:
         """Whether what was cut is this one database's alone: neither the token nor the server ends."""
@@ -452,4 +476,4 @@ def _noted(problem: Error) -> str:
 
 
 def _failed(problem: Error) -> Answer:
-    return Answer(said(problem), None, is_error=True)
+    return Answer(said(problem), is_error=True)

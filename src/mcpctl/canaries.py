@@ -14,8 +14,8 @@ from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.blocked import Block, Blocked
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import Token, rfc3339, utcnow
-from mcpctl.postgres.statement import StatementError
-from mcpctl.postgres.token_pool import Guard
+from mcpctl.postgres.said import StatementError
+from mcpctl.postgres.session import Guard
 from mcpctl.recorder import Recorder
 from mcpctl.shared_table import Table
 from mcpctl.state import State

@@ -4,11 +4,44 @@ This is the only list of them. `config.py` reads files by it, and a test holds `
 `docs/reference/config.md` to it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mcpctl import config_values as values
+
+if TYPE_CHECKING:
+    from dataclasses import dataclass as keys
+else:
+
+    def keys(*, frozen):
+        """A frozen dataclass, whose functions are those of all and not written for each: that would take a quarter of
+        a short command's time."""
+
+        def made(cls):
+            cls.__init__, cls.__eq__, cls.__hash__ = _init, _equal, _hash
+            cls.__setattr__ = cls.__delattr__ = _refuse
+            return dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
+
+        return made
+
+    def _init(self, *values_in_order, **given):
+        given.update(zip((one.name for one in fields(self)), values_in_order, strict=False))
+        for one in fields(self):
+            if one.name not in given:
+                given[one.name] = one.default if one.default_factory is MISSING else one.default_factory()
+            vars(self)[one.name] = given.pop(one.name)
+        if given:
+            raise TypeError(f"{type(self).__name__} has no {', '.join(given)}")
+
+    def _equal(self, other):
+        return vars(self) == vars(other) if type(self) is type(other) else NotImplemented
+
+    def _hash(self):
+        return hash(tuple(vars(self).values()))
+
+    def _refuse(self, name, value=None):
+        raise FrozenInstanceError(f"{type(self).__name__}.{name} stays as it is")
 
 
 def setting(default: Any, read: values.Reader, doc: str) -> Any:
@@ -21,7 +54,7 @@ def section(cls: type, doc: str) -> Any:
     return field(default_factory=cls, metadata={"section": cls, "doc": doc})
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Tls:
     """server.tls"""
 
@@ -38,7 +71,7 @@ class Tls:
     )
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Server:
     """server"""
 
@@ -70,7 +103,7 @@ class Server:
     )
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Role:
     """auth.roles.NAME"""
 
@@ -79,7 +112,7 @@ class Role:
     )
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Auth:
     """auth"""
 
@@ -101,7 +134,7 @@ class Auth:
     )
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Keys:
     """keyring"""
 
@@ -110,7 +143,7 @@ class Keys:
     )
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Pool:
     """databases.NAME.pool"""
 
@@ -124,7 +157,7 @@ class Pool:
     max_lifetime: float = setting(3600.0, values.positive_duration, "a connection is replaced after this")
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class DatabaseLimits:
     """databases.NAME.limits"""
 
@@ -138,7 +171,7 @@ class DatabaseLimits:
 SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Database:
     """databases.NAME"""
 
@@ -198,7 +231,7 @@ class Database:
     limits: DatabaseLimits = section(DatabaseLimits, "limits that differ here")
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class OwnDatabases:
     """own_databases"""
 
@@ -220,7 +253,7 @@ class OwnDatabases:
 _COUNT = values.optional(values.number(1, 10**12))
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Budget:
     """limits.budgets.hour, limits.budgets.day"""
 
@@ -230,7 +263,7 @@ class Budget:
     database_seconds: int | None = setting(None, _COUNT, "seconds that they have a connection to a database")
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Budgets:
     """limits.budgets"""
 
@@ -238,7 +271,7 @@ class Budgets:
     day: Budget = section(Budget, "in each day of UTC")
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Allowance:
     """limits.KIND.named.NAME"""
 
@@ -251,7 +284,7 @@ class Allowance:
     budgets: Budgets = section(Budgets, "instead of limits.budgets, key by key")
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Kind(Allowance):
     """limits.tokens, limits.users, limits.tenants, limits.addresses"""
 
@@ -261,7 +294,7 @@ class Kind(Allowance):
     )
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Limits:
     """limits"""
 
@@ -287,7 +320,7 @@ class Limits:
     addresses: Kind = section(Kind, "limits that differ for addresses")
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Audit:
     """audit"""
 
@@ -307,7 +340,7 @@ class Audit:
     )
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Metrics:
     """metrics"""
 
@@ -320,7 +353,7 @@ class Metrics:
     )
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Canaries:
     """canaries"""
 
@@ -332,14 +365,14 @@ class Canaries:
     )
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Log:
     """log"""
 
     level: str = setting("info", values.choice("debug", "info", "warning", "error"), "how much goes to stderr")
 
 
-@dataclass(frozen=True)
+@keys(frozen=True)
 class Settings:
     """The whole configuration, checked. `source` is the file it came from (None: environment alone), `by_root` whether
     the command that reads it was begun as root."""

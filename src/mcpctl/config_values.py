@@ -264,13 +264,13 @@ def permissions(value: Any) -> tuple[str, ...]:
     return tuple(permission(one) for one in texts(value))
 
 
-_HOST_NAME = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*")
+_HOST_NAME = r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*"
 
 
 def host_name(value: str) -> str | None:
     """A host's name in its one spelling, without a final dot; None for what is none, addresses included."""
     name = value.lower().removesuffix(".")
-    if not _HOST_NAME.fullmatch(name) or re.fullmatch(r"[0-9]+|0x[0-9a-f]*", name.rpartition(".")[2]):
+    if not re.fullmatch(_HOST_NAME, name) or re.fullmatch(r"[0-9]+|0x[0-9a-f]*", name.rpartition(".")[2]):
         return None  # a last label of digits alone is an address to resolvers, in one of its old spellings
     return name
 

@@ -8,7 +8,6 @@ every worker, and there is no process in the middle.
 import contextlib
 import json
 import os
-import secrets
 import socket
 import stat
 from collections.abc import Iterator
@@ -44,7 +43,7 @@ def short(path: Path) -> Iterator[str]:
 def listen(folder: Path) -> tuple[socket.socket, Path]:
     """This process's socket, 0600 from its first moment; what dead processes left is swept first."""
     sweep(folder)
-    path = folder / f"control.{os.getpid()}.{secrets.token_hex(4)}.sock"  # containers that share it share pids
+    path = folder / f"control.{os.getpid()}.{os.urandom(4).hex()}.sock"  # containers that share it share pids
     early = path.with_name(f".{path.name}")  # it gets its name when it listens: nobody takes it for a dead one's
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)

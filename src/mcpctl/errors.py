@@ -11,7 +11,7 @@ _TOKEN = re.compile(r"(mcp_[0-9a-z]{8}_)[0-9A-Za-z]{20,}(?:_[0-9A-Za-z]+)?")
 
 def masked(text: str) -> str:
     """The text with every token in it cut down to its id."""
-    return _TOKEN.sub(r"\1…", text)
+    return _TOKEN.sub(r"\1…", text) if "mcp_" in text else text
 
 
 class Error(Exception):

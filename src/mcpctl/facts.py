@@ -6,7 +6,7 @@ from typing import Any
 
 from mcpctl.audit.log import MORE
 from mcpctl.errors import LimitedError
-from mcpctl.postgres.token_pool import Session, Use
+from mcpctl.postgres.session import Session, Use
 
 
 @dataclass

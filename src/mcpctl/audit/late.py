@@ -24,6 +24,14 @@ _MOST = 1 << 20
 """Bytes of it; what would make it larger is not kept."""
 
 
+def _is_there(path: str) -> bool:
+    return os.access(path, os.F_OK, follow_symlinks=False)
+
+
+is_there = _is_there if os.access in os.supports_follow_symlinks else os.path.lexists
+"""What lexists says, in half its time where the system can: each line of the log asks for each place."""
+
+
 class _TooMuchError(UnavailableError):
     """There is room, but what is kept is enough."""
 

@@ -18,10 +18,11 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import msgspec
 
 from mcpctl import private_file
 from mcpctl.audit import files, late
@@ -50,11 +51,15 @@ EVENTS = (
     "audit.rotated", "audit.lost",
 )  # fmt: skip
 _ROOM = 64 << 10
+_KNOWN_EVENTS, _KNOWN_FIELDS = frozenset(EVENTS), frozenset(FIELDS)
+_Line = msgspec.defstruct("_Line", [(name, Any, None) for name in FIELDS], omit_defaults=True)
+_encode = msgspec.json.Encoder().encode
+_SECOND = timedelta(seconds=1)
+_NOTHING = timedelta()
 _logger = logging.getLogger("mcpctl.audit")
 
 
-@dataclass(frozen=True)
-class End:
+class End(NamedTuple):
     """Where the chain ends: the file's identity and size, the last line's number and hash."""
 
     inode: int
@@ -85,8 +90,13 @@ class AuditLog:
         self.synced = 0
         """The number of the last line of this process's that is known to be on disk."""
         self._now = now
+        self._second: tuple[datetime, str] | None = None
         self._sync = sync
+        self._hmac = hmac.new(key, digestmod=hashlib.sha256)
+        self._name, self._lock_name = str(path), f"{path}.lock"
+        self._late = [str(one) for one in late.places(path, spare)]
         self._lock = -1
+        self._lock_inode = 0
         self._file = -1
         self._end: End | None = None
         self._left: list[int] = []
@@ -108,17 +118,28 @@ class AuditLog:
 
     def append(self, event: str, **fields: Any) -> None:
         """Write one line. Raises UnavailableError when it could not be written whole; then nothing was."""
-        if event not in EVENTS:
+        if event not in _KNOWN_EVENTS:
             raise ValueError(f"{event} is no audit event")
-        if unknown := fields.keys() - set(FIELDS):
-            raise ValueError(f"no such audit fields: {sorted(unknown)}")
-        with self._locked():
-            self._write_late()
-            self._write({"time": self.time(), "event": event, **fields})
+        if not _KNOWN_FIELDS.issuperset(fields):
+            raise ValueError(f"no such audit fields: {sorted(fields.keys() - _KNOWN_FIELDS)}")
+        try:  # what `_locked` does, which would cost as much again as the lock
+            self._take_lock()
+            try:
+                self._write_late()
+                fields["time"], fields["event"] = self.time(), event
+                self._write(fields)
+            finally:
+                private_file.unlock(self._lock)
+        except (OSError, Error) as problem:
+            raise self._told(problem) from None
 
     def time(self) -> str:
         """Now, as a line has it."""
-        return stamp(self._now())
+        now = self._now()
+        if self._second is None or not _NOTHING <= now - self._second[0] < _SECOND:
+            second = now.replace(microsecond=0)
+            self._second = second, stamp(second)[:-4]
+        return f"{self._second[1]}{now.microsecond // 1000:03d}Z"
 
     def keep(self, event: str, **fields: Any) -> None:
         """Keep a line for the next who can write the log. Raises an Error where not even that is possible."""
@@ -130,15 +151,16 @@ class AuditLog:
 
     def catch_up(self) -> None:
         """Write what commands have kept beside the log. Raises UnavailableError where it cannot be written yet."""
-        if any(map(os.path.lexists, late.places(self.path, self._spare))):
+        if any(map(late.is_there, self._late)):
             with self._locked():
                 self._write_late()
 
     def _write_late(self) -> None:
-        late.write(self.path, self._spare, lambda: self._find_end().seq, self._append_late)
+        if any(map(late.is_there, self._late)):
+            late.write(self.path, self._spare, lambda: self._find_end().seq, self._append_late)
 
     def _append_late(self, event: str, fields: dict[str, Any]) -> None:
-        if event not in EVENTS or fields.keys() - set(FIELDS):
+        if event not in _KNOWN_EVENTS or fields.keys() - _KNOWN_FIELDS:
             event, fields = "audit.lost", {"reason": "a line that was kept for the log is none of mcpctl's"}
         self._write({**fields, "time": self.time(), "event": event})
 
@@ -171,20 +193,23 @@ class AuditLog:
                 yield
             finally:
                 private_file.unlock(self._lock)
-        except OSError as problem:
-            raise self._unwritable(problem) from None
-        except UnavailableError:
-            raise
-        except Error as problem:
-            raise UnavailableError(f"the audit log cannot be written: {problem.message}", problem.hint) from None
+        except (OSError, Error) as problem:
+            raise self._told(problem) from None
+
+    def _told(self, problem: OSError | Error) -> Error:
+        if isinstance(problem, OSError):
+            return self._unwritable(problem)
+        if isinstance(problem, UnavailableError):
+            return problem
+        return UnavailableError(f"the audit log cannot be written: {problem.message}", problem.hint)
 
     def _take_lock(self) -> None:
-        path = self.path.with_name(self.path.name + ".lock")
         while True:
             if self._lock < 0:
-                self._lock = private_file.open_checked(path, os.O_RDWR | os.O_CREAT)
+                self._lock = private_file.open_checked(Path(self._lock_name), os.O_RDWR | os.O_CREAT)
+                self._lock_inode = os.fstat(self._lock).st_ino
             private_file.lock(self._lock, _PATIENCE)
-            if private_file.fingerprint(path)[0] == os.fstat(self._lock).st_ino:
+            if private_file.fingerprint(self._lock_name)[0] == self._lock_inode:
                 return
             os.close(self._lock)  # somebody removed it: what the others hold is another one
             self._lock = -1
@@ -276,19 +301,19 @@ class AuditLog:
     def _line(self, end: End, fields: dict[str, Any]) -> tuple[bytes, str]:
         """The line that comes next, in printable ASCII alone, and its hash."""
         values = {**fields, "seq": end.seq + 1, "key_id": self.key_id, "prev": end.hash, "hash": None}
-        ordered = {name: values[name] for name in FIELDS if values.get(name) is not None}
         for name in ("statement", "reason"):
-            if isinstance(value := ordered.get(name), str):
-                ordered[name] = masked(value)
-        text = json.dumps(ordered, ensure_ascii=True, separators=(",", ":")).replace("\x7f", "\\u007f")
-        body = text.encode("ascii")[:-1]
-        digest = chain_hash(self.key, end.hash, body)
+            if isinstance(value := values.get(name), str):
+                values[name] = masked(value)
+        body = _as_json(values)[:-1]
+        chained = self._hmac.copy()  # chain_hash, with the key's part done
+        chained.update(end.hash.encode("ascii") + body)
+        digest = chained.hexdigest()
         return body + b',"hash":"' + digest.encode("ascii") + b'"}\n', digest
 
     def _find_end(self) -> End:
         """The chain's end, under the lock. Opens the file again where it has been moved away."""
         try:
-            found = os.stat(self.path)
+            found = os.stat(self._name)
         except FileNotFoundError:
             found = None
         here = (found.st_ino, found.st_size) if found is not None else (0, 0)
@@ -345,6 +370,17 @@ class AuditLog:
         """Whether a line, which has the form of one, was written with our key."""
         made = chain_hash(self.key, line[4].decode("ascii"), line[0].rpartition(b',"hash":"')[0])
         return made.encode("ascii") == line[5]
+
+
+def _as_json(values: dict[str, Any]) -> bytes:
+    """The values that there are, in the order of FIELDS, in printable ASCII."""
+    with contextlib.suppress(UnicodeEncodeError):  # half of a surrogate pair
+        data = _encode(_Line(**values))
+        if data.isascii() and b"\x7f" not in data:
+            return data
+    ordered = {name: values[name] for name in FIELDS if values.get(name) is not None}
+    text = json.dumps(ordered, ensure_ascii=True, separators=(",", ":")).replace("\x7f", "\\u007f")
+    return text.encode("ascii")
 
 
 def chain_hash(key: bytes, prev: str, body: bytes) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, NamedTuple
 import typer
 
 from mcpctl.cli import output
+from mcpctl.cli.audit import app
 from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, settings
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ _STAMPED = re.compile(r"\.[0-9]{8}T[0-9]{6}Z(-[0-9]+)?")
 """How `rotate` ends a name."""
 
 
+@app.command("verify")
 def verify(
     context: typer.Context,
     anchors: Annotated[
@@ -170,6 +172,7 @@ def _tell(report: "Report") -> None:
         output.put("no anchor: a tail that was cut off would not be seen")
 
 
+@app.command("rotate")
 def rotate(
     context: typer.Context,
     gzip: Annotated[

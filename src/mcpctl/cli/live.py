@@ -179,7 +179,7 @@ def top(
     ] = 20,
     interval: Annotated[
         float, typer.Option("--interval", metavar="N", min=0.2, max=3600, help="Seconds between two looks. Default: 2.")
-    ] = 2,
+    ] = 2.0,
     sql: Annotated[bool, typer.Option("--sql", help="With the statements, where the config keeps them.")] = False,
     json: JsonOption = False,
     config: ConfigOption = None,

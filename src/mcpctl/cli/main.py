@@ -9,36 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from mcpctl import __version__
-from mcpctl.cli import (
-    audit,
-    audit_read,  # noqa: F401 - its commands join those of audit
-    audit_verify,
-    can,
-    client_config,
-    config,
-    database,
-    demo,
-    doctor,
-    grant,
-    incident,
-    init,
-    key,
-    live,
-    lockdown,
-    onboard,
-    serve,
-    session,
-    tenant,
-    token,
-    unblock,
-    user,
-)
 from mcpctl.cli.common import invocation
 from mcpctl.cli.output import error, put, say
+from mcpctl.cli.tree import Top, read_plainly
 from mcpctl.errors import Error, UsageError
 
+read_plainly()
 app = typer.Typer(
     name="mcpctl",
+    cls=Top,
     help="Authenticated, isolated, audited MCP access to PostgreSQL.",
     no_args_is_help=True,
     add_completion=True,
@@ -46,30 +25,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("init")(init.init)
-app.command("serve")(serve.serve)
-app.command("status")(live.status)
-app.command("top")(live.top)
-app.command("doctor")(doctor.doctor)
-app.command("client-config")(client_config.client_config)
-app.command("lockdown")(lockdown.lockdown)
-app.command("can")(can.can)
-app.command("who-can")(can.who_can)
-user.app.command("onboard")(onboard.onboard)
-token.app.command("unblock")(unblock.unblock)
-audit.app.command("verify")(audit_verify.verify)
-audit.app.command("rotate")(audit_verify.rotate)
-app.add_typer(token.app, name="token")
-app.add_typer(user.app, name="user")
-app.add_typer(tenant.app, name="tenant")
-app.add_typer(database.app, name="database")
-app.add_typer(grant.app, name="grant")
-app.add_typer(session.app, name="session")
-app.add_typer(audit.app, name="audit")
-app.add_typer(incident.app, name="incident")
-app.add_typer(key.app, name="key")
-app.add_typer(config.app, name="config")
 
 
 _READ_NO_CONFIG = ("demo", "init")

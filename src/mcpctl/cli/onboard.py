@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mcpctl.identity.users import User
 
 
+@user.app.command("onboard")
 def onboard(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="U", help="The user's name; made if there is none.")],

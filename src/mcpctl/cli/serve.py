@@ -71,6 +71,7 @@ def serve(
     listening = _listening(found, flags)
     from mcpctl.server import run
 
+    _collect_garbage()
     read = partial(_read_again, found, flags)
     run.serve(listening, lambda url: output.say(f"serving at {url}"), read, hangup)
 
@@ -199,6 +200,14 @@ def _in_a_unit() -> bool:
     return False
 
 
+def _collect_garbage() -> None:
+    """As often as usual from now on, and never again in what has been imported."""
+    import gc
+
+    gc.freeze()
+    gc.set_threshold(700, 10, 10)
+
+
 def _stdio(found: "Settings") -> None:
     """One person's server. Without a config file its audit log and key are made in the user's own folder."""
     import os
@@ -209,6 +218,7 @@ def _stdio(found: "Settings") -> None:
     from mcpctl.server import stdio
     from mcpctl.server.parts import running
 
+    _collect_garbage()
     token = stdio.token_from_environment()
     if found.source is None and not found.audit.key_file.exists():
         before = os.umask(0o077)

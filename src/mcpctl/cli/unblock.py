@@ -6,8 +6,10 @@ import typer
 
 from mcpctl.cli import output
 from mcpctl.cli.common import ConfigOption, JsonOption, ReasonOption, by_whom, note_all, proof, ready_to_note, settings
+from mcpctl.cli.token import app
 
 
+@app.command("unblock")
 def unblock(
     context: typer.Context,
     id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The token's id.")] = None,

@@ -22,10 +22,14 @@ from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import Token
 from mcpctl.identity.users import EVERYWHERE
-from mcpctl.private_file import ABSENT, fingerprint
+from mcpctl.private_file import ABSENT, Fingerprint, fingerprint
 
 LOCKED = "the server is locked"
 """Why a lockdown ends what is open."""
+_ID = slice(4, 12)
+"""Where a token's id stands in its text."""
+_LENGTH = 63
+"""Characters of a token."""
 
 
 class Files(NamedTuple):
@@ -77,16 +81,20 @@ class Authenticator:
         self._wrong = wrong
         self._key = secrets.token_bytes(32)
         self._known: dict[str, tuple[bytes, Principal]] = {}
-        self._seen: dict[str, Token] = {}
+        self._seen: Mapping[str, Token] = {}
         self._editions: dict[str, int] = {}
         self._edition = 0
         self._narrowed: dict[str, dict[str, int]] = {}
         self._verifying: dict[str, asyncio.Lock] = {}
         self._people: Mapping[str, users.User] = {}
         self._active: set[str] = set()
+        self._due: datetime | None = None  # none of those in use expires before
         self._over = {} if over is None else over
         self._places: Mapping[str, Tenant] = {}
         self._versions = (-1, -1, -1)
+        self._paths = [str(file.path) for file in (self.tokens, self.users, self.tenants)]
+        self._noted: list[Fingerprint] | None = None
+        self._open: dict[str, datetime | None] = {}
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="argon2")
 
     def close(self) -> None:
@@ -118,7 +126,15 @@ class Authenticator:
         self._renew()
 
     def _renew(self) -> None:
-        """`refresh`, also while the server is locked."""
+        """`refresh`, also while the server is locked. Costs a stat of each file where none has changed."""
+        found = [fingerprint(path) for path in self._paths]
+        if found == self._noted and self.broken is None:
+            return
+        self._noted = None
+        self._note_files()
+        self._noted = found if ABSENT not in found else None  # as they were before they were read: else look again
+
+    def _note_files(self) -> None:
         try:
             entries, people, places = self.read()
         except Error as problem:
@@ -126,17 +142,20 @@ class Authenticator:
         versions = (self.tokens.version, self.users.version, self.tenants.version)
         if versions == self._versions:
             return
-        before, self._seen, self._versions = self._seen, dict(entries), versions
+        before, self._seen, self._versions = self._seen, entries, versions
+        self._open.clear()
         for name in self._over.keys() - entries.keys():
             del self._over[name]
         narrowed = self._note_people(people, places)
         for name, old in before.items():
             new = entries.get(name)
+            if new is old:
+                continue
             if new is None or new.rights != old.rights:
                 self._known.pop(name, None)
                 self._edition += 1
                 self._editions[name] = self._edition  # kept when it is gone: an id that comes back is another edition
-            elif new is not old and name in self._known:  # its times or its note: the same secret still opens it
+            elif name in self._known:  # its times or its note: the same secret still opens it
                 self._known[name] = (self._known[name][0], self._principal(new))
         over = {
             name: why
@@ -144,6 +163,7 @@ class Authenticator:
             if (why := self._why_over(before.get(name), entries.get(name), narrowed)) is not None
         }
         self._active.difference_update(name for name in over if not self._opens(name))
+        self._note_due()
         if over:
             self.ended(over)
 
@@ -214,7 +234,7 @@ class Authenticator:
         user's rights have become fewer."""
         if new is None:
             return "removed"
-        if new.status(self._now()) == "revoked":
+        if new.revoked_at is not None:
             return "revoked"
         if new.user is not None and new.user not in self._people:
             return "its user is gone"
@@ -223,40 +243,54 @@ class Authenticator:
         return narrowed.get(new.user or "")
 
     def expired(self) -> list[str]:
-        """Ids of tokens in use whose time is over; each is told once."""
+        """Ids of tokens in use whose time is over; each is told once. As long as there can be none it looks at none."""
+        early = self._due is None or self._now() < self._due
+        if early and self._over.keys().isdisjoint(self._active):
+            return []
         over = [name for name in self._active if self._status(self._seen[name]) == "expired"]
         self._active.difference_update(over)
+        self._note_due()
         return over
+
+    def _note_due(self) -> None:
+        ends = (self._seen[name].expires_at for name in self._active)
+        self._due = min((end for end in ends if end is not None), default=None)
 
     def still_valid(self, principal: Principal) -> bool:
         """Whether its token still opens something: it is there, with the same rights, neither expired nor revoked, and
         its user is there."""
         if self.locked:
             return False
-        if principal.token is None:
-            return True
-        token = self._seen.get(principal.token)
-        return (
-            token is not None and principal.edition == self._editions.get(token.id, 0) and self._why_not(token) is None
-        )
+        name = principal.token
+        return name is None or (principal.edition == self._editions.get(name, 0) and self._opens(name))
 
     def in_force(self, principal: Principal, database: str) -> bool:
         """Whether what was opened as this principal in that database may go on: its token is valid, and its user has
         no fewer rights there than when it was let in."""
         if not self.still_valid(principal):
             return False
-        now = self._narrowed.get(principal.user or "", {})
-        return all(now.get(name, 0) == principal.narrowed.get(name, 0) for name in (EVERYWHERE, database))
+        now, then = self._narrowed.get(principal.user or "", {}), principal.narrowed
+        if not now and not then:
+            return True
+        return all(now.get(name, 0) == then.get(name, 0) for name in (EVERYWHERE, database))
 
     def _opens(self, name: str) -> bool:
-        """Whether the token of that id opens something now."""
+        """Whether the token of that id opens something now. Each call asks several times: what the files say of a token
+        that does is remembered until one of them changes, and only its time and who is kept out are looked at."""
+        kept = self._kept_out.values()
+        if name in self._open and name not in self._over and not (any(kept) and any(name in one for one in kept)):
+            end = self._open[name]
+            if end is None or end > self._now():
+                return True
         token = self._seen.get(name)
-        return token is not None and self._why_not(token) is None
+        if token is None or self._why_not(token) is not None:
+            return False
+        self._open[name] = token.expires_at
+        return True
 
     def next_expiry(self) -> float | None:
-        """Seconds until the next token in use expires; None when none does."""
-        ends = [end for name in self._active if (end := self._seen[name].expires_at) is not None]
-        return max(0.0, (min(ends) - self._now()).total_seconds()) if ends else None
+        """Seconds until the next token in use expires, at least; None when none does."""
+        return max(0.0, (self._due - self._now()).total_seconds()) if self._due is not None else None
 
     def local(self) -> Principal:
         """Whoever calls without a token where none is asked for."""
@@ -279,18 +313,12 @@ class Authenticator:
         it would be let in while the server is locked: a wrong one is wrong then, too, and a canary is one."""
         self._look_for_lock()
         self._renew()
-        name = tokens.token_id(text)
-        if name is None:
-            raise self._is_wrong("not one of our tokens: form or checksum is wrong", address)
-        token = self._seen.get(name)
-        if token is None:
-            raise self._is_wrong("no such token id", address, name)
-        digest = hashlib.blake2b(text.encode("ascii"), key=self._key).digest()
-        principal = self._remembered(name, digest) or await self._verify(token, text, address, digest)
+        principal = self.recognised(text) or await self._prove(text, address)
+        name = text[_ID]
         token = self._seen[name]
         if name in self.canaries:
             self.tripped(token, address)
-        if why := self._why_not(token):
+        if not self._opens(name) and (why := self._why_not(token)):
             raise self._is_over(why, address, name)
         if not tokens.allows_address(token, address):
             raise self._is_over(f"not from this address ({address})", address, name)
@@ -298,8 +326,21 @@ class Authenticator:
             raise self._is_over(f"not from this address ({address})", address, name)
         if self.locked:
             raise LockedError(name, token.user)
-        self._active.add(name)
+        if name not in self._active:
+            self._active.add(name)
+            if token.expires_at is not None and (self._due is None or token.expires_at < self._due):
+                self._due = token.expires_at
         return principal
+
+    async def _prove(self, text: str, address: str | None) -> Principal:
+        """The principal of a text that is not remembered."""
+        name = tokens.token_id(text)
+        if name is None:
+            raise self._is_wrong("not one of our tokens: form or checksum is wrong", address)
+        token = self._seen.get(name)
+        if token is None:
+            raise self._is_wrong("no such token id", address, name)
+        return await self._verify(token, text, address, self._digest(text))
 
     def _is_wrong(self, why: str, address: str | None, name: str | None = None) -> UnauthorizedError:
         """The refusal of a credential that is wrong, and not only over."""
@@ -313,11 +354,14 @@ class Authenticator:
         return UnauthorizedError(why, token_id=name, status=429 if wait else 401, retry_after=wait, proven=True)
 
     def recognised(self, text: str | None) -> Principal | None:
-        """Who that text was when it was last let in, if anybody; for the log alone. It costs no hash."""
-        name = tokens.token_id(text) if text is not None else None
-        if name is None or text is None:
+        """Who that text was when it was last let in, if anybody. It costs no Argon2id; and what is remembered by
+        its digest had the right form and checksum then."""
+        if text is None or text[_ID] not in self._known or not text.isascii() or len(text) != _LENGTH:
             return None
-        return self._remembered(name, hashlib.blake2b(text.encode("ascii"), key=self._key).digest())
+        return self._remembered(text[_ID], self._digest(text))
+
+    def _digest(self, text: str) -> bytes:
+        return hashlib.blake2b(text.encode("ascii"), key=self._key).digest()
 
     def _remembered(self, name: str, digest: bytes) -> Principal | None:
         known = self._known.get(name)

@@ -4,17 +4,22 @@
     tokens:
       ab12cd34: {user: alice, hash: "$argon2id$…", …}
 
-The command line writes it, under its lock, as a whole; the server only reads. An entry whose line has not changed
-is neither parsed nor written out again, so that one change in ten thousand costs one. A file that a person has laid
-out differently is read as well, as a whole. What a person has written beside the entries (comments) is lost with the
-next change.
+The command line writes it, under its lock, as a whole; the server only reads. Of a changed file only the lines
+between the first and the last that differ are parsed, and an entry that has not changed is not written out again, so
+that one change in ten thousand costs one. A file that a person has laid out differently is read as well, as a whole.
+What a person has written beside the entries (comments) is lost with the next change.
 """
 
 import contextlib
+import io
+import operator
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import yaml
@@ -62,7 +67,8 @@ class EntryFile(Generic[E]):
     shape: Shape[E]
     _entries: dict[str, E] = field(default_factory=dict)
     _fingerprint: Fingerprint | None = None
-    _lines: dict[str, E] = field(default_factory=dict)
+    _by_line: dict[str, E] = field(default_factory=dict)
+    _marks: "array[int]" = field(default_factory=lambda: array("q"))
     _broken: ConfigError | None = None
     version: int = 0
     missing: str = "restore it from your backup; only where none of the files is there, mcpctl init makes them"
@@ -85,7 +91,7 @@ class EntryFile(Generic[E]):
                 raise ConfigError(problem.message, hint) from None
             self._fingerprint = content.fingerprint
             try:
-                self._entries = self._same_where_equal(self._parse(content.data))
+                self._entries = self._parse(content.data)
             except ConfigError as problem:
                 self._broken = problem
                 raise
@@ -108,21 +114,26 @@ class EntryFile(Generic[E]):
             entries = dict(before)
             yield entries
             if entries != before:
-                data = self.render(entries)
+                lines = zip(before, _entry_lines(held.data), strict=True) if before is self._by_line else ()
+                data = self.render(entries, {name: line for name, line in lines if entries.get(name) is before[name]})
                 if self._parse(data) != entries:
                     raise ConfigError(f"{self.path} could not be read again if it were written; nothing was changed")
                 held.replace(data, though_full=though_full)
                 reserve.keep(held.path.parent)
 
-    def render(self, entries: Mapping[str, E]) -> bytes:
-        """The file's bytes for these entries."""
+    def render(self, entries: Mapping[str, E], written: Mapping[str, bytes] = MappingProxyType({})) -> bytes:
+        """The file's bytes for these entries, of which some may be `written` already."""
         if not entries:
             return f"version: 1\n{self.shape.top}: {{}}\n".encode()
-        written = {id(entry): line for line, entry in self._lines.items()}
-        lines = [f"version: 1\n{self.shape.top}:"]
-        for name, entry in entries.items():
-            lines.append(written.get(id(entry)) or f"  {name}: {self._flow(entry)}")
-        return ("\n".join(lines) + "\n").encode("utf-8", "surrogatepass")
+        lines = [
+            written.get(name) or f"  {name}: {self._flow(entry)}\n".encode("utf-8", "surrogatepass")
+            for name, entry in entries.items()
+        ]
+        return b"".join([self._head, *lines])
+
+    @property
+    def _head(self) -> bytes:
+        return f"version: 1\n{self.shape.top}:\n".encode()
 
     def _flow(self, entry: E) -> str:
         """An entry on one line: a text with a line break in it, or anything else that is not to be seen, is escaped."""
@@ -133,9 +144,9 @@ class EntryFile(Generic[E]):
 
     def _parse(self, data: bytes) -> dict[str, E]:
         faults: list[str] = []
-        entries = self._by_line(data)
+        entries = self._lines(data)
         if entries is None or any(self.shape.together(entries)):
-            entries = self._whole(data, faults)
+            entries = self._same_where_equal(self._whole(data, faults))
         if faults:
             raise ConfigError(
                 "\n  ".join([f"{self.path} is not in order:", *faults]),
@@ -143,29 +154,50 @@ class EntryFile(Generic[E]):
             )
         return entries
 
-    def _by_line(self, data: bytes) -> dict[str, E] | None:
-        """The entries where every line is one as we write it; None where the file must be read as a whole."""
-        try:
-            head, top, *lines = data.decode("utf-8").splitlines()
-        except (UnicodeDecodeError, ValueError):
+    def _lines(self, data: bytes) -> dict[str, E] | None:
+        """The entries where every line is one as we write it; None where the file must be read as a whole.
+
+        Of the content before, a mark of 64 bits for each line is kept: enough to know it again, and no copy of it.
+        """
+        if not data.startswith(self._head) or not data.endswith(b"\n"):
             return None
-        if head != "version: 1" or top != f"{self.shape.top}:":
+        known, old, new = self._by_line, self._marks, array("q", map(hash, _entry_lines(data)))
+        before = _alike(old, new)
+        after = min(_alike(reversed(old), reversed(new)), len(old) - before, len(new) - before)
+        fresh = self._fresh(islice(_entry_lines(data), before, len(new) - after))
+        if fresh is None:
             return None
-        names: dict[str, str] = {}
-        for line in lines:
-            name = line[2:].partition(":")[0]
-            if not line.startswith("  ") or not self.shape.name.fullmatch(name) or name in names:
-                return None
-            names[name] = line
-        new = {name: line for name, line in names.items() if line not in self._lines}
-        faults: list[str] = []
-        text = "\n".join(["version: 1", top, *new.values()]) + "\n"
-        found = self._whole(text.encode(), faults)
-        if faults or list(found) != list(new):  # as many keys as lines, in their order: so no line needs another
+        entries = dict(islice(known.items(), before))
+        entries.update(self._same_where_equal(fresh))
+        entries.update(islice(known.items(), len(old) - after, None))
+        if len(entries) != len(new):  # a name stands there twice
             return None
-        entries = {name: found.get(name) or self._lines[line] for name, line in names.items()}
-        self._lines = {names[name]: entry for name, entry in entries.items()}
+        self._by_line, self._marks = entries, new
         return entries
+
+    def _fresh(self, lines: Iterable[bytes]) -> dict[str, E] | None:
+        """The entries of some of its lines; None where one is not as we write it."""
+        fresh: dict[str, Any] = {}
+        parsed: dict[str, str] = {}
+        try:
+            for line in lines:
+                text = line.decode("utf-8")
+                name, _, values = text[2:-1].partition(": ")
+                if not text.startswith("  ") or not self.shape.name.fullmatch(name) or name in fresh:
+                    return None
+                fields = plain_yaml.one_line(values)
+                fresh[name] = None if fields is None else self.shape.read(name, fields)
+                if fields is None:
+                    parsed[name] = text
+                    if len(text.splitlines()) > 1:  # YAML knows more ends of a line than one
+                        return None
+        except ValueError:  # the reader of the whole says what is wrong, and where
+            return None
+        faults: list[str] = []
+        found = self._whole(self._head + "".join(parsed.values()).encode(), faults) if parsed else {}
+        if faults or list(found) != list(parsed):  # as many keys as lines, in their order: so no line needs another
+            return None
+        return {**fresh, **found}
 
     def _whole(self, data: bytes, faults: list[str]) -> dict[str, E]:
         tree = plain_yaml.parse(data, self.path, faults)
@@ -202,3 +234,12 @@ class EntryFile(Generic[E]):
             f"{entries_tree.children[name].where}: {name}: {text}" for name, text in self.shape.together(entries)
         ]
         return entries
+
+
+def _entry_lines(data: bytes) -> Iterator[bytes]:
+    return islice(io.BytesIO(data), 2, None)
+
+
+def _alike(old: Iterable[int], new: Iterable[int]) -> int:
+    """How many are the same in both, one after the other from the first on."""
+    return sum(takewhile(bool, map(operator.eq, old, new)))

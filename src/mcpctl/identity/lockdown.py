@@ -20,6 +20,7 @@ class Lockdown:
 
     def __init__(self, token_file: Path) -> None:
         self.path = token_file.with_name("lockdown")
+        self._name = str(self.path)
         self.held = False
         """Whether it is on in this process alone, where no file could be made."""
 
@@ -28,7 +29,7 @@ class Lockdown:
         if self.held:
             return True
         try:
-            os.lstat(self.path)
+            os.lstat(self._name)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:  # whoever cannot look does not know

@@ -9,6 +9,7 @@ passwords that people choose).
 import ipaddress
 import re
 import secrets
+import sys
 import zlib
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -179,7 +180,7 @@ def _texts(value: Any, name: str) -> tuple[str, ...] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"{name}: expected a list of texts")
-    return tuple(value)
+    return tuple(map(sys.intern, value))
 
 
 def read_networks(value: Any) -> tuple[Network, ...] | None:
@@ -222,7 +223,7 @@ def _read(name: str, fields: dict[str, Any]) -> Token:
         permission(one)
     return Token(
         id=name,
-        user=user,
+        user=user and sys.intern(user),
         hash=_read_hash(fields.get("hash")),
         created_at=created,
         expires_at=_time(fields.get("expires_at"), "expires_at"),

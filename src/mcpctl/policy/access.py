@@ -14,6 +14,8 @@ from mcpctl.identity.principal import Principal
 from mcpctl.identity.users import Roles
 from mcpctl.policy import roles
 
+_REMEMBERED = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -58,6 +60,7 @@ class Access:
         }
         self._admins = frozenset(auth.admin_users)
         self._readers = frozenset(auth.read_only_users)
+        self._decided: dict[tuple[int, str], tuple[Principal, Decision]] = {}
 
     def roles_of(self, principal: Principal) -> tuple[str, ...]:
         """The roles that a principal has, by its own entry and by the config's lists."""
@@ -94,9 +97,17 @@ class Access:
         ]
 
     def may(self, principal: Principal, permission: str) -> Decision:
-        """Whether a principal has `permission`: the first link that says no, or else the last one's yes."""
-        links = self.chain(principal, permission)
-        return next((link for link in links if not link.allowed), links[-1])
+        """Whether a principal has `permission`: the first link that says no, or else the last one's yes. A principal
+        never changes, so each call of its does not ask the links again."""
+        asked = (id(principal), permission)
+        known = self._decided.get(asked)
+        if known is None:
+            if len(self._decided) >= _REMEMBERED:
+                self._decided.clear()
+            links = self.chain(principal, permission)
+            decision = next((link for link in links if not link.allowed), links[-1])
+            known = self._decided[asked] = principal, decision  # kept, so that no other has its id
+        return known[1]
 
     def _by_role(self, principal: Principal, permission: str) -> Decision:
         held = self.roles_of(principal)

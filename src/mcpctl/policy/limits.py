@@ -7,7 +7,7 @@ running hour and day of UTC, so that it can be said when they end. The clocks ar
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from ipaddress import ip_address, ip_network
 from operator import add
@@ -100,10 +100,11 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class _Caller:
-    """All who count in one call, and those of them who have budgets."""
+    """All who count in one call, those of them who have budgets, and the smallest of their bounds."""
 
     all: tuple[Subject, ...]
     budgeted: tuple[Subject, ...]
+    bounds: tuple[int, int, float]
 
 
 class Limiter:
@@ -166,7 +167,8 @@ class Limiter:
             names = {"user": principal.user, "tenant": principal.tenant, "address": address}
             known = [self._subject(kind, name) for kind, name in names.items() if name is not None]
             every = (self._subject("token", principal.token or "local"), *known)
-            found = self._callers[who] = _Caller(every, tuple(one for one in every if one.rule.budgets))
+            budgeted = tuple(one for one in every if one.rule.budgets)
+            found = self._callers[who] = _Caller(every, budgeted, _smallest([one.rule.bounds for one in every]))
         return found
 
     # -- rates, and calls at once --------------------------------------------------------------------------------------
@@ -257,11 +259,8 @@ class Limiter:
         self, principal: Principal, address: str | None, rows: int, size: int, seconds: float
     ) -> tuple[int, int, float]:
         """Rows, bytes and statement time of one answer: the smallest of what is given and of all who count."""
-        for subject in self._of(principal, address).all:
-            own_rows, own_size, own_seconds = subject.rule.bounds
-            rows, size = min(rows, own_rows or rows), min(size, own_size or size)
-            seconds = min(seconds, own_seconds or seconds)
-        return rows, size, seconds
+        own_rows, own_size, own_seconds = self._of(principal, address).bounds
+        return min(rows, own_rows), min(size, own_size), min(seconds, own_seconds)
 
     # -- strangers -----------------------------------------------------------------------------------------------------
 
@@ -290,6 +289,11 @@ class Limiter:
             until, wait = gcra(self._counters.taken(slot), self._clock(), seconds, most)
             self._counters.take(slot, until)
         return not wait
+
+
+def _smallest(bounds: Iterable[tuple[int | None, int | None, float | None]]) -> tuple[int, int, float]:
+    rows, sizes, seconds = zip(*bounds, strict=True)
+    return min(one or _MOST for one in rows), min(one or _MOST for one in sizes), min(one or _MOST for one in seconds)
 
 
 def _too_fast(subject: Subject, wait: float) -> LimitedError:

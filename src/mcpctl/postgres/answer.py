@@ -5,24 +5,26 @@ by the elements that it may hold, since each costs many times its text and holds
 """
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 from psycopg import abc
 from psycopg.adapt import Transformer
 
-from mcpctl.postgres.values import Types
+from mcpctl.postgres.shape import Shape, Types
 
 _SMALL = 256 << 10
 """Bytes of text up to which all rows of a result are converted at once."""
 _ELEMENTS = 100_000
 """Elements that the JSON values and arrays of one row may hold."""
+_EVEN = 1 << 10
+"""Bytes of JSON that a small row has at most, on the average of a result."""
 _WHITESPACE = 3
 """How much longer PostgreSQL's text may be than the JSON that is made of it: white space, escapes, hexadecimal."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Bounds:
     """What one statement may take: rows, bytes of rows as JSON, seconds."""
 
@@ -31,74 +33,69 @@ class Bounds:
     seconds: float
 
 
-@dataclass
+@dataclass(slots=True)
 class Rows:
-    """A bounded answer. `json` is the rows as a JSON array, `note` says why it was cut off and what to do, `types` are
-    the OIDs of its columns."""
+    """A bounded answer. `json` is the rows as a JSON array, `note` says why it was cut off and what to do, `shape` is
+    that of its columns (None where no result came), `even`: no row of it was large."""
 
-    columns: list[tuple[str, str]]
-    rows: list[tuple[Any, ...]] = field(default_factory=list)
-    json: bytes = b"[]"
-    note: str | None = None
-    types: set[int] = field(default_factory=set)
+    rows: list[tuple[Any, ...]]
+    json: bytes
+    note: str | None
+    shape: Shape | None
+    even: bool
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """(name, type) of each column."""
+        return [] if self.shape is None else self.shape.columns
 
 
 class Answer:
-    """Rows as they arrive, until one bound is reached."""
+    """Rows as they arrive, until one bound is reached. `trusted`: the text's rows were small when it ran last, so that
+    they are measured only when they have been loaded."""
 
-    def __init__(self, types: Types, bounds: Bounds) -> None:
+    def __init__(self, types: Types, bounds: Bounds, *, trusted: bool = False) -> None:
         self._types = types
         self._bounds = bounds
-        self._transformer: abc.Transformer | None = None
+        self._trusted = trusted
+        self._quick: abc.Transformer | None = None
+        self._exact: abc.Transformer | None = None
         self._pieces: list[bytes] = []
         self._size = 2
-        self._varying: list[int] = []
-        self._nested: list[int] = []
-        self.columns: list[tuple[str, str]] | None = None
+        self._even = True
+        self.shape: Shape | None = None
         self.rows: list[tuple[Any, ...]] = []
         self.note: str | None = None
-        self.types: set[int] = set()
 
     async def take(self, result: Any) -> bool:
         """Add what one result holds; False when no more is wanted."""
-        if self._transformer is None:
-            self._begin(result)
-            self._transformer = Transformer(self._types)
-            self._transformer.set_pgresult(result)
-        else:
-            self._transformer.set_pgresult(result, set_loaders=False)
+        shape = self.shape
+        if shape is None:
+            shape = self.shape = self._types.shape(result)
+            if shape.plain:
+                self._quick = shape.quick()
+                self._quick.set_pgresult(result)
+        elif self._quick is not None:
+            self._quick.set_pgresult(result, set_loaders=False)
         room = self._bounds.rows - len(self.rows)
         count = min(result.ntuples, room)
-        if self._is_small(result):
-            rows = self._transformer.load_rows(0, count, tuple)
-            piece = _encode(rows)[1:-1]
-            if self._size + len(piece) <= self._bounds.bytes:
-                self._keep(rows, piece)
-                count = 0
+        if count and (self._trusted or self._is_small(shape, result)) and self._add_all(shape, result, count):
+            count = 0
         for row in range(count):
-            if not self._add(result, row, self._transformer):
+            self._even = False
+            if not self._add(shape, result, row):
                 return False
             await asyncio.sleep(0)
         if result.ntuples > room:
             self.note = _note(f"at {self._bounds.rows} rows")
         return self.note is None
 
-    def _begin(self, result: Any) -> None:
-        oids = [result.ftype(column) for column in range(result.nfields)]
-        self.types = set(oids)
-        self.columns = [
-            ((result.fname(column) or b"").decode("utf-8", "replace"), self._types.name(oid))
-            for column, oid in enumerate(oids)
-        ]
-        self._varying = [column for column in range(len(oids)) if result.fsize(column) < 0]
-        self._nested = [column for column, oid in enumerate(oids) if self._types.is_nested(oid)]
-
-    def _is_small(self, result: Any) -> bool:
+    def _is_small(self, shape: Shape, result: Any) -> bool:
         """Whether all rows can be converted at once."""
         size = marks = 0
         value = result.get_value
-        for column in self._varying:
-            nested = column in self._nested
+        for column in shape.varying:
+            nested = column in shape.nested
             for row in range(result.ntuples):
                 text = value(row, column)
                 if text is not None:
@@ -109,20 +106,47 @@ class Answer:
                 return False
         return True
 
-    def _add(self, result: Any, row: int, transformer: abc.Transformer) -> bool:
+    def _add_all(self, shape: Shape, result: Any, count: int) -> bool:
+        """Add so many rows at once, if there is room for them."""
+        rows = self._loaded(shape, result, count)
+        piece = _encode(rows)[1:-1]
+        if self._size + len(piece) > self._bounds.bytes:
+            return False
+        self._even = self._even and len(piece) <= _EVEN * count
+        self._keep(rows, piece)
+        return True
+
+    def _loaded(self, shape: Shape, result: Any, count: int) -> list[tuple[Any, ...]]:
+        if self._quick is not None:
+            try:
+                return shape.mended(self._quick.load_rows(0, count, tuple))
+            except UnicodeDecodeError:  # of a database whose encoding is SQL_ASCII
+                self._quick = None
+        return self._exactly(result).load_rows(0, count, tuple)
+
+    def _exactly(self, result: Any) -> abc.Transformer:
+        """The loaders of `values.py`, ready for this result."""
+        if self._exact is None:
+            self._exact = Transformer(self._types)
+            self._exact.set_pgresult(result)
+        elif self._exact.pgresult is not result:
+            self._exact.set_pgresult(result, set_loaders=False)
+        return self._exact
+
+    def _add(self, shape: Shape, result: Any, row: int) -> bool:
         """Add one row, if it has room; it is measured before it is converted."""
         size = marks = 0
-        for column in self._varying:
+        for column in shape.varying:
             text = result.get_value(row, column)
             if text is not None:
                 size += len(text)
-                if column in self._nested:
+                if column in shape.nested:
                     marks += _marks(text)
         if marks > _ELEMENTS:
             self.note = _note(f"before a row whose JSON values and arrays may hold more than {_ELEMENTS} elements")
             return False
         if size <= max(_WHITESPACE * (self._bounds.bytes - self._size), _SMALL):
-            found = transformer.load_row(row, tuple)
+            found = self._exactly(result).load_row(row, tuple)
             piece = _encode(found)
             if found is not None and self._size + len(piece) + 1 <= self._bounds.bytes:
                 self._keep([found], piece)
@@ -139,17 +163,12 @@ class Answer:
 
     def too_large(self) -> None:
         """The connection was closed under a row that is far too large."""
+        self._even = False
         self.note = _note("before a row that is far larger than an answer may be")
 
     def done(self) -> Rows:
         """The answer as it is now."""
-        return Rows(
-            columns=self.columns or [],
-            rows=self.rows,
-            json=b"[" + b",".join(self._pieces) + b"]",
-            note=self.note,
-            types=self.types,
-        )
+        return Rows(self.rows, b"[" + b",".join(self._pieces) + b"]", self.note, self.shape, self._even)
 
 
 _encode = msgspec.json.Encoder().encode

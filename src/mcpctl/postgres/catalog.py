@@ -6,7 +6,7 @@ from typing import Any
 from mcpctl.errors import Error, NotFoundError
 from mcpctl.postgres import statement
 from mcpctl.postgres.answer import Bounds, Rows
-from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.session import Session
 
 _NAME = re.compile(r"[\w$.-]{1,127}")
 READABLE = """pg_catalog.has_schema_privilege(n.oid, 'USAGE')

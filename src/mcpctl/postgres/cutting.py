@@ -10,8 +10,9 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from mcpctl.postgres.session import Session
 from mcpctl.postgres.terminator import Terminator
-from mcpctl.postgres.token_pool import Session, TokenPool
+from mcpctl.postgres.token_pool import TokenPool
 
 log = logging.getLogger("mcpctl.pools")
 GRACE = 0.1

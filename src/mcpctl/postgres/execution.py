@@ -15,10 +15,11 @@ from typing import Any
 
 from psycopg import pq
 
-from mcpctl.postgres import cutting, statement
+from mcpctl.postgres import cutting, frame, statement
 from mcpctl.postgres.answer import Answer, Bounds, Rows
-from mcpctl.postgres.statement import Exchange, NotAQuestionError, StatementError
-from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.said import StatementError, cells, error, withheld
+from mcpctl.postgres.session import Session
+from mcpctl.postgres.statement import Exchange, NotAQuestionError
 from mcpctl.postgres.wire import ConnectionLostError, TooLargeError, Wire
 
 _PREPARE = b"prepare x as\n"
@@ -46,13 +47,14 @@ async def execute(session: Session, text: str, bounds: Bounds) -> Executed:
 class _Execution(Exchange):
     async def execute(self, text: bytes) -> Executed:
         self._leaves_nothing = False  # the connection is closed afterwards, whatever the statement was
-        with Wire(self._pgconn, self._growth, self._at_once) as wire:
+        with self.wire() as wire:
             accepted, _ = await self.judge(wire, text, _PREPARE)
             if not accepted:
                 raise NotAQuestionError("PostgreSQL would not PREPARE this statement, so it was not run", _TAKEN)
-            self.begin(b"BEGIN READ WRITE", (text, ()), (_DEFERRED, ()), (statement.SEEN, ()))
+            self.refresh()
+            self.begin(b"BEGIN READ WRITE", (text, ()), (_DEFERRED, ()), (frame.SEEN, ()))
             await wire.flush()
-            await self._begun(wire)
+            await self.begun(wire)
             try:
                 done = await self._results(wire)
             except TooLargeError:
@@ -81,8 +83,8 @@ class _Execution(Exchange):
                 raise ConnectionLostError("the statement turned out to be a COPY, which is not possible here")
             else:
                 failed = failed or self._told(result)
-        deferred = statement.cells(await wire.command())
-        locked = statement.cells(await wire.command())
+        deferred = cells(await wire.command())
+        locked = cells(await wire.command())
         await self._synced(wire)
         failed = failed or (deferred if isinstance(deferred, StatementError) else None)
         if failed is not None:
@@ -94,8 +96,8 @@ class _Execution(Exchange):
 
     def _told(self, result: Any) -> StatementError:
         """PostgreSQL's error, without its words where a function may have put a canary's row into them."""
-        failed = statement.error(result)
-        return failed if self.session.use.guard is None else statement.withheld(failed)
+        failed = error(result)
+        return failed if self.session.use.guard is None else withheld(failed)
 
     async def _commit(self, wire: Wire) -> None:
         self._pgconn.send_query_params(b"COMMIT", None)

@@ -15,7 +15,7 @@ from mcpctl.errors import Error
 from mcpctl.postgres import statement
 from mcpctl.postgres.answer import Bounds
 from mcpctl.postgres.catalog import READABLE
-from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.session import Session
 
 LISTED = 5
 """Entries that each list shows at most, the worst first."""

@@ -16,6 +16,7 @@ from mcpctl.keyring import Keyring
 from mcpctl.postgres.login import Login, same_database
 
 PER_USER = "per_user"
+_REMEMBERED = 10_000
 
 
 class Logins:
@@ -28,6 +29,7 @@ class Logins:
         self._keyring = keyring
         self.brought: Callable[[str, str], bool] = lambda user, name: False
         self._databases = databases
+        self._found: dict[tuple[int, str, str], tuple[Principal, Login]] = {}
         self._own = {name: Login(name, database, keyring) for name, database in databases.items()}
         self._services = {
             name: Login(name, _service(database), keyring)
@@ -113,7 +115,13 @@ class Logins:
             )
         if principal.user is None:
             return self._service(principal, database, access)
-        return self.of_user(principal.user, principal.grants.get(database), database, access)
+        found = self._found.get((id(principal), database, access))
+        if found is None:
+            found = principal, self.of_user(principal.user, principal.grants.get(database), database, access)
+            if len(self._found) >= _REMEMBERED:
+                self._found.clear()
+            self._found[id(principal), database, access] = found  # the principal, so that its id stays its own
+        return found[1]
 
     def _service(self, principal: Principal, database: str, access: str) -> Login:
         if access == "read" and database in self._services:

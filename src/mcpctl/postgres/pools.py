@@ -6,7 +6,7 @@ All pools live under one budget of connections; a full budget closes the longest
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
@@ -16,8 +16,9 @@ from mcpctl.identity.principal import Principal
 from mcpctl.postgres.cutting import Cut, Outlived, cut, try_again
 from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.ping import takes_connections
+from mcpctl.postgres.session import Session
 from mcpctl.postgres.terminator import Terminator, unreachable
-from mcpctl.postgres.token_pool import Session, TokenPool, UnwantedError
+from mcpctl.postgres.token_pool import TokenPool, UnwantedError
 from mcpctl.postgres.verdicts import Verdicts
 
 log = logging.getLogger("mcpctl.pools")
@@ -109,15 +110,14 @@ class Pools:
         return found + len(kept)
 
     def turn(self, login: Login) -> contextlib.AbstractAsyncContextManager[None]:
-        """To be held around `borrow`: who sees to the settings of a database does so alone, since while a value is
-        tried no other login may work. For all other logins it is nothing."""
+        """To be held around `take` and `give_back`: who sees to the settings of a database does so alone, since while
+        a value is tried no other login may work. For all other logins it is nothing."""
         if not login.for_settings:
             return contextlib.nullcontext()
         return self._changing.setdefault(login.name, asyncio.Lock())
 
-    @contextlib.asynccontextmanager
-    async def borrow(self, principal: Principal, login: Login) -> AsyncIterator[Session]:
-        """A connection of this principal's own pool for that login; given back, clean or closed, afterwards."""
+    async def take(self, principal: Principal, login: Login) -> Session:
+        """A connection of this principal's own pool for that login, to be given back."""
         pool = await self._pool(principal, login)
         try:
             session = await pool.take()
@@ -126,16 +126,22 @@ class Pools:
             raise
         try:
             self.check(principal, login.name)  # it may have been cut while this call waited
-            yield session
+        except Error:
+            await self.give_back(session)
+            raise
+        return session
+
+    async def give_back(self, session: Session) -> None:
+        """Have a connection back; one that is not as it was when it was new is closed."""
+        pool = session.pool
+        try:
+            if self._waiting and self._owes(pool):
+                await session.leave()
         finally:
             try:
-                if self._owes(pool):
-                    await session.leave()
+                await pool.give_back(session)
             finally:
-                try:
-                    await pool.give_back(session)
-                finally:
-                    self._freed.set()
+                self._freed.set()
 
     async def _pool(self, principal: Principal, login: Login) -> TokenPool:
         if self._closed:

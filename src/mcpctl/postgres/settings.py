@@ -27,8 +27,9 @@ from psycopg import sql
 from mcpctl.errors import Error, UsageError
 from mcpctl.postgres import statement
 from mcpctl.postgres.answer import Bounds
-from mcpctl.postgres.statement import Exchange, StatementError
-from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.said import StatementError, error
+from mcpctl.postgres.session import Session
+from mcpctl.postgres.statement import Exchange
 from mcpctl.postgres.wire import Wire
 
 log = logging.getLogger("mcpctl.settings")
@@ -134,13 +135,13 @@ class _Settings(Exchange):
 
     async def look(self, names: Sequence[str]) -> tuple[list[Setting], list[Setting]]:
         self._leaves_nothing = False  # the connection has lost its settings
-        with Wire(self._pgconn, self._growth, self._at_once) as wire:
+        with self.wire() as wire:
             await self._one(wire, b"RESET ALL")
             return await self._named(wire, names), _settings(await self._one(wire, _CHANGED))
 
     async def change(self, name: str, value: str | None) -> Changed:
         self._leaves_nothing = False
-        with Wire(self._pgconn, self._growth, self._at_once) as wire:
+        with self.wire() as wire:
             await self._one(wire, b"RESET ALL")
             before = next(iter(await self._named(wire, [name])), None)
             if (await self._one(wire, _MAY_RELOAD))[0][0] != b"t":
@@ -230,7 +231,7 @@ class _Settings(Exchange):
         result = await wire.command()
         await self._synced(wire)
         if not self.has_rows(result):
-            raise statement.error(result)
+            raise error(result)
         return [
             tuple(result.get_value(row, column) for column in range(result.nfields)) for row in range(result.ntuples)
         ]

@@ -17,6 +17,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import replace
+from math import inf
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -24,76 +25,34 @@ import psycopg
 from psycopg import pq
 
 from mcpctl.errors import Error, ForbiddenError
-from mcpctl.postgres import cutting
+from mcpctl.postgres import cutting, frame
 from mcpctl.postgres.answer import Answer, Bounds, Rows
 from mcpctl.postgres.login import SHARED_BACKENDS
-from mcpctl.postgres.token_pool import Session
-from mcpctl.postgres.values import Types, UnknownType
-from mcpctl.postgres.verdicts import Verdict, Verdicts
+from mcpctl.postgres.said import StatementError, cells, error, withheld
+from mcpctl.postgres.session import Session
+from mcpctl.postgres.shape import Types
+from mcpctl.postgres.values import UnknownType
+from mcpctl.postgres.verdicts import Key, Verdict, Verdicts
 from mcpctl.postgres.wire import ConnectionLostError, TooLargeError, Wire
 
 T = TypeVar("T")
 Statement = tuple[bytes, Sequence[bytes | None]]
 _Status = pq.ExecStatus
-_LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, true),
- pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.pg_backend_pid()"""
-_UNLOCK = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
- (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statements), pg_catalog.setseed($1)"""
-_FLUSH = 150000, _UNLOCK + b", pg_catalog.pg_stat_force_next_flush()"
-"""From that version on, so that what SEEN counts is of one transaction alone: PostgreSQL gathers it for seconds."""
+_IDLE = pq.TransactionStatus.IDLE
+_ROWS = frozenset(map(int, (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COMMAND_OK, _Status.SINGLE_TUPLE)))
 _CURSOR = b"declare c no scroll cursor for\n"
-LOCKED = b"""SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_catalog.pg_locks l
- JOIN pg_catalog.pg_class t ON t.oid = l.relation JOIN pg_catalog.pg_class c ON c.oid = CASE t.relkind WHEN 't'
-  THEN (SELECT o.oid FROM pg_catalog.pg_class o WHERE o.reltoastrelid = t.oid) ELSE t.oid END
- JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE l.pid = pg_catalog.pg_backend_pid() AND l.locktype = 'relation' AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
- AND l.relation NOT IN ('pg_catalog.pg_locks'::regclass, 'pg_catalog.pg_class'::regclass,
-                        'pg_catalog.pg_namespace'::regclass, 'pg_catalog.pg_index'::regclass) ORDER BY 1"""
-SEEN = (
-    b"("
-    + LOCKED
-    + b""") UNION SELECT n.nspname || '.' || c.relname FROM pg_catalog.pg_class t
- LEFT JOIN pg_catalog.pg_index i ON i.indexrelid = t.oid
- JOIN pg_catalog.pg_class c ON c.oid = coalesce(i.indrelid, t.oid)
- JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
- WHERE t.oid >= 16384 AND t.relkind IN ('r', 'm', 'S', 'i') AND c.relkind IN ('r', 'm', 'S')
- AND pg_catalog.pg_stat_get_xact_numscans(t.oid) + pg_catalog.pg_stat_get_xact_blocks_fetched(t.oid) > 0"""
-)
-"""Also the tables that the transaction's counters have: where a block that catches its error was rolled back, its locks
-are gone by now. No such block stands in what leaves nothing, and asking of each table costs too much there."""
-_GATHER = b"""SELECT pg_catalog.set_config($1, 'on', true),
- pg_catalog.set_config('max_parallel_workers_per_gather', '1', true)"""
-_APART = b"EXPLAIN (COSTS OFF) WITH apart AS MATERIALIZED (\n%s\n) SELECT"
-"""PostgreSQL plans no worker for a query that holds anything PARALLEL UNSAFE: set_config, query_to_xml, each function
-that may change its session. It looks before it plans, so into views, policies and what is never used too."""
-_PARALLEL_BY_NAME = 160000, b"force_parallel_mode", b"debug_parallel_query"
-_TYPES = b"""SELECT t.oid, pg_catalog.format_type(t.oid, NULL), CASE WHEN t.typcategory = 'A' THEN (
-  WITH RECURSIVE base AS (SELECT oid, typbasetype FROM pg_catalog.pg_type WHERE oid = t.typelem UNION ALL
-   SELECT p.oid, p.typbasetype FROM base JOIN pg_catalog.pg_type p ON p.oid = base.typbasetype)
-  SELECT oid FROM base WHERE typbasetype = 0) ELSE 0 END,
- coalesce(e.typdelim, ',') FROM pg_catalog.pg_type t LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem
- WHERE t.oid = ANY($1::oid[])"""
 CHUNK = 16
 """Rows that libpq gathers before we see one: few, since each may be as large as an answer."""
+_SMALL_CHUNK = 128
+"""The same of a text whose rows were small when it ran last; if they are not any more, libpq's growth bounds them."""
 _GROWTH = 24 << 20
 """How much libpq may grow for one answer, unless an answer may have more than a fifth of it."""
 _AT_ONCE = 10 << 20
 """How much it may grow at once: its buffer doubles until a row has room, so one of 8 MiB makes it grow by 16."""
 _KEPT = 4 << 20
 """How much libpq may have grown for a connection that is used again: it never gives its buffer back."""
-_AFTER = 1.0
+AFTER = 1.0
 """Seconds beyond statement_timeout after which our own deadline ends it."""
-_ERROR_BYTES = 2000
-
-
-class StatementError(Error):
-    """What PostgreSQL said of the statement, in its own words, each bounded."""
-
-    status = 200
-
-    def __init__(self, message: str, fields: dict[str, str]) -> None:
-        super().__init__(message, fields.get("hint"))
-        self.fields = fields
 
 
 class NotAQuestionError(Error):
@@ -108,20 +67,29 @@ async def run(session: Session, text: str, bounds: Bounds, params: Sequence[byte
     Cancelled, or past its deadline, it makes sure that the backend stops: cancel, then terminate, then close.
     """
     exchange = Exchange(session, bounds)
-    return await guarded(exchange, exchange.run(encode(text), params))
+    return await _ending(exchange, exchange.run(encode(text), params))
 
 
 async def is_question(session: Session, text: str, bounds: Bounds) -> bool:
     """Whether PostgreSQL would open a cursor for the text. Raises its error where it is not even a statement."""
     exchange = Exchange(session, bounds)
-    return await guarded(exchange, exchange.ask(encode(text)))
+    return await _ending(exchange, exchange.ask(encode(text)))
 
 
 async def guarded(exchange: "Exchange", work: Coroutine[Any, Any, T]) -> T:
     """Do the work within its time; however it ends, the backend ends with it, or is as it was when it was new."""
+
+    async def timed() -> T:
+        async with asyncio.timeout(exchange.bounds.seconds + AFTER):
+            return await work
+
+    return await _ending(exchange, timed())
+
+
+async def _ending(exchange: "Exchange", work: Coroutine[Any, Any, T]) -> T:
+    """`guarded`, for what waits for nothing but its exchange, which has its deadline itself."""
     try:
-        async with asyncio.timeout(exchange.bounds.seconds + _AFTER):
-            done = await work
+        done = await work
     except TimeoutError:
         await despite_cancel(exchange.stop())
         raise StatementError(
@@ -142,7 +110,8 @@ async def guarded(exchange: "Exchange", work: Coroutine[Any, Any, T]) -> T:
     except Error:
         await exchange.leave()
         raise
-    await exchange.leave()
+    if not exchange.clean:
+        await exchange.leave()
     return done
 
 
@@ -182,21 +151,42 @@ class Exchange:
         self._syncs = 0
         self._leaves_nothing = True
         self._clean = True
+        self._known = False
+        self._refreshed = False
+
+    @property
+    def clean(self) -> bool:
+        """Whether the connection is as it was when it was new."""
+        return self._clean and self._leaves_nothing
+
+    def wire(self, seconds: float = inf) -> Wire:
+        """The connection's wire, for this exchange; in so many seconds it has to be over."""
+        wire = self.session.conn.wire
+        if wire is None:
+            raise ConnectionLostError("the connection to the database was lost")
+        return wire.exchange(self._growth, self._at_once, seconds)
 
     async def run(self, text: bytes, params: Sequence[bytes | None] | None) -> Rows:
-        with Wire(self._pgconn, self._growth, self._at_once) as wire:
+        with self.wire(self.bounds.seconds + AFTER) as wire:
             if params is not None:
                 return await self._framed(wire, text, params)
-            verdict, use = await self._judged(wire, text), self.session.use
+            use, key = self.session.use, self._verdicts.key(self.session.login, text)
+            verdict = self._verdicts.get(key) or await self._judged(wire, text, key)
+            self._note(verdict)
             self._leaves_nothing = verdict.leaves_nothing
             guarded = use.guard is not None  # then each run is looked at: a function may read another table each time
             must = guarded and not (verdict.leaves_nothing and verdict.relations is not None)
             look = guarded or use.unseen
-            rows = await self._framed(wire, text, (), look=look, must=must)
-            if not (verdict.seen or use.unseen):
-                more = replace(verdict, relations=use.relations, seen=True)
-                self._verdicts.remember(self._verdicts.key(self.session.login, text), more)
-            unknown = self._types.unknown(rows.types)
+            self._known = verdict.seen and not look
+            try:
+                rows = await self._framed(wire, text, (), look=look, must=must, small=verdict.small)
+            except TooLargeError:
+                self._verdicts.amend(key, verdict, replace(verdict, small=False))
+                raise
+            unknown = self._types.unknown(rows.shape.oids) if rows.shape is not None else None
+            if not (verdict.seen or use.unseen) or verdict.small != rows.even:
+                seen, relations = (True, use.relations) if not use.unseen else (verdict.seen, verdict.relations)
+                self._verdicts.amend(key, verdict, replace(verdict, relations=relations, seen=seen, small=rows.even))
             if unknown and self._clean:  # made anew since the text was judged
                 await self._learn(wire, unknown)
                 rows = await self._framed(wire, text, (), look=look, must=must)
@@ -205,36 +195,40 @@ class Exchange:
 
     async def leave(self) -> None:
         """Close a connection that is not as it was when it was new; its conversation is over."""
-        if not (self._clean and self._leaves_nothing):
+        if not self.clean:
             await self.session.leave()
 
     async def ask(self, text: bytes) -> bool:
         """Whether the text is a question, without running it."""
-        with Wire(self._pgconn, self._growth, self._at_once) as wire:
-            return (await self._judged(wire, text)).question
+        with self.wire(self.bounds.seconds + AFTER) as wire:
+            key = self._verdicts.key(self.session.login, text)
+            verdict = self._verdicts.get(key) or await self._judged(wire, text, key)
+            self._note(verdict)
+            return verdict.question
 
-    async def _judged(self, wire: Wire, text: bytes) -> Verdict:
-        """What PostgreSQL says of the text, or said in the last seconds. Raises NotAQuestionError."""
-        key = self._verdicts.key(self.session.login, text)
-        verdict = self._verdicts.get(key)
-        if verdict is None:
-            question, shows = await self.judge(wire, text)
-            if not question and not shows:
-                raise NotAQuestionError(
-                    "PostgreSQL describes no columns for this statement, so it is no question, and was not run",
-                    "query_database takes what has an answer: SELECT, VALUES, TABLE, WITH … SELECT, EXPLAIN, SHOW",
-                )
-            self.session.use.described = True
-            verdict = await self._planned(wire, text) if question else Verdict(False, None, False)
-            self._verdicts.remember(key, verdict)
+    async def _judged(self, wire: Wire, text: bytes, key: Key) -> Verdict:
+        """What PostgreSQL says of the text. Raises NotAQuestionError."""
+        question, shows = await self.judge(wire, text)
+        if not question and not shows:
+            raise NotAQuestionError(
+                "PostgreSQL describes no columns for this statement, so it is no question, and was not run",
+                "query_database takes what has an answer: SELECT, VALUES, TABLE, WITH … SELECT, EXPLAIN, SHOW",
+            )
         self.session.use.described = True
-        if verdict.relations is not None:  # none at all is something that is known, too
-            self.session.use.relations = verdict.relations
-            if self.session.use.guard is not None:
-                self.session.use.guard(verdict.relations)
-        if verdict.question:  # else it may be the EXPLAIN ANALYZE of one, which runs it
-            self.session.use.unseen = not (verdict.seen and verdict.leaves_nothing)
+        verdict = await self._planned(wire, text) if question else Verdict(False, None, False)
+        self._verdicts.remember(key, verdict)
         return verdict
+
+    def _note(self, verdict: Verdict) -> None:
+        """Note for the call what is known of its text."""
+        use = self.session.use
+        use.described = True
+        if verdict.relations is not None:  # none at all is something that is known, too
+            use.relations = verdict.relations
+            if use.guard is not None:
+                use.guard(verdict.relations)
+        if verdict.question:  # else it may be the EXPLAIN ANALYZE of one, which runs it
+            use.unseen = not (verdict.seen and verdict.leaves_nothing)
 
     def _sync(self) -> None:
         self._pgconn.pipeline_sync()
@@ -271,7 +265,7 @@ class Exchange:
     async def _learn(self, wire: Wire, oids: set[int]) -> None:
         """Ask the catalog about types that PostgreSQL did not come with, and about their elements."""
         wanted = "{" + ",".join(map(str, sorted(oids))) + "}"
-        [answer] = await self._ours(wire, (_TYPES, (wanted.encode(),)))
+        [answer] = await self._ours(wire, (frame.TYPES, (wanted.encode(),)))
         if isinstance(answer, StatementError):
             raise answer
         found = [UnknownType(int(row[0]), row[1].decode(), int(row[2]), row[3].decode()) for row in answer]
@@ -285,14 +279,14 @@ class Exchange:
         would print every constant that the planner has folded, of a gigabyte if need be; that of a query which does
         not use it prints nothing of it.)
         """
-        since, before, after = _PARALLEL_BY_NAME
+        since, before, after = frame.PARALLEL_BY_NAME
         parallel = after if self._pgconn.server_version >= since else before
         _, locked, _, plan = await self._ours(
             wire,
             (_CURSOR + text, ()),
-            (LOCKED, ()),
-            (_GATHER, (parallel,)),
-            (_APART % text.rstrip(b"; \t\r\n"), ()),
+            (frame.LOCKED, ()),
+            (frame.GATHER, (parallel,)),
+            (frame.APART % text.rstrip(b"; \t\r\n"), ()),
         )
         relations = (
             None if isinstance(locked, StatementError) else tuple(row[0].decode("utf-8", "replace") for row in locked)
@@ -303,18 +297,24 @@ class Exchange:
         """The cells of statements of ours, as they came, run in one transaction up to the first that fails."""
         self._send(*statements)
         await wire.flush()
-        await self._begun(wire)
-        results = [await wire.command() for _ in statements]
+        await self.begun(wire)
+        results = await wire.commands(len(statements))
         await self._ended(wire)
         return [cells(result) for result in results]
 
     # -- the frame -------------------------------------------------------------------------------------------
 
-    def begin(self, begin: bytes, *statements: Statement) -> None:
-        """Queue the first segment of a frame: a transaction, its limits, and these."""
-        pgconn = self._pgconn
-        pgconn.send_query_params(begin, None)
-        pgconn.send_query_params(_LIMITS, [b"%d" % int(self.bounds.seconds * 1000)])
+    def begin(self, begin: bytes | None, *statements: Statement) -> None:
+        """Queue the first segment of a frame: a transaction, begun so (None: READ ONLY), its limits, and these."""
+        pgconn, session = self._pgconn, self.session
+        if not session.framed:
+            for name, text in frame.FRAME.items():
+                pgconn.send_prepare(name, text)
+        if begin is None:
+            pgconn.send_query_prepared(frame.BEGIN, None)
+        else:
+            pgconn.send_query_params(begin, None)
+        pgconn.send_query_prepared(frame.LIMITS, [b"%d" % int(self.bounds.seconds * 1000)])
         for text, params in statements:
             pgconn.send_query_params(text, list(params) or None)
         self._sync()
@@ -322,52 +322,78 @@ class Exchange:
     def _send(self, *statements: Statement) -> None:
         if self.session.conn.closed or not self._clean:
             raise ConnectionLostError("the connection to the database was lost")
-        self.begin(b"BEGIN READ ONLY", *statements)
+        self.begin(None, *statements)
         pgconn = self._pgconn
-        pgconn.send_query_params(b"ROLLBACK", None)
-        since, flush = _FLUSH
-        unlock = flush if pgconn.server_version >= since else _UNLOCK
-        pgconn.send_query_params(unlock, [b"%.9f" % random.uniform(-1, 1)])  # noqa: S311 - no secret
+        pgconn.send_query_prepared(frame.END, None)
+        pgconn.send_query_prepared(
+            frame.UNLOCK if self._known else frame.LOOK,
+            [b"%.9f" % random.uniform(-1, 1)],  # noqa: S311 - no secret
+        )
         self._sync()
 
-    async def _begun(self, wire: Wire) -> None:
-        begin = await wire.command()
-        limits = await wire.command()
-        if begin.status != _Status.COMMAND_OK or limits.status != _Status.TUPLES_OK:
+    def refresh(self) -> None:
+        """Have PostgreSQL count anew what a transaction reads, before the frame of one that it is asked of."""
+        since, flush = frame.FRESH
+        if self._pgconn.server_version >= since:
+            self._refreshed = True
+            self._pgconn.send_query_params(flush, None)
+            self._sync()
+
+    async def begun(self, wire: Wire) -> None:
+        """See that the first segment has begun as it should."""
+        if self._refreshed:
+            self._refreshed = False
+            await wire.commands(1)
+            await self._synced(wire)
+        prepared = [] if self.session.framed else await wire.commands(len(frame.FRAME))
+        begin, limits = await wire.commands(2)
+        failed = next((one for one in (*prepared, begin) if one.status != _Status.COMMAND_OK), None)
+        if failed is not None or limits.status != _Status.TUPLES_OK:
             self._clean = False
-            raise error(begin if begin.status != _Status.COMMAND_OK else limits)
-        if limits.get_value(0, 2) != b"%d" % self.session.pid:  # a pooler gives its clients any backend by now
+            raise error(limits if failed is None else failed)
+        self.session.framed = True
+        if limits.get_value(0, 2) != self.session.number:  # a pooler gives its clients any backend by now
             self.session.close()
             raise ForbiddenError(f"database {self.session.pool.login.name!r} is not served: {SHARED_BACKENDS}")
 
     async def _ended(self, wire: Wire) -> None:
         """Take the rest of the frame, and see whether it is as it should be."""
         await self._synced(wire)
-        rollback = await wire.command()
-        unlock = await wire.command()
+        rollback, unlock = await wire.commands(2)
         await self._synced(wire)
         self._clean = (  # else a late cancel hit the frame, or a prepared statement would outlive the call
             rollback.status == _Status.COMMAND_OK
             and unlock.status == _Status.TUPLES_OK
-            and unlock.get_value(0, 1) == b"0"
-            and self._pgconn.transaction_status == pq.TransactionStatus.IDLE
+            and (self._known or unlock.get_value(0, 2) == frame.PREPARED)
+            and self._pgconn.transaction_status == _IDLE
         )
 
     async def _framed(
-        self, wire: Wire, text: bytes, params: Sequence[bytes | None], *, look: bool = False, must: bool = False
+        self,
+        wire: Wire,
+        text: bytes,
+        params: Sequence[bytes | None],
+        *,
+        look: bool = False,
+        must: bool = False,
+        small: bool = False,
     ) -> Rows:
         """The statement's rows. `look`: at what it has read, functions too, which is more than its plan says; `must`:
-        without that it is not answered."""
-        self._send((text, params), *([(LOCKED if self._leaves_nothing else SEEN, ())] if look else []))
-        await wire.flush()
-        await self._begun(wire)
-        answer = Answer(self._types, self.bounds)
-        self._pgconn.set_chunked_rows_mode(min(CHUNK, self.bounds.rows + 1))
+        without that it is not answered. `small`: its rows were small the last time."""
+        asked = frame.LOCKED if self._leaves_nothing else frame.SEEN
+        if look and asked is frame.SEEN:
+            self.refresh()
+        self._send((text, params), *([(asked, ())] if look else []))
+        if wire.unsent:
+            await wire.flush()
+        await self.begun(wire)
+        answer = Answer(self._types, self.bounds, trusted=small)
+        self._pgconn.set_chunked_rows_mode(min(_SMALL_CHUNK if small else CHUNK, self.bounds.rows + 1))
         failed: StatementError | None = None
         stop: asyncio.Task[None] | None = None
         try:
             while (result := await wire.result()) is not None:
-                if result.status in (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COMMAND_OK, _Status.SINGLE_TUPLE):
+                if result.status in _ROWS:
                     if stop is None and not await answer.take(result):
                         stop = asyncio.create_task(self.session.cancel())
                 elif self.is_copy(result):
@@ -377,7 +403,7 @@ class Exchange:
             locked = cells(await wire.command()) if look else []
             await self._ended(wire)
         except TooLargeError:
-            if must or not answer.columns:
+            if must or answer.shape is None:
                 raise
             answer.too_large()
             await cutting.end(self.session)
@@ -410,7 +436,7 @@ class Exchange:
     @staticmethod
     def has_rows(result: Any) -> bool:
         """Whether it is a result that went well, with rows or without."""
-        return result.status in (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COMMAND_OK, _Status.SINGLE_TUPLE)
+        return result.status in _ROWS
 
     @staticmethod
     def is_copy(result: Any) -> bool:
@@ -425,7 +451,7 @@ class Exchange:
         try:
             async with asyncio.timeout(0.5):
                 await self.session.cancel(0.4)
-                with Wire(self._pgconn, self._growth, self._at_once) as wire:
+                with self.wire() as wire:
                     while self._syncs:
                         result = await wire.result()
                         if result is not None and result.status == _Status.PIPELINE_SYNC:
@@ -435,55 +461,6 @@ class Exchange:
             return
         # A cancel that came late may have hit the ROLLBACK: what is not clearly clean is not used again.
         await self.session.leave()
-
-
-def cells(result: Any) -> list[tuple[bytes, ...]] | StatementError:
-    """A result's cells as they came, or what PostgreSQL said instead."""
-    if result.status not in (_Status.TUPLES_OK, _Status.COMMAND_OK):
-        return error(result)
-    return [
-        tuple(result.get_value(row, column) or b"" for column in range(result.nfields)) for row in range(result.ntuples)
-    ]
-
-
-def error(result: Any) -> StatementError:
-    """What PostgreSQL said, or that what stood before it went wrong (PIPELINE_ABORTED has no words of its own)."""
-    if result.status == _Status.PIPELINE_ABORTED:
-        return StatementError("the statement was not run", {})
-    return _said(result)
-
-
-def withheld(failed: StatementError) -> StatementError:
-    """An error without its words, which may hold a row of what nobody may read: what it has read nobody can say."""
-    state = failed.fields.get("sqlstate", "none")
-    return StatementError(
-        f"it failed (SQLSTATE {state}), and PostgreSQL's words are withheld: they may hold what nobody may read",
-        {
-            "sqlstate": state,
-            "hint": "here are canary tables, and PostgreSQL does not say what a statement that fails has read",
-        },
-    )
-
-
-def _said(result: Any) -> StatementError:
-    """PostgreSQL's own words: message, SQLSTATE, detail, hint, position. Never where it runs or who we are."""
-    wanted = {
-        "sqlstate": pq.DiagnosticField.SQLSTATE,
-        "detail": pq.DiagnosticField.MESSAGE_DETAIL,
-        "hint": pq.DiagnosticField.MESSAGE_HINT,
-        "position": pq.DiagnosticField.STATEMENT_POSITION,
-        "context": pq.DiagnosticField.CONTEXT,
-    }
-    fields = {name: _bounded(value) for name, code in wanted.items() if (value := result.error_field(code))}
-    primary = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY)
-    if primary is None:
-        raise ConnectionLostError("the connection to the database was lost")
-    return StatementError(_bounded(primary), fields)
-
-
-def _bounded(value: bytes) -> str:
-    text = value[:_ERROR_BYTES].decode("utf-8", "ignore" if len(value) > _ERROR_BYTES else "replace")
-    return text + "…" if len(value) > _ERROR_BYTES else text
 
 
 def elapsed(since: float) -> float:

@@ -29,6 +29,8 @@ _LEAST = 0.05
 _SOON = 1.0
 """Seconds in which a host that is well has answered."""
 _GOODBYE = 0.5
+_SURE = 0.02
+"""Seconds for which the connection counts as being there once it was seen to be: it may be lost at any time after."""
 _SLOW = 0.1
 """Seconds that a tried login does nothing, and that its first statement takes: so much a busy server may need."""
 _TERMINATE = """
@@ -54,12 +56,22 @@ class Terminator:
         self.failed: Callable[[str], None] = lambda database: None
         self._conn: AsyncConnection[Any] | None = None
         self._opening: asyncio.Task[Exception | None] | None = None
-        self._begun = 0.0
+        self._begun = self._seen = 0.0
         self._asking: set[asyncio.Task[set[int] | None]] = set()
         self.place: Place = ("", "", "")
         """Which of the hosts it was made to last. The login's sessions are made there too: it can end no others."""
         self._asked = ""
         """What a connection that is tried asks for at its start, beside what the login does: options of libpq's."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether it was there a moment ago: who asks so does not look for it with each call."""
+        now = monotonic()
+        if self._seen + _SURE < now:
+            if self._being_made or not self._alive():
+                return False
+            self._seen = now
+        return self._conn is not None
 
     async def ready(self) -> bool:
         """See that it is there; False where it was let go meanwhile, for somebody else's sake.
@@ -300,10 +312,9 @@ def unreachable(login: Login, problem: BaseException) -> UnavailableError:
 
 def alive(conn: AsyncConnection[Any]) -> bool:
     """Whether the server still holds its end: a FATAL message or the end of the stream would be waiting."""
-    for _ in range(2):
-        try:
-            conn.pgconn.consume_input()
-            conn.pgconn.is_busy()
-        except psycopg.Error:
-            return False
+    try:
+        conn.pgconn.consume_input()
+        conn.pgconn.consume_input()
+    except psycopg.Error:
+        return False
     return not conn.closed and conn.pgconn.status == pq.ConnStatus.OK

@@ -1,131 +1,32 @@
 """The pool of one token for one database: psycopg_pool, with the failures told at once and every backend known."""
 
 import asyncio
+import contextlib
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from time import monotonic, time
 from typing import Any
 
-import psycopg
 import psycopg_pool
-from psycopg import AsyncConnection, pq
+from psycopg import pq
 
-from mcpctl.audit.log import MORE
 from mcpctl.errors import Error, ForbiddenError, UnavailableError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.login import SETTINGS, SHARED_BACKENDS, Login
-from mcpctl.postgres.terminator import Backend, Terminator, alive, bounded, ending, place, unreachable
+from mcpctl.postgres.session import Connection, Session, Use
+from mcpctl.postgres.terminator import Terminator, alive, bounded, ending, unreachable
 from mcpctl.postgres.verdicts import Verdicts
+from mcpctl.postgres.wire import Wire
 
 log = logging.getLogger("mcpctl.pools")
 _LEFT = 1000
+_AT_HAND = 0.2
+"""Seconds that a connection is kept for the next call before psycopg_pool has it back."""
+_IDLE = pq.TransactionStatus.IDLE
 TELL = "tell the administrator"
 POOLED_LOGINS = "a pooler stands before it, which does not pass on what a user's own login asks for when it connects"
 MakeRoom = Callable[["TokenPool"], Awaitable[None]]
-
-
-class _Login(AsyncConnection[Any]):
-    """A connection whose pool hears why it could not be made."""
-
-    @classmethod
-    async def connect(cls, conninfo: str = "", *, failed: Callable[[Exception], None], **options: Any) -> "_Login":  # type: ignore[override]
-        try:
-            return await super().connect(conninfo, **options)
-        except Exception as problem:
-            failed(problem)
-            raise
-
-
-Guard = Callable[[tuple[str, ...] | None], None]
-
-
-@dataclass(slots=True)
-class Use:
-    """What one call learns on a session; it outlives the borrowing, and the session's next use has one of its own.
-
-    Of the caller's statement: `described` is whether PostgreSQL described columns of it (a text of which it has not may
-    hold anything, a password too), `relations` what its plan reads, `unseen` whether its functions may have read more.
-    `did`: what the audit line must say of the call however it ends.
-    `guard` hears of the relations that the statement reads before anything of it is answered (None:
-    nobody knows), and raises where it may not be. `lasts` is called before what a call has changed stays, and raises
-    where it may not.
-    """
-
-    described: bool = False
-    relations: tuple[str, ...] | None = None
-    unseen: bool = False
-    did: str | None = None
-    guard: Guard | None = None
-    lasts: Callable[[], None] = lambda: None
-
-    @property
-    def read(self) -> tuple[str, ...] | None:
-        """What is known to be read, and MORE where that may not be all; None where nothing is known."""
-        return self.relations if self.relations is None or not self.unseen else (*self.relations, MORE)
-
-
-class Session:
-    """One backend that has logged in, and who uses it now: `use` is of the call that has it. `lingers`: it was told to
-    end, and has not yet. `passes_on`: nothing runs on it, and a pooler gives it to somebody else when it is closed."""
-
-    __slots__ = (
-        "conn", "cut", "lingers", "login", "passes_on", "pid", "place", "pool", "pooled", "started", "task", "use",
-    )  # fmt: skip
-
-    def __init__(
-        self, conn: "_Login", pool: "TokenPool", pid: int, started: str, login: str, *, pooled: bool = False
-    ) -> None:
-        self.conn = conn
-        self.pool = pool
-        self.pid = pid
-        self.started = started
-        self.login = login
-        self.place = place(conn)
-        self.cut = False
-        self.lingers = False
-        self.pooled = self.passes_on = pooled
-        self.task: asyncio.Task[Any] | None = None
-        self.use = Use()
-
-    @property
-    def backend(self) -> Backend:
-        """Which backend it is, for good."""
-        return self.pid, self.started
-
-    @property
-    def astray(self) -> bool:
-        """Whether it is on another host by now than the connection that could end it: that one was lost, and found the
-        next of several hosts."""
-        return self.pool.terminator.elsewhere(self.place)
-
-    @property
-    def pgconn(self) -> pq.abc.PGconn:
-        """libpq's own connection, in pipeline mode."""
-        return self.conn.pgconn
-
-    async def cancel(self, timeout: float = 1.0) -> None:
-        """Ask the backend to give up what it does (PQcancelStart). Whether it obeys is its affair."""
-        try:
-            await self.conn.cancel_safe(timeout=timeout)
-        except psycopg.Error as problem:
-            log.debug("cancelling backend %d: %s", self.pid, problem)
-
-    def rest(self) -> None:
-        """Note whether nothing runs on it."""
-        if self.pooled and self.pgconn.transaction_status == pq.TransactionStatus.IDLE:
-            self.passes_on = True
-
-    def close(self) -> None:
-        """Close the socket, now."""
-        self.rest()
-        self.pgconn.finish()
-
-    async def leave(self) -> None:
-        """Close it and wait, for half a second at most, until its backend has ended: then its place is free."""
-        ended = ending(self.conn)
-        self.close()
-        await ended
 
 
 class UnwantedError(UnavailableError):
@@ -149,7 +50,7 @@ class TokenPool:
         self.principal = principal
         self.verdicts = verdicts
         self.short = principal.token or principal.pool
-        self.sessions: dict[_Login, Session] = {}
+        self.sessions: dict[Connection, Session] = {}
         self.out: set[Session] = set()
         self.last_used = monotonic()
         self.opened = time()
@@ -161,13 +62,17 @@ class TokenPool:
         self._waiting: dict[asyncio.Timeout, Error | None] = {}
         self._wait = settings.wait
         self._left = 0
+        self._hand: list[Session] = []
+        self._turns: deque[asyncio.Future[Session | None]] = deque()
+        self._resting: asyncio.TimerHandle | None = None
+        self._laying: set[asyncio.Task[None]] = set()
         self._pool = self._new()
 
-    def _new(self) -> "psycopg_pool.AsyncConnectionPool[_Login]":
+    def _new(self) -> "psycopg_pool.AsyncConnectionPool[Connection]":
         settings = self.login.settings.pool
         return psycopg_pool.AsyncConnectionPool(
             self._conninfo,
-            connection_class=_Login,
+            connection_class=Connection,
             kwargs={
                 "autocommit": True,
                 "prepare_threshold": None,
@@ -203,7 +108,7 @@ class TokenPool:
     @property
     def idle(self) -> bool:
         """Nobody uses it, waits for it, or is being connected, and nothing of it lingers."""
-        return not (self.out or self._waiting or self.connecting or self.lingering)
+        return not (self.out or self.wanted or self.connecting or self.lingering)
 
     @property
     def lingering(self) -> list[Session]:
@@ -213,7 +118,7 @@ class TokenPool:
     @property
     def spare(self) -> list[Session]:
         """Those that nobody uses, and nobody waits for."""
-        if self._waiting:
+        if self.wanted:
             return []
         return [
             session
@@ -224,12 +129,12 @@ class TokenPool:
     @property
     def wanted(self) -> bool:
         """Whether anybody waits for a connection of it."""
-        return bool(self._waiting)
+        return bool(self._waiting or self._turns)
 
     @property
     def waiting(self) -> int:
         """How many wait for a connection of it."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._turns)
 
     @property
     def closed(self) -> bool:
@@ -245,7 +150,17 @@ class TokenPool:
         ended = ending(*(conn for conn, session in self.sessions.items() if session not in self.out))
         if self._room is not None:
             self._room.cancel()  # else the pool would wait for it, and it perhaps for whoever closes the pool
+        if self._resting is not None:
+            self._resting.cancel()
+        for turn in self._turns:
+            if not turn.done():
+                turn.set_result(None)
+        hand, self._hand = self._hand, []
         await self._pool.close(timeout=0.2)
+        for session in hand:
+            session.close()
+            await self._pool.putconn(session.conn)
+        await asyncio.gather(*self._laying)
         await ended
 
     async def _conninfo(self) -> str:
@@ -269,7 +184,7 @@ class TokenPool:
                 if not self.wanted or self.closed:
                     raise  # else somebody has come since, who knows nothing of it
             except asyncio.CancelledError:
-                _heed()
+                _heed(asyncio.current_task())
                 raise _closed() from None
             finally:
                 self._room = None
@@ -293,7 +208,7 @@ class TokenPool:
             if not (self.out or there):
                 waiting.reschedule(now)
 
-    async def _configure(self, conn: _Login) -> None:
+    async def _configure(self, conn: Connection) -> None:
         try:
             timeout = f"{int(self._timeout * 1000)}ms"
             with bounded(conn, self._wait):
@@ -318,10 +233,12 @@ class TokenPool:
                 self._failed(problem)
             raise
         conn.pgconn.enter_pipeline_mode()
+        conn.wire = Wire(conn.pgconn)
         self.connecting -= 1
-        self.sessions[conn] = Session(conn, self, row[0], row[1], row[2], pooled=pooled)
+        session = self.sessions[conn] = Session(conn, self, row[0], row[1], row[2], pooled=pooled)
+        session.until = session.used + self.login.settings.pool.max_lifetime
 
-    async def _check_pooler(self, conn: _Login, pid: int) -> None:
+    async def _check_pooler(self, conn: Connection, pid: int) -> None:
         """Who is connected to a pooler (it has numbers of its own for its clients) needs a backend of its own all the
         same. Raises ForbiddenError where it has none, and where its login brings settings that a pooler lets fall."""
         if self.login.role is not None:
@@ -335,26 +252,15 @@ class TokenPool:
     async def take(self) -> Session:
         """A live connection, waiting for one as long as the config says. Raises UnavailableError with the reason."""
         self.last_used = monotonic()
-        await self._forget_who_left()
-        until = monotonic() + self._wait
-        while True:
-            conn = await self._getconn()
-            session = self.sessions.get(conn)
-            if session is not None and alive(conn) and not session.astray:
-                break
-            await conn.close()
-            await self._pool.putconn(conn)
-            _heed()
-            if monotonic() > until:
-                raise unreachable(self.login, TimeoutError("each new connection was lost at once"))
+        session = self._at_hand() or await self._turn() or await self._lent()
         self.out.add(session)
         task = asyncio.current_task()
         try:
-            _heed()
-            await self.terminator.ready()
+            _heed(task)
+            if not self.terminator.sure:
+                await self.terminator.ready()
         except BaseException:
-            self.out.discard(session)
-            await asyncio.shield(self._pool.putconn(conn))
+            await self.give_back(session)
             raise
         if session.astray:
             session.close()
@@ -365,25 +271,82 @@ class TokenPool:
         session.use = Use()
         return session
 
+    def _at_hand(self) -> Session | None:
+        """A connection that a call has given back a moment ago. psycopg_pool's own lending costs as much as a call."""
+        while self._hand:
+            session = self._hand.pop()
+            if alive(session.conn) and not session.astray:
+                return session
+            session.close()
+            self._later(session)
+        return None
+
+    async def _turn(self) -> Session | None:
+        """The connection of a call that ends, where there may be no further one; None where there may be."""
+        if len(self.out) < self.login.settings.pool.max_size or self._waiting:
+            return None
+        if len(self._turns) >= self.login.settings.pool.max_waiting:
+            raise _too_many()
+        turn: asyncio.Future[Session | None] = asyncio.get_running_loop().create_future()
+        self._turns.append(turn)
+        try:
+            async with asyncio.timeout(self._wait):
+                session = await turn
+        except TimeoutError:
+            self._hand_on(turn)
+            raise self._none_came() from None
+        except BaseException:
+            self._hand_on(turn)
+            raise
+        finally:
+            with contextlib.suppress(ValueError):
+                self._turns.remove(turn)
+        if session is not None and session.conn.closed:
+            await self.give_back(session)
+            return None
+        return session
+
+    def _hand_on(self, turn: "asyncio.Future[Session | None]") -> None:
+        """Who has been given a connection, and does not want it any more, leaves it to the next."""
+        if turn.done() and not turn.cancelled() and (session := turn.result()) is not None:
+            self.out.discard(session)
+            if not self._kept(session):
+                self._later(session)
+
+    async def _lent(self) -> Session:
+        """One that psycopg_pool lends, or makes."""
+        await self._forget_who_left()
+        until = monotonic() + self._wait
+        while True:
+            conn = await self._getconn()
+            session = self.sessions.get(conn)
+            if session is not None and alive(conn) and not session.astray:
+                return session
+            await conn.close()
+            await self._pool.putconn(conn)
+            _heed(asyncio.current_task())
+            if monotonic() > until:
+                raise unreachable(self.login, TimeoutError("each new connection was lost at once"))
+
     async def _forget_who_left(self) -> None:
         """psycopg_pool keeps the place of whoever stopped waiting until a connection comes. While a database is down
         none does, so now and then the pool, which is empty, is made anew."""
-        if self._left < _LEFT or self.count or not self.idle or self.closed:
+        if self._left < _LEFT or self.count or not self.idle or self.closed or self._hand or self._laying:
             return
         self._left = 0
         old, self._pool = self._pool, self._new()
         await self._pool.open()
         await old.close(timeout=0.2)
 
-    async def _getconn(self) -> _Login:
+    async def _getconn(self) -> Connection:
         if len(self._waiting) >= self.login.settings.pool.max_waiting:
-            raise UnavailableError("too many calls of this token are waiting", "wait for some of them to end")
+            raise _too_many()
         self._left += 1
         conn = await self._waited()
         self._left = 0  # its coming has swept the queue
         return conn
 
-    async def _waited(self) -> _Login:
+    async def _waited(self) -> Connection:
         reason: Error | None = None
         try:
             async with asyncio.timeout(self._wait + 0.2) as waiting:  # who could not have room says why first
@@ -395,34 +358,83 @@ class TokenPool:
         except (TimeoutError, psycopg_pool.PoolTimeout):
             if reason is not None:
                 raise reason from None
-            raise UnavailableError(
-                f"no connection of this token to {self.login.name!r} came free in {self._wait:g} s",
-                "wait for the token's other calls to end",
-            ) from None
+            raise self._none_came() from None
         except psycopg_pool.PoolClosed:
             raise _closed() from None
+
+    def _none_came(self) -> UnavailableError:
+        return UnavailableError(
+            f"no connection of this token to {self.login.name!r} came free in {self._wait:g} s",
+            "wait for the token's other calls to end",
+        )
 
     async def give_back(self, session: Session) -> None:
         """Return a connection. One that is not as it was when it was new is closed instead."""
         session.task = None
         self.last_used = monotonic()
-        session.rest()
-        conn = session.conn
-        if not conn.closed and conn.pgconn.transaction_status != pq.TransactionStatus.IDLE:
+        if session.pooled:
+            session.rest()
+        if not session.conn.closed and session.pgconn.transaction_status != _IDLE:
             session.close()
         self.out.discard(session)
-        if conn.closed and not session.lingers:
-            self.sessions.pop(conn, None)
-        task = asyncio.ensure_future(self._pool.putconn(conn))
-        await asyncio.shield(task)
+        if not self._kept(session):
+            await asyncio.shield(self._laid_back(session))
+
+    def _kept(self, session: Session) -> bool:
+        """Give a connection to whose turn it is, or keep it at hand for the next call: for a moment, since whoever
+        counts what nobody uses is to find it with psycopg_pool. False where it has to be laid back."""
+        conn = session.conn
+        if conn.closed or monotonic() >= session.until or self._waiting or self.closed:
+            if conn.closed and not session.lingers:
+                self.sessions.pop(conn, None)
+            while (turn := self._next_turn()) is not None:
+                turn.set_result(None)  # there may be further ones now: psycopg_pool sees to them in their order
+            return False
+        if (turn := self._next_turn()) is not None:
+            self.out.add(session)
+            turn.set_result(session)
+            return True
+        session.used = self.last_used
+        self._hand.append(session)
+        if self._resting is None:
+            self._resting = asyncio.get_running_loop().call_later(_AT_HAND, self._rest)
+        return True
+
+    def _next_turn(self) -> "asyncio.Future[Session | None] | None":
+        while self._turns:
+            if not (turn := self._turns.popleft()).done():
+                return turn
+        return None
+
+    def _rest(self) -> None:
+        """Lay back what nobody has used for a moment."""
+        self._resting, before = None, monotonic() - _AT_HAND
+        for session in [one for one in self._hand if one.used <= before]:
+            self._hand.remove(session)
+            self._later(session)
+        if self._hand:
+            self._resting = asyncio.get_running_loop().call_later(_AT_HAND, self._rest)
+
+    def _later(self, session: Session) -> None:
+        """Lay a connection back, without waiting for it."""
+        self._laid_back(session)
+
+    def _laid_back(self, session: Session) -> "asyncio.Task[None]":
+        task = asyncio.create_task(self._pool.putconn(session.conn))
+        self._laying.add(task)
+        task.add_done_callback(self._laying.discard)
+        return task
+
+
+def _too_many() -> UnavailableError:
+    return UnavailableError("too many calls of this token are waiting", "wait for some of them to end")
 
 
 def _closed() -> UnavailableError:
     return UnavailableError("the pool was closed meanwhile", "ask again in a moment")
 
 
-def _heed() -> None:
+def _heed(task: "asyncio.Task[Any] | None") -> None:
     """Raise where whoever asks has been cancelled: Python 3.11's wait_for keeps a result that comes with a cancel."""
-    task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError

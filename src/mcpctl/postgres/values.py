@@ -29,16 +29,24 @@ class _Text(Loader):
         return str(data, "utf-8", "replace")
 
 
+def integer(found: int) -> int | str:
+    """An integer that a double carries, else its text."""
+    return found if -SAFE_INTEGER <= found <= SAFE_INTEGER else str(found)
+
+
 class _Integer(Loader):
     def load(self, data: Buffer) -> int | str:
-        number = int(bytes(data))
-        return number if -SAFE_INTEGER <= number <= SAFE_INTEGER else str(number)
+        return integer(int(bytes(data)))
+
+
+def number(found: float) -> float | str:
+    """A finite number, else its name as PostgreSQL says it."""
+    return found if math.isfinite(found) else "NaN" if math.isnan(found) else "Infinity" if found > 0 else "-Infinity"
 
 
 class _Float(Loader):
     def load(self, data: Buffer) -> float | str:
-        number = float(bytes(data))
-        return number if math.isfinite(number) else str(data, "ascii")
+        return number(float(bytes(data)))
 
 
 class _Bool(Loader):
@@ -57,18 +65,21 @@ class _Bytea(Loader):
         return base64.b64encode(plain).decode("ascii")
 
 
-class _Timestamp(Loader):
+_MOMENT = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d+)?)([+-]\d\d(?::\d\d)?)?")
+
+
+def timestamp(text: str) -> str:
     """`2026-11-20 12:00:00.5+00` → `2026-11-20T12:00:00.5+00:00`; BC, infinity and odd zones stay as they are."""
+    found = _MOMENT.fullmatch(text)
+    if not found:
+        return text
+    day, time, zone = found.groups()
+    return f"{day}T{time}{_zone(zone)}"
 
-    _ISO = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d(?:\.\d+)?)([+-]\d\d(?::\d\d)?)?")
 
+class _Timestamp(Loader):
     def load(self, data: Buffer) -> str:
-        text = str(data, "utf-8", "replace")
-        found = self._ISO.fullmatch(text)
-        if not found:
-            return text
-        day, time, zone = found.groups()
-        return f"{day}T{time}{_zone(zone)}"
+        return timestamp(str(data, "utf-8", "replace"))
 
 
 class _TimeTz(Loader):
@@ -155,18 +166,22 @@ class UnknownType:
     delimiter: str
 
 
-class Types:
+class Values:
     """Names and converters by type OID, for one database. Learns the types that the database has made."""
 
     connection = None
 
     def __init__(self) -> None:
+        self.plain: dict[int, str] = {}
+        """The scalars of PostgreSQL's own: {OID: type's name}."""
         self.adapters = AdaptersMap(types=postgres.types)
         self.adapters.register_loader(0, _Text)
         self._names: dict[int, str] = {}
         for info in postgres.types:
             self.adapters.register_loader(info.oid, _LOADERS.get(info.name, _Text))
             self._names[info.oid] = info.regtype
+            if info.name not in ("json", "jsonb", "bytea", "timetz"):
+                self.plain[info.oid] = info.name
             if info.array_oid:
                 self._names[info.array_oid] = f"{info.regtype}[]"
                 register_array(info, self.adapters)

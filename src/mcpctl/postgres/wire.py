@@ -1,15 +1,17 @@
 """libpq on the event loop: send what is queued, take result after result, and never read more than was asked for.
 
-One `Wire` serves one exchange on one non-blocking connection in pipeline mode. What one cell may make libpq allocate
-is bounded here: libpq grows its buffer to the next power of two as soon as it has seen a row's header, long before
-the data, so the process's virtual size tells at once (libpq `pqCheckInBufferSpace`).
+One `Wire` serves one non-blocking connection in pipeline mode, an exchange at a time. What one cell may make libpq
+allocate is bounded here: libpq grows its buffer to the next power of two as soon as it has seen a row's header, long
+before the data, so the process's virtual size tells at once (libpq `pqCheckInBufferSpace`).
 """
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import sys
 from functools import cache
+from math import inf
 from typing import Any
 
 from psycopg import pq
@@ -17,6 +19,11 @@ from psycopg import pq
 from mcpctl.errors import Error
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+_UNASKED = 2 << 20
+"""How much libpq may grow for what comes while nothing is asked."""
+_LOST = "the connection to the database was lost"
 
 
 class ConnectionLostError(Error):
@@ -59,7 +66,7 @@ def _statm(pid: int) -> int:
     return os.open(f"/proc/{pid}/statm", os.O_RDONLY)
 
 
-def _virtual_size() -> int:
+def virtual_size() -> int:
     """Bytes of this process's address space; 0 where there is no /proc."""
     if sys.platform != "linux":
         return 0
@@ -67,48 +74,94 @@ def _virtual_size() -> int:
 
 
 class Wire:
-    """One exchange. `async with` adds and removes the loop's reader; `cap` bounds libpq's growth in bytes, `at_once`
-    what one row may make it grow by."""
+    """The way of one connection to the event loop, from its first exchange to its end. What comes while nothing is
+    asked is read at once: mostly it is the server's goodbye."""
 
-    def __init__(self, pgconn: pq.abc.PGconn, cap: int, at_once: int) -> None:
+    def __init__(self, pgconn: pq.abc.PGconn) -> None:
         self._pgconn = pgconn
-        self._cap = cap
-        self._at_once = at_once
-        self._full = False
-        self._grown = 0
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
+        self._asked = False
+        self._cap = self._at_once = 0
+        self._size = -1
+        self._full = self._late = False
+        self._until = inf
+        self._timer: asyncio.TimerHandle | None = None
+        self.grown = 0
+        """Bytes by which libpq has grown in this exchange; it never shrinks."""
         self._fd = pgconn.socket
+        self._loop.add_reader(self._fd, self._wake)
+
+    def exchange(self, cap: int, at_once: int, seconds: float = inf) -> "Wire":
+        """Begin an exchange, which ends with the `with` block: `cap` bounds libpq's growth in bytes, `at_once` what one
+        row may make it grow by. After so many seconds whoever waits for the server hears a TimeoutError."""
+        if self._fd < 0:
+            raise ConnectionLostError(_LOST)
+        self._cap, self._at_once = cap, at_once
+        self.grown, self._full, self._late = 0, False, False
+        self._until = self._loop.time() + seconds
+        if seconds < inf and self._timer is None:
+            self._timer = self._loop.call_at(self._until, self._look)
+        return self
 
     def __enter__(self) -> "Wire":
-        self._loop.add_reader(self._fd, self._wake)
+        self._asked = True
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._let_go()
+        self._asked = False
+        self._until = inf
 
-    def _let_go(self) -> None:
-        """Before the socket is closed: its number may be another's at once."""
+    def _look(self) -> None:
+        """Whether the exchange's time is over. The timer outlives it: a call costs none of its own."""
+        self._timer = None
+        if self._until == inf:
+            return
+        if self._loop.time() < self._until:
+            self._timer = self._loop.call_at(self._until, self._look)
+            return
+        self._late = True
+        self._wake()
+
+    def close(self) -> None:
+        """Let go of the loop. Before the socket is closed: its number may be another's at once."""
         if self._fd >= 0:
             self._loop.remove_reader(self._fd)
             self._loop.remove_writer(self._fd)
         self._fd = -1
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    @property
-    def grown(self) -> int:
-        """Bytes by which libpq has grown so far; it never shrinks."""
-        return self._grown
+        if self._waiter is not None:
+            if not self._waiter.done():
+                self._waiter.set_result(None)
+        elif not self._asked and self._fd >= 0:
+            self._cap = self._at_once = _UNASKED
+            with contextlib.suppress(ConnectionLostError, TooLargeError):
+                self._read()
+                self._busy()
+                self._see()
 
     async def _ready(self) -> None:
+        if self._late:
+            raise TimeoutError
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
             self._waiter = None
+        if self._late:
+            raise TimeoutError
+        if self._fd < 0:
+            raise ConnectionLostError(_LOST)
+
+    @property
+    def unsent(self) -> bool:
+        """Whether anything queued has not been sent: a sync sends what it can."""
+        return self._flush()
 
     async def flush(self) -> None:
         """Send all that is queued, reading meanwhile, so that neither side waits for the other for ever."""
@@ -118,7 +171,7 @@ class Wire:
         try:
             while self._flush():
                 await self._ready()
-                self._consume()
+                self._read()
         finally:
             if self._fd >= 0:
                 self._loop.remove_writer(self._fd)
@@ -127,55 +180,90 @@ class Wire:
         try:
             return bool(self._pgconn.flush())
         except Exception as problem:
-            self._let_go()
-            raise ConnectionLostError("the connection to the database was lost") from problem
+            self.close()
+            raise ConnectionLostError(_LOST) from problem
 
     def _consume(self) -> None:
-        """Read what has come, watching how libpq's buffer grows."""
-        before = _virtual_size()
+        """Read what has come. How libpq's buffer grows is seen with the next look whether a result is whole."""
+        self._size = virtual_size()
         try:
             self._pgconn.consume_input()
         except Exception as problem:
-            self._let_go()
-            raise ConnectionLostError("the connection to the database was lost") from problem
-        self._count(_virtual_size() - before)
-        self._refuse_if_full()
+            self.close()
+            raise ConnectionLostError(_LOST) from problem
+
+    def _read(self) -> None:
+        """Read what has come, and no more once it was too much."""
+        self._consume()
+        self._count()
+        if self._full:
+            self._refuse()
 
     def _busy(self) -> bool:
-        self._refuse_if_full()
-        before = _virtual_size()
-        busy = bool(self._pgconn.is_busy())
-        self._count(_virtual_size() - before)
-        if busy:  # else a result is whole that came before what is too large: it is taken first
-            self._refuse_if_full()
-        return busy
-
-    def _count(self, more: int) -> None:
-        """Add to what libpq has grown by."""
-        self._grown += max(0, more)
-        self._full = self._full or self._grown > self._cap or more > self._at_once
-
-    def _refuse_if_full(self) -> None:
-        """Close the connection under what is too large."""
+        """Whether the next result is not whole. Only what is not makes libpq grow, but for what it has read already:
+        `_size` is what the process took before, -1 where something of ours may have grown since."""
         if self._full:
-            self._let_go()
-            self._pgconn.finish()
-            raise TooLargeError(*_TOO_LARGE)
+            self._refuse()
+        if self._size < 0:
+            self._size = virtual_size()
+        if not self._pgconn.is_busy():
+            return False
+        self._count()
+        if self._full:
+            self._refuse()
+        return True
+
+    def _count(self) -> None:
+        """Add to what libpq has grown by."""
+        before, self._size = self._size, virtual_size()
+        more = max(0, self._size - before)
+        self.grown += more
+        self._full = self._full or self.grown > self._cap or more > self._at_once
+
+    def _refuse(self) -> None:
+        """Close the connection under what is too large."""
+        self.close()
+        self._pgconn.finish()
+        raise TooLargeError(*_TOO_LARGE)
 
     async def result(self) -> Any:
         """The next result, or None at the end of a command's results (PQgetResult)."""
-        while self._busy():
+        if self._late:
+            raise TimeoutError
+        if self._busy():
             await self._ready()
             self._consume()
-        return self._pgconn.get_result()
+            while self._busy():
+                await self._ready()
+                self._read()
+        found = self._pgconn.get_result()
+        if found is not None:
+            if found.ntuples:
+                self._count()  # it was made of what had been read: its memory is libpq's, what is made of it is ours
+                self._size = -1
+            elif found.status == pq.ExecStatus.FATAL_ERROR:
+                self._see()
+        return found
+
+    def _see(self) -> None:
+        """Let go of a socket that libpq has closed by itself."""
+        if self._pgconn.status != pq.ConnStatus.OK:
+            self.close()
+
+    async def commands(self, count: int) -> list[Any]:
+        """The one result of each of so many commands, with the None behind it taken; None for one that has none."""
+        found = []
+        for _ in range(count):
+            result = await self.result()
+            if result is not None:
+                while await self.result() is not None:
+                    pass
+            found.append(result)
+        return found
 
     async def command(self) -> Any:
         """The one result of a command that has one, with the None behind it taken."""
-        result = await self.result()
-        if result is not None:
-            while await self.result() is not None:
-                pass
-        return result
+        return (await self.commands(1))[0]
 
     async def sync(self) -> None:
         """The result that stands for a sync point."""

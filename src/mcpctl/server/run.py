@@ -25,9 +25,9 @@ from mcpctl.calls import Request
 from mcpctl.errors import Error
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import utcnow
-from mcpctl.server import http, metrics, protocol
+from mcpctl.server import http, loop, metrics, protocol
 from mcpctl.server.credentials import Gatekeeper
-from mcpctl.server.door import Door, Visitor
+from mcpctl.server.door import Door, Entrance, Visitor
 from mcpctl.server.exchange import App, Caller, Receive, Scope, Send
 from mcpctl.server.hangup import Hangup
 from mcpctl.server.http import Http, Parts
@@ -89,7 +89,7 @@ def serve(
 
     try:
         if settings.server.workers == 1:
-            told = asyncio.run(_alone(listening, shared, place, up, read, hangup))
+            told = loop.run(_alone(listening, shared, place, up, read, hangup))
         else:
             work = partial(_worker, shared, place)
             told = Supervisor(listening, bound, up, work, read, hangup).run()
@@ -130,6 +130,7 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, started: Callable[[], None], signals: Iterable[int]) -> None:
         super().__init__(config)
         self._tell = started
+        self.servers = []
         self._signals = signals
 
     @contextlib.contextmanager
@@ -142,9 +143,17 @@ class _Uvicorn(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._tell()
+        """Open the doors. We accept ourselves, since libuv would not ask them whom to let in."""
+        for one in sockets or []:
+            if not isinstance(one, Door):
+                raise TypeError("a listening socket that is no door")
+            self.servers.append(Entrance(one, self._protocol, self.config.ssl))  # type: ignore[arg-type]
+        self.started = True
+        self._tell()
+
+    def _protocol(self) -> asyncio.Protocol:
+        make: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """The first signal drains; a second stops now."""
@@ -185,9 +194,9 @@ async def _alone(
         serving.reload = alone.outcome
         works.append(alone.run())
         if hangup is not None:
-            loop = asyncio.get_running_loop()
+            here = asyncio.get_running_loop()
             hangup.stop = server.handle_exit
-            hangup.told = lambda: _soon(loop, alone.ask)
+            hangup.told = lambda: _soon(here, alone.ask)
             if hangup.asked:
                 alone.ask()
     await _serve(serving, config, server, listening, shared, process, works)
@@ -236,9 +245,9 @@ async def _serve(
         await serving.end(at_once=server.force_exit)
 
 
-def _soon(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+def _soon(here: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has ended
-        loop.call_soon_threadsafe(work)
+        here.call_soon_threadsafe(work)
 
 
 def _prepared(bound: Door, process: Process) -> tuple[Serving, uvicorn.Config]:

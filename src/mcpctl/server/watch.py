@@ -170,8 +170,9 @@ class Watch:
         if self._broken is not None:
             return
         now = utcnow()
+        soon = now + EXPIRING
         for token in self._authenticator.tokens.current().values():
-            if token.expires_at is None or token.status(now) != "expiring":
+            if token.expires_at is None or token.expires_at > soon or token.status(now) != "expiring":
                 continue
             left = token.expires_at - now
             days = next(days for days in (1, 7, EXPIRING.days) if left <= timedelta(days=days))

@@ -21,7 +21,7 @@ from typing import Any
 
 from mcpctl.certificates import Pair
 from mcpctl.errors import ConfigError, Error
-from mcpctl.server import reload
+from mcpctl.server import loop, reload
 from mcpctl.server.hangup import Hangup
 from mcpctl.server.listening import Listening
 from mcpctl.server.reload import DRAIN, Outcome, Read, Requests, Serving, Waiting
@@ -65,13 +65,13 @@ class Link:
 
     async def obey(self, serving: Serving) -> None:
         """Do what the supervisor says, for ever."""
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._pipe.fileno(), self._receive)
+        here = asyncio.get_running_loop()
+        here.add_reader(self._pipe.fileno(), self._receive)
         try:
             while True:
                 await self._do(serving, *await self._orders.get())
         finally:
-            loop.remove_reader(self._pipe.fileno())
+            here.remove_reader(self._pipe.fileno())
 
     def _receive(self) -> None:
         try:
@@ -353,7 +353,7 @@ class Supervisor:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
             for pipe in (ours, *(one.pipe for one in self._workers)):
                 pipe.close()
-            asyncio.run(self._serve(theirs, place))
+            loop.run(self._serve(theirs, place))
             status = 0
         except Error as problem:
             log.error("%s", problem.message)

@@ -11,28 +11,33 @@ from mcpctl.errors import UsageError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.answer import Bounds
 from mcpctl.postgres.own import Own
-from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.session import Session
 
 encode = msgspec.json.Encoder().encode
 
 
-@dataclass
+@dataclass(slots=True)
 class Result:
-    """What a tool answers: `structured` as plain values, and `text`, the same as compact JSON.
+    """What a tool answers, as compact JSON; `structured` is the same as plain values.
 
     `command` is PostgreSQL's tag of what was done, for the audit line.
     """
 
-    structured: dict[str, Any]
     text: str
     rows: int | None = None
     bytes: int | None = None
     command: str | None = None
 
+    @property
+    def structured(self) -> dict[str, Any]:
+        """Read from the text: whoever sends it on as it is does not need it."""
+        found: dict[str, Any] = msgspec.json.decode(self.text)
+        return found
+
 
 def result(structured: dict[str, Any]) -> Result:
     """A result whose text is the JSON of its structured content."""
-    return Result(structured, encode(structured).decode())
+    return Result(encode(structured).decode())
 
 
 @dataclass(frozen=True)

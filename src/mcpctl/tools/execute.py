@@ -5,7 +5,7 @@ from typing import Any
 
 from mcpctl.postgres import execution, statement
 from mcpctl.postgres.answer import Bounds
-from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.session import Session
 from mcpctl.tools.definition import Result, Tool
 from mcpctl.tools.query import DATABASE, as_result
 

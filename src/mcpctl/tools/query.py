@@ -9,8 +9,9 @@ import msgspec
 from mcpctl.errors import Error, UsageError
 from mcpctl.postgres import statement
 from mcpctl.postgres.answer import Bounds, Rows
-from mcpctl.postgres.statement import NotAQuestionError, StatementError
-from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.said import StatementError
+from mcpctl.postgres.session import Session
+from mcpctl.postgres.statement import NotAQuestionError
 from mcpctl.tools.definition import Result, Tool, encode, result
 
 DATABASE = {"type": "string", "description": "from list_databases; else the default"}
@@ -28,38 +29,26 @@ async def _query(session: Session, arguments: dict[str, Any], bounds: Bounds) ->
 
 
 def as_result(found: Rows, elapsed: float, before: Mapping[str, Any] = {}) -> Result:
-    """Rows as an answer; what stands `before` them in it."""
-    head: dict[str, Any] = {**before, "columns": [{"name": name, "type": kind} for name, kind in found.columns]}
-    tail: dict[str, Any] = {
-        "row_count": len(found.rows),
-        "truncated": found.note is not None,
-        "elapsed_ms": elapsed,
-    }
+    """Rows as an answer; what stands `before` them in it. Each cell was encoded once, when it came."""
+    tail: dict[str, Any] = {"row_count": len(found.rows), "truncated": found.note is not None, "elapsed_ms": elapsed}
     if found.note is not None:
         tail["note"] = found.note
-    text = encode({**head, "rows": msgspec.Raw(found.json), **tail}).decode()
-    return Result(
-        {**head, "rows": found.rows, **tail},
-        text,
-        rows=len(found.rows),
-        bytes=len(found.json),
-    )
+    head = encode(before)[:-1] + b"," if before else b"{"
+    columns = b"[]" if found.shape is None else found.shape.json
+    pieces = (head, b'"columns":', columns, b',"rows":', found.json, b",", encode(tail)[1:])
+    return Result(b"".join(pieces).decode(), rows=len(found.rows), bytes=len(found.json))
 
 
 def together(results: Mapping[str, Result | Error]) -> Result:
     """One answer of several databases: each one's rows, or what went wrong there, under its name."""
-    structured: list[dict[str, Any]] = []
     texts: list[msgspec.Raw] = []
     for name, found in results.items():
         if isinstance(found, Result):
-            structured.append({"database": name, **found.structured})
             texts.append(msgspec.Raw(encode({"database": name})[:-1] + b"," + found.text.encode()[1:]))
         else:
-            structured.append({"database": name, "error": said(found)})
-            texts.append(msgspec.Raw(encode(structured[-1])))
+            texts.append(msgspec.Raw(encode({"database": name, "error": said(found)})))
     done = [found for found in results.values() if isinstance(found, Result)]
     return Result(
-        {"results": structured},
         encode({"results": texts}).decode(),
         rows=sum(found.rows or 0 for found in done),
         bytes=sum(found.bytes or 0 for found in done),

@@ -4,7 +4,7 @@ from typing import Any
 
 from mcpctl.postgres import catalog
 from mcpctl.postgres.answer import Bounds
-from mcpctl.postgres.token_pool import Session
+from mcpctl.postgres.session import Session
 from mcpctl.tools.definition import Result, Tool, result
 from mcpctl.tools.query import DATABASE
 

@@ -6,8 +6,8 @@ from mcpctl import dangerous_settings
 from mcpctl.errors import Error, ForbiddenError, NotFoundError
 from mcpctl.postgres import settings
 from mcpctl.postgres.answer import Bounds
+from mcpctl.postgres.session import Session
 from mcpctl.postgres.settings import Changed, Setting
-from mcpctl.postgres.token_pool import Session
 from mcpctl.tools.definition import Result, Tool, encode, result
 from mcpctl.tools.query import DATABASE
 

@@ -1,0 +1,140 @@
+"""How rows of one shape become JSON; found once for each list of columns.
+
+Where every column is a scalar of PostgreSQL's own, psycopg's C code loads a result as a whole, and what JSON says in
+another way than PostgreSQL is mended a column at a time. Everything else, and what turns out not to be UTF-8, goes
+through the exact loaders of `values.py`. Both make the same JSON.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import msgspec
+from psycopg import abc, postgres
+from psycopg.adapt import AdaptersMap, Loader, Transformer
+from psycopg.types.bool import BoolLoader
+from psycopg.types.numeric import FloatLoader, IntLoader
+from psycopg.types.string import TextLoader
+
+from mcpctl.postgres.values import SAFE_INTEGER, UnknownType, Values, integer, number, timestamp
+
+_encode = msgspec.json.Encoder().encode
+_MOST, _COLUMNS = 500, 100
+"""Shapes that are remembered, and columns that one of them has at most."""
+Column = Sequence[Any]
+Row = tuple[Any, ...]
+Mend = Callable[[Column], "Column | None"]
+"""A column as JSON says it; None where it says nothing otherwise."""
+
+
+def _integers(column: Column) -> Column | None:
+    """What a double cannot carry becomes text (I-JSON, RFC 7493)."""
+    there = [one for one in column if one is not None] if None in column else column
+    if not there or (max(there) <= SAFE_INTEGER and min(there) >= -SAFE_INTEGER):
+        return None
+    return [None if one is None else integer(one) for one in column]
+
+
+def _floats(column: Column) -> Column | None:
+    """NaN and infinities become texts. A sum is finite only if all that is in it is."""
+    there = [one for one in column if one is not None] if None in column else column
+    if math.isfinite(sum(there)):
+        return None
+    return [None if one is None else number(one) for one in column]
+
+
+_DIGITS = str.maketrans("123456789", "000000000")
+_START = "\n0000-00-00 00:00:00"
+
+
+def _times(column: Column) -> Column | None:
+    """`2026-11-20 12:00:00.5+00` → `2026-11-20T12:00:00.5+00:00`: all at once where all are of the first one's form."""
+    if None in column:
+        return [None if one is None else timestamp(one) for one in column]
+    text = "\n" + "\n".join(column) + "\n"
+    end = column[0][19:].lstrip(".0123456789") + "\n"
+    if len(end) == 4 and text.translate(_DIGITS).count(_START) == text.count(end) == len(column):
+        return text.replace(" ", "T").replace(end, f"{end[:3]}:00\n")[1:].split("\n")[:-1]
+    return list(map(timestamp, column))
+
+
+_TEXT: tuple[type[Loader], Mend | None] = (TextLoader, None)
+_EXACT: dict[str, tuple[type[Loader], Mend | None]] = {
+    "int2": (IntLoader, None), "int4": (IntLoader, None), "oid": (IntLoader, None), "bool": (BoolLoader, None),
+    "int8": (IntLoader, _integers), "float4": (FloatLoader, _floats), "float8": (FloatLoader, _floats),
+    "timestamp": (TextLoader, _times), "timestamptz": (TextLoader, _times),
+}  # fmt: skip
+"""All others of the plain ones are texts in JSON, too."""
+
+
+class _Quick:
+    """psycopg's own loaders, which its C code stands in for."""
+
+    connection = None
+
+    def __init__(self) -> None:
+        self.adapters = AdaptersMap(types=postgres.types)
+        for info in postgres.types:
+            self.adapters.register_loader(info.oid, _EXACT.get(info.name, _TEXT)[0])
+
+
+_quick = cache(_Quick)
+
+
+class Shape:
+    """One list of columns: (name, type) each. `varying` are those whose values have no fixed length, `nested` those
+    that are made of many; `plain`: every column is a scalar of PostgreSQL's own. `json` is the columns as an answer
+    says them."""
+
+    def __init__(self, values: Values, names: Sequence[str], oids: Sequence[int], sizes: Sequence[int]) -> None:
+        self.columns = [(name, values.name(oid)) for name, oid in zip(names, oids, strict=True)]
+        self.json = _encode([{"name": name, "type": kind} for name, kind in self.columns])
+        self.oids = set(oids)
+        self.varying = [column for column, size in enumerate(sizes) if size < 0]
+        self.nested = [column for column, oid in enumerate(oids) if values.is_nested(oid)]
+        self.plain = all(oid in values.plain for oid in oids)
+        mends = [(column, _EXACT.get(values.plain.get(oid, ""), _TEXT)[1]) for column, oid in enumerate(oids)]
+        self._mends = [(column, mend) for column, mend in mends if mend is not None]
+
+    @staticmethod
+    def quick() -> abc.Transformer:
+        """What loads rows of plain columns, to be mended."""
+        return Transformer(_quick())
+
+    def mended(self, rows: list[Row]) -> list[Row]:
+        """The same rows as JSON says them."""
+        columns: list[Column] | None = None
+        for place, mend in self._mends:
+            found = mend([row[place] for row in rows])
+            if found is not None:
+                columns = list(zip(*rows, strict=True)) if columns is None else columns
+                columns[place] = found
+        return rows if columns is None else list(zip(*columns, strict=True))
+
+
+class Types(Values):
+    """The types of one database, and the shapes that were made of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shapes: dict[tuple[tuple[bytes | None, int], ...], Shape] = {}
+
+    def shape(self, result: Any) -> Shape:
+        """That of a result's columns."""
+        key = tuple([(result.fname(column), result.ftype(column)) for column in range(result.nfields)])
+        found = self._shapes.get(key)
+        if found is None:
+            names = [(name or b"").decode("utf-8", "replace") for name, _ in key]
+            found = Shape(self, names, [oid for _, oid in key], list(map(result.fsize, range(len(key)))))
+            if len(key) > _COLUMNS:
+                return found
+            if len(self._shapes) >= _MOST:
+                self._shapes.clear()
+            self._shapes[key] = found
+        return found
+
+    def learn(self, found: UnknownType) -> None:
+        """Take note of a type that the catalog was asked about."""
+        super().learn(found)
+        self._shapes.clear()
