@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 BASE = "Toolbox"
 """The server that the others are compared with, where it was measured; else the first one."""
 WORDS = """\
-- Calls a second: the median over the rounds. In brackets the median over the rounds of its ratio to {base} in the same
-  round.
-- CPU: seconds that the server's own processes worked per 1,000 calls. PostgreSQL's work is not in it.
-- p50, p99: milliseconds in which half of the calls, or all but one in a hundred, were answered.
-- Statements: how many PostgreSQL ran per call, as `pg_stat_statements` counts them.
+- All numbers are medians over the rounds. In brackets: the median of the ratios to {base} in the same round.
+- CPU: seconds that the server's own processes worked per 1,000 calls. PostgreSQL's work is not in it. What else runs on
+  the machine changes it less than the calls a second; a server with many threads can use more than one core.
+- p50 / p99: milliseconds in which half of the calls, or all but one in a hundred, were answered.
+- {ran}
 - Every answer had status 200 and held the value that was asked for. The first of each connection were parsed whole.
 - All connections to PostgreSQL are TCP on the same machine, without TLS, and so are the clients'.
 """
@@ -90,7 +90,7 @@ class Table:
         for load in loads:
             for label, row in cells(load, slices, names, base).items():
                 lines.append(f"| {load.name}: {label} | {' | '.join(row)} |")
-        lines += ["", *WORDS.format(base=base).splitlines(), ""]
+        lines += ["", *WORDS.format(base=base, ran=_ran(slices)).splitlines(), ""]
         lines += [f"- {name} {version}: {WHAT[name]}." for name, version in servers if name in WHAT]
         lines += [f"- {one}" for one in [*self.left_out, NOT_MEASURED]]
         return "\n".join(lines)
@@ -99,25 +99,19 @@ class Table:
 def cells(load: Load, slices: Slices, names: Sequence[str], base: str) -> dict[str, list[str]]:
     """The rows of one load: label → a cell for each server."""
 
-    def medians(what: str, digits: int) -> list[str]:
-        return [
-            f"{statistics.median(getattr(one, what) for one in slices[name, load.name]):.{digits}f}" for name in names
-        ]
+    def medians(what: str) -> list[float]:
+        return [statistics.median(getattr(one, what) for one in slices[name, load.name]) for name in names]
 
-    ratios = [
-        statistics.median(
-            one.rate / other.rate for one, other in zip(slices[name, load.name], slices[base, load.name], strict=True)
-        )
-        for name in names
-    ]
-    rates = zip(medians("rate", 0), ratios, strict=True)
-    rows = {"calls a second": [f"{int(rate):,} ({ratio:.2f})" for rate, ratio in rates]}
-    rows["CPU"] = medians("cpu", 2)
-    rows["p50"] = medians("p50", 2)
-    rows["p99"] = medians("p99", 2)
-    if slices[names[0], load.name][0].statements is not None:
-        rows["statements"] = medians("statements", 2)
-    return rows
+    def with_ratios(what: str, digits: int) -> list[str]:
+        pairs = [zip(slices[name, load.name], slices[base, load.name], strict=True) for name in names]
+        ratios = [statistics.median(getattr(one, what) / getattr(other, what) for one, other in some) for some in pairs]
+        return [f"{value:,.{digits}f} ({ratio:.2f})" for value, ratio in zip(medians(what), ratios, strict=True)]
+
+    return {
+        "calls a second": with_ratios("rate", 0),
+        "CPU": with_ratios("cpu", 2),
+        "p50 / p99": [f"{half:.2f} / {most:.2f}" for half, most in zip(medians("p50"), medians("p99"), strict=True)],
+    }
 
 
 def _foreign(slices: Slices, before: tuple[float, float, float]) -> list[str]:
@@ -128,3 +122,10 @@ def _foreign(slices: Slices, before: tuple[float, float, float]) -> list[str]:
         f" (median; at most {foreign[-1]:.2f}). The load generator itself took"
         f" {driver:.0f} µs a call, on the same cores."
     ]
+
+
+def _ran(slices: Slices) -> str:
+    ran = [one.statements for some in slices.values() for one in some if one.statements is not None]
+    if not ran:
+        return "Whether each call ran its statement was not counted: this PostgreSQL has no `pg_stat_statements`."
+    return f"PostgreSQL ran {min(ran):.2f} to {max(ran):.2f} statements a call, as `pg_stat_statements` counted them."
