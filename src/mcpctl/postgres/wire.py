@@ -99,6 +99,7 @@ class Wire:
             raise ConnectionLostError(_LOST)
         self._cap, self._at_once = cap, at_once
         self.grown, self._full, self._late = 0, False, False
+        self._size = -1  # what the others took since the last exchange is not this one's
         self._until = self._loop.time() + seconds
         if seconds < inf and self._timer is None:
             self._timer = self._loop.call_at(self._until, self._look)
