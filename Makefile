@@ -14,7 +14,9 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist worksteal -q)
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/tenants.py $(ARGS)
+	@benchmarks/setup.sh || test $$? -eq 3
+	$(BIN)/python benchmarks/peers.py --tokens --report benchmarks/RESULTS.md $(ARGS)
+	$(BIN)/python benchmarks/tenants.py
 	$(BIN)/python benchmarks/commands.py
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python benchmarks/flood.py

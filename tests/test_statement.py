@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import mmap
 import os
 import threading
 import time
@@ -9,12 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 import pg
 import site_of_mcpctl as site
 from mcpctl.postgres import verdicts
 from mcpctl.postgres.embedded import Binaries
+from mcpctl.postgres.wire import Wire
 from site_of_mcpctl import Client, Shop, Site, eventually, in_background
 
 MakeSite = Callable[..., Site]
@@ -361,6 +365,30 @@ def test_a_large_value_of_any_kind_costs_little_memory_and_holds_nobody_up(
             )
             assert _memory(at) - before < 60 << 20, query
             assert slowest < 1, query
+
+
+def test_what_others_take_between_two_questions_of_a_connection_is_not_counted_as_its_answer(newest_shop: Shop) -> None:
+    async def ask() -> list[bytes | None]:
+        cluster, found = newest_shop.cluster, []
+        dsn = cluster.dsn_for(site.READER, site.PASSWORD, "shop")
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            pgconn = connection.pgconn
+            pgconn.nonblocking = 1
+            pgconn.enter_pipeline_mode()
+            wire = Wire(pgconn)
+            for _ in range(3):
+                with wire.exchange(24 << 20, 10 << 20):
+                    pgconn.send_query_params(b"select 1", None)
+                    pgconn.pipeline_sync()
+                    await wire.flush()
+                    found.append((await wire.command()).get_value(0, 0))
+                    await wire.sync()
+                others.append(mmap.mmap(-1, 64 << 20))
+            wire.close()
+        return found
+
+    others: list[mmap.mmap] = []
+    assert asyncio.run(ask()) == [b"1"] * 3
 
 
 def test_rows_before_one_that_is_too_large_are_kept(a: Client) -> None:

@@ -84,7 +84,7 @@ class Wire:
         self._asked = False
         self._cap = self._at_once = 0
         self._size = -1
-        self._full = self._late = False
+        self._full = self._late = self._fed = False
         self._until = inf
         self._timer: asyncio.TimerHandle | None = None
         self.grown = 0
@@ -99,6 +99,8 @@ class Wire:
             raise ConnectionLostError(_LOST)
         self._cap, self._at_once = cap, at_once
         self.grown, self._full, self._late = 0, False, False
+        self._size = -1  # what the others took since the last exchange is not this one's
+        self._fed = False
         self._until = self._loop.time() + seconds
         if seconds < inf and self._timer is None:
             self._timer = self._loop.call_at(self._until, self._look)
@@ -185,6 +187,7 @@ class Wire:
 
     def _consume(self) -> None:
         """Read what has come. How libpq's buffer grows is seen with the next look whether a result is whole."""
+        self._fed = True
         self._size = virtual_size()
         try:
             self._pgconn.consume_input()
@@ -238,7 +241,7 @@ class Wire:
         """`result`, of whose rows nothing large is made."""
         if self._late:
             raise TimeoutError
-        if self._busy():
+        if not self._fed or self._busy():
             await self._ready()
             self._consume()
             while self._busy():
