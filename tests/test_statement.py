@@ -382,7 +382,7 @@ def test_what_others_take_between_two_questions_of_a_connection_is_not_counted_a
                     pgconn.pipeline_sync()
                     await wire.flush()
                     found.append((await wire.command()).get_value(0, 0))
-                    await wire.sync()
+                    await wire.synced()
                 others.append(mmap.mmap(-1, 64 << 20))
             wire.close()
         return found

@@ -231,11 +231,12 @@ class Exchange:
             use.unseen = not (verdict.seen and verdict.leaves_nothing)
 
     def _sync(self) -> None:
-        self._pgconn.pipeline_sync()
+        if self.session.conn.wire is not None:
+            self.session.conn.wire.sync()
         self._syncs += 1
 
     async def _synced(self, wire: Wire) -> None:
-        await wire.sync()
+        await wire.synced()
         self._syncs -= 1
 
     # -- what PostgreSQL says of a text ------------------------------------------------------------------------

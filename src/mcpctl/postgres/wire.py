@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from functools import cache
 from math import inf
 from typing import Any
@@ -58,6 +59,24 @@ def large_blocks_apart() -> None:
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, _LARGE)
             mallopt(_M_ARENA_MAX, 1)
+
+
+def _libpq_sync() -> Callable[[Any], int] | None:
+    """libpq's PQsendPipelineSync, which psycopg 3.3 does not offer: PQpipelineSync sends at once, and each of two sends
+    wakes the server. None where libpq is older than 17, or nobody can say which library psycopg has loaded."""
+    if sys.platform != "linux" or pq.version() < 170000:
+        return None
+    with open("/proc/self/maps") as maps:
+        paths = {line.rsplit(" ", 1)[-1].strip() for line in maps if "/libpq" in line}
+    if len(paths) != 1:
+        return None
+    queue: Any = getattr(ctypes.PyDLL(paths.pop()), "PQsendPipelineSync", None)
+    if queue is not None:
+        queue.argtypes, queue.restype = (ctypes.c_void_p,), ctypes.c_int
+    return queue
+
+
+_queue_sync = _libpq_sync()
 
 
 @cache
@@ -160,9 +179,16 @@ class Wire:
         if self._fd < 0:
             raise ConnectionLostError(_LOST)
 
+    def sync(self) -> None:
+        """Queue a sync point, where libpq can; else what is queued is sent with it."""
+        if _queue_sync is None:
+            self._pgconn.pipeline_sync()
+        elif not _queue_sync(self._pgconn.pgconn_ptr):  # type: ignore[attr-defined]
+            raise ConnectionLostError(_LOST)
+
     @property
     def unsent(self) -> bool:
-        """Whether anything queued has not been sent: a sync sends what it can."""
+        """Send what can be sent at once; whether anything is left."""
         return self._flush()
 
     async def flush(self) -> None:
@@ -233,20 +259,16 @@ class Wire:
         """The next result, or None at the end of a command's results (PQgetResult)."""
         found = await self._next()
         if found is not None and found.ntuples:
-            self._count()  # it was made of what had been read: its memory is libpq's, what is made of it is ours
-            self._size = -1
+            self._size = -1  # what is made of it is ours
         return found
 
     async def _next(self) -> Any:
         """`result`, of whose rows nothing large is made."""
         if self._late:
             raise TimeoutError
-        if not self._fed or self._busy():
+        while not self._fed or self._busy():
             await self._ready()
             self._consume()
-            while self._busy():
-                await self._ready()
-                self._read()
         found = self._pgconn.get_result()
         if found is not None and found.status == pq.ExecStatus.FATAL_ERROR:
             self._see()
@@ -273,7 +295,7 @@ class Wire:
         """The one result of a command that has one, with the None behind it taken."""
         return (await self.commands(1))[0]
 
-    async def sync(self) -> None:
+    async def synced(self) -> None:
         """The result that stands for a sync point."""
         result = await self._next()
         if result is None or result.status != pq.ExecStatus.PIPELINE_SYNC:
