@@ -73,7 +73,8 @@ def _libpq_sync() -> Callable[[Any], int] | None:
     queue: Any = getattr(ctypes.PyDLL(paths.pop()), "PQsendPipelineSync", None)
     if queue is not None:
         queue.argtypes, queue.restype = (ctypes.c_void_p,), ctypes.c_int
-    return queue
+    found: Callable[[Any], int] | None = queue
+    return found
 
 
 _queue_sync = _libpq_sync()
