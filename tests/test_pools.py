@@ -364,3 +364,40 @@ def test_a_database_that_is_down_is_not_a_bad_token_and_comes_back_by_itself(
             eventually(lambda: not a.call("query_database", {"query": "select 1"}).json()["result"]["isError"])
             shop.cluster.restart()
             assert a.rows("select 1") == [[1]]
+
+
+def test_calls_take_turns_on_the_connections_that_there_are(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, database="    pool: {max_size: 2}\n").start()
+    token = at.token()[1]
+
+    def ask(number: int) -> set[int]:
+        with at.client(token) as client:
+            return {client.rows(f"select {number}, pg_backend_pid(), pg_sleep(0.005)")[0][1] for _ in range(10)}
+
+    asking = [site.in_background(ask, number) for number in range(12)]
+    assert len(set[int]().union(*(one.result() for one in asking))) == 2
+
+
+def test_a_connection_that_is_never_idle_is_replaced_at_the_end_of_its_life(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop, database="    pool: {max_size: 1, max_lifetime: 1s}\n").start()
+    with at.client(at.token()[1]) as client:
+        first = client.rows("select pg_backend_pid()")
+        eventually(lambda: client.rows("select pg_backend_pid()") != first, 5)
+
+
+def test_who_stops_waiting_for_a_turn_takes_no_connection_from_the_others(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop, database="    pool: {max_size: 1}\n").start()
+    token = at.token()[1]
+    with at.client(token) as busy, at.client(token) as a:
+        sleeping = site.in_background(busy.call, "query_database", {"query": "select pg_sleep(1)"})
+        eventually(lambda: newest_shop.backends("query LIKE '%pg_sleep(1)%' AND state = 'active'"))
+        for _ in range(5):
+            with at.client(token) as hasty, contextlib.suppress(httpx.TimeoutException):
+                hasty.http.timeout = httpx.Timeout(0.05)
+                hasty.rows("select 1")
+        assert a.rows("select 1") == [[1]]
+        assert sleeping.result().json()["result"]["isError"] is False

@@ -51,7 +51,7 @@ _LATER = 2.0
 """Seconds beyond statement_timeout that one of several databases has, its connection's making included."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """Where a call came from. `rpc_id` is the client's own number for it, `task` what to cancel to end it (None: the
     task that runs it), `databases` what its answer holds something of."""
@@ -64,7 +64,7 @@ class Request:
     databases: set[str] = field(default_factory=set, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
     """What goes back: `text` for people and models, which is JSON but for an error's."""
 
@@ -82,7 +82,7 @@ class UnknownToolError(NotFoundError):
     """There is no tool of that name for this caller."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Running:
     """A call that has not ended. `begun` is of the monotonic clock, `arguments` are as they came."""
 

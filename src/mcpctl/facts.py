@@ -9,7 +9,7 @@ from mcpctl.errors import LimitedError
 from mcpctl.postgres.session import Session, Use
 
 
-@dataclass
+@dataclass(slots=True)
 class Facts:
     """What the audit line says of one call, gathered on the way."""
 

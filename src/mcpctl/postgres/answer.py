@@ -24,7 +24,7 @@ _WHITESPACE = 3
 """How much longer PostgreSQL's text may be than the JSON that is made of it: white space, escapes, hexadecimal."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Bounds:
     """What one statement may take: rows, bytes of rows as JSON, seconds."""
 

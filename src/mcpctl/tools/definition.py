@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -91,9 +92,19 @@ class Tool:
             schema["required"] = list(self.required)
         return schema
 
+    @cached_property
+    def _plain(self) -> dict[str, type]:
+        """The arguments of which nothing is asked but their type."""
+        kinds = {"string": str, "boolean": bool}
+        return {name: kinds[kind] for name, schema in self.properties.items() if (kind := schema.get("type")) in kinds}
+
     def check(self, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
         """The arguments, or UsageError naming what is missing, unknown or of the wrong type. null is left out,
         unless the argument takes it."""
+        if arguments and all(type(value) is self._plain.get(name) for name, value in arguments.items()):
+            missing = [name for name in self.required if name not in arguments]
+            if not missing:
+                return dict(arguments)
         given = {
             name: value for name, value in (arguments or {}).items() if value is not None or self._takes_null(name)
         }

@@ -1,0 +1,113 @@
+"""Rows that psycopg's C code loads as a whole are the same JSON as those that the exact loaders make cell by cell."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+
+import pg
+import site_of_mcpctl as site
+from mcpctl.postgres.answer import Answer, Bounds, Rows
+from mcpctl.postgres.shape import Types
+
+WIDE = Bounds(100_000, 1 << 24, 10.0)
+COLUMNS = {
+    "int8": ["0", "NULL", "9007199254740991", "9007199254740992", "-9007199254740992", "-9223372036854775808"],
+    "int4": ["1", "-2147483648", "NULL"],
+    "float8": ["1.5", "-0.0", "1e300", "NULL", "0.1"],
+    "float4": ["1.5", "NULL", "'NaN'"],
+    "double precision": ["'Infinity'", "'-Infinity'", "1"],
+    "numeric": ["1.10", "'NaN'", "NULL", "123456789012345678901234567890.5"],
+    "bool": ["true", "false", "NULL"],
+    "text": ["''", "'a\"b\\c'", "'é 日本 😀'", "NULL", "E'\\n\\t\\x01'"],
+    "timestamptz": [
+        "'2026-11-28 08:00:00.5+00'", "'infinity'", "NULL", "'0044-03-15 12:00:00+00 BC'", "'12026-01-01 00:00:00+00'",
+    ],
+    "timestamp": ["'2026-11-28 08:00:00'", "'-infinity'", "'1999-12-31 23:59:59.999999'"],
+    "date": ["'2026-11-28'", "'infinity'", "NULL"],
+    "uuid": ["'00000000-0000-0000-0000-000000000001'", "NULL"],
+    "interval": ["'1 day 2 hours'", "NULL"],
+    "inet": ["'10.0.0.1/8'", "NULL"],
+    "name": ["'x'"],
+    "oid": ["4294967295", "NULL"],
+}  # fmt: skip
+ZONES = ("UTC", "America/New_York", "Asia/Kolkata", "Europe/Amsterdam")
+
+
+@pytest.fixture(scope="module")
+def connection() -> Iterator[psycopg.Connection[Any]]:
+    with site.shop(pg.supported()[-1]) as shop, shop.admin() as found:
+        yield found
+
+
+def _answer(result: Any, *, plain: bool) -> Rows:
+    types = Types()
+    if not plain:
+        types.plain.clear()
+    answer = Answer(types, WIDE)
+    assert asyncio.run(answer.take(result))
+    assert answer.shape is not None
+    assert answer.shape.plain is plain
+    return answer.done()
+
+
+def _same(connection: psycopg.Connection[Any], query: str) -> bytes:
+    result = connection.pgconn.exec_(query.encode())
+    assert result.status == psycopg.pq.ExecStatus.TUPLES_OK, result.error_message
+    quick, exact = _answer(result, plain=True), _answer(result, plain=False)
+    assert quick.json == exact.json
+    assert quick.columns == exact.columns
+    return quick.json
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_each_type_alone_in_every_order_of_its_values(connection: psycopg.Connection[Any], kind: str) -> None:
+    values = COLUMNS[kind]
+    for first in range(len(values)):
+        rows = ", ".join(f"(({value})::{kind})" for value in values[first:] + values[:first])
+        _same(connection, f"SELECT * FROM (VALUES {rows}) v (a)")
+        _same(connection, f"SELECT ({values[first]})::{kind} AS a, ({values[first]})::{kind} AS b")
+
+
+@pytest.mark.parametrize("zone", ZONES)
+def test_many_times_in_each_zone_and_across_a_change_of_the_clock(
+    connection: psycopg.Connection[Any], zone: str
+) -> None:
+    connection.execute(f"SET TimeZone = '{zone}'")  # type: ignore[arg-type]
+    connection.execute("SET DateStyle = 'ISO, YMD'")
+    made = _same(
+        connection,
+        "SELECT i, '1890-01-01'::timestamptz + i * interval '37 days 5 hours 0.25 seconds' AS t, "
+        "'2026-01-01'::timestamp + i * interval '1.000001 seconds' AS u, i * 3000000000000::int8 AS n "
+        "FROM generate_series(1, 3000) i",
+    )
+    assert b"T" in made
+    for style in ("SQL, DMY", "German", "Postgres"):
+        connection.execute(f"SET DateStyle = '{style}'")  # type: ignore[arg-type]
+        _same(connection, "SELECT now() + i * interval '1 hour' AS t FROM generate_series(1, 20) i")
+
+
+def test_what_is_not_utf_8_is_replaced_as_ever(connection: psycopg.Connection[Any]) -> None:
+    connection.execute("CREATE DATABASE raw ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+    info = connection.info
+    dsn = psycopg.conninfo.make_conninfo(info.dsn, password=info.password, dbname="raw")
+    with psycopg.connect(dsn, client_encoding="SQL_ASCII", autocommit=True) as raw:
+        made = _same(raw, "SELECT E'a\\xff' AS t, 1 AS n UNION ALL SELECT 'b', 2")
+    assert "a\ufffd".encode() in made
+
+
+def test_rows_that_were_small_are_not_measured_and_bounds_hold_all_the_same(
+    connection: psycopg.Connection[Any],
+) -> None:
+    result = connection.pgconn.exec_(b"SELECT i, repeat('x', 100) FROM generate_series(1, 500) i")
+    answer = Answer(Types(), Bounds(100_000, 20_000, 10.0), trusted=True)
+    assert not asyncio.run(answer.take(result))
+    found = answer.done()
+    assert len(found.json) <= 20_000
+    assert 100 < len(found.rows) < 500
+    assert found.note is not None
+    assert not found.even
