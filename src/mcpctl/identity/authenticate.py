@@ -238,7 +238,7 @@ class Authenticator:
             return "revoked"
         if new.user is not None and new.user not in self._people:
             return "its user is gone"
-        if old is not None and old.rights != new.rights:
+        if old is not None and old is not new and old.rights != new.rights:
             return "changed"
         return narrowed.get(new.user or "")
 
