@@ -48,7 +48,7 @@ class _App:
                 break
         self.ordinary.append(body)
         scope["state"] |= {
-            "found": Found(self, None, None, scope["headers"], 100, ""),
+            "found": Found(self, None, None, scope["headers"], 100, (False, "")),
             "generation": self,
             "known": "t",
         }
@@ -181,7 +181,7 @@ def test_the_headers_of_an_answer_are_the_same_in_both_lanes() -> None:
 
 @pytest.mark.parametrize("head", [b"GET / HTTP/1.1\r\n\r\n", b"x\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n"])
 def test_a_head_without_one_length_is_never_known(head: bytes) -> None:
-    assert Lane.of(head, Found(_App(), None, None, [], 9, ""), _App()) is None
+    assert Lane.of(head, Found(_App(), None, None, [], 9, (False, "")), _App()) is None
 
 
 # -- over a real server --------------------------------------------------------------------------------------------

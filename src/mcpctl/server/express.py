@@ -27,6 +27,7 @@ from mcpctl import __version__
 from mcpctl.calls import Answer
 
 Headers = Sequence[tuple[bytes, bytes]]
+Route = tuple[bool, str]
 _decode = msgspec.json.Decoder().decode
 _encode = msgspec.json.Encoder().encode
 _SAFE = 2**53 - 1
@@ -52,7 +53,7 @@ class Express:
     def __init__(self) -> None:
         self._metas: OrderedDict[bytes, None] = OrderedDict()
 
-    def read(self, headers: Headers, body: bytes, routed: str | None) -> Call | None:
+    def read(self, headers: Headers, body: bytes, routed: Route | None) -> Call | None:
         """The call in a POST to /mcp, or None where the SDK is to see to it. `routed` is `route` of the headers."""
         if routed is None:
             return None
@@ -74,15 +75,15 @@ class Express:
             return None
         if not isinstance(arguments, dict) and "arguments" in params:
             return None
-        modern = bool(routed)
-        if modern and (routed != name or not name.isascii() or name.startswith("=?")):
+        modern, named = routed
+        if modern and (named != name or not name.isascii() or name.startswith("=?")):
             return None
         if not self._meta_is_good(meta, "_meta" in params, modern, name, headers):
             return None
         return Call(number, name, arguments, modern)
 
-    def route(self, headers: Headers) -> str | None:
-        """The tool that the headers of a modern tools/call name; "" with those of an older one, None for any other."""
+    def route(self, headers: Headers) -> Route | None:
+        """Whether headers are those of a modern tools/call, and of which tool, or of an older one; None for others."""
         found: dict[bytes, bytes] = {}
         for key, value in headers:
             if key in _ROUTING:
@@ -92,13 +93,14 @@ class Express:
             elif key.startswith(b"mcp-param-"):
                 return None
         if b"mcp-protocol-version" not in found:
-            return ""
+            return False, ""
         version = found[b"mcp-protocol-version"].decode("latin-1")
         if version in HANDSHAKE_PROTOCOL_VERSIONS:
-            return ""
+            return False, ""
         if version not in MODERN_PROTOCOL_VERSIONS or found.get(b"mcp-method") != b"tools/call":
             return None
-        return found.get(b"mcp-name", b"").decode("latin-1") or None
+        named = found.get(b"mcp-name")
+        return (True, named.decode("latin-1")) if named is not None else None
 
     def _meta_is_good(self, meta: Any, given: bool, modern: bool, name: str, headers: Headers) -> bool:
         if not given:
@@ -148,4 +150,4 @@ class Express:
         return 400 if call.modern else 200, _encode({"jsonrpc": "2.0", "id": call.id, "error": error})
 
 
-__all__ = ["LATEST_HANDSHAKE_VERSION", "Call", "Express", "Headers"]
+__all__ = ["LATEST_HANDSHAKE_VERSION", "Call", "Express", "Headers", "Route"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mcpctl.server import encoding
-from mcpctl.server.express import Call
+from mcpctl.server.express import Call, Route
 
 _LENGTH = re.compile(rb"\r\ncontent-length:[\t ]*([0-9]{1,7})[\t ]*(?=\r\n)", re.IGNORECASE)
 _DIGITS = 7
@@ -66,7 +66,7 @@ class Found:
     text: str | None
     headers: list[tuple[bytes, bytes]]
     most: int
-    routed: str
+    routed: Route
 
 
 class Lane:
