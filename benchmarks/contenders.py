@@ -119,7 +119,7 @@ limits:
 @contextlib.contextmanager
 def mcpctl(folder: Path, shop: site.Shop, source: Path | None, name: str, tokens: int = 1) -> Iterator[Contender]:
     """mcpctl as an operator has it: token, limits, audit, a login role per user, read only; one worker."""
-    most = max(POOL, tokens * 3 // 2)  # two calls of a token may meet
+    most = max(POOL, tokens * 3 // 2)  # none has to make room for another
     at = site.Site(
         folder, shop, _LIMITS.format(most=most), _MCPCTL.format(pool=POOL, most=most), tcp=True, per_user=True
     )

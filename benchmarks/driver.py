@@ -53,8 +53,8 @@ class Connection:
         self.got = b""
         message = {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": job["call"]}
         tokens = job["tokens"] or [""]
-        shift = number * len(tokens) // job["clients"]  # else all would use the same token at the same time
-        self.requests = [request(job, message, one) for one in tokens[shift:] + tokens[:shift]]
+        mine = tokens[number % len(tokens) :: job["clients"]]  # no two clients have one while there are enough
+        self.requests = [request(job, message, one) for one in mine]
 
 
 def complete(data: bytes) -> bool:

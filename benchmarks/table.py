@@ -29,6 +29,8 @@ WHAT = {
     "DBHub": "npm `@bytebase/dbhub` on Node 22, one bearer that all share, read only",
     "bare SDK": "the official SDK for Python with one tool and a pool of psycopg, without authentication",
 }
+_MUCH = 0.2
+"""Cores that others keep busy."""
 NOT_MEASURED = (
     "postgres-mcp (PyPI) is not measured: its newest release, 0.3.0, serves stdio and the older SSE transport alone,"
     " with five connections at most."
@@ -117,10 +119,11 @@ def cells(load: Load, slices: Slices, names: Sequence[str], base: str) -> dict[s
 def _foreign(slices: Slices, before: tuple[float, float, float]) -> list[str]:
     every = [one for some in slices.values() for one in some]
     foreign, driver = sorted(one.foreign for one in every), statistics.median(one.driver for one in every)
+    busy = statistics.median(foreign)
+    much = " That is much: trust the CPU more than the calls a second." if busy > _MUCH else ""
     return [
-        f"Load average before: {before[0]:.2f}. Others kept {statistics.median(foreign):.2f} cores busy meanwhile"
-        f" (median; at most {foreign[-1]:.2f}). The load generator itself took"
-        f" {driver:.0f} µs a call, on the same cores."
+        f"Load average before: {before[0]:.2f}. Others kept {busy:.2f} cores busy meanwhile (median; at most"
+        f" {foreign[-1]:.2f}).{much} The load generator itself took {driver:.0f} µs a call, on the same cores."
     ]
 
 
