@@ -3,94 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any
 
 import pytest
 
-from mcpctl import private_file
-from mcpctl.config_keys import Limits
+from authenticating import FAILED, HERE, START, THERE, House, enter, forged, house, refused, run
 from mcpctl.config_values import network
-from mcpctl.errors import LockedError, UnauthorizedError, UnavailableError
+from mcpctl.errors import UnauthorizedError
 from mcpctl.identity import authenticate, tenants, tokens, users
-from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.identity.tenants import Tenant
-from mcpctl.identity.tokens import Token, Wanted
-from mcpctl.policy.limits import WINDOW, Limiter
-from mcpctl.shared_counters import Counters
+from mcpctl.identity.tokens import Token
+from mcpctl.policy.limits import WINDOW
 
-T = TypeVar("T")
-START = datetime(2026, 11, 20, 12, 0, 0, tzinfo=UTC)
-FAILED = 10
-HERE, THERE = "192.0.2.1", "192.0.2.2"
-
-
-class House:
-    """An authenticator with its files, a clock that stands still, and a count of hashes."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = START
-        self.hashes = 0
-        self.ended: list[dict[str, str]] = []
-        self.tokens = tokens.token_file(folder / "tokens.yaml")
-        self.users = users.user_file(folder / "users.yaml")
-        private_file.create(self.tokens.path, self.tokens.render({}))
-        private_file.create(self.users.path, self.users.render({}))
-        private_file.create(folder / "tenants.yaml", b"version: 1\ntenants: {}\n")
-        users.add(self.users, "alice", None, START)
-        self.limiter = Limiter(Limits(failed_sign_ins=FAILED), Counters(), lambda: self.now.timestamp())
-        self.door = Authenticator(self.tokens.path, self.users.path, now=lambda: self.now, wrong=self.limiter.wrong)
-        self.door.ended = self.ended.append
-        matches = tokens.matches
-
-        def counted(token: Token, text: str) -> bool:
-            self.hashes += 1
-            return matches(token, text)
-
-        monkeypatch.setattr(authenticate.tokens, "matches", counted)
-
-    def token(self, **wanted: Any) -> tuple[str, str]:
-        entry, text = tokens.add(self.tokens, Wanted(**wanted), self.now)
-        return entry.id, text
-
-    def change(self, name: str, **fields: Any) -> None:
-        with self.tokens.edit() as entries:
-            entries[name] = replace(entries[name], **fields)
-
-    def later(self, **time: float) -> None:
-        self.now += timedelta(**time)
-
-
-@pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
-    found = House(tmp_path, monkeypatch)
-    yield found
-    found.door.close()
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(work)
-
-
-def enter(house: House, text: str, address: str | None = HERE) -> Principal:
-    return run(house.door.authenticate(text, address))
-
-
-def refused(house: House, text: str, address: str | None = HERE) -> UnauthorizedError:
-    with pytest.raises(UnauthorizedError) as caught:
-        enter(house, text, address)
-    return caught.value
-
-
-def forged(text: str, number: int = 0) -> str:
-    """A token of the same id, with a right checksum and a wrong secret."""
-    body = text[:13] + f"{number:043}"
-    return f"{body}_{tokens._checksum(body)}"
+__all__ = ["house"]
 
 
 def test_a_right_token_says_who_asks_and_what_it_is_limited_to(house: House) -> None:
@@ -434,99 +362,3 @@ def test_an_id_that_is_removed_and_put_back_is_let_in_anew_but_nothing_of_before
 
 def test_whoever_needs_no_token_is_always_valid(house: House) -> None:
     assert house.door.still_valid(LOCAL)
-
-
-@pytest.mark.parametrize("which", ["tokens", "users"])
-@pytest.mark.parametrize("fault", ["broken", "mode", "missing"])
-def test_a_broken_file_closes_the_door_until_it_is_mended(house: House, which: str, fault: str) -> None:
-    _, text = house.token(user="alice")
-    found = enter(house, text)
-    path = getattr(house, which).path
-    good = path.read_bytes()
-    match fault:
-        case "broken":
-            path.write_bytes(good + b"broken")
-        case "mode":
-            path.chmod(0o666)
-        case _:
-            path.rename(path.with_name("away"))
-    for _ in range(2):
-        with pytest.raises(UnavailableError) as caught:
-            enter(house, text)
-        assert caught.value.status == 503
-        assert path.name in caught.value.message
-    match fault:
-        case "broken":
-            path.write_bytes(good)
-        case "mode":
-            path.chmod(0o600)
-        case _:
-            path.with_name("away").rename(path)
-    assert enter(house, text) == found
-    assert house.hashes == 1
-    assert house.ended == []
-
-
-def test_a_token_that_expires_while_the_files_are_broken_still_ends(house: House) -> None:
-    name, text = house.token(expires_at=START + timedelta(hours=1))
-    found = enter(house, text)
-    house.tokens.path.chmod(0o666)
-    house.later(hours=2)
-    with pytest.raises(UnavailableError):
-        house.door.refresh()
-    assert house.door.expired() == [name]
-    assert not house.door.still_valid(found)
-
-
-def test_while_the_server_is_locked_a_wrong_credential_is_wrong_and_a_right_one_is_told_and_known(house: House) -> None:
-    name, text = house.token(user="alice")
-    tripped: list[str] = []
-    house.door.canaries, house.door.tripped = {name}, lambda token, address: tripped.append(token.id)
-    house.door.lockdown.path.touch()
-    assert refused(house, forged(text)).token_id == name
-    assert tripped == []
-    with pytest.raises(LockedError) as caught:
-        enter(house, text)
-    assert (caught.value.token_id, caught.value.user, tripped) == (name, "alice", [name])
-    house.change(name, revoked_at=house.now)
-    assert refused(house, text).message == "the token is revoked"
-
-
-@pytest.mark.parametrize(
-    "end",
-    [
-        lambda house, name: house.change(name, revoked_at=house.now),
-        lambda house, name: house.change(name, expires_at=START),
-        lambda house, name: users.disable(house.users, "alice", START),
-        lambda house, name: users.remove(house.users, "alice"),
-        lambda house, name: house.door.keep_out("command", {name: "told"}),
-        lambda house, name: house.door._kept_out.update(command={name: "told to another generation"}),
-        lambda house, name: house.door.lockdown.path.touch(),
-        lambda house, name: (house.later(hours=2), house.door.expired(), house.later(hours=-2)),
-    ],
-)
-def test_what_is_remembered_of_a_token_that_opens_ends_with_whatever_ends_it(
-    house: House, end: Callable[[House, str], object]
-) -> None:
-    name, text = house.token(user="alice", expires_at=START + timedelta(hours=1))
-    found = enter(house, text)
-    assert house.door.still_valid(found)
-    end(house, name)
-    with contextlib.suppress(LockedError):
-        house.door.refresh()
-    assert not house.door.still_valid(found)
-    assert not house.door.in_force(found, "shop")
-
-
-def test_files_that_have_not_changed_are_looked_at_and_not_gone_through(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name, text = house.token(user="alice")
-    found = enter(house, text)
-    monkeypatch.setattr(house.door, "read", lambda: pytest.fail("read again"))
-    monkeypatch.setattr(house.door, "_why_not", lambda token: pytest.fail("judged again"))
-    assert enter(house, text) is found
-    assert house.door.still_valid(found)
-    monkeypatch.undo()
-    house.change(name, revoked_at=house.now)
-    assert refused(house, text).message == "the token is revoked"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import mcpctl
+from authenticating import START, House, enter, house, refused
 from chain import KEY, lines, verify
 from mcpctl import config
 from mcpctl.audit.log import AuditLog
@@ -19,7 +20,6 @@ from mcpctl.recorder import STRANGERS_IN_FULL, Recorder
 from mcpctl.server.live import Place, Process
 from mcpctl.server.parts import running
 from site_of_mcpctl import Shop, Site
-from test_authenticate import START, House, enter, house, refused
 
 __all__ = ["house"]
 BACK, FORWARD = timedelta(hours=-1), timedelta(days=1)

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from authenticating import forged
 from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually, in_background
-from test_authenticate import forged
 
 MakeSite = Callable[..., Site]
 SLEEP = {"query": "select pg_sleep(60)"}
