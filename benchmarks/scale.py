@@ -194,13 +194,17 @@ def _memory(both: Towns, when: str) -> list[Row]:
 
 def _speed(both: Towns, used: int, seconds: float, rounds: int, what: str) -> list[Row]:
     took: tuple[list[list[float]], list[list[float]]] = ([], [])
+    cost: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
-        for town, slices in zip(both, took, strict=True):
+        for town, slices, costs in zip(both, took, cost, strict=True):
+            before = sum(map(cpu_seconds, town.pids))
             slices.append(asyncio.run(_calls(town.at.url, town.some(used), seconds)))
+            costs.append((sum(map(cpu_seconds, town.pids)) - before) / len(slices[-1]) * 1000)
     rates = [statistics.median(map(len, slices)) / seconds for slices in took]
     few, many = map(_p99, took)
     return [
         (f"calls a second{what}", f"{rates[0]:.0f}", f"{rates[1]:.0f}", "as many"),
+        (f"the server's CPU for a call{what}, ms", *(f"{statistics.median(costs):.2f}" for costs in cost), "as much"),
         (f"p99 of a call{what}, ms", f"{few:.1f}", f"{many:.1f}", "as long"),
     ]
 
