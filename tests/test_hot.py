@@ -179,6 +179,19 @@ def test_the_headers_of_an_answer_are_the_same_in_both_lanes() -> None:
         assert Reply(200, body, "abc").lines() == ordinary
 
 
+def test_a_large_head_is_not_kept() -> None:
+    app = _App()
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            for _ in range(2):
+                wire.sendall((_HEAD % 3).replace(b"y\r\n", b"y" * 9000 + b"\r\n") + b"one")
+                answer(wire)
+
+    asyncio.run(visited(app, visit, 20))
+    assert (app.ordinary, app.again_for) == ([b"one", b"one"], [])
+
+
 @pytest.mark.parametrize("head", [b"GET / HTTP/1.1\r\n\r\n", b"x\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n"])
 def test_a_head_without_one_length_is_never_known(head: bytes) -> None:
     assert Lane.of(head, Found(_App(), None, None, [], 9, (False, "")), _App()) is None

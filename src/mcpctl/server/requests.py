@@ -16,6 +16,7 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER, HIGH_WATER_LIMIT, 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from mcpctl.server import encoding
+from mcpctl.server.held import SMALL
 
 _HEAD, _LINES = 16 << 10, 100
 """Bytes of a request's head, and lines: each costs a hundred times its bytes."""
@@ -76,7 +77,7 @@ class Requests(HttpToolsProtocol):
     deaf = False
     """Nothing that comes is read any more."""
     head = b""
-    """That of the last request, as it came."""
+    """That of the last request, as it came, if it is small: nobody counts it."""
     reading = Reading.HEAD
     turn: asyncio.Handle | None = None
     """When the rest of what came is looked at."""
@@ -144,8 +145,9 @@ class Requests(HttpToolsProtocol):
             self._turn_away("HTTP/1.1 is spoken here", status=505 if other else 400)
         else:
             self._searched = 0
-            self.head = self._taken(end)
-            return _UPGRADE.sub(b"", self.head)
+            head = self._taken(end)
+            self.head = head if end <= SMALL else b""
+            return _UPGRADE.sub(b"", head)
         return b""
 
     def _parse(self, data: bytes) -> None:
