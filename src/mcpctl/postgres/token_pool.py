@@ -283,7 +283,7 @@ class TokenPool:
 
     async def _turn(self) -> Session | None:
         """The connection of a call that ends, where there may be no further one; None where there may be."""
-        if len(self.out) < self.login.settings.pool.max_size or self._waiting:
+        if len(self.out) < self.login.settings.pool.max_size:
             return None
         if len(self._turns) >= self.login.settings.pool.max_waiting:
             raise _too_many()
@@ -384,12 +384,10 @@ class TokenPool:
         """Give a connection to whose turn it is, or keep it at hand for the next call: for a moment, since whoever
         counts what nobody uses is to find it with psycopg_pool. False where it has to be laid back."""
         conn = session.conn
+        if conn.closed and not session.lingers:
+            self.sessions.pop(conn, None)
         if conn.closed or monotonic() >= session.until or self._waiting or self.closed:
-            if conn.closed and not session.lingers:
-                self.sessions.pop(conn, None)
-            while (turn := self._next_turn()) is not None:
-                turn.set_result(None)  # there may be further ones now: psycopg_pool sees to them in their order
-            return False
+            return False  # who waits for psycopg_pool has waited for longer than whose turn would be next
         if (turn := self._next_turn()) is not None:
             self.out.add(session)
             turn.set_result(session)
@@ -422,8 +420,16 @@ class TokenPool:
     def _laid_back(self, session: Session) -> "asyncio.Task[None]":
         task = asyncio.create_task(self._pool.putconn(session.conn))
         self._laying.add(task)
-        task.add_done_callback(self._laying.discard)
+        task.add_done_callback(self._laid)
         return task
+
+    def _laid(self, task: "asyncio.Task[None]") -> None:
+        """As many as there is room for need not wait for their turn any more: psycopg_pool has or makes one for them."""
+        self._laying.discard(task)
+        for _ in range(self.login.settings.pool.max_size - len(self.out)):
+            if (turn := self._next_turn()) is None:
+                break
+            turn.set_result(None)
 
 
 def _too_many() -> UnavailableError:
