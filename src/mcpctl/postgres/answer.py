@@ -20,6 +20,7 @@ _ELEMENTS = 100_000
 """Elements that the JSON values and arrays of one row may hold."""
 _EVEN = 1 << 10
 """Bytes of JSON that a small row has at most, on the average of a result."""
+_HEAVY = 64 << 10
 _WHITESPACE = 3
 """How much longer PostgreSQL's text may be than the JSON that is made of it: white space, escapes, hexadecimal."""
 
@@ -63,6 +64,8 @@ class Answer:
         self._pieces: list[bytes] = []
         self._size = 2
         self._even = True
+        self.heavy = False
+        """Whether much was made of the last result, which is ours and not libpq's."""
         self.shape: Shape | None = None
         self.rows: list[tuple[Any, ...]] = []
         self.note: str | None = None
@@ -77,12 +80,13 @@ class Answer:
                 self._quick.set_pgresult(result)
         elif self._quick is not None:
             self._quick.set_pgresult(result, set_loaders=False)
+        self.heavy = False
         room = self._bounds.rows - len(self.rows)
         count = min(result.ntuples, room)
         if count and (self._trusted or self._is_small(shape, result)) and self._add_all(shape, result, count):
             count = 0
         for row in range(count):
-            self._even = False
+            self._even, self.heavy = False, True
             if not self._add(shape, result, row):
                 return False
             await asyncio.sleep(0)
@@ -110,6 +114,7 @@ class Answer:
         """Add so many rows at once, if there is room for them."""
         rows = self._loaded(shape, result, count)
         piece = _encode(rows)[1:-1]
+        self.heavy = len(piece) > _HEAVY
         if self._size + len(piece) > self._bounds.bytes:
             return False
         self._even = self._even and len(piece) <= _EVEN * count

@@ -79,6 +79,8 @@ class _Execution(Exchange):
                 if result.status == pq.ExecStatus.COMMAND_OK and tag.startswith(b"SELECT"):
                     failed = StatementError("a SELECT INTO makes a table, so it was rolled back", {"hint": _TAKEN})
                 wanted = wanted and await answer.take(result)
+                if answer.heavy:
+                    wire.forget_size()
             elif self.is_copy(result):
                 raise ConnectionLostError("the statement turned out to be a COPY, which is not possible here")
             else:

@@ -119,6 +119,8 @@ class Pools:
     async def take(self, principal: Principal, login: Login) -> Session:
         """A connection of this principal's own pool for that login, to be given back."""
         pool = await self._pool(principal, login)
+        if (session := pool.take_at_hand()) is not None:
+            return session
         try:
             session = await pool.take()
         except Error:

@@ -13,7 +13,7 @@ from psycopg import AsyncConnection, pq
 
 from mcpctl.audit.log import MORE
 from mcpctl.postgres.terminator import Backend, ending, place
-from mcpctl.postgres.wire import Wire
+from mcpctl.postgres.wire import ConnectionLostError, Wire
 
 if TYPE_CHECKING:
     from mcpctl.postgres.token_pool import TokenPool
@@ -113,6 +113,13 @@ class Session:
     def pgconn(self) -> pq.abc.PGconn:
         """libpq's own connection, in pipeline mode."""
         return self.conn.pgconn
+
+    @property
+    def wire(self) -> Wire:
+        """The connection's way to the event loop."""
+        if (found := self.conn.wire) is None:
+            raise ConnectionLostError("the connection to the database was lost")
+        return found
 
     async def cancel(self, timeout: float = 1.0) -> None:
         """Ask the backend to give up what it does (PQcancelStart). Whether it obeys is its affair."""

@@ -84,13 +84,13 @@ _quick = cache(_Quick)
 
 class Shape:
     """One list of columns: (name, type) each. `varying` are those whose values have no fixed length, `nested` those
-    that are made of many; `plain`: every column is a scalar of PostgreSQL's own. `json` is the columns as an answer
-    says them."""
+    that are made of many, `unknown` the types of which nothing is known. `plain`: every column is a scalar of
+    PostgreSQL's own. `json` is the columns as an answer says them."""
 
     def __init__(self, values: Values, names: Sequence[str], oids: Sequence[int], sizes: Sequence[int]) -> None:
         self.columns = [(name, values.name(oid)) for name, oid in zip(names, oids, strict=True)]
         self.json = _encode([{"name": name, "type": kind} for name, kind in self.columns])
-        self.oids = set(oids)
+        self.unknown = values.unknown(set(oids))
         self.varying = [column for column, size in enumerate(sizes) if size < 0]
         self.nested = [column for column, oid in enumerate(oids) if values.is_nested(oid)]
         self.plain = all(oid in values.plain for oid in oids)

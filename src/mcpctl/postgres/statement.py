@@ -161,10 +161,7 @@ class Exchange:
 
     def wire(self, seconds: float = inf) -> Wire:
         """The connection's wire, for this exchange; in so many seconds it has to be over."""
-        wire = self.session.conn.wire
-        if wire is None:
-            raise ConnectionLostError("the connection to the database was lost")
-        return wire.exchange(self._growth, self._at_once, seconds)
+        return self.session.wire.exchange(self._growth, self._at_once, seconds)
 
     async def run(self, text: bytes, params: Sequence[bytes | None] | None) -> Rows:
         with self.wire(self.bounds.seconds + AFTER) as wire:
@@ -183,7 +180,7 @@ class Exchange:
             except TooLargeError:
                 self._verdicts.amend(key, verdict, replace(verdict, small=False))
                 raise
-            unknown = self._types.unknown(rows.shape.oids) if rows.shape is not None else None
+            unknown = None if rows.shape is None else rows.shape.unknown
             if not (verdict.seen or use.unseen) or verdict.small != rows.even:
                 seen, relations = (True, use.relations) if not use.unseen else (verdict.seen, verdict.relations)
                 self._verdicts.amend(key, verdict, replace(verdict, relations=relations, seen=seen, small=rows.even))
@@ -231,8 +228,7 @@ class Exchange:
             use.unseen = not (verdict.seen and verdict.leaves_nothing)
 
     def _sync(self) -> None:
-        if self.session.conn.wire is not None:
-            self.session.conn.wire.sync()
+        self.session.wire.sync()
         self._syncs += 1
 
     async def _synced(self, wire: Wire) -> None:
@@ -322,7 +318,7 @@ class Exchange:
         self._sync()
 
     def _send(self, *statements: Statement) -> None:
-        if self.session.conn.closed or not self._clean:
+        if not self._clean:
             raise ConnectionLostError("the connection to the database was lost")
         self.begin(None, *statements)
         pgconn = self._pgconn
@@ -401,6 +397,8 @@ class Exchange:
                 if result.status in _ROWS:
                     if stop is None and not await answer.take(result):
                         stop = asyncio.create_task(self.session.cancel())
+                    if answer.heavy:
+                        wire.forget_size()
                 elif self.is_copy(result):
                     raise ConnectionLostError("the statement turned out to be a COPY, which is not a question")
                 elif stop is None:

@@ -1,7 +1,6 @@
 """The pool of one token for one database: psycopg_pool, with the failures told at once and every backend known."""
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -26,6 +25,7 @@ _AT_HAND = 0.2
 _IDLE = pq.TransactionStatus.IDLE
 TELL = "tell the administrator"
 POOLED_LOGINS = "a pooler stands before it, which does not pass on what a user's own login asks for when it connects"
+Turn = asyncio.Future[Session | None]
 MakeRoom = Callable[["TokenPool"], Awaitable[None]]
 
 
@@ -63,7 +63,8 @@ class TokenPool:
         self._wait = settings.wait
         self._left = 0
         self._hand: list[Session] = []
-        self._turns: deque[asyncio.Future[Session | None]] = deque()
+        self._turns: deque[tuple[float, Turn]] = deque()
+        self._turning: asyncio.TimerHandle | None = None
         self._resting: asyncio.TimerHandle | None = None
         self._laying: set[asyncio.Task[None]] = set()
         self._pool = self._new()
@@ -152,9 +153,10 @@ class TokenPool:
             self._room.cancel()  # else the pool would wait for it, and it perhaps for whoever closes the pool
         if self._resting is not None:
             self._resting.cancel()
-        for turn in self._turns:
-            if not turn.done():
-                turn.set_result(None)
+        while (turn := self._next_turn()) is not None:
+            turn.set_result(None)
+        if self._turning is not None:
+            self._turning.cancel()
         hand, self._hand = self._hand, []
         await self._pool.close(timeout=0.2)
         for session in hand:
@@ -249,6 +251,17 @@ class TokenPool:
         if kept == pid or row is None or row[0] != pid:
             raise ForbiddenError(f"database {self.login.name!r} is not served: {SHARED_BACKENDS}", TELL)
 
+    def take_at_hand(self) -> Session | None:
+        """One that a call gave back a moment ago, if there is any, without waiting for anything."""
+        if not self._hand or not self.terminator.sure or (session := self._at_hand()) is None:
+            return None
+        self.last_used = monotonic()
+        self.out.add(session)
+        session.task = asyncio.current_task()
+        session.passes_on = False
+        session.use = Use()
+        return session
+
     async def take(self) -> Session:
         """A live connection, waiting for one as long as the config says. Raises UnavailableError with the reason."""
         self.last_used = monotonic()
@@ -283,32 +296,40 @@ class TokenPool:
 
     async def _turn(self) -> Session | None:
         """The connection of a call that ends, where there may be no further one; None where there may be."""
-        if len(self.out) < self.login.settings.pool.max_size:
+        most = self.login.settings.pool.max_size
+        if len(self.out) < most and not (self._waiting and self.count >= most):
             return None
         if len(self._turns) >= self.login.settings.pool.max_waiting:
             raise _too_many()
-        turn: asyncio.Future[Session | None] = asyncio.get_running_loop().create_future()
-        self._turns.append(turn)
+        loop = asyncio.get_running_loop()
+        turn: Turn = loop.create_future()
+        self._turns.append((loop.time() + self._wait, turn))
+        if self._turning is None:
+            self._turning = loop.call_later(self._wait, self._overdue)
         try:
-            async with asyncio.timeout(self._wait):
-                session = await turn
-        except TimeoutError:
-            self._hand_on(turn)
-            raise self._none_came() from None
+            session = await turn
         except BaseException:
             self._hand_on(turn)
             raise
-        finally:
-            with contextlib.suppress(ValueError):
-                self._turns.remove(turn)
         if session is not None and session.conn.closed:
             await self.give_back(session)
             return None
         return session
 
-    def _hand_on(self, turn: "asyncio.Future[Session | None]") -> None:
+    def _overdue(self) -> None:
+        """Tell those whose turn has not come in time: one timer is for all."""
+        loop = asyncio.get_running_loop()
+        while self._turns and (self._turns[0][0] <= loop.time() or self._turns[0][1].done()):
+            turn = self._turns.popleft()[1]
+            if not turn.done():
+                turn.set_exception(self._none_came())
+        self._turning = loop.call_at(self._turns[0][0], self._overdue) if self._turns else None
+
+    def _hand_on(self, turn: Turn) -> None:
         """Who has been given a connection, and does not want it any more, leaves it to the next."""
-        if turn.done() and not turn.cancelled() and (session := turn.result()) is not None:
+        self._turns = deque(one for one in self._turns if one[1] is not turn)
+        given = turn.done() and not turn.cancelled() and turn.exception() is None
+        if given and (session := turn.result()) is not None:
             self.out.discard(session)
             if not self._kept(session):
                 self._later(session)
@@ -398,9 +419,9 @@ class TokenPool:
             self._resting = asyncio.get_running_loop().call_later(_AT_HAND, self._rest)
         return True
 
-    def _next_turn(self) -> "asyncio.Future[Session | None] | None":
+    def _next_turn(self) -> Turn | None:
         while self._turns:
-            if not (turn := self._turns.popleft()).done():
+            if not (turn := self._turns.popleft()[1]).done():
                 return turn
         return None
 
@@ -424,7 +445,7 @@ class TokenPool:
         return task
 
     def _laid(self, task: "asyncio.Task[None]") -> None:
-        """As many as there is room for need not wait for their turn any more: psycopg_pool has or makes one for them."""
+        """As many as there is room for need not wait for their turn: psycopg_pool has or makes one for them."""
         self._laying.discard(task)
         for _ in range(self.login.settings.pool.max_size - len(self.out)):
             if (turn := self._next_turn()) is None:

@@ -256,15 +256,12 @@ class Wire:
         self._pgconn.finish()
         raise TooLargeError(*_TOO_LARGE)
 
+    def forget_size(self) -> None:
+        """What the process has grown by since the last result is not libpq's."""
+        self._size = -1
+
     async def result(self) -> Any:
         """The next result, or None at the end of a command's results (PQgetResult)."""
-        found = await self._next()
-        if found is not None and found.ntuples:
-            self._size = -1  # what is made of it is ours
-        return found
-
-    async def _next(self) -> Any:
-        """`result`, of whose rows nothing large is made."""
         if self._late:
             raise TimeoutError
         while not self._fed or self._busy():
@@ -285,10 +282,10 @@ class Wire:
         found = []
         busy, get = self._pgconn.is_busy, self._pgconn.get_result
         for _ in range(count):
-            result = await self._next()
+            result = await self.result()
             found.append(result)
             if result is not None and (busy() or get() is not None):  # mostly all of it is there
-                while await self._next() is not None:
+                while await self.result() is not None:
                     pass
         return found
 
@@ -298,6 +295,6 @@ class Wire:
 
     async def synced(self) -> None:
         """The result that stands for a sync point."""
-        result = await self._next()
+        result = await self.result()
         if result is None or result.status != pq.ExecStatus.PIPELINE_SYNC:
             raise ConnectionLostError("the conversation with the database is out of step")
