@@ -44,8 +44,8 @@ def _floats(column: Column) -> Column | None:
     return [None if one is None else number(one) for one in column]
 
 
-_DIGITS = str.maketrans("123456789", "000000000")
-_START = "\n0000-00-00 00:00:00"
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
+_START = b"\n0000-00-00 00:00:00"
 
 
 def _times(column: Column) -> Column | None:
@@ -54,7 +54,7 @@ def _times(column: Column) -> Column | None:
         return [None if one is None else timestamp(one) for one in column]
     text = "\n" + "\n".join(column) + "\n"
     end = column[0][19:].lstrip(".0123456789") + "\n"
-    if len(end) == 4 and text.translate(_DIGITS).count(_START) == text.count(end) == len(column):
+    if len(end) == 4 and text.encode().translate(_DIGITS).count(_START) == text.count(end) == len(column):
         return text.replace(" ", "T").replace(end, f"{end[:3]}:00\n")[1:].split("\n")[:-1]
     return list(map(timestamp, column))
 

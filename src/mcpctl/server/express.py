@@ -137,7 +137,7 @@ class Express:
         if call.modern:
             result["_meta"] = {SERVER_INFO_META_KEY: {"name": "mcpctl", "version": __version__}}
         result["content"] = [{"type": "text", "text": answer.text}]
-        if answer.structured is not None:
+        if not answer.is_error:
             result["structuredContent"] = msgspec.Raw(answer.text.encode())
         result["isError"] = answer.is_error
         if call.modern:
