@@ -52,10 +52,12 @@ def _times(column: Column) -> Column | None:
     """`2026-11-20 12:00:00.5+00` → `2026-11-20T12:00:00.5+00:00`: all at once where all are of the first one's form."""
     if None in column:
         return [None if one is None else timestamp(one) for one in column]
-    text = "\n" + "\n".join(column) + "\n"
-    end = column[0][19:].lstrip(".0123456789") + "\n"
-    if len(end) == 4 and text.encode().translate(_DIGITS).count(_START) == text.count(end) == len(column):
-        return text.replace(" ", "T").replace(end, f"{end[:3]}:00\n")[1:].split("\n")[:-1]
+    text, zone = "\n" + "\n".join(column) + "\n", column[0][19:].lstrip(".0123456789")
+    if len(zone) == 3 and text.encode().translate(_DIGITS).count(_START) == len(column):
+        found = text[1:].replace(" ", "T").split(zone + "\n")
+        if len(found) == len(column) + 1:  # so each begins as a time does, and ends with this zone
+            zone += ":00"
+            return [one + zone for one in found[:-1]]
     return list(map(timestamp, column))
 
 
