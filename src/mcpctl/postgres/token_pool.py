@@ -20,7 +20,7 @@ from mcpctl.postgres.wire import Wire
 
 log = logging.getLogger("mcpctl.pools")
 _LEFT = 1000
-_AT_HAND = 0.2
+_AT_HAND = 5.0
 """Seconds that a connection is kept for the next call before psycopg_pool has it back."""
 _IDLE = pq.TransactionStatus.IDLE
 TELL = "tell the administrator"
@@ -407,7 +407,9 @@ class TokenPool:
         conn = session.conn
         if conn.closed and not session.lingers:
             self.sessions.pop(conn, None)
-        if conn.closed or monotonic() >= session.until or self._waiting or self.closed:
+        if conn.closed or monotonic() >= session.until or self.closed:
+            return False
+        if self._waiting and self._pool.get_stats().get("requests_waiting"):
             return False  # who waits for psycopg_pool has waited for longer than whose turn would be next
         if (turn := self._next_turn()) is not None:
             self.out.add(session)
