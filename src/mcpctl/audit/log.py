@@ -17,12 +17,12 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import msgspec
 
 from mcpctl import private_file
 from mcpctl.audit import files, late
@@ -52,8 +52,6 @@ EVENTS = (
 )  # fmt: skip
 _ROOM = 64 << 10
 _KNOWN_EVENTS, _KNOWN_FIELDS = frozenset(EVENTS), frozenset(FIELDS)
-_Line = msgspec.defstruct("_Line", [(name, Any, None) for name in FIELDS], omit_defaults=True)
-_encode = msgspec.json.Encoder().encode
 _SECOND = timedelta(seconds=1)
 _NOTHING = timedelta()
 _logger = logging.getLogger("mcpctl.audit")
@@ -372,14 +370,25 @@ class AuditLog:
         return made.encode("ascii") == line[5]
 
 
+@cache
+def _quick() -> Callable[[dict[str, Any]], bytes]:
+    """What writes the plain lines of a server: it has msgspec. A command that writes one line does without."""
+    import msgspec
+
+    line = msgspec.defstruct("_Line", [(name, Any, None) for name in FIELDS], omit_defaults=True)
+    encode = msgspec.json.Encoder().encode
+    return lambda values: encode(line(**values))
+
+
 def _as_json(values: dict[str, Any]) -> bytes:
     """The values that there are, in the order of FIELDS, in printable ASCII."""
-    try:
-        data = _encode(_Line(**values))
-    except UnicodeEncodeError:  # half of a surrogate pair, which the other has words for
-        data = b"\x7f"
-    if data.isascii() and b"\x7f" not in data:
-        return data
+    if "msgspec" in sys.modules:
+        try:
+            data = _quick()(values)
+        except UnicodeEncodeError:  # half of a surrogate pair, which the other has words for
+            data = b"\x7f"
+        if data.isascii() and b"\x7f" not in data:
+            return data
     ordered = {name: values[name] for name in FIELDS if values.get(name) is not None}
     text = json.dumps(ordered, ensure_ascii=True, separators=(",", ":")).replace("\x7f", "\\u007f")
     return text.encode("ascii")

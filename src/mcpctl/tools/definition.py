@@ -96,7 +96,8 @@ class Tool:
     def _plain(self) -> dict[str, type]:
         """The arguments of which nothing is asked but their type."""
         kinds = {"string": str, "boolean": bool}
-        return {name: kinds[kind] for name, schema in self.properties.items() if (kind := schema.get("type")) in kinds}
+        wanted = {name: str(schema.get("type")) for name, schema in self.properties.items()}
+        return {name: kinds[kind] for name, kind in wanted.items() if kind in kinds}
 
     def check(self, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
         """The arguments, or UsageError naming what is missing, unknown or of the wrong type. null is left out,
