@@ -298,10 +298,11 @@ def test_a_superusers_login_is_seen_to_breach(targets: dict[str, Target]) -> Non
 
 _WEAKENED = """
 import inspect, sys
-from mcpctl.postgres import statement
-text = inspect.getsource(statement).replace('b"ROLLBACK"', 'b"COMMIT"')
-text = text.replace('b"BEGIN READ ONLY"', 'b"BEGIN READ WRITE"')
-text = text.replace("if not (self._clean and self._leaves_nothing)", "if False")
+from mcpctl.postgres import frame, statement
+frame.FRAME |= {frame.BEGIN: b"BEGIN READ WRITE", frame.END: b"COMMIT"}
+text = inspect.getsource(statement)
+assert "return self._clean and self._leaves_nothing" in text
+text = text.replace("return self._clean and self._leaves_nothing", "return True")
 exec(compile(text, statement.__file__, "exec"), statement.__dict__)
 from mcpctl.cli.main import run
 sys.argv[1:] = sys.argv[4:]

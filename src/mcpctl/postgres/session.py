@@ -75,7 +75,7 @@ class Session:
     pooler gives it to somebody else when it is closed."""
 
     __slots__ = (
-        "conn", "cut", "framed", "lingers", "login", "number", "passes_on", "pid", "place", "pool", "pooled", "started",
+        "conn", "cut", "framed", "lingers", "login", "passes_on", "pid", "place", "pool", "pooled", "started",
         "task", "until", "use", "used",
     )  # fmt: skip
 
@@ -91,7 +91,6 @@ class Session:
         self.cut = False
         self.lingers = False
         self.framed = False
-        self.number = b"%d" % pid
         self.used = monotonic()
         self.until = inf
         self.pooled = self.passes_on = pooled

@@ -353,7 +353,7 @@ class Exchange:
             self._clean = False
             raise error(limits if failed is None else failed)
         self.session.framed = True
-        if limits.get_value(0, 2) != self.session.number:  # a pooler gives its clients any backend by now
+        if limits.get_value(0, 2) != b"%d" % self.session.pid:  # a pooler gives its clients any backend by now
             self.session.close()
             raise ForbiddenError(f"database {self.session.pool.login.name!r} is not served: {SHARED_BACKENDS}")
 
