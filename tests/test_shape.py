@@ -111,3 +111,22 @@ def test_rows_that_were_small_are_not_measured_and_bounds_hold_all_the_same(
     assert 100 < len(found.rows) < 500
     assert found.note is not None
     assert not found.even
+
+
+def test_what_is_made_of_many_is_measured_whatever_it_was_like_before(connection: psycopg.Connection[Any]) -> None:
+    for kind in ("json", "int[]"):
+        many = f"('[' || repeat('[],', 500000) || '[]]')::{kind}" if kind == "json" else "array_fill(1, '{500000}')"
+        result = connection.pgconn.exec_(f"SELECT {many} AS a".encode())
+        assert result.status == psycopg.pq.ExecStatus.TUPLES_OK, result.error_message
+        answer = Answer(Types(), WIDE, trusted=True)
+        assert not asyncio.run(answer.take(result))
+        assert "more than 100000 elements" in (answer.note or "")
+
+
+def test_a_shape_of_long_names_is_not_kept(connection: psycopg.Connection[Any]) -> None:
+    """PostgreSQL has 63 bytes for a name. A database that somebody has brought may send any number."""
+    for name, kept in ((b"n" * 63, True), (b"n" * 100_000, False)):
+        types, result = Types(), connection.pgconn.make_empty_result(psycopg.pq.ExecStatus.TUPLES_OK)
+        result.set_attributes([psycopg.pq.PGresAttDesc(name, 0, 0, 0, 25, -1, 0)])
+        assert types.shape(result).columns == [(name.decode(), "text")]
+        assert bool(types._shapes) is kept

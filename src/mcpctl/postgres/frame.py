@@ -1,23 +1,20 @@
 """The statements of ours: those around a caller's statement, and those that ask what it reads and what it leaves."""
 
-BEGIN, LIMITS, END, UNLOCK, LOOK = b"mcpctl begin", b"mcpctl limits", b"mcpctl end", b"mcpctl unlock", b"mcpctl look"
-_LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, true),
+BEGIN, END = b"BEGIN READ ONLY", b"ROLLBACK"
+LIMITS = b"mcpctl limits"
+"""The name of the one statement that each connection has prepared, with its first exchange. What a function may
+have put in its place runs in the READ ONLY transaction; in place of the others it would run outside of one."""
+SET_LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, true),
  pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.pg_backend_pid()"""
-_UNLOCK = b"SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.setseed($1)"
-_COUNTED = b", (SELECT pg_catalog.count(*) FROM pg_catalog.pg_prepared_statement())"
+UNLOCK = b"SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.setseed($1)"
+LOOK = (
+    UNLOCK + b", (SELECT pg_catalog.sum(CASE WHEN from_sql THEN 2 ELSE 1 END) FROM pg_catalog.pg_prepared_statement())"
+)
+AS_IT_WAS = b"1"
+"""What that counts where nothing is prepared but LIMITS, and by nobody else."""
 FRESH = 150000, b"SELECT pg_catalog.pg_stat_force_next_flush()"
 """From that version on, before SEEN, so that what it counts is of one transaction alone: PostgreSQL gathers it for
 seconds."""
-FRAME = {
-    BEGIN: b"BEGIN READ ONLY",
-    LIMITS: _LIMITS,
-    END: b"ROLLBACK",
-    UNLOCK: _UNLOCK,
-    LOOK: _UNLOCK + _COUNTED,
-}
-"""The statements of the frame, which each connection has prepared with its first exchange."""
-PREPARED = b"%d" % len(FRAME)
-"""How many a connection has prepared that is as it was."""
 LOCKED = b"""SELECT DISTINCT n.nspname || '.' || c.relname FROM pg_catalog.pg_locks l
  JOIN pg_catalog.pg_class t ON t.oid = l.relation JOIN pg_catalog.pg_class c ON c.oid = CASE t.relkind WHEN 't'
   THEN (SELECT o.oid FROM pg_catalog.pg_class o WHERE o.reltoastrelid = t.oid) ELSE t.oid END

@@ -20,8 +20,8 @@ from psycopg.types.string import TextLoader
 from mcpctl.postgres.values import SAFE_INTEGER, UnknownType, Values, integer, number, timestamp
 
 _encode = msgspec.json.Encoder().encode
-_MOST, _COLUMNS = 500, 100
-"""Shapes that are remembered, and columns that one of them has at most."""
+_MOST, _LONG = 500, 16 << 10
+"""Shapes that are remembered, and bytes of JSON that the columns of one of them have at most."""
 Column = Sequence[Any]
 Row = tuple[Any, ...]
 Mend = Callable[[Column], "Column | None"]
@@ -129,7 +129,7 @@ class Types(Values):
         if found is None:
             names = [(name or b"").decode("utf-8", "replace") for name, _ in key]
             found = Shape(self, names, [oid for _, oid in key], list(map(result.fsize, range(len(key)))))
-            if len(key) > _COLUMNS:
+            if len(found.json) > _LONG:
                 return found
             if len(self._shapes) >= _MOST:
                 self._shapes.clear()

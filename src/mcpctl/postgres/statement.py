@@ -301,17 +301,13 @@ class Exchange:
 
     # -- the frame -------------------------------------------------------------------------------------------
 
-    def begin(self, begin: bytes | None, *statements: Statement) -> None:
-        """Queue the first segment of a frame: a transaction, begun so (None: READ ONLY), its limits, and these."""
+    def begin(self, begin: bytes, *statements: Statement) -> None:
+        """Queue the first segment of a frame: a transaction, begun so, its limits, and these."""
         pgconn, session = self._pgconn, self.session
         if not session.framed:
-            for name, text in frame.FRAME.items():
-                pgconn.send_prepare(name, text)
+            pgconn.send_prepare(frame.LIMITS, frame.SET_LIMITS)
             self._sync()  # what is parsed takes a snapshot, and behind one nothing can be READ WRITE
-        if begin is None:
-            pgconn.send_query_prepared(frame.BEGIN, None)
-        else:
-            pgconn.send_query_params(begin, None)
+        pgconn.send_query_params(begin, None)
         pgconn.send_query_prepared(frame.LIMITS, [b"%d" % int(self.bounds.seconds * 1000)])
         for text, params in statements:
             pgconn.send_query_params(text, list(params) or None)
@@ -320,10 +316,10 @@ class Exchange:
     def _send(self, *statements: Statement) -> None:
         if not self._clean:
             raise ConnectionLostError("the connection to the database was lost")
-        self.begin(None, *statements)
+        self.begin(frame.BEGIN, *statements)
         pgconn = self._pgconn
-        pgconn.send_query_prepared(frame.END, None)
-        pgconn.send_query_prepared(
+        pgconn.send_query_params(frame.END, None)
+        pgconn.send_query_params(
             frame.UNLOCK if self._known else frame.LOOK,
             [b"%.9f" % random.uniform(-1, 1)],  # noqa: S311 - no secret
         )
@@ -345,7 +341,7 @@ class Exchange:
             await self._synced(wire)
         prepared = []
         if not self.session.framed:
-            prepared = await wire.commands(len(frame.FRAME))
+            prepared = await wire.commands(1)
             await self._synced(wire)
         begin, limits = await wire.commands(2)
         failed = next((one for one in (*prepared, begin) if one.status != _Status.COMMAND_OK), None)
@@ -365,7 +361,7 @@ class Exchange:
         self._clean = (  # else a late cancel hit the frame, or a prepared statement would outlive the call
             rollback.status == _Status.COMMAND_OK
             and unlock.status == _Status.TUPLES_OK
-            and (self._known or unlock.get_value(0, 2) == frame.PREPARED)
+            and (self._known or unlock.get_value(0, 2) == frame.AS_IT_WAS)
             and self._pgconn.transaction_status == _IDLE
         )
 
