@@ -317,3 +317,25 @@ def test_what_has_changed_between_two_hot_calls_counts(
         head, body = answer(wire)
         assert b"connection: close" in head
         assert b"late" in body
+
+
+def test_of_a_hot_answer_that_is_read_slowly_nothing_more_leaves_after_a_reload_and_a_revocation(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop, extra="limits: {max_bytes: 16MiB, max_rows: 100000}\n").start()
+    name, token = at.token()
+    url = urlsplit(at.url)
+    with socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire.settimeout(20)
+        wire.connect((url.hostname, url.port))
+        assert _ask(at, wire, token, "select 1")[0] == 200
+        wire.sendall(_request(at, token, "select repeat('x', 1000) from generate_series(1, 4000)"))
+        assert wire.recv(12) == b"HTTP/1.1 200"
+        at.run("config", "reload")
+        at.run("token", "revoke", name)
+        read = 0
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := wire.recv(1 << 20):
+                read += len(chunk)
+                assert read < 6 << 20, "all of it has left"

@@ -85,10 +85,8 @@ class _Generation:
     async def again(self, found: Found, call: Call, task: asyncio.Task[Any], gone: Callable[[], bool]) -> Reply | None:
         """Answer a further call with a head that this one's app let in; see hot.py."""
         self._busy[task] = "/mcp"
-        try:
-            return await found.app.again(found, call, task, gone)
-        finally:
-            del self._busy[task]
+        task.add_done_callback(self._busy.pop)  # when all has been written: who has ended hears of no revocation
+        return await found.app.again(found, call, task, gone)
 
     async def drain(self) -> None:
         """Let the calls that run end, for some seconds; then cut them. Streams have no end: they are cut at once."""
