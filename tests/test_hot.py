@@ -19,7 +19,7 @@ import pytest
 from mcpctl.server import door, encoding
 from mcpctl.server.exchange import Receive, Scope, Send
 from mcpctl.server.express import Call
-from mcpctl.server.hot import Found, Lane, Reply
+from mcpctl.server.hot import Found, Lane, Reply, Write
 from site_of_mcpctl import Shop, Site, eventually, in_background
 from visiting import answer, visited
 
@@ -58,13 +58,13 @@ class _App:
     def read(self, found: Found, body: bytes) -> Call | None:
         return None if body == b"sdk" else Call(1, body.decode(), None, False)
 
-    async def again(self, found: Found, call: Call, task: Task, gone: Gone) -> Reply | None:
+    async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
         self.again_for.append(call.name.encode())
         try:
             await asyncio.sleep(60 if call.name == "long" else 0)
         finally:
             self.gone += gone()
-        return Reply(401 if call.name == "no" else 200, b"again", "1")
+        return await write(Reply(401 if call.name == "no" else 200, b"again", "1"))
 
 
 def test_a_further_call_with_the_same_head_goes_the_hot_way_and_nothing_else_does(
@@ -152,10 +152,8 @@ def test_a_long_answer_stops_when_it_is_no_longer_wanted_and_waits_for_who_reads
     class Long(_App):
         wanted = True
 
-        async def again(
-            self, found: Found, call: Call, task: asyncio.Task[None], gone: Callable[[], bool]
-        ) -> Reply | None:
-            return Reply(200, bytes(8 << 20), "1", wanted=lambda: self.wanted)
+        async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
+            return await write(Reply(200, bytes(8 << 20), "1", wanted=lambda: self.wanted))
 
     app = Long()
 
@@ -319,10 +317,10 @@ def test_what_has_changed_between_two_hot_calls_counts(
         assert b"late" in body
 
 
-def test_of_a_hot_answer_that_is_read_slowly_nothing_more_leaves_after_a_reload_and_a_revocation(
+def test_a_hot_answer_that_is_read_slowly_counts_as_a_call_and_ends_with_its_token_after_a_reload(
     make_site: MakeSite, newest_shop: Shop
 ) -> None:
-    at = make_site(newest_shop, extra="limits: {max_bytes: 16MiB, max_rows: 100000}\n").start()
+    at = make_site(newest_shop, extra="limits: {max_bytes: 16MiB, max_rows: 100000, tokens: {concurrent: 1}}\n").start()
     name, token = at.token()
     url = urlsplit(at.url)
     with socket.socket() as wire:
@@ -332,6 +330,8 @@ def test_of_a_hot_answer_that_is_read_slowly_nothing_more_leaves_after_a_reload_
         assert _ask(at, wire, token, "select 1")[0] == 200
         wire.sendall(_request(at, token, "select repeat('x', 1000) from generate_series(1, 4000)"))
         assert wire.recv(12) == b"HTTP/1.1 200"
+        with _wire(at) as other:
+            assert _ask(at, other, token, "select 1")[0] == 429, "a call that is being answered runs"
         at.run("config", "reload")
         at.run("token", "revoke", name)
         read = 0

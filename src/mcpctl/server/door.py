@@ -321,8 +321,7 @@ class Visitor(Requests):
         if task is None:
             raise TypeError("a call without a task")
         try:
-            reply = await lane.answer(call, task, self.transport.is_closing)
-            whole = reply is not None and await self._write(reply)
+            whole = await lane.answer(call, task, self.transport.is_closing, self._write)
         except asyncio.CancelledError:  # the client has gone, or the server ends
             log.debug("a call was cancelled before it was answered")
         finally:
