@@ -171,6 +171,25 @@ def test_a_long_answer_stops_when_it_is_no_longer_wanted_and_waits_for_who_reads
     asyncio.run(visited(app, visit, 20))
 
 
+def test_a_connection_that_is_hung_up_while_a_long_answer_leaves_ends_behind_it() -> None:
+    class HungUp(_App):
+        async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
+            def wanted() -> bool:
+                write.__self__.shutdown()  # type: ignore[attr-defined]
+                return True
+
+            return await write(Reply(200, bytes(1 << 20), "1", wanted=wanted))
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            for _ in range(2):
+                wire.sendall(_HEAD % 3 + b"one")
+                answer(wire)
+            assert wire.recv(1) == b""
+
+    asyncio.run(visited(HungUp(), visit, 60, timeout_keep_alive=60))
+
+
 def test_the_headers_of_an_answer_are_the_same_in_both_lanes() -> None:
     for body in (b"", b"{}"):
         ordinary = b"".join(b"%b: %b\r\n" % header for header in encoding.headers(body, "abc"))

@@ -369,7 +369,7 @@ class Visitor(Requests):
             if self.transport.is_closing() or not reply.wanted():
                 return False
             self.transport.write(body[start : start + PIECE])
-        return goes_on
+        return goes_on and self.cycle.keep_alive  # it may have been hung up meanwhile: see `shutdown`
 
     def shutdown(self) -> None:
         """The server ends, or wants the connection to: when the call that runs has its answer."""
