@@ -196,6 +196,11 @@ def test_the_headers_of_an_answer_are_the_same_in_both_lanes() -> None:
         assert Reply(200, body, "abc").lines() == ordinary
 
 
+def test_what_a_head_has_said_is_not_shown() -> None:
+    headers = [(b"authorization", b"Bearer mcp_secret")]
+    assert "mcp_" not in repr(Found(_App(), None, "mcp_secret", headers, 9, (False, "")))
+
+
 def test_a_large_head_is_not_kept() -> None:
     app = _App()
 

@@ -65,7 +65,7 @@ class Generation(Protocol):
         """`Again.again`, as a call that runs in it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Found:
     """What the head of a request that was let in has said: the client's address, the credential, and the headers as
     both lanes see them. `most`: the bytes that a body may have; `routed`: see `Express.route`."""
