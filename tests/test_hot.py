@@ -190,6 +190,29 @@ def test_a_connection_that_is_hung_up_while_a_long_answer_leaves_ends_behind_it(
     asyncio.run(visited(HungUp(), visit, 60, timeout_keep_alive=60))
 
 
+def test_who_was_answered_just_now_is_not_sent_away_however_long_it_took() -> None:
+    class Slow(_App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await asyncio.sleep(1.5)  # until shortly before the second look
+            await super().__call__(scope, receive, send)
+
+        async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
+            await asyncio.sleep(1.35)
+            return await write(Reply(200, b"again", "1"))
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            for _ in range(2):
+                wire.sendall(_HEAD % 3 + b"one")
+                answer(wire)
+                wire.settimeout(0.2)
+                with pytest.raises(TimeoutError):
+                    wire.recv(1)
+                wire.settimeout(10)
+
+    asyncio.run(visited(Slow(), visit, 0.8))
+
+
 def test_the_headers_of_an_answer_are_the_same_in_both_lanes() -> None:
     for body in (b"", b"{}"):
         ordinary = b"".join(b"%b: %b\r\n" % header for header in encoding.headers(body, "abc"))

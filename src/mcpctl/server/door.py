@@ -290,7 +290,7 @@ class Visitor(Requests):
             self.waiting.clear()
             self._count_waiting()
         self._end_turn()
-        self.reading, self._seen = Reading.WHOLE, None
+        self.reading = Reading.WHOLE
         self._task = self.loop.create_task(self._again(self._lane, call))
         self.tasks.add(self._task)
         return True
@@ -337,7 +337,7 @@ class Visitor(Requests):
             self.on_response_complete()
         else:
             self.server_state.total_requests += 1
-            self.reading, self._answered_at = Reading.HEAD, self.loop.time()
+            self.reading, self._seen, self._answered_at = Reading.HEAD, None, self.loop.time()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection, if there was no further call meanwhile. One sets no timer anew."""
@@ -410,6 +410,7 @@ class Visitor(Requests):
 
     def on_response_complete(self) -> None:
         """An answer has left; what has come meanwhile is the next request's."""
+        self._seen = None  # also one that began before the last look: its client may ask again
         self.out.flush()
         super().on_response_complete()
         if self.transport.is_closing():
