@@ -19,7 +19,7 @@ import pytest
 from mcpctl.server import door, encoding
 from mcpctl.server.exchange import Receive, Scope, Send
 from mcpctl.server.express import Call
-from mcpctl.server.hot import Found, Lane, Reply
+from mcpctl.server.hot import Found, Lane, Reply, Write
 from site_of_mcpctl import Shop, Site, eventually, in_background
 from visiting import answer, visited
 
@@ -58,13 +58,13 @@ class _App:
     def read(self, found: Found, body: bytes) -> Call | None:
         return None if body == b"sdk" else Call(1, body.decode(), None, False)
 
-    async def again(self, found: Found, call: Call, task: Task, gone: Gone) -> Reply | None:
+    async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
         self.again_for.append(call.name.encode())
         try:
             await asyncio.sleep(60 if call.name == "long" else 0)
         finally:
             self.gone += gone()
-        return Reply(401 if call.name == "no" else 200, b"again", "1")
+        return await write(Reply(401 if call.name == "no" else 200, b"again", "1"))
 
 
 def test_a_further_call_with_the_same_head_goes_the_hot_way_and_nothing_else_does(
@@ -152,10 +152,8 @@ def test_a_long_answer_stops_when_it_is_no_longer_wanted_and_waits_for_who_reads
     class Long(_App):
         wanted = True
 
-        async def again(
-            self, found: Found, call: Call, task: asyncio.Task[None], gone: Callable[[], bool]
-        ) -> Reply | None:
-            return Reply(200, bytes(8 << 20), "1", wanted=lambda: self.wanted)
+        async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
+            return await write(Reply(200, bytes(8 << 20), "1", wanted=lambda: self.wanted))
 
     app = Long()
 
@@ -173,10 +171,57 @@ def test_a_long_answer_stops_when_it_is_no_longer_wanted_and_waits_for_who_reads
     asyncio.run(visited(app, visit, 20))
 
 
+def test_a_connection_that_is_hung_up_while_a_long_answer_leaves_ends_behind_it() -> None:
+    class HungUp(_App):
+        async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
+            def wanted() -> bool:
+                write.__self__.shutdown()  # type: ignore[attr-defined]
+                return True
+
+            return await write(Reply(200, bytes(1 << 20), "1", wanted=wanted))
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            for _ in range(2):
+                wire.sendall(_HEAD % 3 + b"one")
+                answer(wire)
+            assert wire.recv(1) == b""
+
+    asyncio.run(visited(HungUp(), visit, 60, timeout_keep_alive=60))
+
+
+def test_who_was_answered_just_now_is_not_sent_away_however_long_it_took() -> None:
+    class Slow(_App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await asyncio.sleep(1.5)  # until shortly before the second look
+            await super().__call__(scope, receive, send)
+
+        async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
+            await asyncio.sleep(1.35)
+            return await write(Reply(200, b"again", "1"))
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            for _ in range(2):
+                wire.sendall(_HEAD % 3 + b"one")
+                answer(wire)
+                wire.settimeout(0.2)
+                with pytest.raises(TimeoutError):
+                    wire.recv(1)
+                wire.settimeout(10)
+
+    asyncio.run(visited(Slow(), visit, 0.8))
+
+
 def test_the_headers_of_an_answer_are_the_same_in_both_lanes() -> None:
     for body in (b"", b"{}"):
         ordinary = b"".join(b"%b: %b\r\n" % header for header in encoding.headers(body, "abc"))
         assert Reply(200, body, "abc").lines() == ordinary
+
+
+def test_what_a_head_has_said_is_not_shown() -> None:
+    headers = [(b"authorization", b"Bearer mcp_secret")]
+    assert "mcp_" not in repr(Found(_App(), None, "mcp_secret", headers, 9, (False, "")))
 
 
 def test_a_large_head_is_not_kept() -> None:
@@ -317,3 +362,27 @@ def test_what_has_changed_between_two_hot_calls_counts(
         head, body = answer(wire)
         assert b"connection: close" in head
         assert b"late" in body
+
+
+def test_a_hot_answer_that_is_read_slowly_counts_as_a_call_and_ends_with_its_token_after_a_reload(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop, extra="limits: {max_bytes: 16MiB, max_rows: 100000, tokens: {concurrent: 1}}\n").start()
+    name, token = at.token()
+    url = urlsplit(at.url)
+    with socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire.settimeout(20)
+        wire.connect((url.hostname, url.port))
+        assert _ask(at, wire, token, "select 1")[0] == 200
+        wire.sendall(_request(at, token, "select repeat('x', 1000) from generate_series(1, 4000)"))
+        assert wire.recv(12) == b"HTTP/1.1 200"
+        with _wire(at) as other:
+            assert _ask(at, other, token, "select 1")[0] == 429, "a call that is being answered runs"
+        at.run("config", "reload")
+        at.run("token", "revoke", name)
+        read = 0
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := wire.recv(1 << 20):
+                read += len(chunk)
+                assert read < 6 << 20, "all of it has left"

@@ -290,7 +290,7 @@ class Visitor(Requests):
             self.waiting.clear()
             self._count_waiting()
         self._end_turn()
-        self.reading, self._seen = Reading.WHOLE, None
+        self.reading = Reading.WHOLE
         self._task = self.loop.create_task(self._again(self._lane, call))
         self.tasks.add(self._task)
         return True
@@ -321,8 +321,7 @@ class Visitor(Requests):
         if task is None:
             raise TypeError("a call without a task")
         try:
-            reply = await lane.answer(call, task, self.transport.is_closing)
-            whole = reply is not None and await self._write(reply)
+            whole = await lane.answer(call, task, self.transport.is_closing, self._write)
         except asyncio.CancelledError:  # the client has gone, or the server ends
             log.debug("a call was cancelled before it was answered")
         finally:
@@ -338,7 +337,7 @@ class Visitor(Requests):
             self.on_response_complete()
         else:
             self.server_state.total_requests += 1
-            self.reading, self._answered_at = Reading.HEAD, self.loop.time()
+            self.reading, self._seen, self._answered_at = Reading.HEAD, None, self.loop.time()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection, if there was no further call meanwhile. One sets no timer anew."""
@@ -370,7 +369,7 @@ class Visitor(Requests):
             if self.transport.is_closing() or not reply.wanted():
                 return False
             self.transport.write(body[start : start + PIECE])
-        return goes_on
+        return goes_on and self.cycle.keep_alive  # it may have been hung up meanwhile: see `shutdown`
 
     def shutdown(self) -> None:
         """The server ends, or wants the connection to: when the call that runs has its answer."""
@@ -411,6 +410,7 @@ class Visitor(Requests):
 
     def on_response_complete(self) -> None:
         """An answer has left; what has come meanwhile is the next request's."""
+        self._seen = None  # also one that began before the last look: its client may ask again
         self.out.flush()
         super().on_response_complete()
         if self.transport.is_closing():

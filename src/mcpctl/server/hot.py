@@ -6,7 +6,7 @@ each request, by the same functions: rates, the token, a lockdown, the calls at 
 
 import re
 from asyncio import Task
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,14 +35,21 @@ class Reply:
         return b"".join(b"%b: %b\r\n" % header for header in all_of_it)
 
 
+Write = Callable[[Reply], Awaitable[bool]]
+"""Writes an answer; whether all of it left and the connection goes on."""
+
+
 class Again(Protocol):
     """An app that answers a further call of a head that it has let in."""
 
     def read(self, found: "Found", body: bytes) -> Call | None:
         """The call in a body; None where the request has to go the ordinary way."""
 
-    async def again(self, found: "Found", call: Call, task: "Task[Any]", gone: Callable[[], bool]) -> Reply | None:
-        """The answer to a call; None where its client has `gone`, which ends the task that this runs in."""
+    async def again(
+        self, found: "Found", call: Call, task: "Task[Any]", gone: Callable[[], bool], write: Write
+    ) -> bool:
+        """Answer a call, which runs until that is written; what `write` says, or False where its client has `gone`,
+        which ends the task that this runs in."""
 
 
 class Generation(Protocol):
@@ -52,11 +59,13 @@ class Generation(Protocol):
     def in_force(self) -> bool:
         """Whether it still is."""
 
-    async def again(self, found: "Found", call: Call, task: "Task[Any]", gone: Callable[[], bool]) -> Reply | None:
+    async def again(
+        self, found: "Found", call: Call, task: "Task[Any]", gone: Callable[[], bool], write: Write
+    ) -> bool:
         """`Again.again`, as a call that runs in it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Found:
     """What the head of a request that was let in has said: the client's address, the credential, and the headers as
     both lanes see them. `most`: the bytes that a body may have; `routed`: see `Express.route`."""
@@ -105,6 +114,6 @@ class Lane:
         """See `Again.read`."""
         return self._found.app.read(self._found, body)
 
-    async def answer(self, call: Call, task: "Task[Any]", gone: Callable[[], bool]) -> Reply | None:
+    async def answer(self, call: Call, task: "Task[Any]", gone: Callable[[], bool], write: Write) -> bool:
         """See `Again.again`."""
-        return await self._generation.again(self._found, call, task, gone)
+        return await self._generation.again(self._found, call, task, gone, write)

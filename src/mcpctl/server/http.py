@@ -10,6 +10,7 @@ import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.exchange import App, Caller, Message, Receive, Scope, Send
 from mcpctl.server.express import Call, Express
 from mcpctl.server.held import SMALL, Bodies
-from mcpctl.server.hot import Found, Reply
+from mcpctl.server.hot import Found, Reply, Write
 from mcpctl.server.refusals import CANCELLED, Refusals, failed
 from mcpctl.shared_counters import Slot
 
@@ -144,9 +145,9 @@ class Http:
         return self._parts.express.read(found.headers, body, found.routed) if self._parts.express is not None else None
 
     async def again(
-        self, found: Found, call: Call, task: "asyncio.Task[Any]", gone: Callable[[], bool]
-    ) -> Reply | None:
-        """The answer to a further call with a head that was let in; `_mcp` from there on."""
+        self, found: Found, call: Call, task: "asyncio.Task[Any]", gone: Callable[[], bool], write: Write
+    ) -> bool:
+        """Answer a further call with a head that was let in; `_mcp` from there on."""
         request_id, address = next(self._ids), found.address
         try:
             self._count(address, lambda: found.text, request_id)
@@ -155,6 +156,8 @@ class Http:
             try:
                 request = Request(request_id, address, "http", call.id, task)
                 answer = await self._guarded(principal, request, gone, self._express(call, principal, request))
+                wanted = partial(self._may_leave, principal, request)
+                return answer is not None and await write(Reply(*answer, request_id, (), wanted))
             except UnauthorizedError:
                 if self._parts.authenticator.locked:
                     raise LockedError from None
@@ -163,11 +166,10 @@ class Http:
                 self._parts.calls.limiter.leave(slots)
         except Error as problem:
             status, body, headers = self._refusals.answer(found.headers, "/mcp", problem, request_id)
-            return Reply(status, body, request_id, headers)
+            return await write(Reply(status, body, request_id, headers))
         except Exception:
             log.exception("request %s failed", request_id)
-            return Reply(500, failed(request_id), request_id)
-        return answer and Reply(*answer, request_id, (), lambda: self._may_leave(principal, request))
+            return await write(Reply(500, failed(request_id), request_id))
 
     def _note_limited(
         self, problem: LimitedError, principal: Principal | None, address: str | None, request_id: str

@@ -20,7 +20,7 @@ from mcpctl.errors import Error
 from mcpctl.identity.tokens import utcnow
 from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.express import Call
-from mcpctl.server.hot import Found, Reply
+from mcpctl.server.hot import Found, Write
 from mcpctl.server.listening import Listening
 from mcpctl.server.parts import Core, digest
 from mcpctl.server.tls import Certificates, aside
@@ -82,11 +82,13 @@ class _Generation:
         finally:
             del self._busy[task]
 
-    async def again(self, found: Found, call: Call, task: asyncio.Task[Any], gone: Callable[[], bool]) -> Reply | None:
+    async def again(
+        self, found: Found, call: Call, task: asyncio.Task[Any], gone: Callable[[], bool], write: Write
+    ) -> bool:
         """Answer a further call with a head that this one's app let in; see hot.py."""
         self._busy[task] = "/mcp"
         try:
-            return await found.app.again(found, call, task, gone)
+            return await found.app.again(found, call, task, gone, write)
         finally:
             del self._busy[task]
 
