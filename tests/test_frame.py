@@ -103,3 +103,17 @@ def test_a_server_that_talks_without_end_while_nothing_is_asked_is_closed() -> N
 
 def test_a_short_exchange_ends_in_time_after_a_long_one() -> None:
     assert asyncio.run(_with_a_server_of_its_own(flood=False)) < 10
+
+
+def test_who_waits_for_a_turn_hears_at_once_that_the_database_is_down(make_site: MakeSite, newest: Binaries) -> None:
+    with site.shop(newest) as shop:
+        at = make_site(shop, database="    pool: {max_size: 1, wait: 20s}\n").start()
+        token = at.token()[1]
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(at.client(token)) for _ in range(4)]
+            clients[0].rows("select 1")
+            running = [site.in_background(one.error, "select pg_sleep(15)") for one in clients]
+            site.eventually(lambda: len(shop.backends("state = 'active'")) == 1)
+            shop.cluster.stop_server()
+            said = [one.result(10) for one in running]
+    assert sum("cannot be reached" in one for one in said) >= 2, said
