@@ -1,4 +1,4 @@
-"""The frame of a statement, where a function is wrongly labelled PARALLEL SAFE and runs what it is given."""
+"""What stands around a statement (its frame, wire and turn) against functions and servers that mean no good."""
 
 from __future__ import annotations
 
