@@ -1,13 +1,17 @@
-"""The frame of a statement, where a function is wrongly labelled PARALLEL SAFE and runs what it is given."""
+"""What stands around a statement (its frame, wire and turn) against functions and servers that mean no good."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 
+import psycopg
 import pytest
 
 import site_of_mcpctl as site
 from mcpctl.postgres.embedded import Binaries
+from mcpctl.postgres.wire import Wire
 from site_of_mcpctl import Client, Shop, Site
 
 MakeSite = Callable[..., Site]
@@ -52,3 +56,64 @@ def test_what_is_prepared_in_place_of_ours_is_noticed(a: Client) -> None:
     before = a.rows("select pg_backend_pid()")
     a.rows(f"select run($run${_IN_PLACE_OF_OURS}$run$)")
     assert a.rows("select pg_backend_pid()") != before
+
+
+_LET_IN = b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I"
+_NOTIFICATION = b"A\0\0\0\x0a\0\0\0\x01\0\0"
+
+
+async def _with_a_server_of_its_own(flood: bool) -> float:
+    """Seconds after which a server that lets in, and then says nothing or too much, is given up."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+            await reader.read(4096)
+            writer.write(_LET_IN)
+            while flood:
+                writer.write(_NOTIFICATION * 1000)
+                await writer.drain()
+            await reader.read()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    options = {"host": "127.0.0.1", "port": port, "user": "x", "sslmode": "disable", "gssencmode": "disable"}
+    conn = await psycopg.AsyncConnection.connect(**options)
+    conn.pgconn.enter_pipeline_mode()
+    wire, begun = Wire(conn.pgconn), asyncio.get_running_loop().time()
+    if flood:
+        async with asyncio.timeout(20):
+            while not conn.closed:
+                await asyncio.sleep(0.01)
+    else:
+        with wire.exchange(1 << 20, 1 << 20, 30.0):
+            pass
+        with pytest.raises(TimeoutError), wire.exchange(1 << 20, 1 << 20, 0.1):
+            await wire.result()
+    wire.close()
+    await conn.close()
+    server.close()
+    await asyncio.sleep(0.1)
+    return asyncio.get_running_loop().time() - begun
+
+
+def test_a_server_that_talks_without_end_while_nothing_is_asked_is_closed() -> None:
+    """libpq keeps each notification: it took a hundred megabytes in two seconds."""
+    asyncio.run(_with_a_server_of_its_own(flood=True))
+
+
+def test_a_short_exchange_ends_in_time_after_a_long_one() -> None:
+    assert asyncio.run(_with_a_server_of_its_own(flood=False)) < 10
+
+
+def test_who_waits_for_a_turn_hears_at_once_that_the_database_is_down(make_site: MakeSite, newest: Binaries) -> None:
+    with site.shop(newest) as shop:
+        at = make_site(shop, database="    pool: {max_size: 1, wait: 20s}\n").start()
+        token = at.token()[1]
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(at.client(token)) for _ in range(4)]
+            clients[0].rows("select 1")
+            running = [site.in_background(one.error, "select pg_sleep(15)") for one in clients]
+            site.eventually(lambda: len(shop.backends("state = 'active'")) == 1)
+            shop.cluster.stop_server()
+            said = [one.result(10) for one in running]
+    assert sum("cannot be reached" in one for one in said) >= 2, said

@@ -265,7 +265,11 @@ class TokenPool:
     async def take(self) -> Session:
         """A live connection, waiting for one as long as the config says. Raises UnavailableError with the reason."""
         self.last_used = monotonic()
-        session = self._at_hand() or await self._turn() or await self._lent()
+        try:
+            session = self._at_hand() or await self._turn() or await self._lent()
+        except BaseException:
+            self._make_turns()  # what it was to have had is another's
+            raise
         self.out.add(session)
         task = asyncio.current_task()
         try:
@@ -449,6 +453,9 @@ class TokenPool:
     def _laid(self, task: "asyncio.Task[None]") -> None:
         """As many as there is room for need not wait for their turn: psycopg_pool has or makes one for them."""
         self._laying.discard(task)
+        self._make_turns()
+
+    def _make_turns(self) -> None:
         for _ in range(self.login.settings.pool.max_size - len(self.out)):
             if (turn := self._next_turn()) is None:
                 break

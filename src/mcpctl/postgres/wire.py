@@ -24,6 +24,8 @@ _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 _UNASKED = 2 << 20
 """How much libpq may grow for what comes while nothing is asked."""
+_UNASKED_READS = 200
+"""How often that is read before the connection is closed: libpq keeps each notification for whoever may ask for it."""
 _LOST = "the connection to the database was lost"
 
 
@@ -102,7 +104,7 @@ class Wire:
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._asked = False
-        self._cap = self._at_once = 0
+        self._cap = self._at_once = self._unasked = 0
         self._size = -1
         self._full = self._late = self._fed = False
         self._until = inf
@@ -121,7 +123,11 @@ class Wire:
         self.grown, self._full, self._late = 0, False, False
         self._size = -1  # what the others took since the last exchange is not this one's
         self._fed = False
+        self._unasked = 0
         self._until = self._loop.time() + seconds
+        if self._timer is not None and self._timer.when() > self._until:  # that of a longer one
+            self._timer.cancel()
+            self._timer = None
         if seconds < inf and self._timer is None:
             self._timer = self._loop.call_at(self._until, self._look)
         return self
@@ -162,7 +168,10 @@ class Wire:
                 self._waiter.set_result(None)
         elif not self._asked and self._fd >= 0:
             self._cap = self._at_once = _UNASKED
+            self._unasked += 1
             with contextlib.suppress(ConnectionLostError, TooLargeError):
+                if self._unasked > _UNASKED_READS:
+                    self._refuse()
                 self._read()
                 self._busy()
                 self._see()
