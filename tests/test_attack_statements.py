@@ -299,7 +299,7 @@ def test_a_superusers_login_is_seen_to_breach(targets: dict[str, Target]) -> Non
 _WEAKENED = """
 import inspect, sys
 from mcpctl.postgres import frame, statement
-frame.FRAME |= {frame.BEGIN: b"BEGIN READ WRITE", frame.END: b"COMMIT"}
+frame.BEGIN, frame.END = b"BEGIN READ WRITE", b"COMMIT"
 text = inspect.getsource(statement)
 assert "return self._clean and self._leaves_nothing" in text
 text = text.replace("return self._clean and self._leaves_nothing", "return True")
