@@ -116,10 +116,6 @@ class Http:
             body = await self._body(scope, receive, principal)
             self._remember(scope, address, text)
             await self._served(scope, receive, send, Request(request_id, address, "http"), principal, body)
-        except UnauthorizedError:
-            if self._parts.authenticator.locked:
-                raise LockedError from None
-            raise
         finally:
             self._parts.calls.limiter.leave(slots)
 
@@ -158,10 +154,6 @@ class Http:
                 answer = await self._guarded(principal, request, gone, self._express(call, principal, request))
                 wanted = partial(self._may_leave, principal, request)
                 return answer is not None and await write(Reply(*answer, request_id, (), wanted))
-            except UnauthorizedError:
-                if self._parts.authenticator.locked:
-                    raise LockedError from None
-                raise
             finally:
                 self._parts.calls.limiter.leave(slots)
         except Error as problem:
@@ -203,20 +195,26 @@ class Http:
     async def _guarded(
         self, principal: Principal, request: Request, gone: Callable[[], bool], work: Coroutine[Any, Any, T]
     ) -> T | None:
-        """What a call answers, if its caller's token is still valid then; None where its client has gone."""
+        """What a call answers, if its caller's token is still valid then; None where its client has gone. Where all
+        calls were ended by a lockdown, that is the reason."""
         try:
-            answer = await work
-        except asyncio.CancelledError:
-            if gone():
-                return None
-            if request.task is not None:
-                request.task.uncancel()
-            if self._parts.authenticator.still_valid(principal):
-                raise UnavailableError(CANCELLED + self._parts.calls.ends) from None
-            raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
-        if not self._parts.authenticator.still_valid(principal):
-            raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
-        return answer
+            try:
+                answer = await work
+            except asyncio.CancelledError:
+                if gone():
+                    return None
+                if request.task is not None:
+                    request.task.uncancel()
+                if self._parts.authenticator.still_valid(principal):
+                    raise UnavailableError(CANCELLED + self._parts.calls.ends) from None
+                raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
+            if not self._parts.authenticator.still_valid(principal):
+                raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
+            return answer
+        except UnauthorizedError:
+            if self._parts.authenticator.locked:
+                raise LockedError from None
+            raise
 
     def _may_leave(self, principal: Principal, request: Request) -> bool:
         """Whether an answer may still leave: its caller has the rights that it was made with."""
