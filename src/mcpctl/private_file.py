@@ -20,7 +20,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,18 @@ def fingerprint(path: Path | str) -> Fingerprint:
     except OSError:
         return ABSENT
     return _fingerprint(found)
+
+
+def fingerprints(paths: Iterable[str]) -> list[Fingerprint]:
+    """`fingerprint` of each."""
+    found = []
+    for path in paths:
+        try:
+            now = os.stat(path)
+            found.append((now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+        except OSError:
+            found.append(ABSENT)
+    return found
 
 
 def _fingerprint(found: os.stat_result) -> Fingerprint:

@@ -22,7 +22,7 @@ from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import Token
 from mcpctl.identity.users import EVERYWHERE
-from mcpctl.private_file import ABSENT, Fingerprint, fingerprint
+from mcpctl.private_file import ABSENT, Fingerprint, fingerprint, fingerprints
 
 LOCKED = "the server is locked"
 """Why a lockdown ends what is open."""
@@ -38,6 +38,14 @@ class Files(NamedTuple):
     tokens: Mapping[str, Token]
     people: Mapping[str, users.User]
     places: Mapping[str, Tenant]
+
+
+class Proof(NamedTuple):
+    """That a text was let in from an address: its token's id, what is known of it, and whose it is."""
+
+    token: str
+    known: tuple[bytes, Principal]
+    principal: Principal
 
 
 class Authenticator:
@@ -127,7 +135,7 @@ class Authenticator:
 
     def _renew(self) -> None:
         """`refresh`, also while the server is locked. Costs a stat of each file where none has changed."""
-        found = [fingerprint(path) for path in self._paths]
+        found = fingerprints(self._paths)
         if found == self._noted and self.broken is None:
             return
         self._noted = None
@@ -277,10 +285,12 @@ class Authenticator:
     def _opens(self, name: str) -> bool:
         """Whether the token of that id opens something now. Each call asks several times: what the files say of a token
         that does is remembered until one of them changes, and only its time and who is kept out are looked at."""
-        kept = self._kept_out.values()
-        if name in self._open and name not in self._over and not (any(kept) and any(name in one for one in kept)):
+        if name in self._open and name not in self._over:
+            kept = False
+            for ids in self._kept_out.values():
+                kept = kept or name in ids
             end = self._open[name]
-            if end is None or end > self._now():
+            if not kept and (end is None or end > self._now()):
                 return True
         token = self._seen.get(name)
         if token is None or self._why_not(token) is not None:
@@ -308,6 +318,32 @@ class Authenticator:
                 "for stdio put one into MCPCTL_TOKEN; `mcpctl token add` makes it",
             )
 
+    def proof(self, text: str, address: str | None) -> "Proof | None":
+        """That a text is let in from that address, for `again`; None where each use of it has to be looked at anew."""
+        name = text[_ID]
+        if (principal := self.recognised(text)) is None or name in self.canaries or name not in self._active:
+            return None
+        return (
+            Proof(name, self._known[name], principal) if self._is_from(self._seen[name], principal, address) else None
+        )
+
+    def again(self, proof: "Proof") -> Principal | None:
+        """`authenticate` of a text that was let in from the same address, if it would be let in now; None where it has
+        to be asked. What is known of a token is made anew with each change of what the files say of it, of its user or
+        of its tenant: as long as that is the same, so is what they say, and the secret is right."""
+        self._look_for_lock()
+        self._renew()
+        name = proof.token
+        same = self._known.get(name) is proof.known and name in self._active
+        return proof.principal if same and not self.locked and self._opens(name) else None
+
+    @staticmethod
+    def _is_from(token: Token, principal: Principal, address: str | None) -> bool:
+        """Whether a token, and its user's tenant, may come from that address."""
+        if not tokens.allows_address(token, address):
+            return False
+        return principal.within is None or tokens.in_networks(principal.within.allow_ips, address)
+
     async def authenticate(self, text: str, address: str | None) -> Principal:
         """The principal of a bearer token, or UnauthorizedError with the reason, for the log alone. LockedError where
         it would be let in while the server is locked: a wrong one is wrong then, too, and a canary is one."""
@@ -320,9 +356,7 @@ class Authenticator:
             self.tripped(token, address)
         if not self._opens(name) and (why := self._why_not(token)):
             raise self._is_over(why, address, name)
-        if not tokens.allows_address(token, address):
-            raise self._is_over(f"not from this address ({address})", address, name)
-        if principal.within is not None and not tokens.in_networks(principal.within.allow_ips, address):
+        if not self._is_from(token, principal, address):
             raise self._is_over(f"not from this address ({address})", address, name)
         if self.locked:
             raise LockedError(name, token.user)
