@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -47,6 +47,7 @@ from mcpctl.tools.settings import GET, SET
 from mcpctl.tools.table import TOOLS
 
 log = logging.getLogger("mcpctl.calls")
+_REMEMBERED = 10_000
 _LATER = 2.0
 """Seconds beyond statement_timeout that one of several databases has, its connection's making included."""
 
@@ -82,6 +83,16 @@ class UnknownToolError(NotFoundError):
     """There is no tool of that name for this caller."""
 
 
+class _Way(NamedTuple):
+    """Where a call of one caller's leads, and what its answer may be, by the config and the caller's rights."""
+
+    principal: Principal
+    database: str
+    shown: str
+    login: Login
+    bounds: Bounds
+
+
 @dataclass(eq=False, slots=True)
 class Running:
     """A call that has not ended. `begun` is of the monotonic clock, `arguments` are as they came."""
@@ -96,7 +107,7 @@ class Running:
 
 class Calls:
     """Everything a call needs, built once. HTTP enters by `limiter` before it reads the body; the other transports'
-    calls enter here."""
+    calls enter here. `answering` is awaited before each answer, if there is anything to wait for."""
 
     def __init__(
         self,
@@ -107,7 +118,7 @@ class Calls:
         recorder: Recorder,
         limiter: Limiter,
         canaries: Canaries,
-        answering: Callable[[], Awaitable[None]],
+        answering: Callable[[], Awaitable[None]] | None,
     ) -> None:
         self.limiter = limiter
         self.canaries = canaries
@@ -119,6 +130,7 @@ class Calls:
         self._answering = answering
         self._reach = Reach(settings, self._access, logins, own)
         self._running: set[Running] = set()
+        self._ways: dict[tuple[int, str, str | None, str | None], _Way] = {}
 
     def tools(self, principal: Principal) -> list[Tool]:
         """The tools that a principal may call, in a fixed order: with a right on one database at least, where the tool
@@ -208,12 +220,13 @@ class Calls:
                     )  # fmt: skip
                 finally:
                     self._charge(principal, facts)
-            try:
-                await self._answering()
-            except UnavailableError:  # the line that stands there, or is lost, may say ok
-                withheld = "its answer did not leave: its line was not known to be on disk"
-                self._recorder.note("tool.refused", **base, outcome="error", reason=withheld)
-                raise
+            if self._answering is not None:
+                try:
+                    await self._answering()
+                except UnavailableError:  # the line that stands there, or is lost, may say ok
+                    withheld = "its answer did not leave: its line was not known to be on disk"
+                    self._recorder.note("tool.refused", **base, outcome="error", reason=withheld)
+                    raise
 
     def _charge(self, principal: Principal, facts: Facts) -> None:
         """Charge a call to the budgets, however it ended."""
@@ -255,7 +268,9 @@ class Calls:
         one, several = checked.pop("database", None), checked.pop("databases", None)
         try:
             if several is None:
-                return await self._ask(tool, principal, self._reach.one(principal, one, tool.access), checked, facts)
+                way = self._way(tool, principal, one, facts.client_ip)
+                facts.values["database"] = way.shown
+                return await self._ask(tool, way, checked, way.bounds, facts)
             if one is not None:
                 raise UsageError(f"{tool.name} takes database or databases, not both", "leave one of them out")
             names = [self._reach.one(principal, name, tool.access) for name in dict.fromkeys(several)]
@@ -264,9 +279,25 @@ class Calls:
             return await self._ask_several(tool, principal, names, checked, facts)
         finally:
             if tool.statement is not None:
-                described = facts.described and tool.access == "read"
+                described = tool.access == "read" and facts.described
                 kept = self._recorder.statement(checked[tool.statement], described=described)
                 facts.values.update(kept, relations=facts.relations)
+
+    def _way(self, tool: Tool, principal: Principal, database: str | None, address: str | None) -> _Way:
+        """Where a call leads that names this database, or none. A principal and the config never change, so what was
+        found is remembered; but a user may bring a database of that name at any time."""
+        asked = (id(principal), tool.access, database, address)
+        known = self._ways.get(asked)
+        if known is not None and not (principal.user is not None and self._own.has(principal.user, known.database)):
+            return known
+        name = self._reach.one(principal, database, tool.access)
+        login = self._reach.login(principal, name, tool.access)
+        found = _Way(principal, name, self._reach.shown(name), login, self._bounds(login.settings, principal, address))
+        if name in self._settings.databases and (database is not None or self._reach.fixed(principal)):
+            if len(self._ways) >= _REMEMBERED:
+                self._ways.clear()
+            self._ways[asked] = found  # the principal, so that its id stays its own
+        return found
 
     async def _run_own(self, tool: Tool, principal: Principal, arguments: dict[str, Any], facts: Facts) -> Result:
         """Do something with the databases that the caller's user has brought. A token for some databases only neither
@@ -287,35 +318,22 @@ class Calls:
             lambda name: self._access.may(principal, f"databases:{name}:read").allowed,
         )
 
-    async def _ask(
-        self, tool: Tool, principal: Principal, database: str, arguments: dict[str, Any], facts: Facts, share: int = 1
-    ) -> Result:
-        """Ask one database; `share` is how many of them the answer's bytes are for."""
-        facts.values.setdefault("database", self._reach.shown(database))
-        login = self._reach.login(principal, database, tool.access)
-        bounds = self._bounds(login.settings, principal, facts.client_ip)
-        if share > 1:
-            bounds = replace(bounds, bytes=bounds.bytes // share)
+    async def _ask(self, tool: Tool, way: _Way, arguments: dict[str, Any], bounds: Bounds, facts: Facts) -> Result:
+        """Ask one database."""
+        login = way.login
         if login.for_settings:
             async with self._pools.turn(login):
-                result = await self._asked(tool, principal, login, arguments, bounds, facts)
+                result = await self._asked(tool, way, arguments, bounds, facts)
         else:
-            result = await self._asked(tool, principal, login, arguments, bounds, facts)
-        self._pools.check(principal, login.name)
+            result = await self._asked(tool, way, arguments, bounds, facts)
+        self._pools.check(way.principal, login.name)
         return result
 
-    async def _asked(
-        self,
-        tool: Tool,
-        principal: Principal,
-        login: Login,
-        arguments: dict[str, Any],
-        bounds: Bounds,
-        facts: Facts,
-    ) -> Result:
+    async def _asked(self, tool: Tool, way: _Way, arguments: dict[str, Any], bounds: Bounds, facts: Facts) -> Result:
         """Ask on a connection of the caller's own pool."""
         if tool.ask is None:
             raise TypeError(f"{tool.name} asks nothing")
+        principal, login = way.principal, way.login
         session = await self._pools.take(principal, login)
         try:
             facts.session(session, login.name)
@@ -324,7 +342,7 @@ class Calls:
             if tool.changes:
                 session.use.lasts = partial(self._begins, arguments.get(tool.statement or ""), facts)
             try:
-                result = await tool.ask(session, dict(arguments), bounds)
+                result = await tool.ask(session, arguments, bounds)
             except Error:
                 if session.cut:
                     raise self._ended(principal, login, session) from None
@@ -358,10 +376,12 @@ class Calls:
         async def ask(name: str) -> Result | Error:
             seconds = _LATER
             try:
-                login = self._reach.login(principal, name, tool.access)
-                seconds += self._bounds(login.settings, principal, facts.client_ip).seconds
+                way = self._way(tool, principal, name, facts.client_ip)
+                facts.values.setdefault("database", way.shown)
+                seconds += way.bounds.seconds
+                bounds = replace(way.bounds, bytes=way.bounds.bytes // len(names))
                 async with asyncio.timeout(seconds):
-                    return await self._ask(tool, principal, name, arguments, facts, len(names))
+                    return await self._ask(tool, way, dict(arguments), bounds, facts)
             except UnauthorizedError:
                 raise
             except Error as problem:

@@ -90,6 +90,8 @@ class Canaries:
     def guard(self, principal: Principal, address: str | None, database: str) -> Guard | None:
         """What looks at the relations that a statement of that caller's reads there; None where there is nothing to
         look for. It raises where one is a canary, or where nobody can say what is read."""
+        if not self._tables:
+            return None
         names = (database, *self._twins.get(database, ()))
         tables = {table for name in names for table in self._tables.get(name, ())}
         if not tables:

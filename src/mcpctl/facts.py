@@ -14,7 +14,6 @@ class Facts:
     """What the audit line says of one call, gathered on the way."""
 
     tool: str
-    address: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
     uses: dict[str, Use] = field(default_factory=dict)
     roles: list[str] = field(default_factory=list)
@@ -29,17 +28,18 @@ class Facts:
         """One of several databases that are asked at once adds to what the others have said."""
         self.uses[database] = session.use  # and never the session, which is another call's by the end of this one
         self.roles.append(session.login)
-        self.values.update(
-            database=self.values.get("database", database),
-            role=",".join(dict.fromkeys(self.roles)),
-            backend_pid=session.pid if len(self.uses) == 1 else None,
-        )
+        values, first = self.values, len(self.uses) == 1
+        values.setdefault("database", database)
+        values["role"] = session.login if len(self.roles) == 1 else ",".join(dict.fromkeys(self.roles))
+        values["backend_pid"] = session.pid if first else None
 
     @property
     def relations(self) -> tuple[str, ...] | None:
         """What was read; with the database's name before it where several were asked, whoever of them answered."""
         if not self.several:
-            return next((use.read for use in self.uses.values()), None)
+            for use in self.uses.values():
+                return use.read
+            return None
         if all(use.relations is None for use in self.uses.values()):
             return None
         read = {name: (MORE,) if use.read is None else use.read for name, use in sorted(self.uses.items())}
@@ -48,9 +48,12 @@ class Facts:
     @property
     def described(self) -> bool:
         """Whether PostgreSQL has described columns of the statement, wherever it came."""
-        return any(use.described for use in self.uses.values())
+        described = False
+        for use in self.uses.values():
+            described = described or use.described
+        return described
 
     def reason(self, reason: str | None) -> str | None:
         """What was done, where the line must say it, before how it ended."""
         did = [use.did for use in self.uses.values() if use.did is not None]
-        return ": ".join(did + ([reason] if reason is not None else [])) or None
+        return ": ".join([*did, reason] if reason else did) or None if did else reason or None

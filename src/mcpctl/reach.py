@@ -75,6 +75,11 @@ class Reach:
         readable = self.databases(principal, "read")
         return readable[0] if len(readable) == 1 else None
 
+    def fixed(self, principal: Principal) -> bool:
+        """Whether its default stays, whatever databases its user brings."""
+        narrow = principal.databases is not None and len(principal.databases) == 1
+        return principal.within is not None or narrow or self._default is not None
+
     def one(self, principal: Principal, name: str | None, access: str) -> str:
         """The database that is meant, if the principal may use it so. One that it may not is as if it were not."""
         wanted = name or self.default(principal)

@@ -29,10 +29,15 @@ class Durable:
         self._thread = ThreadPoolExecutor(1, "audit")  # its own: a flood of wrong tokens keeps the others busy
         self._syncing: asyncio.Task[None] | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Whether answers wait for the disk, so that `answering` has anything to do."""
+        return not self._delay
+
     async def answering(self) -> None:
         """A call's line has been written, and its answer is about to leave. Raises UnavailableError where the line is
         not known to be on disk, though it is to be."""
-        if self._delay:
+        if not self.waits:
             return
         try:
             await self._sync()

@@ -194,12 +194,13 @@ class Pools:
     def check(self, principal: Principal, database: str) -> None:
         """See that a call may go on there: UnauthorizedError where its token has ended, NarrowedError where its rights
         have become fewer since it came in."""
+        if self._in_force(principal, database):
+            return
         if not self._valid(principal):
             raise UnauthorizedError(ended(principal), token_id=principal.token)
-        if not self._in_force(principal, database):
-            raise NarrowedError(
-                f"your access to {database!r} was taken or narrowed while the call ran", "whoami shows what you have"
-            )
+        raise NarrowedError(
+            f"your access to {database!r} was taken or narrowed while the call ran", "whoami shows what you have"
+        )
 
     def _tell(self, event: str, pool: TokenPool, reason: str | None) -> None:
         word = event.removeprefix("pool.")

@@ -114,7 +114,9 @@ async def running(
     canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins, process.counters.unwritten)
     if files:
         canaries.start()
-    calls = Calls(settings, logins, own, pools, recorder, limiter, canaries, durable.answering)
+    calls = Calls(
+        settings, logins, own, pools, recorder, limiter, canaries, durable.answering if durable.waits else None
+    )
     folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
     watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own, process.told)
     watch.answers.add({"audit_end": durable.end})

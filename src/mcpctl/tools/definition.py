@@ -102,10 +102,8 @@ class Tool:
     def check(self, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
         """The arguments, or UsageError naming what is missing, unknown or of the wrong type. null is left out,
         unless the argument takes it."""
-        if arguments and all(type(value) is self._plain.get(name) for name, value in arguments.items()):
-            missing = [name for name in self.required if name not in arguments]
-            if not missing:
-                return dict(arguments)
+        if arguments and self._is_plain(arguments):
+            return dict(arguments)
         given = {
             name: value for name, value in (arguments or {}).items() if value is not None or self._takes_null(name)
         }
@@ -120,6 +118,15 @@ class Tool:
                     f"{self.name} needs the argument {name}", f"its schema: {encode(self.properties).decode()}"
                 )
         return {name: self._checked(name, value) for name, value in given.items()}
+
+    def _is_plain(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether all that is needed is there, and nothing is wrong with any of it."""
+        kinds, plain = self._plain, True
+        for name in arguments:
+            plain = plain and type(arguments[name]) is kinds.get(name)
+        for name in self.required:
+            plain = plain and name in arguments
+        return plain
 
     def _takes_null(self, name: str) -> bool:
         return "null" in _types(self.properties.get(name, {}))
