@@ -15,7 +15,7 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	@benchmarks/setup.sh || test $$? -eq 3
-	$(BIN)/python benchmarks/peers.py --tokens --report benchmarks/RESULTS.md $(ARGS)
+	$(BIN)/python benchmarks/peers.py --tokens --workers 2 --report benchmarks/RESULTS.md $(ARGS)
 	$(BIN)/python benchmarks/tenants.py
 	$(BIN)/python benchmarks/commands.py
 	$(BIN)/python benchmarks/audit.py

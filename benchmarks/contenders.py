@@ -117,18 +117,21 @@ limits:
 
 
 @contextlib.contextmanager
-def mcpctl(folder: Path, shop: site.Shop, source: Path | None, name: str, tokens: int = 1) -> Iterator[Contender]:
-    """mcpctl as an operator has it: token, limits, audit, a login role per user, read only; one worker."""
-    most = max(POOL, tokens * 3 // 2)  # none has to make room for another
+def mcpctl(
+    folder: Path, shop: site.Shop, source: Path | None, name: str, tokens: int = 1, workers: int = 1
+) -> Iterator[Contender]:
+    """mcpctl as an operator has it: token, limits, audit, a login role per user, read only."""
+    most = max(POOL + workers, tokens * 3 // 2)  # none has to make room for another; each worker keeps one to end them
+    pool = max(1, POOL // workers)  # each worker has a pool of its own for each token
     at = site.Site(
-        folder, shop, _LIMITS.format(most=most), _MCPCTL.format(pool=POOL, most=most), tcp=True, per_user=True
+        folder, shop, _LIMITS.format(most=most), _MCPCTL.format(pool=pool, most=most), tcp=True, per_user=True
     )
     at.limits = {} if source is None else {"PYTHONPATH": str(source / "src")}
     user = folder.name  # the roles of two sites must not meet
     at.user(user)
     at.grant(user, "--schema", "public")
     texts = [at.token(user)[1] for _ in range(tokens)]
-    at.start()
+    at.start("--workers", str(workers))
     try:
         assert at.process is not None
         port = int(at.url.split(":")[2].split("/")[0])

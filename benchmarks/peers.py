@@ -6,6 +6,7 @@ the machine does hits all alike. The numbers say something of the machine, the r
     make bench            or: python benchmarks/peers.py --seconds 2 --rounds 7 --report RESULTS.md
     python benchmarks/peers.py --only mcpctl --server-src . --server-src ../other     two source trees of mcpctl
     python benchmarks/peers.py --only mcpctl --tokens           what 200 tokens cost beside one
+    python benchmarks/peers.py --only mcpctl --workers 2        what a second worker gives
 """
 
 from __future__ import annotations
@@ -142,9 +143,12 @@ def entered(folder: Path, shop: site.Shop, asked: argparse.Namespace) -> dict[st
     made: dict[str, AbstractContextManager[Contender]] = {}
     for source in asked.server_src or [None]:
         name = "mcpctl" if source is None else f"mcpctl ({source.resolve().name})"
-        for tokens in (1, MANY_TOKENS) if asked.tokens else (1,):
-            each = name if tokens == 1 else f"{name}, {tokens} tokens"
-            made[each] = contenders.mcpctl(folder / f"bench-{len(made)}", shop, source, each, tokens)
+        variants = [("", 1, 1)]
+        variants += [(f", {MANY_TOKENS} tokens", MANY_TOKENS, 1)] if asked.tokens else []
+        variants += [(f", {asked.workers} workers", 1, asked.workers)] if asked.workers > 1 else []
+        for more, tokens, workers in variants:
+            each = name + more
+            made[each] = contenders.mcpctl(folder / f"bench-{len(made)}", shop, source, each, tokens, workers)
     made["Toolbox"] = contenders.toolbox(folder, shop)
     made["Toolbox with a JWT"] = contenders.toolbox(folder, shop, jwt=True)
     made["DBHub"] = contenders.dbhub(folder, shop)
@@ -162,6 +166,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--loads", nargs="*", default=[""], help="what is measured whose name holds one of these words")
     parser.add_argument("--server-src", type=Path, action="append", help="a source tree of mcpctl; may be repeated")
     parser.add_argument("--tokens", action="store_true", help=f"mcpctl with {MANY_TOKENS} tokens in turn, too")
+    parser.add_argument("--workers", type=int, default=1, help="mcpctl with so many workers, too")
     parser.add_argument("--report", type=Path, help="write the table there, too")
     return parser.parse_args()
 

@@ -23,6 +23,7 @@ WORDS = """\
 WHAT = {
     "mcpctl": "a token that is checked, limits, an audit line a call, a login role and a pool of its own, a read-only"
     " transaction; one worker",
+    "mcpctl, 2 workers": "the same with two processes that share the port, each with a pool of half the size",
     "mcpctl, 200 tokens": "the same, asked with 200 tokens in turn, each with a pool of its own",
     "Toolbox": "Google's MCP Toolbox (npm `@toolbox-sdk/server`), without authentication and without a log",
     "Toolbox with a JWT": "the same, which checks a JWT (RS256) with every call",

@@ -93,8 +93,7 @@ class _Way(NamedTuple):
     bounds: Bounds
 
 
-@dataclass(eq=False, slots=True)
-class Running:
+class Running(msgspec.Struct, eq=False):
     """A call that has not ended. `begun` is of the monotonic clock, `arguments` are as they came."""
 
     principal: Principal

@@ -1,16 +1,16 @@
 """What is known of one call when it ends, for its audit line and for who is charged."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from mcpctl.audit.log import MORE
 from mcpctl.errors import LimitedError
 from mcpctl.postgres.session import Session, Use
 
 
-@dataclass(slots=True)
-class Facts:
+class Facts(Struct, eq=False):
     """What the audit line says of one call, gathered on the way."""
 
     tool: str
