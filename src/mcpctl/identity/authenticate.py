@@ -28,6 +28,7 @@ LOCKED = "the server is locked"
 """Why a lockdown ends what is open."""
 _ID = slice(4, 12)
 """Where a token's id stands in its text."""
+_REMEMBERED = 10_000
 _LENGTH = 63
 """Characters of a token."""
 
@@ -38,14 +39,6 @@ class Files(NamedTuple):
     tokens: Mapping[str, Token]
     people: Mapping[str, users.User]
     places: Mapping[str, Tenant]
-
-
-class Proof(NamedTuple):
-    """That a text was let in from an address: its token's id, what is known of it, and whose it is."""
-
-    token: str
-    known: tuple[bytes, Principal]
-    principal: Principal
 
 
 class Authenticator:
@@ -96,6 +89,7 @@ class Authenticator:
         self._verifying: dict[str, asyncio.Lock] = {}
         self._people: Mapping[str, users.User] = {}
         self._active: set[str] = set()
+        self._let_in: dict[tuple[str, str | None], tuple[bytes, Principal]] = {}
         self._due: datetime | None = None  # none of those in use expires before
         self._over = {} if over is None else over
         self._places: Mapping[str, Tenant] = {}
@@ -318,24 +312,19 @@ class Authenticator:
                 "for stdio put one into MCPCTL_TOKEN; `mcpctl token add` makes it",
             )
 
-    def proof(self, text: str, address: str | None) -> "Proof | None":
-        """That a text is let in from that address, for `again`; None where each use of it has to be looked at anew."""
+    def again(self, text: str, address: str | None) -> Principal | None:
+        """`authenticate` of a text that was let in from that address before, if it would be let in now; None where it
+        has to be asked. What is known of a token is made anew with each change of what the files say of it, of its user
+        or of its tenant: as long as that is the same, so is what they say."""
         name = text[_ID]
-        if (principal := self.recognised(text)) is None or name in self.canaries or name not in self._active:
+        if (name, address) not in self._let_in:
             return None
-        return (
-            Proof(name, self._known[name], principal) if self._is_from(self._seen[name], principal, address) else None
-        )
-
-    def again(self, proof: "Proof") -> Principal | None:
-        """`authenticate` of a text that was let in from the same address, if it would be let in now; None where it has
-        to be asked. What is known of a token is made anew with each change of what the files say of it, of its user or
-        of its tenant: as long as that is the same, so is what they say, and the secret is right."""
         self._look_for_lock()
         self._renew()
-        name = proof.token
-        same = self._known.get(name) is proof.known and name in self._active
-        return proof.principal if same and not self.locked and self._opens(name) else None
+        known = self._known.get(name)
+        if known is None or self._let_in.get((name, address)) is not known or self.locked or name not in self._active:
+            return None
+        return self.recognised(text) if self._opens(name) else None
 
     @staticmethod
     def _is_from(token: Token, principal: Principal, address: str | None) -> bool:
@@ -364,6 +353,10 @@ class Authenticator:
             self._active.add(name)
             if token.expires_at is not None and (self._due is None or token.expires_at < self._due):
                 self._due = token.expires_at
+        if name not in self.canaries:  # each use of which is told
+            if len(self._let_in) >= _REMEMBERED:
+                self._let_in.clear()
+            self._let_in[name, address] = self._known[name]
         return principal
 
     async def _prove(self, text: str, address: str | None) -> Principal:
