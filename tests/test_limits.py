@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +28,10 @@ NINE = 1795770000.0
 class House:
     """Limits of a config, with clocks that stand still."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, workers: int = 1) -> None:
         self.now = 1000.0
         self.utc = NINE
-        self.limiter = Limiter(limits, Counters(), lambda: self.now, lambda: self.utc)
+        self.limiter = Limiter(limits, Counters(workers=workers), lambda: self.now, lambda: self.utc)
 
     def enter(self, who: Principal = ALICE, address: str | None = HERE, visited: bool = False) -> Any:
         return self.limiter.enter(who, address, visited=visited)
@@ -88,6 +89,54 @@ def test_no_more_than_burst_and_rate_is_ever_let_in_and_no_wait_is_too_short(
 def test_what_cannot_have_been_taken_counts_as_nothing(stored: float) -> None:
     taken, wait = gcra(stored, 1000.0, 0.1, 20)
     assert (taken, wait) == (1000.1, 0.0)
+
+
+@given(st.lists(st.floats(0, 0.3), min_size=1, max_size=80), st.sampled_from([1, 2]))
+def test_what_is_let_in_and_noted_is_what_gcra_says_of_one_worker_and_of_several(
+    pauses: list[float], workers: int
+) -> None:
+    house, taken = House(Limits(rate=10.0, burst=3), workers), 0.0
+    bob = Principal(None, None, "x")
+    for pause in pauses:
+        house.now += pause
+        taken, wait = gcra(taken, house.now, 0.1, 3)
+        for count in (lambda: house.limiter.visit(HERE), lambda: house.limiter.leave(house.enter(bob, None))):
+            with pytest.raises(LimitedError) if wait else contextlib.nullcontext():
+                count()
+        counters = house.limiter._counters
+        for kind, name in (("address", HERE), ("token", "local")):
+            slot = house.limiter._subject(kind, name).slot
+            assert (counters.taken(slot), counters.running(slot)) == (taken, 0)
+    house.limiter._counters.close()
+
+
+@pytest.mark.parametrize("rotten", [float("nan"), float("inf"), -1e300, 5e8])
+def test_a_torn_time_in_the_table_refuses_nobody_and_is_written_over(rotten: float) -> None:
+    house = House(Limits())
+    for _ in range(2):
+        house.limiter.visit(HERE)
+        house.limiter.leave(house.enter(visited=True))
+        counters, subjects = house.limiter._counters, house.limiter._of(ALICE, HERE).all
+        assert [round(counters.taken(one.slot), 6) for one in subjects] == [1000.1] * 4
+        for one in subjects:
+            counters.take(one.slot, rotten)
+
+
+def test_who_was_evicted_is_looked_up_again_and_what_was_its_place_is_left_alone() -> None:
+    house = House(Limits())
+    first = house.enter()
+    counters, subjects = house.limiter._counters, house.limiter._of(ALICE, HERE).all
+    for slot in first:  # as another worker does it
+        counters.memory[slot.key : slot.key + 16] = slot.digest[:4] + bytes(12)
+        counters.take(slot, 7.0)
+    house.limiter.leave(house.enter())
+    house.limiter.visit(HERE)
+    house.limiter.leave(first)
+    assert not {one.slot.key for one in subjects} & {slot.key for slot in first}
+    assert [counters.taken(slot) for slot in first] == [7.0] * 4
+    assert [counters.running(slot) for slot in first] == [1] * 4
+    assert [counters.running(one.slot) for one in subjects] == [0] * 4
+    assert [round(counters.taken(one.slot), 6) for one in subjects] == [1000.1, 1000.1, 1000.1, 1000.2]
 
 
 def test_the_defaults_are_20_at_once_and_10_a_second_for_each_who_counts(make: Callable[[str], House]) -> None:
@@ -265,6 +314,10 @@ def test_of_rows_bytes_and_time_the_smallest_counts(make: Callable[[str], House]
     assert house.limiter.smallest(ALICE, HERE, 1000, 1 << 20, 30.0) == (50, 10240, 2.0)
     assert house.limiter.smallest(ALICE, HERE, 20, 100, 1.0) == (20, 100, 1.0)
     assert house.limiter.smallest(LOCAL, None, 1000, 1 << 20, 30.0) == (50, 1 << 20, 30.0)
+
+
+def test_where_nobody_s_answers_are_bounded_apart_what_is_given_counts() -> None:
+    assert House(Limits()).limiter.smallest(ALICE, HERE, 1000, 1 << 20, 30.0) == (1000, 1 << 20, 30.0)
 
 
 # -- strangers --------------------------------------------------------------------------------------------------------

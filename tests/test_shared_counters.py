@@ -99,7 +99,7 @@ def test_a_place_that_is_remembered_is_looked_up_again_once_it_is_another_s(
         with monkeypatch.context() as patch:
             patch.setattr(counters, "_find", lambda table, digest: pytest.fail("looked up again"))
             assert slot(counters, "alice") is here
-        counters._map[here.key : here.key + 16] = other = here.digest[:4] + bytes(12)  # as another worker does it
+        counters.memory[here.key : here.key + 16] = other = here.digest[:4] + bytes(12)  # as another worker does it
         again = slot(counters, "alice")
         assert again.key != here.key
         assert counters.taken(again) == 0.0
@@ -218,7 +218,7 @@ def _holder() -> Iterator[tuple[Counters, Slot, int]]:
         def hold() -> None:
             counters.as_worker(1)
             with counters:
-                counters.run(found, 1)
+                counters.run([found], 1)
                 os.write(tell, b"x")
                 signal.pause()
 
@@ -237,7 +237,7 @@ def test_a_worker_that_is_killed_leaves_no_lock_and_its_place_s_next_no_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with _holder() as (counters, found, pid):
-        counters.run(found, 1)
+        counters.run([found], 1)
         assert counters.running(found) == 2
         os.kill(pid, signal.SIGKILL)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -248,7 +248,7 @@ def test_a_worker_that_is_killed_leaves_no_lock_and_its_place_s_next_no_count(
         counters.as_worker(1)
         assert counters.running(found) == 1
         counters.as_worker(0)
-        counters.run(found, -1)
+        counters.run([found], -1)
         assert counters.running(found) == 0
 
 
@@ -266,7 +266,7 @@ def test_who_is_evicted_leaves_nothing_running_to_the_next(path: Path) -> None:
         for number in range(30_000):
             here = slot(counters, f"address {number}", ADDRESSES)
             assert counters.running(here) == 0
-            counters.run(here, 1)
+            counters.run([here], 1)
 
 
 def test_any_number_of_visits_evicts_no_wrong_sign_ins_of_now_no_budget_of_today_and_no_call_that_runs() -> None:
@@ -281,7 +281,7 @@ def test_any_number_of_visits_evicts_no_wrong_sign_ins_of_now_no_budget_of_today
             counters.fail(slot(counters, f"{name} guessed", ADDRESSES), now - 1, 10)
             counters.spend(slot(counters, f"{name} spends", ADDRESSES), (0, today + 1, *SPENT[2:]))
             counters.spend(slot(counters, f"{name} spent", ADDRESSES), (0, today - 1, *SPENT[2:]))
-            counters.run(slot(counters, f"{name} runs", ADDRESSES), 1)
+            counters.run([slot(counters, f"{name} runs", ADDRESSES)], 1)
         for number in range(60_000):
             counters.take(slot(counters, f"visit {number}", ADDRESSES), now + number / 1000)
         for name in names:
@@ -298,13 +298,13 @@ def test_any_number_of_visits_evicts_no_wrong_sign_ins_of_now_no_budget_of_today
 def test_a_call_of_one_that_was_evicted_is_subtracted_from_nobody() -> None:
     with opened(None) as counters:
         first = slot(counters, "alice", ADDRESSES)
-        counters.run(first, 1)
+        counters.run([first], 1)
         number = 0
         while (here := slot(counters, f"address {number}", ADDRESSES)).values != first.values:
-            counters.run(here, 1)
+            counters.run([here], 1)
             number += 1
-        counters.run(here, 1)
-        counters.run(first, -1)
+        counters.run([here], 1)
+        counters.run([first], -1)
         assert counters.running(here) == 1
 
 
@@ -312,7 +312,7 @@ def test_without_fcntl_one_process_counts_without_a_lock(path: Path, monkeypatch
     monkeypatch.setattr(shared_counters, "fcntl", None)
     for place in (path, None):
         with opened(place) as counters, counters:
-            counters.run(slot(counters, "alice"), 1)
+            counters.run([slot(counters, "alice")], 1)
             assert counters.running(slot(counters, "alice")) == 1
     assert not path.exists()
 

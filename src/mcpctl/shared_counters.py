@@ -17,10 +17,12 @@ import os
 import secrets
 import tempfile
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from struct import Struct
-from typing import IO, NamedTuple
+from typing import IO
 
 from mcpctl import private_file
 from mcpctl.errors import NotFoundError
@@ -34,6 +36,8 @@ except ImportError:  # Windows, where one process serves
 _TAKE, _LET_GO = (fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN) if fcntl is not None else (0, 0)
 log = logging.getLogger("mcpctl.limits")
 PRINCIPALS, ADDRESSES = 0, 1
+KEY = 16
+"""Bytes of the digest that a name is found by."""
 PLACES = 64
 """Workers that there can be; each counts what runs in it in a place of its own."""
 SAVED_EVERY = 5.0
@@ -44,19 +48,17 @@ _HEADER = Struct("<32s16sd")
 _START = 0
 _EIGHT = 8
 _BUCKETS = (2048, 1024)
-_KEY = 16
 _DAY = 86400
-_TAT = Struct("d")
 _FAILED = Struct("dI")
 _SPENT = Struct("II8Q")
 _FAILED_AT, _SPENT_AT, _VALUES = 8, 24, 96
-_RECORD = Struct(f"<B{_KEY}s{_VALUES}s")
+_RECORD = Struct(f"<B{KEY}s{_VALUES}s")
 """A slot in the file: its table, digest and values."""
-_BUCKET = _EIGHT * (_KEY + _VALUES)
+_BUCKET = _EIGHT * (KEY + _VALUES)
 _SLOTS = _EIGHT * sum(_BUCKETS)
 _RUNNING_AT = _START + _BUCKET * sum(_BUCKETS)
-_RUNNING = Struct("H")
-_COUNTS = PLACES * _RUNNING.size
+_COUNTS = PLACES * 2
+"""Bytes in which it is counted what of one name runs: 16 bits a worker."""
 SIZE = _RUNNING_AT + _SLOTS * _COUNTS
 _PATIENCE = 0.25
 """Seconds to wait for another worker's lock, which is held for microseconds: one that was stopped stops no other."""
@@ -66,13 +68,15 @@ _WITHOUT = 10.0
 """Seconds to go on without the lock after that."""
 
 
-class Slot(NamedTuple):
-    """One name's place in a table: where its digest stands, that digest, where its values are, and where it is counted
-    what runs."""
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One name's place in a table: where its digest stands, that digest, and where its values are, all in bytes; which
+    of `Counters.times` is the end of what its rate has taken, and which of `Counters.counts` is its first."""
 
     key: int
     digest: bytes
     values: int
+    until: int
     runs: int
 
 
@@ -82,13 +86,20 @@ class Counters:
     Made before the workers are forked, each of which then takes its place (`as_worker`). `path`: the file that they
     come from and are saved in; None, or a system without fork: in memory alone. `booted`: when the clock began that
     its times are of. `told` and `unwritten` are tables that lie beside, of whom Process and Canaries keep out.
+
+    `memory`, `times` and `counts` are the same memory as bytes, as times and as counts of what runs, for those who read
+    and write several slots at once: by index, which costs a fifth of a call. `alone`: there is no other worker, so
+    that nothing has to be held, and the first of a slot's counts is all that runs.
     """
 
     def __init__(self, path: Path | None = None, *, workers: int = 1, booted: float | None = None) -> None:
         self._path = path if fcntl is not None else None
         self._place = 0
+        self.alone = workers == 1
         self._workers = Struct(f"{workers}H")
-        self._map = mmap.mmap(-1, SIZE)
+        self.memory = mmap.mmap(-1, SIZE)
+        self.times = memoryview(self.memory).cast("d")
+        self.counts = memoryview(self.memory)[_RUNNING_AT:].cast("H")
         self._lock = _lock_file() if workers > 1 and fcntl is not None else None
         self._lock_fd = self._lock.fileno() if self._lock is not None else -1
         self.told, self.unwritten = Table(self), Table(self)
@@ -104,16 +115,16 @@ class Counters:
 
     def as_worker(self, place: int) -> None:
         """This process is the worker of that number, and whoever was it before is dead."""
-        self._place = place * _RUNNING.size
-        places = memoryview(self._map)[_RUNNING_AT:].cast("H")
-        places[place::PLACES] = memoryview(bytes(2 * _SLOTS)).cast("H")
-        places.release()
+        self._place = place
+        self.counts[place::PLACES] = memoryview(bytes(2 * _SLOTS)).cast("H")
 
     def close(self) -> None:
         """Save what is counted, whatever the file is by now, and let go of it."""
         self._saved = None
         self.save()
-        self._map.close()
+        self.times.release()
+        self.counts.release()
+        self.memory.close()
         if self._lock is not None:
             self._lock.close()
             self._lock_fd = -1
@@ -132,12 +143,12 @@ class Counters:
         for table, digest, values in _RECORD.iter_unpack(data[_HEADER.size :]):
             at = self.slot(min(table, 1), digest).values
             times = values[:_SPENT_AT] if abs(booted - self._booted) < _STEP else bytes(_SPENT_AT)
-            self._map[at : at + _VALUES] = times + values[_SPENT_AT:]
+            self.memory[at : at + _VALUES] = times + values[_SPENT_AT:]
 
     def copy(self) -> bytes:
         """The tables as they are now, for `save`."""
         with self:
-            return self._map[:_RUNNING_AT]
+            return self.memory[:_RUNNING_AT]
 
     def save(self, tables: bytes | None = None) -> None:
         """Save what is counted, if there is anything new, or the file is not the one that was written: what a copy
@@ -150,10 +161,10 @@ class Counters:
         found = [_HEADER.pack(_FORM, self._salt, self._booted)]
         for bucket in range(_START, _RUNNING_AT, _BUCKET):
             for index in range(_EIGHT):
-                key, at = bucket + index * _KEY, bucket + _EIGHT * _KEY + index * _VALUES
-                if any(tables[key : key + _KEY]):
+                key, at = bucket + index * KEY, bucket + _EIGHT * KEY + index * _VALUES
+                if any(tables[key : key + KEY]):
                     table = bucket >= _START + _BUCKETS[0] * _BUCKET
-                    found.append(_RECORD.pack(table, tables[key : key + _KEY], tables[at : at + _VALUES]))
+                    found.append(_RECORD.pack(table, tables[key : key + KEY], tables[at : at + _VALUES]))
         try:
             _replace(self._path, b"".join(found))
         except OSError as problem:
@@ -164,6 +175,13 @@ class Counters:
             self._saved, self._written, self._failing = tables, private_file.fingerprint(self._path), False
 
     def __enter__(self) -> None:
+        self.hold()
+
+    def __exit__(self, *_: object) -> None:
+        self.let_go()
+
+    def hold(self) -> None:
+        """Keep the other workers out until `let_go`."""
         if self._lock is None or (self._without_until and self._without_until > time.monotonic()):
             return
         until = 0.0
@@ -179,33 +197,39 @@ class Counters:
                     return
                 os.sched_yield()
 
-    def __exit__(self, *_: object) -> None:
+    def let_go(self) -> None:
+        """Let them in again."""
         if self._lock is not None:
             fcntl.lockf(self._lock_fd, _LET_GO)
 
     def digest(self, name: str) -> bytes:
         """The key of a name. Nobody who does not know the file can have two names meet in one bucket."""
-        return hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=_KEY, key=self._salt).digest()
+        return hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=KEY, key=self._salt).digest()
 
     def slot(self, table: int, digest: bytes) -> Slot:
         """The slot of a name; an empty one, or that of least worth in its bucket, where it has none yet."""
         known = self._slots.get(digest)
-        if known is None or self._map[known.key : known.key + _KEY] != digest:
+        if known is None or self.memory[known.key : known.key + KEY] != digest:
             if len(self._slots) >= _SLOTS:
                 self._slots.clear()
             known = self._slots[digest] = self._find(table, digest)
         return known
 
+    def nowhere(self, digest: bytes) -> Slot:
+        """What a name has that has not been looked up: a place that is another's, as after an eviction."""
+        return _place(0, 0, digest)
+
     def _find(self, table: int, digest: bytes) -> Slot:
         bucket = int.from_bytes(digest[:4], "little") % _BUCKETS[table] + table * _BUCKETS[0]
         keys = _START + bucket * _BUCKET
-        found = self._map.find(digest, keys, keys + _EIGHT * _KEY)
-        index = (found - keys) // _KEY
-        if found < 0 or (found - keys) % _KEY:
+        found = self.memory.find(digest, keys, keys + _EIGHT * KEY)
+        index = (found - keys) // KEY
+        if found < 0 or (found - keys) % KEY:
             slot = min((_place(bucket, one, digest) for one in range(_EIGHT)), key=self._worth)
-            self._map[slot.runs : slot.runs + _COUNTS] = bytes(_COUNTS)
-            self._map[slot.values : slot.values + _VALUES] = bytes(_VALUES)
-            self._map[slot.key : slot.key + _KEY] = digest
+            runs = _RUNNING_AT + 2 * slot.runs
+            self.memory[runs : runs + _COUNTS] = bytes(_COUNTS)
+            self.memory[slot.values : slot.values + _VALUES] = bytes(_VALUES)
+            self.memory[slot.key : slot.key + KEY] = digest
             return slot
         return _place(bucket, index, digest)
 
@@ -214,54 +238,55 @@ class Counters:
         first."""
         midnight = (self.spent(slot)[1] + 1) * _DAY - self._booted
         until = max(self.taken(slot), self.failed(slot)[0], midnight)
-        return self.running(slot) > 0, until, any(self._map[slot.key : slot.key + _KEY])
+        return self.running(slot) > 0, until, any(self.memory[slot.key : slot.key + KEY])
 
     # -- a slot's values: the end of what a rate has taken, failed sign-ins, what was spent of budgets ----------------
 
     def taken(self, slot: Slot) -> float:
         """Until when its rate is taken, as `take` has written it; 0.0 at first."""
-        found: float = _TAT.unpack_from(self._map, slot.values)[0]
-        return found
+        return self.times[slot.until]
 
     def take(self, slot: Slot, until: float) -> None:
         """Note until when its rate is taken."""
-        _TAT.pack_into(self._map, slot.values, until)
+        self.times[slot.until] = until
 
     def failed(self, slot: Slot) -> tuple[float, int]:
         """(the end of the window, failed sign-ins within it)."""
-        until, count = _FAILED.unpack_from(self._map, slot.values + _FAILED_AT)
+        until, count = _FAILED.unpack_from(self.memory, slot.values + _FAILED_AT)
         return until, count
 
     def fail(self, slot: Slot, until: float, count: int) -> None:
         """Note failed sign-ins."""
-        _FAILED.pack_into(self._map, slot.values + _FAILED_AT, until, count)
+        _FAILED.pack_into(self.memory, slot.values + _FAILED_AT, until, count)
 
     def spent(self, slot: Slot) -> tuple[int, ...]:
         """(the hour's number, the day's, then calls, rows, bytes and microseconds of the hour, and of the day)."""
-        return _SPENT.unpack_from(self._map, slot.values + _SPENT_AT)
+        return _SPENT.unpack_from(self.memory, slot.values + _SPENT_AT)
 
     def spend(self, slot: Slot, values: tuple[int, ...]) -> None:
         """Note what was spent, in the same order."""
-        _SPENT.pack_into(self._map, slot.values + _SPENT_AT, *values)
+        _SPENT.pack_into(self.memory, slot.values + _SPENT_AT, *values)
 
     def running(self, slot: Slot) -> int:
         """How many calls of its run, in all workers."""
-        return sum(self._workers.unpack_from(self._map, slot.runs))
+        return sum(self._workers.unpack_from(self.memory, _RUNNING_AT + 2 * slot.runs))
 
-    def run(self, slot: Slot, by: int) -> None:
-        """Note that so many more, or fewer, run in this worker; nothing where its place is another's by now."""
-        if self._map[slot.key : slot.key + _KEY] != slot.digest:
-            return
-        at = slot.runs + self._place
-        count = _RUNNING.unpack_from(self._map, at)[0] + by
-        if 0 <= count <= 0xFFFF:
-            _RUNNING.pack_into(self._map, at, count)
+    def run(self, slots: Iterable[Slot], by: int) -> None:
+        """Note that so many more, or fewer, of each run in this worker; nothing of one whose place is another's by
+        now."""
+        memory, counts = self.memory, self.counts
+        for slot in slots:
+            if memory[slot.key : slot.key + KEY] == slot.digest:
+                at = slot.runs + self._place
+                count = counts[at] + by
+                if 0 <= count <= 0xFFFF:
+                    counts[at] = count
 
 
 def _place(bucket: int, index: int, digest: bytes) -> Slot:
     keys = _START + bucket * _BUCKET
-    values = keys + _EIGHT * _KEY + index * _VALUES
-    return Slot(keys + index * _KEY, digest, values, _RUNNING_AT + (bucket * _EIGHT + index) * _COUNTS)
+    values = keys + _EIGHT * KEY + index * _VALUES
+    return Slot(keys + index * KEY, digest, values, values // 8, (bucket * _EIGHT + index) * PLACES)
 
 
 def _lock_file() -> IO[bytes]:

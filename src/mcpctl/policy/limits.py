@@ -13,11 +13,11 @@ from ipaddress import ip_address, ip_network
 from operator import add
 from typing import NamedTuple
 
-from mcpctl.config_keys import Allowance, Budget, Kind, Limits
+from mcpctl.config_keys import Allowance, Budget, Budgets, Kind, Limits
 from mcpctl.config_values import Network
 from mcpctl.errors import LimitedError
 from mcpctl.identity.principal import Principal
-from mcpctl.shared_counters import ADDRESSES, PRINCIPALS, Counters, Slot, source
+from mcpctl.shared_counters import ADDRESSES, KEY, PRINCIPALS, Counters, Slot, source
 
 WINDOW = 900.0
 """Seconds in which an address's refused credentials are counted, from the first on."""
@@ -84,15 +84,19 @@ def rule(limits: Limits, kind: Kind, named: Allowance | None) -> Rule:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Subject:
-    """Somebody who counts for itself."""
+    """Somebody who counts for itself. `interval` and `concurrent` are its rule's, at hand. `slot` is where it was
+    counted last, which may be another's by now."""
 
     kind: str
     name: str
     rule: Rule
     table: int
     digest: bytes
+    slot: Slot
+    interval: float
+    concurrent: int
 
     def __str__(self) -> str:
         return f"the {self.kind} {self.name}" if self.name != "local" else "the local user"
@@ -100,9 +104,10 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class _Caller:
-    """All who count in one call, those of them who have budgets, and the smallest of their bounds."""
+    """All who count in one call, the address among them, those who have budgets, and the smallest of their bounds."""
 
     all: tuple[Subject, ...]
+    address: Subject | None
     budgeted: tuple[Subject, ...]
     bounds: tuple[int, int, float]
 
@@ -128,6 +133,14 @@ class Limiter:
         self._networks = sorted(
             ((ip_network(name), own) for name, own in limits.addresses.named.items()), key=lambda one: -one[0].prefixlen
         )
+        kinds = (limits.tokens, limits.users, limits.tenants, limits.addresses)
+        levels = [level for kind in kinds for level in (kind, *kind.named.values())]
+        budgets = [limits.budgets, *(level.budgets for level in levels)]
+        self._budgets = any(one != Budgets() for one in budgets)
+        """Whether anybody has a budget, so that one has to be looked for."""
+        bounds = [(level.max_rows, level.max_bytes, level.statement_timeout) for level in levels]
+        self._bounds = any(one != (None, None, None) for one in bounds)
+        """Whether anybody's answers are bounded more than all are."""
         self._subjects: dict[tuple[str, str], Subject] = {}
         self._callers: dict[tuple[str | None, ...], _Caller] = {}
 
@@ -146,8 +159,10 @@ class Limiter:
                 shown = source(name) or name
                 if network is not None and network.version == 6 and network.prefixlen > 64:
                     shown = str(network)  # else it would count for all of its /64, by the limits of one
-            digest = self._counters.digest(f"{kind}:{shown}")
-            found = self._subjects[kind, name] = Subject(kind, shown, rule(self._limits, group, own), table, digest)
+            digest, its = self._counters.digest(f"{kind}:{shown}"), rule(self._limits, group, own)
+            found = self._subjects[kind, name] = Subject(
+                kind, shown, its, table, digest, self._counters.nowhere(digest), its.interval, its.concurrent
+            )
         return found
 
     def _of_network(self, address: str) -> tuple[Network | None, Allowance | None]:
@@ -167,8 +182,10 @@ class Limiter:
             names = {"user": principal.user, "tenant": principal.tenant, "address": address}
             known = [self._subject(kind, name) for kind, name in names.items() if name is not None]
             every = (self._subject("token", principal.token or "local"), *known)
+            visitor = known[-1] if address is not None else None
             budgeted = tuple(one for one in every if one.rule.budgets)
-            found = self._callers[who] = _Caller(every, budgeted, _smallest([one.rule.bounds for one in every]))
+            bounds = _smallest([one.rule.bounds for one in every])
+            found = self._callers[who] = _Caller(every, visitor, budgeted, bounds)
         return found
 
     # -- rates, and calls at once --------------------------------------------------------------------------------------
@@ -177,46 +194,80 @@ class Limiter:
         """Count one request of an address against its rate."""
         if address is None:
             return
-        subject, now = self._subject("address", address), self._clock()
-        with self._counters:
-            slot = self._counters.slot(subject.table, subject.digest)
-            until, wait = gcra(self._counters.taken(slot), now, subject.rule.interval, subject.rule.burst)
-            self._counters.take(slot, until)
+        subject, wait, counters = self._subjects.get(("address", address)), 0.0, self._counters
+        if subject is None:
+            subject = self._subject("address", address)
+        now = self._clock()
+        if not counters.alone:
+            counters.hold()
+        try:
+            slot = subject.slot
+            if counters.memory[slot.key : slot.key + KEY] != slot.digest:
+                slot = subject.slot = counters.slot(subject.table, subject.digest)
+            taken = counters.times[slot.until]
+            if taken <= now:
+                taken = now + subject.interval
+            else:
+                taken, wait = gcra(taken, now, subject.interval, subject.rule.burst)
+            counters.times[slot.until] = taken
+        finally:
+            if not counters.alone:
+                counters.let_go()
         if wait:
             raise _too_fast(subject, wait)
 
     def enter(self, principal: Principal, address: str | None, *, visited: bool) -> list[Slot]:
         """Count one call against the rates of all who count, and against what they may have running; what `leave`
         takes. Nothing is counted where one of them says no. `visited`: the address has paid its rate."""
-        now, counters = self._clock(), self._counters
-        slots, rates = [], []
-        with counters:
-            for subject in self._of(principal, address).all:
-                slot = counters.slot(subject.table, subject.digest)
-                if not (visited and subject.kind == "address"):
-                    until, wait = gcra(counters.taken(slot), now, subject.rule.interval, subject.rule.burst)
-                    if wait:
-                        raise _too_fast(subject, wait)
-                    rates.append((slot, until))
-                if counters.running(slot) >= subject.rule.concurrent:
+        caller = self._callers.get((principal.token, principal.user, principal.tenant, address))
+        if caller is None:
+            caller = self._of(principal, address)
+        counters, now, paid = self._counters, self._clock(), caller.address if visited else None
+        memory, times, counts, alone = counters.memory, counters.times, counters.counts, counters.alone
+        slots: list[Slot] = []
+        rates: list[tuple[int, float]] = []
+        if not alone:
+            counters.hold()
+        try:
+            for subject in caller.all:
+                slot = subject.slot
+                if memory[slot.key : slot.key + KEY] != slot.digest:
+                    slot = subject.slot = counters.slot(subject.table, subject.digest)
+                if subject is not paid:
+                    taken = times[slot.until]
+                    if taken <= now:  # gcra's answer, where nothing is taken
+                        taken = now + subject.interval
+                    else:
+                        taken, wait = gcra(taken, now, subject.interval, subject.rule.burst)
+                        if wait:
+                            raise _too_fast(subject, wait)
+                    rates.append((slot.until, taken))
+                if (counts[slot.runs] if alone else counters.running(slot)) >= subject.concurrent:
                     raise _too_many(subject)
                 slots.append(slot)
-            for slot, until in rates:
-                counters.take(slot, until)
-            for slot in slots:
-                counters.run(slot, 1)
+            for at, until in rates:
+                times[at] = until
+            counters.run(slots, 1)
+        finally:
+            if not alone:
+                counters.let_go()
         return slots
 
     def leave(self, slots: list[Slot]) -> None:
         """The call that entered has ended."""
-        with self._counters:
-            for slot in slots:
-                self._counters.run(slot, -1)
+        counters = self._counters
+        if counters.alone:
+            counters.run(slots, -1)
+            return
+        with counters:
+            counters.run(slots, -1)
 
     # -- budgets -----------------------------------------------------------------------------------------------------
 
     def check(self, principal: Principal, address: str | None) -> None:
         """Raise LimitedError where a budget is used up."""
+        if not self._budgets:
+            return
         subjects = self._of(principal, address).budgeted
         if not subjects:
             return
@@ -224,13 +275,15 @@ class Limiter:
         hour, day = int(now // _HOUR), int(now // _DAY)
         with self._counters:
             for subject in subjects:
-                spent = self._spent(self._counters.slot(subject.table, subject.digest), hour, day)
+                spent = self._spent(subject, hour, day)
                 for index, most in subject.rule.budgets:
                     if spent[2 + index] >= most:
                         raise _used_up(subject, index, most, spent, now)
 
     def charge(self, principal: Principal, address: str | None, *, rows: int, size: int, seconds: float) -> None:
         """Charge one call that has ended to all budgets."""
+        if not self._budgets:
+            return
         subjects = self._of(principal, address).budgeted
         if not subjects:
             return
@@ -239,13 +292,16 @@ class Limiter:
         hour, day = int(now // _HOUR), int(now // _DAY)
         with self._counters:
             for subject in subjects:
-                slot = self._counters.slot(subject.table, subject.digest)
-                self._counters.spend(slot, tuple(map(add, self._spent(slot, hour, day), cost)))
+                spent = self._spent(subject, hour, day)
+                self._counters.spend(subject.slot, tuple(map(add, spent, cost)))
 
-    def _spent(self, slot: Slot, hour: int, day: int) -> tuple[int, ...]:
-        """What was spent in the running hour and day, behind their numbers."""
-        spent = self._counters.spent(slot)
-        if max(spent[2:]) > _MOST:
+    def _spent(self, subject: Subject, hour: int, day: int) -> tuple[int, ...]:
+        """What was spent in the running hour and day, behind their numbers; `subject.slot` is where it stands."""
+        slot, counters = subject.slot, self._counters
+        if counters.memory[slot.key : slot.key + KEY] != slot.digest:
+            slot = subject.slot = counters.slot(subject.table, subject.digest)
+        spent = counters.spent(slot)
+        if max(spent) > _MOST:
             spent = (*spent[:2], *[0] * 8)
         if spent[0] == hour and spent[1] == day:
             return spent
@@ -259,6 +315,8 @@ class Limiter:
         self, principal: Principal, address: str | None, rows: int, size: int, seconds: float
     ) -> tuple[int, int, float]:
         """Rows, bytes and statement time of one answer: the smallest of what is given and of all who count."""
+        if not self._bounds:
+            return rows, size, seconds
         own_rows, own_size, own_seconds = self._of(principal, address).bounds
         return min(rows, own_rows), min(size, own_size), min(seconds, own_seconds)
 
