@@ -311,11 +311,12 @@ def test_the_lock_keeps_others_out_until_it_is_let_go_and_they_see_what_was_writ
     assert path.read_bytes() == b"two\nthree\n"
 
 
-def test_what_takes_a_right_away_waits_no_longer_than_its_patience_for_the_lock(path: Path) -> None:
+@pytest.mark.parametrize("patience", [0.0, 0.05])
+def test_what_takes_a_right_away_waits_no_longer_than_its_patience_for_the_lock(path: Path, patience: float) -> None:
     with (
         private_file.edit(path),
         pytest.raises(NotWrittenError, match="held by another process"),
-        private_file.edit(path, patience=0.05),
+        private_file.edit(path, patience=patience),
     ):
         pass
 

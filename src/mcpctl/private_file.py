@@ -342,13 +342,15 @@ def lock(fd: int, patience: float | None = None) -> None:
     if fcntl is not None and patience is None:
         fcntl.flock(fd, fcntl.LOCK_EX)
     elif fcntl is not None:
-        until = time.monotonic() + (patience or 0.0)
+        until = None  # the clock is asked once somebody else has it
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
-                if time.monotonic() > until:
+                now = time.monotonic()
+                until = now + (patience or 0.0) if until is None else until
+                if now >= until:
                     raise TimeoutError(errno.ETIMEDOUT, "another process holds its lock") from None
                 time.sleep(0.001)
     else:  # pragma: no cover - Windows

@@ -97,7 +97,8 @@ class Recorder:
     def _write(self, event: str, fields: dict[str, Any]) -> bool:
         """Write what was kept, and this line; whether it was."""
         try:
-            self._write_late()
+            if self._late.lines or self._late.lost:
+                self._write_late()
             self._audit.append(event, **fields)
         except UnavailableError as problem:
             if not self._failing:
@@ -105,8 +106,9 @@ class Recorder:
             self._failing = True
         else:
             self._failing = False
-        self._count(event, fields, not self._failing)
-        return not self._failing
+        written = not self._failing
+        self._count(event, fields, written)
+        return written
 
     @property
     def failing(self) -> bool:
