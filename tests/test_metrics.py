@@ -81,6 +81,23 @@ def test_what_alerts_look_at_is_there_from_the_start_so_that_its_first_event_is_
     assert series["mcpctl_cut_backends_left_total", frozenset({("worker", "0")})] == 0
 
 
+def test_written_lines_and_failures_are_told_apart_and_what_was_never_counted_is_no_series() -> None:
+    metrics = Metrics(["shop"])
+    assert not re.search("mcpctl_(audit|call|event)", exposition({"0": metrics.samples()}))
+    metrics.count("tool.called", call(), False)
+    metrics.count("tool.refused", call(outcome="limited"), None)
+    series = parsed(exposition({"0": metrics.samples()}))
+    assert value(series, "mcpctl_audit_failures_total") == 1
+    assert not any(name.startswith(("mcpctl_audit_l", "mcpctl_events")) for name, _ in series)
+    begun = time.time()
+    metrics.count("token.expired", {}, True)
+    series = parsed(exposition({"0": metrics.samples()}))
+    assert value(series, "mcpctl_audit_lines_total") == value(series, "mcpctl_events_total", event="token.expired") == 1
+    assert value(series, "mcpctl_audit_failures_total") == 1
+    assert begun <= value(series, "mcpctl_audit_last_line_timestamp_seconds") <= time.time()
+    assert metrics.minute.used()["ab12cd34"].calls == 2
+
+
 def test_what_callers_make_up_makes_no_series() -> None:
     metrics = Metrics(["shop"])
     for number in range(1000):
@@ -150,10 +167,10 @@ def test_refused_sign_ins_are_told_on_stderr_with_the_address_last_and_boundedly
 def test_the_last_minute_forgets_what_is_older() -> None:
     now = 1000.0
     minute = LastMinute(lambda: now)
-    minute.call(call())
+    minute.call("ab12cd34", "alice", "192.0.2.1", "ok", 2)
     now += 30
-    minute.call(call(outcome="error", client_ip="192.0.2.2"))
-    minute.call(call(outcome="limited", token="other"))
+    minute.call("ab12cd34", "alice", "192.0.2.2", "error", 2)
+    minute.call("other", "alice", "192.0.2.1", "limited")
     minute.stranger()
     used = minute.used()
     assert (used["ab12cd34"].calls, used["ab12cd34"].failed, used["ab12cd34"].rows) == (2, 1, 4)

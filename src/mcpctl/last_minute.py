@@ -1,10 +1,9 @@
 """Who asked how much in the last minute, in slices of five seconds. The clock is passed in."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any
 
 _SLICE = 5.0
 _SLICES = 12
@@ -43,33 +42,49 @@ class LastMinute:
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
         self._slices: deque[tuple[int, dict[str | None, Used], list[int]]] = deque(maxlen=_SLICES)
+        self._of_token: dict[str | None, Used] = {}
+        self._begun = self._end = 0.0
+        """From when until when the newest slice counts, whose `_of_token` is."""
 
-    def _now(self) -> tuple[int, dict[str | None, Used], list[int]]:
-        number = int(self._clock() / _SLICE)
+    def _begin(self, now: float) -> None:
+        """Begin the slice of that time, if it is not the newest."""
+        number = int(now / _SLICE)
         if not self._slices or self._slices[-1][0] != number:
             self._slices.append((number, {}, [0]))
-        return self._slices[-1]
+        self._begun, self._end, self._of_token = number * _SLICE, (number + 1) * _SLICE, self._slices[-1][1]
 
-    def call(self, fields: Mapping[str, Any]) -> None:
-        """Count a call, by the fields of its audit line."""
-        of_token, token = self._now()[1], fields.get("token")
-        used = of_token.get(token)
+    def call(
+        self,
+        token: str | None,
+        user: str | None,
+        address: str | None,
+        outcome: str,
+        rows: int = 0,
+        size: int = 0,
+        seconds: float = 0.0,
+    ) -> None:
+        """Count a call, by what its audit line says."""
+        now = self._clock()
+        if not self._begun <= now < self._end:
+            self._begin(now)
+        used = self._of_token.get(token)
         if used is None:
-            used = of_token[token] = Used()
-        used.user = fields.get("user")
+            used = self._of_token[token] = Used()
+        used.user = user
         used.calls += 1
-        if (outcome := fields.get("outcome")) != "ok":
+        if outcome != "ok":
             used.failed += outcome in ("error", "partial", "cut", "cancelled")
             used.refused += outcome in ("refused", "limited")
-        used.rows += fields.get("rows") or 0
-        used.bytes += fields.get("bytes") or 0
-        used.seconds += (fields.get("elapsed_ms") or 0.0) / 1000
-        if (address := fields.get("client_ip")) is not None and len(used.addresses) < _ADDRESSES:
+        used.rows += rows
+        used.bytes += size
+        used.seconds += seconds
+        if address is not None and len(used.addresses) < _ADDRESSES:
             used.addresses.add(address)
 
     def stranger(self) -> None:
         """Count a credential that was refused."""
-        self._now()[2][0] += 1
+        self._begin(self._clock())
+        self._slices[-1][2][0] += 1
 
     def used(self) -> dict[str | None, Used]:
         """What each credential used, by token id."""

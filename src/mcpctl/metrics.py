@@ -10,6 +10,7 @@ over all workers would fall instead, and be read as a burst of calls.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from time import time
 from typing import Any, NamedTuple
 
@@ -115,6 +116,17 @@ def reason_class(reason: str) -> str:
     return next((name for end, name in _USER if reason.endswith(end)), OTHER)
 
 
+@dataclass(slots=True)
+class _Calls:
+    """Calls of the same labels. `buckets`: how long those of its tool took, and last the sum."""
+
+    buckets: list[float]
+    calls: int = 0
+    rows: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
 Value = float | list[float]
 Sample = tuple[str, list[str], Value]
 """A family's name, the values of its labels, and its value; a histogram's is its buckets and, last, the sum."""
@@ -126,8 +138,10 @@ class Metrics:
     def __init__(self, databases: Iterable[str] = (), minute: LastMinute | None = None) -> None:
         self._databases: frozenset[str] = frozenset(databases)
         self._values: dict[tuple[str, tuple[str, ...]], float] = dict(_FROM_ZERO)
-        self._calls: dict[tuple[str, str | None, str, str | None], list[float]] = {}
+        self._calls: dict[tuple[str, str | None, str, str | None], _Calls] = {}
         self._seconds: dict[str, list[float]] = {}
+        self._lines = self._failures = 0
+        self._last_line = 0.0
         self.minute = minute or LastMinute()
 
     def know(self, databases: Iterable[str]) -> None:
@@ -146,38 +160,44 @@ class Metrics:
     def count(self, event: str, fields: Mapping[str, Any], written: bool | None) -> None:
         """One event with the fields of its audit line. `written`: whether the line is in the log; None where there is
         to be none, as for the refusals of strangers beyond the first."""
-        if event == "auth.refused" and written is None:
-            self._add("mcpctl_auth_refused", (reason_class(fields["reason"]),))
-            self.minute.stranger()
-            return
-        if event in ("tool.called", "tool.refused"):
+        if event == "tool.called" or event == "tool.refused":
             self._call(fields)
             if written is None:
                 return
+        elif event == "auth.refused" and written is None:
+            self._add("mcpctl_auth_refused", (reason_class(fields["reason"]),))
+            self.minute.stranger()
+            return
         else:
             self._add("mcpctl_events", (event,))
-        self._add("mcpctl_audit_lines" if written else "mcpctl_audit_failures", ())
         if written:
-            self._values["mcpctl_audit_last_line_timestamp_seconds", ()] = time()
+            self._lines += 1
+            self._last_line = time()
+        else:
+            self._failures += 1
 
     def _call(self, fields: Mapping[str, Any]) -> None:
         """Kept together, since this is on every call's way, and told apart when somebody asks."""
-        tool, seconds = fields.get("tool") or "", (fields.get("elapsed_ms") or 0.0) / 1000
-        key = (tool, fields.get("database"), fields["outcome"], fields.get("tenant"))
-        used = self._calls.get(key)
+        value = fields.get
+        tool, outcome = value("tool") or "", fields["outcome"]
+        used = self._calls.get(key := (tool, value("database"), outcome, value("tenant")))
         if used is None:
-            key = (tool, self._database(key[1]), key[2], key[3])
-            used = self._calls.setdefault(key, [0.0] * 4)
-        used[0] += 1
-        used[1] += fields.get("rows") or 0
-        used[2] += fields.get("bytes") or 0
-        used[3] += seconds
-        buckets = self._seconds.get(tool)
-        if buckets is None:
-            buckets = self._seconds[tool] = [0.0] * (len(BUCKETS) + 2)
-        buckets[bisect_left(BUCKETS, seconds)] += 1
-        buckets[-1] += seconds
-        self.minute.call(fields)
+            used = self._begin(*key)
+        rows, size, seconds = value("rows") or 0, value("bytes") or 0, (value("elapsed_ms") or 0.0) / 1000
+        used.calls += 1
+        used.rows += rows
+        used.bytes += size
+        used.seconds += seconds
+        used.buckets[bisect_left(BUCKETS, seconds)] += 1
+        used.buckets[-1] += seconds
+        self.minute.call(value("token"), value("user"), value("client_ip"), outcome, rows, size, seconds)
+
+    def _begin(self, tool: str, database: str | None, outcome: str, tenant: str | None) -> "_Calls":
+        """Where calls with these labels are counted; of a database that the config does not have, with others."""
+        key = (tool, self._database(database), outcome, tenant)
+        if key not in self._calls:
+            self._calls[key] = _Calls(self._seconds.setdefault(tool, [0.0] * (len(BUCKETS) + 2)))
+        return self._calls[key]
 
     def cut(self, reason: str, queries: int, backends_left: int) -> None:
         """A token's open work was ended."""
@@ -196,14 +216,19 @@ class Metrics:
         def add(name: str, labels: tuple[str, ...], value: float) -> None:
             summed[name, labels] = summed.get((name, labels), 0) + value
 
-        for (tool, database, outcome, tenant), (calls, rows, size, seconds) in self._calls.items():
-            add("mcpctl_calls", (tool, database or "", outcome), calls)
-            add("mcpctl_call_rows", (database or "",), rows)
-            add("mcpctl_call_bytes", (database or "",), size)
+        for (tool, database, outcome, tenant), used in self._calls.items():
+            add("mcpctl_calls", (tool, database or "", outcome), used.calls)
+            add("mcpctl_call_rows", (database or "",), used.rows)
+            add("mcpctl_call_bytes", (database or "",), used.bytes)
             if tenant is not None:
-                add("mcpctl_tenant_calls", (tenant, outcome), calls)
-                add("mcpctl_tenant_rows", (tenant,), rows)
-                add("mcpctl_tenant_seconds", (tenant,), seconds)
+                add("mcpctl_tenant_calls", (tenant, outcome), used.calls)
+                add("mcpctl_tenant_rows", (tenant,), used.rows)
+                add("mcpctl_tenant_seconds", (tenant,), used.seconds)
+        if self._lines:
+            add("mcpctl_audit_lines", (), self._lines)
+            add("mcpctl_audit_last_line_timestamp_seconds", (), self._last_line)
+        if self._failures:
+            add("mcpctl_audit_failures", (), self._failures)
         found: list[Sample] = [(name, list(labels), value) for (name, labels), value in summed.items()]
         return found + [("mcpctl_call_seconds", [tool], list(buckets)) for tool, buckets in self._seconds.items()]
 
