@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from mcpctl import reserve
@@ -48,6 +49,7 @@ Fingerprint = tuple[int, int, int, int]
 """(inode, size, mtime, ctime, both in ns): differs when the content, the mode or the owner may differ."""
 
 ABSENT: Fingerprint = (0, -1, 0, 0)
+_fingerprint: Callable[[os.stat_result], Fingerprint] = attrgetter("st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
 
 
 def fingerprint(path: Path | str) -> Fingerprint:
@@ -64,15 +66,10 @@ def fingerprints(paths: Iterable[str]) -> list[Fingerprint]:
     found = []
     for path in paths:
         try:
-            now = os.stat(path)
-            found.append((now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns))
+            found.append(_fingerprint(os.stat(path)))
         except OSError:
             found.append(ABSENT)
     return found
-
-
-def _fingerprint(found: os.stat_result) -> Fingerprint:
-    return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def become_owner(path: Path) -> None:

@@ -40,7 +40,7 @@ def gcra(taken: float, now: float, interval: float, burst: int) -> tuple[float, 
     if not taken <= now + tolerance + interval:
         taken = now
     wait = taken + interval - tolerance - now
-    return (taken, wait) if wait > 1e-9 else (max(taken, now) + interval, 0.0)
+    return (taken, wait) if wait > 1e-9 else ((taken if taken > now else now) + interval, 0.0)
 
 
 def running(stored: int, current: int) -> int:
