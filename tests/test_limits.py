@@ -236,6 +236,20 @@ def test_calls_at_once_are_bounded_and_come_back_when_they_end(make: Callable[[s
     assert house.limiter._counters.running(house.enter()[1]) == 1
 
 
+def test_calls_that_run_in_another_worker_count() -> None:
+    house = House(Limits(concurrent=2), workers=2)
+    counters = house.limiter._counters
+    counters.as_worker(1)
+    there = house.enter()
+    counters.as_worker(0)
+    here = house.enter()
+    assert house.refused().limit == "concurrent"
+    house.limiter.leave(here)
+    house.limiter.leave(house.enter())
+    assert [counters.running(slot) for slot in there] == [1] * 4
+    counters.close()
+
+
 # -- budgets ----------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +291,20 @@ def test_what_cannot_have_been_spent_counts_as_nothing_and_stops_no_call(
     for _ in range(2):
         house.call(size=100, rows=1)
     assert house.over().limit == "hour.calls"
+
+
+def test_what_was_spent_of_a_place_that_is_another_s_by_now_is_not_ours(make: Callable[[str], House]) -> None:
+    house = make("limits: {budgets: {hour: {rows: 10}}}\n")
+    house.call(rows=10)
+    house.over()
+    counters, subjects = house.limiter._counters, house.limiter._of(ALICE, HERE).all
+    before = [one.slot for one in subjects]
+    for slot in before:  # as another worker does it
+        counters.memory[slot.key : slot.key + 16] = slot.digest[:4] + bytes(12)
+    house.limiter.check(ALICE, HERE)
+    house.limiter.charge(ALICE, HERE, rows=4, size=0, seconds=0.0)
+    assert [counters.spent(slot)[3] for slot in before] == [10] * 4
+    assert [counters.spent(one.slot)[3] for one in subjects] == [4] * 4
 
 
 def test_a_day_s_budget_ends_at_midnight_and_an_answer_may_go_beyond_it_once(make: Callable[[str], House]) -> None:
