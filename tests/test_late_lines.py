@@ -101,11 +101,11 @@ def test_of_more_than_are_kept_the_number_is_told(book: Book) -> None:
 def test_calls_that_were_answered_without_a_line_are_counted(tmp_path: Path) -> None:
     book = Book(tmp_path, refuse=False)
     book.take_away()
-    book.recorder.call("tool.called")
+    book.recorder.call("tool.called", {})
     book.now += timedelta(seconds=9)
-    book.recorder.call("tool.called")
+    book.recorder.call("tool.called", {})
     book.give_back()
-    book.recorder.call("tool.called")
+    book.recorder.call("tool.called", {})
     book.log.close()
     events = [(one["event"], one.get("reason")) for one in lines(book.path)[1:]]
     said = "2 lines could not be written between 2026-11-20T12:00:00.000Z and 2026-11-20T12:00:09.000Z"

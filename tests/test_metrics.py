@@ -129,7 +129,7 @@ def test_every_refused_credential_is_counted_however_few_are_listed(tmp_path: Pa
     class Book:
         lines = 0
 
-        def append(self, event: str, **fields: Any) -> None:
+        def add(self, event: str, fields: dict[str, Any]) -> None:
             self.lines += 1
 
     book, metrics = Book(), Metrics()
@@ -146,7 +146,7 @@ def test_refused_sign_ins_are_told_on_stderr_with_the_address_last_and_boundedly
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Book:
-        def append(self, event: str, **fields: Any) -> None:
+        def add(self, event: str, fields: dict[str, Any]) -> None:
             pass
 
     recorder = Recorder(Book(), "full", refuse=True)  # type: ignore[arg-type]

@@ -259,7 +259,7 @@ def test_a_statement_is_kept_as_the_config_says_and_one_that_asks_nothing_never_
 ) -> None:
     book = Book(path, statements)
     text = "alter role x password 'hunter2'"
-    book.recorder.call("tool.called", **book.recorder.statement(text, described=described))
+    book.recorder.call("tool.called", book.recorder.statement(text, described=described))
     book.log.close()
     [line] = lines(path)
     assert {"statement", "statement_hmac"} & line.keys() == ({kept} if kept else set())
@@ -269,11 +269,11 @@ def test_a_statement_is_kept_as_the_config_says_and_one_that_asks_nothing_never_
 
 
 def test_a_call_is_refused_while_the_log_cannot_be_written_and_works_again_later(book: Book) -> None:
-    book.recorder.call("tool.called", user="alice")
+    book.recorder.call("tool.called", {"user": "alice"})
     book.path.chmod(0o644)
     book.log.close()
     with pytest.raises(UnavailableError) as caught:
-        book.recorder.call("tool.called", user="alice")
+        book.recorder.call("tool.called", {"user": "alice"})
     assert caught.value.status == 503
     assert str(book.path) not in f"{caught.value.message}{caught.value.hint}"  # a caller need not know where it is
     with pytest.raises(UnavailableError):
@@ -281,7 +281,7 @@ def test_a_call_is_refused_while_the_log_cannot_be_written_and_works_again_later
     book.recorder.note("token.expired", token="ab12cd34")  # what must happen anyway happens
     book.path.chmod(0o600)
     book.recorder.before_call()
-    book.recorder.call("tool.called", user="alice")
+    book.recorder.call("tool.called", {"user": "alice"})
     assert [line["event"] for line in lines(book.path)] == [
         "tool.called", "token.expired", "audit.lost", "tool.called",
     ]  # fmt: skip
@@ -291,10 +291,10 @@ def test_a_call_is_refused_while_the_log_cannot_be_written_and_works_again_later
 
 def test_a_log_that_only_warns_lets_calls_go_on_and_says_so_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     book = Book(path, refuse=False)
-    book.recorder.call("tool.called")
+    book.recorder.call("tool.called", {})
     book.path.chmod(0o644)
     book.log.close()
     for _ in range(3):
         book.recorder.before_call()
-        book.recorder.call("tool.called")
+        book.recorder.call("tool.called", {})
     assert len([record for record in caplog.records if "cannot be written" in record.getMessage()]) == 1

@@ -213,10 +213,8 @@ class Calls:
                 self._recorder.limited(facts.limited, **base)
             else:
                 try:
-                    self._recorder.call(
-                        event, **base, **facts.values, elapsed_ms=elapsed(begun), outcome=outcome,
-                        reason=facts.reason(reason),
-                    )  # fmt: skip
+                    ended_so = {"elapsed_ms": elapsed(begun), "outcome": outcome, "reason": facts.reason(reason)}
+                    self._recorder.call(event, {**base, **facts.values, **ended_so})
                 finally:
                     self._charge(principal, facts)
             if self._answering is not None:
@@ -364,7 +362,7 @@ class Calls:
         kept: dict[str, Any] = {}
         if text is not None:
             kept = {**self._recorder.statement(text, described=False), "relations": facts.relations}
-        self._recorder.call("tool.begun", **facts.base, **facts.values, **kept, reason=facts.reason(None))
+        self._recorder.call("tool.begun", {**facts.base, **facts.values, **kept, "reason": facts.reason(None)})
 
     async def _ask_several(
         self, tool: Tool, principal: Principal, names: list[str], arguments: dict[str, Any], facts: Facts

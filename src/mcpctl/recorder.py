@@ -87,7 +87,7 @@ class Recorder:
         if len(self._late.lines) > LATE:
             self._lose(self._late.lines.popleft()[1]["happened_at"])
 
-    def call(self, event: str, **fields: Any) -> None:
+    def call(self, event: str, fields: dict[str, Any]) -> None:
         """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
         if not self._write(event, fields):
             self._lose(self._audit.time())
@@ -99,7 +99,7 @@ class Recorder:
         try:
             if self._late.lines or self._late.lost:
                 self._write_late()
-            self._audit.append(event, **fields)
+            self._audit.add(event, fields)
         except UnavailableError as problem:
             if not self._failing:
                 log.error("%s%s", problem.message, f" ({problem.hint})" if problem.hint else "")
@@ -131,10 +131,10 @@ class Recorder:
     def _write_late(self) -> None:
         while self._late.lines:
             event, fields = self._late.lines[0]
-            self._audit.append(event, **fields)
+            self._audit.add(event, fields)
             self._late.lines.popleft()
         if self._late.lost:
-            self._audit.append("audit.lost", reason=_lost(*self._late.lost))
+            self._audit.add("audit.lost", {"reason": _lost(*self._late.lost)})
             self._late.lost = None
 
     def catch_up(self) -> None:

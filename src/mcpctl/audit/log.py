@@ -126,6 +126,10 @@ class AuditLog:
 
     def append(self, event: str, **fields: Any) -> None:
         """Write one line. Raises UnavailableError when it could not be written whole; then nothing was."""
+        self.add(event, fields)
+
+    def add(self, event: str, fields: dict[str, Any]) -> None:
+        """`append`, of fields that are together already, and stay as they are."""
         if event not in _KNOWN_EVENTS:
             raise ValueError(f"{event} is no audit event")
         if not _KNOWN_FIELDS.issuperset(fields):
@@ -137,8 +141,9 @@ class AuditLog:
                     if late.is_there(place):
                         self._write_late()
                         break
-                fields["time"], fields["event"] = self.time(), event
-                self._write(fields)
+                values = fields.copy()
+                values["time"], values["event"] = self.time(), event
+                self._write(values)
             finally:
                 private_file.unlock(self._lock)
         except (OSError, Error) as problem:
