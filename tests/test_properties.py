@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import ipaddress
 import json
 import string
@@ -345,6 +347,18 @@ def test_a_line_is_what_json_makes_of_its_fields(
     ordered = {name: fields[name] for name in audit_log.FIELDS if fields.get(name) is not None}
     made = json.dumps(ordered, separators=(",", ":")).replace("\x7f", "\\u007f")
     assert audit_log._as_json(fields) == made.encode("ascii")
+
+
+@pytest.mark.parametrize("length", [0, 1, 32, 64, 65, 300])
+def test_a_line_s_hash_and_a_statement_s_digest_are_the_hmac_of_rfc_2104_whatever_the_key(length: int) -> None:
+    key = bytes(number % 251 for number in range(length))
+    log = AuditLog(Path("x"), key, lambda: NOW)
+    for _ in range(2):
+        line, digest = log._line(audit_log.End(0, 0, 0, audit_log.FIRST), {"user": "alice"})
+        body = line.rpartition(b',"hash":"')[0]
+        assert digest == audit_log.chain_hash(key, audit_log.FIRST, body)
+        assert line == body + b',"hash":"' + digest.encode() + b'"}\n'
+        assert log.statement_hmac("é") == hmac.new(key, b"statement\0\xc3\xa9", hashlib.sha256).hexdigest()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.8765, 0.876999, 0.877, 1.0, 61.5, 86400.2, -0.001, -86400.0])
