@@ -68,7 +68,7 @@ _WITHOUT = 10.0
 """Seconds to go on without the lock after that."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Slot:
     """One name's place in a table: where its digest stands, that digest, and where its values are, all in bytes; which
     of `Counters.times` is the end of what its rate has taken, and which of `Counters.counts` is its first."""
