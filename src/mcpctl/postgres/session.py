@@ -75,16 +75,18 @@ class Session:
     pooler gives it to somebody else when it is closed."""
 
     __slots__ = (
-        "conn", "cut", "framed", "lingers", "login", "passes_on", "pid", "place", "pool", "pooled", "started",
-        "task", "until", "use", "used",
+        "conn", "cut", "framed", "lingers", "login", "passes_on", "pgconn", "pid", "place", "pool", "pooled",
+        "spoken_pid", "started", "task", "until", "use", "used",
     )  # fmt: skip
 
     def __init__(
         self, conn: "Connection", pool: "TokenPool", pid: int, started: str, login: str, *, pooled: bool = False
     ) -> None:
         self.conn = conn
+        self.pgconn: pq.abc.PGconn = conn.pgconn  # libpq's own connection, in pipeline mode
         self.pool = pool
         self.pid = pid
+        self.spoken_pid = b"%d" % pid  # as PostgreSQL says it
         self.started = started
         self.login = login
         self.place = place(conn)
@@ -107,11 +109,6 @@ class Session:
         """Whether it is on another host by now than the connection that could end it: that one was lost, and found the
         next of several hosts."""
         return self.pool.terminator.elsewhere(self.place)
-
-    @property
-    def pgconn(self) -> pq.abc.PGconn:
-        """libpq's own connection, in pipeline mode."""
-        return self.conn.pgconn
 
     @property
     def wire(self) -> Wire:

@@ -53,6 +53,12 @@ class Verdicts:
             return login, text
         return hashlib.blake2b(text, digest_size=16, key=login.encode()[:64]).digest()
 
+    def of(self, login: str, text: bytes) -> tuple[Key, Verdict | None]:
+        """A text's key, and what is remembered of it."""
+        key = (login, text) if len(text) <= _SHORT else self.key(login, text)
+        found = self._known.get(key)
+        return key, found[1] if found is not None and monotonic() - found[0] <= SECONDS else None
+
     def get(self, key: Key) -> Verdict | None:
         """What is remembered, unless it is too old."""
         found = self._known.get(key)
