@@ -163,8 +163,10 @@ class Exchange:
 
     def wire(self, seconds: float = inf) -> Wire:
         """The connection's wire, for this exchange; in so many seconds it has to be over."""
-        most = self.bounds.bytes
-        return self.session.wire.exchange(max(_GROWTH, 5 * most), max(_AT_ONCE, 2 * most + (1 << 20)), seconds)
+        most, wire = self.bounds.bytes, self.session.conn.wire
+        if wire is None:
+            raise ConnectionLostError("the connection to the database was lost")
+        return wire.exchange(max(_GROWTH, 5 * most), max(_AT_ONCE, 2 * most + (1 << 20)), seconds)
 
     async def run(self, text: bytes, params: Sequence[bytes | None] | None) -> Rows:
         with self.wire(self.bounds.seconds + AFTER) as wire:
@@ -329,15 +331,6 @@ class Exchange:
 
     async def begun(self, wire: Wire) -> None:
         """See that the first segment has begun as it should."""
-        session = self.session
-        found = wire.at_once(*_BEGUN) if session.framed and not self._refreshed else None
-        limits = await self._slowly_begun(wire) if found is None else found[2]
-        if limits.get_value(0, 2) != session.spoken_pid:  # a pooler gives its clients any backend by now
-            session.close()
-            raise ForbiddenError(f"database {session.pool.login.name!r} is not served: {SHARED_BACKENDS}")
-
-    async def _slowly_begun(self, wire: Wire) -> Any:
-        """What the limits answered, where not all has come yet, or there is more, or it did not go well."""
         if self._refreshed:
             self._refreshed = False
             await wire.commands(1)
@@ -352,24 +345,45 @@ class Exchange:
             self._clean = False
             raise error(limits if failed is None else failed)
         self.session.framed = True
-        return limits
+        self._see_backend(limits)
+
+    def _begun_at_once(self, wire: Wire) -> bool:
+        """`begun`, where all of it is there, and nothing but what there is mostly."""
+        found = None if self._refreshed or not self.session.framed else wire.at_once(*_BEGUN)
+        if found is not None:
+            self._see_backend(found[2])
+        return found is not None
+
+    def _see_backend(self, limits: Any) -> None:
+        """See that it is the session's own backend that has answered: a pooler gives its clients any by now."""
+        session = self.session
+        if limits.get_value(0, 2) != b"%d" % session.pid:
+            session.close()
+            raise ForbiddenError(f"database {session.pool.login.name!r} is not served: {SHARED_BACKENDS}")
 
     async def _ended(self, wire: Wire) -> None:
         """Take the rest of the frame, and see whether it is as it should be."""
-        found = wire.at_once(*_ENDED)
-        if found is None:
-            await wire.synced()
-            rollback, unlock = await wire.commands(2)
-            await wire.synced()
-            well = rollback.status == _Status.COMMAND_OK and unlock.status == _Status.TUPLES_OK
-        else:
-            wire.owed -= 2
-            well, unlock = True, found[3]
-        self._clean = (  # else a late cancel hit the frame, or a prepared statement would outlive the call
-            well
-            and (self._known or unlock.get_value(0, 2) == frame.AS_IT_WAS)
-            and self._pgconn.transaction_status == _IDLE
+        await wire.synced()
+        rollback, unlock = await wire.commands(2)
+        await wire.synced()
+        self._clean = (  # else a late cancel hit the frame
+            rollback.status == _Status.COMMAND_OK
+            and unlock.status == _Status.TUPLES_OK
+            and self._leaves_as_it_was(unlock)
         )
+
+    def _ended_at_once(self, wire: Wire) -> bool:
+        """`_ended`, where all of it is there, and as it should be."""
+        found = wire.at_once(*_ENDED)
+        if found is not None:
+            wire.owed -= 2
+            self._clean = self._leaves_as_it_was(found[3])
+        return found is not None
+
+    def _leaves_as_it_was(self, unlock: Any) -> bool:
+        """Whether the frame's end leaves no transaction, and no prepared statement that would outlive the call."""
+        as_it_was = self._known or unlock.get_value(0, 2) == frame.AS_IT_WAS
+        return as_it_was and self._pgconn.transaction_status == _IDLE
 
     async def _framed(
         self,
@@ -388,7 +402,8 @@ class Exchange:
             self.refresh(wire)
         self._send(wire, (text, params), *([(asked, ())] if look else []))
         await (wire.come() if wire.sent() else wire.flush())
-        await self.begun(wire)
+        if not self._begun_at_once(wire):
+            await self.begun(wire)
         answer = Answer(self._types, self.bounds, trusted=small)
         self._pgconn.set_chunked_rows_mode(min(_SMALL_CHUNK if small else CHUNK, self.bounds.rows + 1))
         take = self._pgconn.get_result
@@ -407,7 +422,8 @@ class Exchange:
                     wire.see()
                     failed = failed if stop else error(result)
             locked = cells(await wire.command()) if look else []
-            await self._ended(wire)
+            if not self._ended_at_once(wire):
+                await self._ended(wire)
         except TooLargeError:
             if must or answer.shape is None:
                 raise
