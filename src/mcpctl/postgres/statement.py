@@ -146,15 +146,15 @@ async def despite_cancel(work: Awaitable[Any]) -> None:
 class Exchange:
     """One statement's conversation on one connection."""
 
+    _leaves_nothing = _clean = True
+    _known = _refreshed = False
+
     def __init__(self, session: Session, bounds: Bounds) -> None:
         self.session = session
         self._pgconn = session.pgconn
         self.bounds = bounds
         self._verdicts: Verdicts = session.pool.verdicts
         self._types = self._verdicts.types
-
-    _leaves_nothing = _clean = True
-    _known = _refreshed = False
 
     @property
     def clean(self) -> bool:
@@ -420,7 +420,8 @@ class Exchange:
                     raise ConnectionLostError("the statement turned out to be a COPY, which is not a question")
                 else:
                     wire.see()
-                    failed = failed if stop else error(result)
+                    if stop is None:
+                        failed = error(result)
             locked = cells(await wire.command()) if look else []
             if not self._ended_at_once(wire):
                 await self._ended(wire)

@@ -113,6 +113,7 @@ class Wire:
         self.grown = 0
         """Bytes by which libpq has grown in this exchange; it never shrinks."""
         self._back: list[Any] = []
+        """Results that `result` has still to give."""
         self.owed = 0
         """Sync points of which nobody has taken the result."""
         self._fd = pgconn.socket
@@ -124,7 +125,7 @@ class Wire:
     def exchange(self, cap: int, at_once: int, seconds: float = inf) -> "Wire":
         """Begin an exchange, which ends with the `with` block: `cap` bounds libpq's growth in bytes, `at_once` what one
         row may make it grow by. After so many seconds whoever waits for the server hears a TimeoutError."""
-        if self._fd < 0:
+        if self._fd < 0 or self._back:
             raise ConnectionLostError(_LOST)
         self._cap, self._at_once = cap, at_once
         self.grown = self._unasked = 0
