@@ -124,11 +124,8 @@ class Pools:
             raise UnavailableError(self.ends, "ask again in a moment")
         self.check(principal, login.name)
         key = (principal.pool, principal.edition_in(login.name), login.key)
-        pool = self._pools.get(key)
-        if pool is None:
-            pool = await self._opened(key, principal, login)
-        else:
-            pool.terminator.login = login  # its password may be another one by now
+        pool = self._pools.get(key) or await self._opened(key, principal, login)
+        pool.terminator.login = login  # its password may be another one by now
         if (session := pool.take_at_hand()) is not None:
             return session
         try:
