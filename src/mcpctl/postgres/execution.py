@@ -52,7 +52,7 @@ class _Execution(Exchange):
             if not accepted:
                 raise NotAQuestionError("PostgreSQL would not PREPARE this statement, so it was not run", _TAKEN)
             self.refresh(wire)
-            self.begin(wire, b"BEGIN READ WRITE", (text, ()), (_DEFERRED, ()), (frame.SEEN, ()))
+            self.begin(wire, b"BEGIN READ WRITE", [(text, ()), (_DEFERRED, ()), (frame.SEEN, ())])
             await wire.flush()
             await self.begun(wire)
             try:

@@ -39,9 +39,10 @@ T = TypeVar("T")
 Statement = tuple[bytes, Sequence[bytes | None]]
 _Status = pq.ExecStatus
 _IDLE = pq.TransactionStatus.IDLE
-_BEGUN = (_Status.COMMAND_OK, None, _Status.TUPLES_OK, None)
+_DONE, _TUPLES, _SYNC = int(_Status.COMMAND_OK), int(_Status.TUPLES_OK), int(_Status.PIPELINE_SYNC)
+_BEGUN = (_DONE, None, _TUPLES, None)
 """The results of BEGIN and of the limits."""
-_ENDED = (_Status.PIPELINE_SYNC, _Status.COMMAND_OK, None, _Status.TUPLES_OK, None, _Status.PIPELINE_SYNC)
+_ENDED = (_SYNC, _DONE, None, _TUPLES, None, _SYNC)
 """Those of what stands behind a statement: its sync point, ROLLBACK, UNLOCK or LOOK, and theirs."""
 _ROWS = frozenset(map(int, (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COMMAND_OK, _Status.SINGLE_TUPLE)))
 _CURSOR = b"declare c no scroll cursor for\n"
@@ -290,7 +291,7 @@ class Exchange:
 
     async def _ours(self, wire: Wire, *statements: Statement) -> list[list[tuple[bytes, ...]] | StatementError]:
         """The cells of statements of ours, as they came, run in one transaction up to the first that fails."""
-        self._send(wire, *statements)
+        self._send(wire, statements)
         await wire.flush()
         await self.begun(wire)
         results = await wire.commands(len(statements))
@@ -299,7 +300,7 @@ class Exchange:
 
     # -- the frame -------------------------------------------------------------------------------------------
 
-    def begin(self, wire: Wire, begin: bytes, *statements: Statement) -> None:
+    def begin(self, wire: Wire, begin: bytes, statements: Sequence[Statement]) -> None:
         """Queue the first segment of a frame: a transaction, begun so, its limits, and these."""
         pgconn = self._pgconn
         if not self.session.framed:
@@ -311,10 +312,10 @@ class Exchange:
             pgconn.send_query_params(text, params or None)
         wire.sync()
 
-    def _send(self, wire: Wire, *statements: Statement) -> None:
+    def _send(self, wire: Wire, statements: Sequence[Statement]) -> None:
         if not self._clean:
             raise ConnectionLostError("the connection to the database was lost")
-        self.begin(wire, frame.BEGIN, *statements)
+        self.begin(wire, frame.BEGIN, statements)
         pgconn = self._pgconn
         pgconn.send_query_params(frame.END, None)
         seed = b"%.9f" % (2 * random() - 1)  # noqa: S311 - no secret
@@ -349,7 +350,7 @@ class Exchange:
 
     def _begun_at_once(self, wire: Wire) -> bool:
         """`begun`, where all of it is there, and nothing but what there is mostly."""
-        found = None if self._refreshed or not self.session.framed else wire.at_once(*_BEGUN)
+        found = None if self._refreshed or not self.session.framed else wire.at_once(_BEGUN)
         if found is not None:
             self._see_backend(found[2])
         return found is not None
@@ -374,7 +375,7 @@ class Exchange:
 
     def _ended_at_once(self, wire: Wire) -> bool:
         """`_ended`, where all of it is there, and as it should be."""
-        found = wire.at_once(*_ENDED)
+        found = wire.at_once(_ENDED)
         if found is not None:
             wire.owed -= 2
             self._clean = self._leaves_as_it_was(found[3])
@@ -400,7 +401,7 @@ class Exchange:
         asked = frame.LOCKED if self._leaves_nothing else frame.SEEN
         if look and asked is frame.SEEN:
             self.refresh(wire)
-        self._send(wire, (text, params), *([(asked, ())] if look else []))
+        self._send(wire, ((text, params), (asked, ())) if look else ((text, params),))
         await (wire.come() if wire.sent() else wire.flush())
         if not self._begun_at_once(wire):
             await self.begun(wire)

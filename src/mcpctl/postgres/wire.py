@@ -11,7 +11,7 @@ import ctypes
 import os
 import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import inf
 from typing import Any
@@ -85,15 +85,13 @@ _queue_sync = _libpq_sync()
 
 @cache
 def _statm(pid: int) -> int:
-    """A descriptor of that process's own proc_pid_statm(5), open for as long as it lives."""
-    return os.open(f"/proc/{pid}/statm", os.O_RDONLY)
+    """A descriptor of that process's own proc_pid_statm(5), open for as long as it lives; -1 where there is none."""
+    return os.open(f"/proc/{pid}/statm", os.O_RDONLY) if sys.platform == "linux" else -1
 
 
-def virtual_size() -> int:
-    """Bytes of this process's address space; 0 where there is no /proc."""
-    if sys.platform != "linux":
-        return 0
-    return int(os.pread(_statm(os.getpid()), 32, 0).split(b" ", 1)[0]) * _PAGE
+def _virtual_size(statm: int) -> int:
+    """Bytes of this process's address space; 0 where nobody says so."""
+    return int(os.pread(statm, 32, 0).split(b" ", 1)[0]) * _PAGE if statm >= 0 else 0
 
 
 class Wire:
@@ -106,6 +104,7 @@ class Wire:
         self._waiter: asyncio.Future[None] | None = None
         self._asked = False
         self._cap = self._at_once = self._unasked = 0
+        self._statm = _statm(os.getpid())
         self._size = -1
         self._full = self._late = self._fed = False
         self._until = self._due = inf
@@ -240,7 +239,7 @@ class Wire:
     def _consume(self) -> None:
         """Read what has come. How libpq's buffer grows is seen with the next look whether a result is whole."""
         self._fed = True
-        self._size = virtual_size()
+        self._size = _virtual_size(self._statm)
         try:
             self._pgconn.consume_input()
         except Exception as problem:
@@ -260,7 +259,7 @@ class Wire:
         if self._full:
             self._refuse()
         if self._size < 0:
-            self._size = virtual_size()
+            self._size = _virtual_size(self._statm)
         if not self._pgconn.is_busy():
             return False
         self._count()
@@ -270,7 +269,7 @@ class Wire:
 
     def _count(self) -> None:
         """Add to what libpq has grown by."""
-        before, self._size = self._size, virtual_size()
+        before, self._size = self._size, _virtual_size(self._statm)
         more = max(0, self._size - before)
         self.grown += more
         self._full = self._full or self.grown > self._cap or more > self._at_once
@@ -304,7 +303,7 @@ class Wire:
         odd = self._back or self._late or self._full or self._size < 0 or not self._fed
         return not (odd or self._pgconn.is_busy())
 
-    def at_once(self, *statuses: int | None) -> list[Any] | None:
+    def at_once(self, statuses: Sequence[int | None]) -> list[Any] | None:
         """The next results, where all of them are `whole` by now and have these statuses; None stands for the end of a
         command's. Else None, and `result` gives what has come of them."""
         if not self.whole():
