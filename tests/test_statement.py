@@ -472,11 +472,16 @@ def test_a_verdict_is_believed_for_seconds_only(monkeypatch: pytest.MonkeyPatch)
     now = [0.0]
     monkeypatch.setattr(verdicts, "monotonic", lambda: now[0])
     known = verdicts.Verdicts()
-    known.remember(b"a text", verdict := verdicts.Verdict(True, ("public.replaced",), True))
-    now[0] = 4
-    assert known.get(b"a text") == verdict
-    now[0] = 6
-    assert known.get(b"a text") is None
+    for text in (b"a text", b"a long one" * 200):
+        now[0] = 0
+        key, found = known.of("a", text)
+        assert found is None
+        known.remember(key, verdict := verdicts.Verdict(True, ("public.replaced",), True))
+        now[0] = 4
+        assert known.of("a", text) == (key, verdict)
+        assert known.of("another", text)[1] is None
+        now[0] = 6
+        assert known.of("a", text) == (key, None)
 
 
 def test_a_password_typed_into_sql_is_not_in_the_audit_log(served: Site, a: Client) -> None:

@@ -51,8 +51,8 @@ class _Execution(Exchange):
             accepted, _ = await self.judge(wire, text, _PREPARE)
             if not accepted:
                 raise NotAQuestionError("PostgreSQL would not PREPARE this statement, so it was not run", _TAKEN)
-            self.refresh()
-            self.begin(b"BEGIN READ WRITE", (text, ()), (_DEFERRED, ()), (frame.SEEN, ()))
+            self.refresh(wire)
+            self.begin(wire, b"BEGIN READ WRITE", [(text, ()), (_DEFERRED, ()), (frame.SEEN, ())])
             await wire.flush()
             await self.begun(wire)
             try:
@@ -87,7 +87,7 @@ class _Execution(Exchange):
                 failed = failed or self._told(result)
         deferred = cells(await wire.command())
         locked = cells(await wire.command())
-        await self._synced(wire)
+        await wire.synced()
         failed = failed or (deferred if isinstance(deferred, StatementError) else None)
         if failed is not None:
             raise failed
@@ -103,10 +103,10 @@ class _Execution(Exchange):
 
     async def _commit(self, wire: Wire) -> None:
         self._pgconn.send_query_params(b"COMMIT", None)
-        self._sync()
+        wire.sync()
         await wire.flush()
         committed: Any = await wire.command()
-        await self._synced(wire)
+        await wire.synced()
         if not self.has_rows(committed):
             raise self._told(committed)
         if committed.command_status != b"COMMIT":

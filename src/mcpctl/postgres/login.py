@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, LiteralString
 
@@ -97,12 +98,12 @@ class Login:
     role: str | None = None
     password: Callable[[], str] | None = field(default=None, compare=False)
 
-    @property
+    @cached_property
     def key(self) -> tuple[str, str | None]:
         """What is one login, whatever its password is now."""
         return self.name, self.role
 
-    @property
+    @cached_property
     def for_settings(self) -> bool:
         """Whether it is a user's login for PostgreSQL's settings, and for nothing else."""
         return self.role is not None and self.role.endswith(f"_{SUFFIXES['admin']}")

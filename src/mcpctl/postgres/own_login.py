@@ -214,7 +214,7 @@ class OwnLogin(Login):
     row: OwnDatabase
     rules: OwnDatabases
 
-    @property
+    @functools.cached_property
     def key(self) -> tuple[str, str | None]:
         """Nobody else's, and not that of an earlier one of the same name."""
         row = self.row

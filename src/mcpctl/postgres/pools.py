@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from time import monotonic
 
@@ -29,6 +30,7 @@ _LOOK = 0.05
 """Seconds after which whoever waits for room looks again by himself: nobody tells when PostgreSQL ends a backend."""
 _PING_SECONDS = 2.0
 Told = Callable[..., None]
+_Key = tuple[str, int, tuple[str, str | None]]
 
 
 def ended(principal: Principal) -> str:
@@ -49,9 +51,9 @@ class _Shared:
     turn: asyncio.Lock
 
     @classmethod
-    def of(cls, login: Login) -> "_Shared":
+    def of(cls, login: Login, failed: Callable[[str], None]) -> "_Shared":
         verdicts = Verdicts()
-        return cls(Terminator(login, verdicts.forget), verdicts, asyncio.Lock())
+        return cls(Terminator(login, verdicts.forget, failed), verdicts, asyncio.Lock())
 
 
 class Pools:
@@ -78,7 +80,7 @@ class Pools:
         self._told = told
         self._valid = valid
         self._in_force = in_force
-        self._pools: dict[tuple[str, int, tuple[str, str | None]], TokenPool] = {}
+        self._pools: dict[_Key, TokenPool] = {}
         self._changing: dict[str, asyncio.Lock] = {}
         self._queue: list[TokenPool] = []
         self._freed = asyncio.Event()
@@ -118,7 +120,12 @@ class Pools:
 
     async def take(self, principal: Principal, login: Login) -> Session:
         """A connection of this principal's own pool for that login, to be given back."""
-        pool = await self._pool(principal, login)
+        if self._closed:
+            raise UnavailableError(self.ends, "ask again in a moment")
+        self.check(principal, login.name)
+        key = (principal.pool, principal.edition_in(login.name), login.key)
+        pool = self._pools.get(key) or await self._opened(key, principal, login)
+        pool.terminator.login = login  # its password may be another one by now
         if (session := pool.take_at_hand()) is not None:
             return session
         try:
@@ -143,28 +150,19 @@ class Pools:
             try:
                 await pool.give_back(session)
             finally:
-                self._freed.set()
+                if self._waiting:
+                    self._freed.set()
 
-    async def _pool(self, principal: Principal, login: Login) -> TokenPool:
-        if self._closed:
-            raise UnavailableError(self.ends, "ask again in a moment")
-        self.check(principal, login.name)
-        shared = self._shared.get(login.key) or self._shared.setdefault(login.key, _Shared.of(login))
-        shared.terminator.login = login  # its password may be another one by now
-        shared.terminator.failed = self.failed
-        key = (principal.pool, principal.edition_in(login.name), login.key)
-        pool = self._pools.get(key)
-        if pool is None:
-            pool = TokenPool(
-                shared.terminator,
-                principal,
-                self._statement_timeout,
-                shared.verdicts,
-                lambda asking: self._make_room(asking, shared.turn),
-            )
-            self._pools[key] = pool
-            await pool.open()
-            self._tell("pool.opened", pool, None)
+    async def _opened(self, key: _Key, principal: Principal, login: Login) -> TokenPool:
+        """The pool of that key, which there has not been."""
+        if (shared := self._shared.get(login.key)) is None:
+            shared = self._shared[login.key] = _Shared.of(login, lambda database: self.failed(database))
+        shared.terminator.login = login
+        room = partial(self._make_room, turn=shared.turn)
+        pool = TokenPool(shared.terminator, principal, self._statement_timeout, shared.verdicts, room)
+        self._pools[key] = pool
+        await pool.open()
+        self._tell("pool.opened", pool, None)
         return pool
 
     @property

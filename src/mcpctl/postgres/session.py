@@ -13,7 +13,7 @@ from psycopg import AsyncConnection, pq
 
 from mcpctl.audit.log import MORE
 from mcpctl.postgres.terminator import Backend, ending, place
-from mcpctl.postgres.wire import ConnectionLostError, Wire
+from mcpctl.postgres.wire import Wire
 
 if TYPE_CHECKING:
     from mcpctl.postgres.token_pool import TokenPool
@@ -75,7 +75,7 @@ class Session:
     pooler gives it to somebody else when it is closed."""
 
     __slots__ = (
-        "conn", "cut", "framed", "lingers", "login", "passes_on", "pid", "place", "pool", "pooled", "started",
+        "conn", "cut", "framed", "lingers", "login", "passes_on", "pgconn", "pid", "place", "pool", "pooled", "started",
         "task", "until", "use", "used",
     )  # fmt: skip
 
@@ -83,6 +83,7 @@ class Session:
         self, conn: "Connection", pool: "TokenPool", pid: int, started: str, login: str, *, pooled: bool = False
     ) -> None:
         self.conn = conn
+        self.pgconn: pq.abc.PGconn = conn.pgconn  # libpq's own connection, in pipeline mode
         self.pool = pool
         self.pid = pid
         self.started = started
@@ -107,18 +108,6 @@ class Session:
         """Whether it is on another host by now than the connection that could end it: that one was lost, and found the
         next of several hosts."""
         return self.pool.terminator.elsewhere(self.place)
-
-    @property
-    def pgconn(self) -> pq.abc.PGconn:
-        """libpq's own connection, in pipeline mode."""
-        return self.conn.pgconn
-
-    @property
-    def wire(self) -> Wire:
-        """The connection's way to the event loop."""
-        if (found := self.conn.wire) is None:
-            raise ConnectionLostError("the connection to the database was lost")
-        return found
 
     async def cancel(self, timeout: float = 1.0) -> None:
         """Ask the backend to give up what it does (PQcancelStart). Whether it obeys is its affair."""

@@ -226,10 +226,10 @@ class _Settings(Exchange):
     async def _one(self, wire: Wire, text: bytes, *params: bytes) -> list[tuple[bytes | None, ...]]:
         """The cells of one statement that stands alone. Raises what PostgreSQL said instead."""
         self._pgconn.send_query_params(text, list(params) or None)
-        self._sync()
+        wire.sync()
         await wire.flush()
         result = await wire.command()
-        await self._synced(wire)
+        await wire.synced()
         if not self.has_rows(result):
             raise error(result)
         return [

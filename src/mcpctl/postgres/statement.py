@@ -14,10 +14,11 @@ Of such a text, and of a new one, the locks are looked at before the ROLLBACK: w
 """
 
 import asyncio
-import random
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from math import inf
+from random import random
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -30,7 +31,6 @@ from mcpctl.postgres.answer import Answer, Bounds, Rows
 from mcpctl.postgres.login import SHARED_BACKENDS
 from mcpctl.postgres.said import StatementError, cells, error, withheld
 from mcpctl.postgres.session import Session
-from mcpctl.postgres.shape import Types
 from mcpctl.postgres.values import UnknownType
 from mcpctl.postgres.verdicts import Key, Verdict, Verdicts
 from mcpctl.postgres.wire import ConnectionLostError, TooLargeError, Wire
@@ -39,6 +39,11 @@ T = TypeVar("T")
 Statement = tuple[bytes, Sequence[bytes | None]]
 _Status = pq.ExecStatus
 _IDLE = pq.TransactionStatus.IDLE
+_DONE, _TUPLES, _SYNC = int(_Status.COMMAND_OK), int(_Status.TUPLES_OK), int(_Status.PIPELINE_SYNC)
+_BEGUN = (_DONE, None, _TUPLES, None)
+"""The results of BEGIN and of the limits."""
+_ENDED = (_SYNC, _DONE, None, _TUPLES, None, _SYNC)
+"""Those of what stands behind a statement: its sync point, ROLLBACK, UNLOCK or LOOK, and theirs."""
 _ROWS = frozenset(map(int, (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COMMAND_OK, _Status.SINGLE_TUPLE)))
 _CURSOR = b"declare c no scroll cursor for\n"
 CHUNK = 16
@@ -61,13 +66,15 @@ class NotAQuestionError(Error):
     status = 200
 
 
-async def run(session: Session, text: str, bounds: Bounds, params: Sequence[bytes | None] | None = None) -> Rows:
+def run(
+    session: Session, text: str, bounds: Bounds, params: Sequence[bytes | None] | None = None
+) -> Coroutine[Any, Any, Rows]:
     """Run one question of the caller's, or of ours where there are `params`. Raises an Error with the reason.
 
     Cancelled, or past its deadline, it makes sure that the backend stops: cancel, then terminate, then close.
     """
     exchange = Exchange(session, bounds)
-    return await _ending(exchange, exchange.run(encode(text), params))
+    return _ending(exchange, exchange.run(encode(text), params))
 
 
 async def is_question(session: Session, text: str, bounds: Bounds) -> bool:
@@ -140,19 +147,15 @@ async def despite_cancel(work: Awaitable[Any]) -> None:
 class Exchange:
     """One statement's conversation on one connection."""
 
+    _leaves_nothing = _clean = True
+    _known = _refreshed = False
+
     def __init__(self, session: Session, bounds: Bounds) -> None:
         self.session = session
         self._pgconn = session.pgconn
         self.bounds = bounds
         self._verdicts: Verdicts = session.pool.verdicts
-        self._types: Types = session.pool.verdicts.types
-        self._growth = max(_GROWTH, 5 * bounds.bytes)
-        self._at_once = max(_AT_ONCE, 2 * bounds.bytes + (1 << 20))
-        self._syncs = 0
-        self._leaves_nothing = True
-        self._clean = True
-        self._known = False
-        self._refreshed = False
+        self._types = self._verdicts.types
 
     @property
     def clean(self) -> bool:
@@ -161,14 +164,18 @@ class Exchange:
 
     def wire(self, seconds: float = inf) -> Wire:
         """The connection's wire, for this exchange; in so many seconds it has to be over."""
-        return self.session.wire.exchange(self._growth, self._at_once, seconds)
+        most, wire = self.bounds.bytes, self.session.conn.wire
+        if wire is None:
+            raise ConnectionLostError("the connection to the database was lost")
+        return wire.exchange(max(_GROWTH, 5 * most), max(_AT_ONCE, 2 * most + (1 << 20)), seconds)
 
     async def run(self, text: bytes, params: Sequence[bytes | None] | None) -> Rows:
         with self.wire(self.bounds.seconds + AFTER) as wire:
             if params is not None:
                 return await self._framed(wire, text, params)
-            use, key = self.session.use, self._verdicts.key(self.session.login, text)
-            verdict = self._verdicts.get(key) or await self._judged(wire, text, key)
+            use = self.session.use
+            key, known = self._verdicts.of(self.session.login, text)
+            verdict = known or await self._judged(wire, text, key)
             self._note(verdict)
             self._leaves_nothing = verdict.leaves_nothing
             guarded = use.guard is not None  # then each run is looked at: a function may read another table each time
@@ -198,8 +205,8 @@ class Exchange:
     async def ask(self, text: bytes) -> bool:
         """Whether the text is a question, without running it."""
         with self.wire(self.bounds.seconds + AFTER) as wire:
-            key = self._verdicts.key(self.session.login, text)
-            verdict = self._verdicts.get(key) or await self._judged(wire, text, key)
+            key, known = self._verdicts.of(self.session.login, text)
+            verdict = known or await self._judged(wire, text, key)
             self._note(verdict)
             return verdict.question
 
@@ -227,30 +234,22 @@ class Exchange:
         if verdict.question:  # else it may be the EXPLAIN ANALYZE of one, which runs it
             use.unseen = not (verdict.seen and verdict.leaves_nothing)
 
-    def _sync(self) -> None:
-        self.session.wire.sync()
-        self._syncs += 1
-
-    async def _synced(self, wire: Wire) -> None:
-        await wire.synced()
-        self._syncs -= 1
-
     # -- what PostgreSQL says of a text ------------------------------------------------------------------------
 
     async def judge(self, wire: Wire, text: bytes, before: bytes = _CURSOR) -> tuple[bool, bool]:
         """(would PostgreSQL take it behind `before`: open a cursor for it; does it describe columns of it), without
         running anything."""
         self._pgconn.send_prepare(b"", before + text)
-        self._sync()
+        wire.sync()
         self._pgconn.send_prepare(b"", text)
         self._pgconn.send_describe_prepared(b"")
-        self._sync()
+        wire.sync()
         await wire.flush()
         cursor = await wire.command()
-        await self._synced(wire)
+        await wire.synced()
         parsed = await wire.command()
         described = await wire.command()
-        await self._synced(wire)
+        await wire.synced()
         for answer in (parsed, described):
             if answer.status != _Status.COMMAND_OK:
                 raise error(answer)
@@ -292,7 +291,7 @@ class Exchange:
 
     async def _ours(self, wire: Wire, *statements: Statement) -> list[list[tuple[bytes, ...]] | StatementError]:
         """The cells of statements of ours, as they came, run in one transaction up to the first that fails."""
-        self._send(*statements)
+        self._send(wire, statements)
         await wire.flush()
         await self.begun(wire)
         results = await wire.commands(len(statements))
@@ -301,69 +300,91 @@ class Exchange:
 
     # -- the frame -------------------------------------------------------------------------------------------
 
-    def begin(self, begin: bytes, *statements: Statement) -> None:
+    def begin(self, wire: Wire, begin: bytes, statements: Sequence[Statement]) -> None:
         """Queue the first segment of a frame: a transaction, begun so, its limits, and these."""
-        pgconn, session = self._pgconn, self.session
-        if not session.framed:
+        pgconn = self._pgconn
+        if not self.session.framed:
             pgconn.send_prepare(frame.LIMITS, frame.SET_LIMITS)
-            self._sync()  # what is parsed takes a snapshot, and behind one nothing can be READ WRITE
+            wire.sync()  # what is parsed takes a snapshot, and behind one nothing can be READ WRITE
         pgconn.send_query_params(begin, None)
-        pgconn.send_query_prepared(frame.LIMITS, [b"%d" % int(self.bounds.seconds * 1000)])
+        pgconn.send_query_prepared(frame.LIMITS, _limits(self.bounds.seconds))
         for text, params in statements:
-            pgconn.send_query_params(text, list(params) or None)
-        self._sync()
+            pgconn.send_query_params(text, params or None)
+        wire.sync()
 
-    def _send(self, *statements: Statement) -> None:
+    def _send(self, wire: Wire, statements: Sequence[Statement]) -> None:
         if not self._clean:
             raise ConnectionLostError("the connection to the database was lost")
-        self.begin(frame.BEGIN, *statements)
+        self.begin(wire, frame.BEGIN, statements)
         pgconn = self._pgconn
         pgconn.send_query_params(frame.END, None)
-        pgconn.send_query_params(
-            frame.UNLOCK if self._known else frame.LOOK,
-            [b"%.9f" % random.uniform(-1, 1)],  # noqa: S311 - no secret
-        )
-        self._sync()
+        seed = b"%.9f" % (2 * random() - 1)  # noqa: S311 - no secret
+        pgconn.send_query_params(frame.UNLOCK if self._known else frame.LOOK, (seed,))
+        wire.sync()
 
-    def refresh(self) -> None:
+    def refresh(self, wire: Wire) -> None:
         """Have PostgreSQL count anew what a transaction reads, before the frame of one that it is asked of."""
         since, flush = frame.FRESH
         if self._pgconn.server_version >= since:
             self._refreshed = True
             self._pgconn.send_query_params(flush, None)
-            self._sync()
+            wire.sync()
 
     async def begun(self, wire: Wire) -> None:
         """See that the first segment has begun as it should."""
         if self._refreshed:
             self._refreshed = False
             await wire.commands(1)
-            await self._synced(wire)
+            await wire.synced()
         prepared = []
         if not self.session.framed:
             prepared = await wire.commands(1)
-            await self._synced(wire)
+            await wire.synced()
         begin, limits = await wire.commands(2)
         failed = next((one for one in (*prepared, begin) if one.status != _Status.COMMAND_OK), None)
         if failed is not None or limits.status != _Status.TUPLES_OK:
             self._clean = False
             raise error(limits if failed is None else failed)
         self.session.framed = True
-        if limits.get_value(0, 2) != b"%d" % self.session.pid:  # a pooler gives its clients any backend by now
-            self.session.close()
-            raise ForbiddenError(f"database {self.session.pool.login.name!r} is not served: {SHARED_BACKENDS}")
+        self._see_backend(limits)
+
+    def _begun_at_once(self, wire: Wire) -> bool:
+        """`begun`, where all of it is there, and nothing but what there is mostly."""
+        found = None if self._refreshed or not self.session.framed else wire.at_once(_BEGUN)
+        if found is not None:
+            self._see_backend(found[2])
+        return found is not None
+
+    def _see_backend(self, limits: Any) -> None:
+        """See that it is the session's own backend that has answered: a pooler gives its clients any by now."""
+        session = self.session
+        if limits.get_value(0, 2) != b"%d" % session.pid:
+            session.close()
+            raise ForbiddenError(f"database {session.pool.login.name!r} is not served: {SHARED_BACKENDS}")
 
     async def _ended(self, wire: Wire) -> None:
         """Take the rest of the frame, and see whether it is as it should be."""
-        await self._synced(wire)
+        await wire.synced()
         rollback, unlock = await wire.commands(2)
-        await self._synced(wire)
-        self._clean = (  # else a late cancel hit the frame, or a prepared statement would outlive the call
+        await wire.synced()
+        self._clean = (  # else a late cancel hit the frame
             rollback.status == _Status.COMMAND_OK
             and unlock.status == _Status.TUPLES_OK
-            and (self._known or unlock.get_value(0, 2) == frame.AS_IT_WAS)
-            and self._pgconn.transaction_status == _IDLE
+            and self._leaves_as_it_was(unlock)
         )
+
+    def _ended_at_once(self, wire: Wire) -> bool:
+        """`_ended`, where all of it is there, and as it should be."""
+        found = wire.at_once(_ENDED)
+        if found is not None:
+            wire.owed -= 2
+            self._clean = self._leaves_as_it_was(found[3])
+        return found is not None
+
+    def _leaves_as_it_was(self, unlock: Any) -> bool:
+        """Whether the frame's end leaves no transaction, and no prepared statement that would outlive the call."""
+        as_it_was = self._known or unlock.get_value(0, 2) == frame.AS_IT_WAS
+        return as_it_was and self._pgconn.transaction_status == _IDLE
 
     async def _framed(
         self,
@@ -379,17 +400,18 @@ class Exchange:
         without that it is not answered. `small`: its rows were small the last time."""
         asked = frame.LOCKED if self._leaves_nothing else frame.SEEN
         if look and asked is frame.SEEN:
-            self.refresh()
-        self._send((text, params), *([(asked, ())] if look else []))
-        if wire.unsent:
-            await wire.flush()
-        await self.begun(wire)
+            self.refresh(wire)
+        self._send(wire, ((text, params), (asked, ())) if look else ((text, params),))
+        await (wire.come() if wire.sent() else wire.flush())
+        if not self._begun_at_once(wire):
+            await self.begun(wire)
         answer = Answer(self._types, self.bounds, trusted=small)
         self._pgconn.set_chunked_rows_mode(min(_SMALL_CHUNK if small else CHUNK, self.bounds.rows + 1))
+        take = self._pgconn.get_result
         failed: StatementError | None = None
         stop: asyncio.Task[None] | None = None
         try:
-            while (result := await wire.result()) is not None:
+            while (result := take() if wire.whole() else await wire.result()) is not None:
                 if result.status in _ROWS:
                     if stop is None and not await answer.take(result):
                         stop = asyncio.create_task(self.session.cancel())
@@ -397,10 +419,13 @@ class Exchange:
                         wire.forget_size()
                 elif self.is_copy(result):
                     raise ConnectionLostError("the statement turned out to be a COPY, which is not a question")
-                elif stop is None:
-                    failed = error(result)
+                else:
+                    wire.see()
+                    if stop is None:
+                        failed = error(result)
             locked = cells(await wire.command()) if look else []
-            await self._ended(wire)
+            if not self._ended_at_once(wire):
+                await self._ended(wire)
         except TooLargeError:
             if must or answer.shape is None:
                 raise
@@ -451,15 +476,21 @@ class Exchange:
             async with asyncio.timeout(0.5):
                 await self.session.cancel(0.4)
                 with self.wire() as wire:
-                    while self._syncs:
+                    while wire.owed > 0:
                         result = await wire.result()
                         if result is not None and result.status == _Status.PIPELINE_SYNC:
-                            self._syncs -= 1
+                            wire.owed -= 1
         except (TimeoutError, ConnectionLostError, TooLargeError, psycopg.Error):
             await cutting.end(self.session)
             return
         # A cancel that came late may have hit the ROLLBACK: what is not clearly clean is not used again.
         await self.session.leave()
+
+
+@lru_cache(maxsize=64)
+def _limits(seconds: float) -> tuple[bytes]:
+    """What the limits are set to; the config knows few."""
+    return (b"%d" % int(seconds * 1000),)
 
 
 def elapsed(since: float) -> float:

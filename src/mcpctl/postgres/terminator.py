@@ -50,10 +50,15 @@ class Terminator:
     """One a login and process. Opened before the login's first session, closed with the login's last pool. `opened()`
     is told each time: it may be another PostgreSQL by now that answers there. `failed(database)` hears of failures."""
 
-    def __init__(self, login: Login, opened: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        login: Login,
+        opened: Callable[[], None] = lambda: None,
+        failed: Callable[[str], None] = lambda database: None,
+    ) -> None:
         self.login = login
         self._opened = opened
-        self.failed: Callable[[str], None] = lambda database: None
+        self.failed = failed
         self._conn: AsyncConnection[Any] | None = None
         self._opening: asyncio.Task[Exception | None] | None = None
         self._begun = self._seen = 0.0
@@ -63,10 +68,8 @@ class Terminator:
         self._asked = ""
         """What a connection that is tried asks for at its start, beside what the login does: options of libpq's."""
 
-    @property
-    def sure(self) -> bool:
-        """Whether it was there a moment ago: who asks so does not look for it with each call."""
-        now = monotonic()
+    def sure(self, now: float) -> bool:
+        """Whether it was there a moment before that `monotonic()`: who asks so does not look for it with each call."""
         if self._seen + _SURE < now:
             if self._being_made or not self._alive():
                 return False
@@ -312,9 +315,10 @@ def unreachable(login: Login, problem: BaseException) -> UnavailableError:
 
 def alive(conn: AsyncConnection[Any]) -> bool:
     """Whether the server still holds its end: a FATAL message or the end of the stream would be waiting."""
+    pgconn = conn.pgconn
     try:
-        conn.pgconn.consume_input()
-        conn.pgconn.consume_input()
+        pgconn.consume_input()
+        pgconn.consume_input()
     except psycopg.Error:
         return False
-    return not conn.closed and conn.pgconn.status == pq.ConnStatus.OK
+    return pgconn.status == pq.ConnStatus.OK  # one that was closed has none

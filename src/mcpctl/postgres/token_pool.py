@@ -253,9 +253,9 @@ class TokenPool:
 
     def take_at_hand(self) -> Session | None:
         """One that a call gave back a moment ago, if there is any, without waiting for anything."""
-        if not self._hand or not self.terminator.sure or (session := self._at_hand()) is None:
+        if not self._hand or not self.terminator.sure(now := monotonic()) or (session := self._at_hand()) is None:
             return None
-        self.last_used = monotonic()
+        self.last_used = now
         self.out.add(session)
         session.task = asyncio.current_task()
         session.passes_on = False
@@ -274,7 +274,7 @@ class TokenPool:
         task = asyncio.current_task()
         try:
             _heed(task)
-            if not self.terminator.sure:
+            if not self.terminator.sure(monotonic()):
                 await self.terminator.ready()
         except BaseException:
             await self.give_back(session)
@@ -290,9 +290,12 @@ class TokenPool:
 
     def _at_hand(self) -> Session | None:
         """A connection that a call has given back a moment ago. psycopg_pool's own lending costs as much as a call."""
+        here = self.terminator.place
         while self._hand:
             session = self._hand.pop()
-            if alive(session.conn) and not session.astray:
+            wire = session.conn.wire
+            there = (wire is not None and wire.quiet) or alive(session.conn)
+            if there and (session.place == here or not session.astray):
                 return session
             session.close()
             self._later(session)
@@ -399,7 +402,7 @@ class TokenPool:
         self.last_used = monotonic()
         if session.pooled:
             session.rest()
-        if not session.conn.closed and session.pgconn.transaction_status != _IDLE:
+        if session.pgconn.transaction_status != _IDLE and not session.conn.closed:
             session.close()
         self.out.discard(session)
         if not self._kept(session):
@@ -408,14 +411,15 @@ class TokenPool:
     def _kept(self, session: Session) -> bool:
         """Give a connection to whose turn it is, or keep it at hand for the next call: for a moment, since whoever
         counts what nobody uses is to find it with psycopg_pool. False where it has to be laid back."""
-        conn = session.conn
-        if conn.closed and not session.lingers:
-            self.sessions.pop(conn, None)
-        if conn.closed or monotonic() >= session.until or self.closed:
+        if session.pgconn.status == pq.ConnStatus.BAD:
+            if not session.lingers:
+                self.sessions.pop(session.conn, None)
+            return False
+        if monotonic() >= session.until or self._pool.closed:
             return False
         if self._waiting and self._pool.get_stats().get("requests_waiting"):
             return False  # who waits for psycopg_pool has waited for longer than whose turn would be next
-        if (turn := self._next_turn()) is not None:
+        if self._turns and (turn := self._next_turn()) is not None:
             self.out.add(session)
             turn.set_result(session)
             return True

@@ -46,19 +46,14 @@ class Verdicts:
         self.types = Types()
         self._known.clear()
 
-    @staticmethod
-    def key(login: str, text: bytes) -> Key:
-        """What stands for a text of that login role: the short ones themselves, of the others a digest."""
-        if len(text) <= _SHORT:
-            return login, text
-        return hashlib.blake2b(text, digest_size=16, key=login.encode()[:64]).digest()
-
-    def get(self, key: Key) -> Verdict | None:
-        """What is remembered, unless it is too old."""
+    def of(self, login: str, text: bytes) -> tuple[Key, Verdict | None]:
+        """What stands for a text of that login role (the short ones themselves, of the others a digest), and what is
+        remembered of it, unless it is too old."""
+        key: Key = (login, text)
+        if len(text) > _SHORT:
+            key = hashlib.blake2b(text, digest_size=16, key=login.encode()[:64]).digest()
         found = self._known.get(key)
-        if found is None or monotonic() - found[0] > SECONDS:
-            return None
-        return found[1]
+        return key, None if found is None or monotonic() - found[0] > SECONDS else found[1]
 
     def remember(self, key: Key, verdict: Verdict) -> None:
         """Keep it, and let go of the oldest beyond the bound."""

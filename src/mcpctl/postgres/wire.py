@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import select
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import inf
 from typing import Any
@@ -84,15 +85,13 @@ _queue_sync = _libpq_sync()
 
 @cache
 def _statm(pid: int) -> int:
-    """A descriptor of that process's own proc_pid_statm(5), open for as long as it lives."""
-    return os.open(f"/proc/{pid}/statm", os.O_RDONLY)
+    """A descriptor of that process's own proc_pid_statm(5), open for as long as it lives; -1 where there is none."""
+    return os.open(f"/proc/{pid}/statm", os.O_RDONLY) if sys.platform == "linux" else -1
 
 
-def virtual_size() -> int:
-    """Bytes of this process's address space; 0 where there is no /proc."""
-    if sys.platform != "linux":
-        return 0
-    return int(os.pread(_statm(os.getpid()), 32, 0).split(b" ", 1)[0]) * _PAGE
+def _virtual_size(statm: int) -> int:
+    """Bytes of this process's address space; 0 where nobody says so."""
+    return int(os.pread(statm, 32, 0).split(b" ", 1)[0]) * _PAGE if statm >= 0 else 0
 
 
 class Wire:
@@ -105,31 +104,37 @@ class Wire:
         self._waiter: asyncio.Future[None] | None = None
         self._asked = False
         self._cap = self._at_once = self._unasked = 0
+        self._statm = _statm(os.getpid())
         self._size = -1
         self._full = self._late = self._fed = False
-        self._until = inf
+        self._until = self._due = inf
         self._timer: asyncio.TimerHandle | None = None
         self.grown = 0
         """Bytes by which libpq has grown in this exchange; it never shrinks."""
+        self._back: list[Any] = []
+        """Results that `result` has still to give."""
+        self.owed = 0
+        """Sync points of which nobody has taken the result."""
         self._fd = pgconn.socket
         self._loop.add_reader(self._fd, self._wake)
+        self._poll = select.poll() if hasattr(select, "poll") else None
+        if self._poll is not None:
+            self._poll.register(self._fd, select.POLLIN)
 
     def exchange(self, cap: int, at_once: int, seconds: float = inf) -> "Wire":
         """Begin an exchange, which ends with the `with` block: `cap` bounds libpq's growth in bytes, `at_once` what one
         row may make it grow by. After so many seconds whoever waits for the server hears a TimeoutError."""
-        if self._fd < 0:
+        if self._fd < 0 or self._back:
             raise ConnectionLostError(_LOST)
         self._cap, self._at_once = cap, at_once
-        self.grown, self._full, self._late = 0, False, False
+        self.grown = self._unasked = 0
+        self._full = self._late = self._fed = False
         self._size = -1  # what the others took since the last exchange is not this one's
-        self._fed = False
-        self._unasked = 0
         self._until = self._loop.time() + seconds
-        if self._timer is not None and self._timer.when() > self._until:  # that of a longer one
-            self._timer.cancel()
-            self._timer = None
-        if seconds < inf and self._timer is None:
-            self._timer = self._loop.call_at(self._until, self._look)
+        if self._until < self._due:
+            if self._timer is not None:  # that of a longer one
+                self._timer.cancel()
+            self._look_at(self._until)
         return self
 
     def __enter__(self) -> "Wire":
@@ -142,14 +147,17 @@ class Wire:
 
     def _look(self) -> None:
         """Whether the exchange's time is over. The timer outlives it: a call costs none of its own."""
-        self._timer = None
+        self._timer, self._due = None, inf
         if self._until == inf:
             return
         if self._loop.time() < self._until:
-            self._timer = self._loop.call_at(self._until, self._look)
+            self._look_at(self._until)
             return
         self._late = True
         self._wake()
+
+    def _look_at(self, due: float) -> None:
+        self._timer, self._due = self._loop.call_at(due, self._look), due
 
     def close(self) -> None:
         """Let go of the loop. Before the socket is closed: its number may be another's at once."""
@@ -174,9 +182,16 @@ class Wire:
                     self._refuse()
                 self._read()
                 self._busy()
-                self._see()
+                self.see()
 
-    async def _ready(self) -> None:
+    @property
+    def quiet(self) -> bool:
+        """Whether it is as it was after the last exchange: nothing has come since, and not its end. False where nobody
+        can say so without reading."""
+        return self._fd >= 0 and self._poll is not None and not self._poll.poll(0)
+
+    async def come(self) -> None:
+        """Wait until something comes, and read it."""
         if self._late:
             raise TimeoutError
         self._waiter = self._loop.create_future()
@@ -188,6 +203,7 @@ class Wire:
             raise TimeoutError
         if self._fd < 0:
             raise ConnectionLostError(_LOST)
+        self._consume()
 
     def sync(self) -> None:
         """Queue a sync point, where libpq can; else what is queued is sent with it."""
@@ -195,28 +211,27 @@ class Wire:
             self._pgconn.pipeline_sync()
         elif not _queue_sync(self._pgconn.pgconn_ptr):  # type: ignore[attr-defined]
             raise ConnectionLostError(_LOST)
-
-    @property
-    def unsent(self) -> bool:
-        """Send what can be sent at once; whether anything is left."""
-        return self._flush()
+        self.owed += 1
 
     async def flush(self) -> None:
         """Send all that is queued, reading meanwhile, so that neither side waits for the other for ever."""
-        if not self._flush():
+        if self.sent():
             return
         self._loop.add_writer(self._fd, self._wake)
         try:
-            while self._flush():
-                await self._ready()
-                self._read()
+            while not self.sent():
+                await self.come()
+                self._count()
+                if self._full:
+                    self._refuse()
         finally:
             if self._fd >= 0:
                 self._loop.remove_writer(self._fd)
 
-    def _flush(self) -> bool:
+    def sent(self) -> bool:
+        """Send what can be sent at once; whether that was all."""
         try:
-            return bool(self._pgconn.flush())
+            return not self._pgconn.flush()
         except Exception as problem:
             self.close()
             raise ConnectionLostError(_LOST) from problem
@@ -224,7 +239,7 @@ class Wire:
     def _consume(self) -> None:
         """Read what has come. How libpq's buffer grows is seen with the next look whether a result is whole."""
         self._fed = True
-        self._size = virtual_size()
+        self._size = _virtual_size(self._statm)
         try:
             self._pgconn.consume_input()
         except Exception as problem:
@@ -244,7 +259,7 @@ class Wire:
         if self._full:
             self._refuse()
         if self._size < 0:
-            self._size = virtual_size()
+            self._size = _virtual_size(self._statm)
         if not self._pgconn.is_busy():
             return False
         self._count()
@@ -254,7 +269,7 @@ class Wire:
 
     def _count(self) -> None:
         """Add to what libpq has grown by."""
-        before, self._size = self._size, virtual_size()
+        before, self._size = self._size, _virtual_size(self._statm)
         more = max(0, self._size - before)
         self.grown += more
         self._full = self._full or self.grown > self._cap or more > self._at_once
@@ -273,15 +288,42 @@ class Wire:
         """The next result, or None at the end of a command's results (PQgetResult)."""
         if self._late:
             raise TimeoutError
+        if self._back:
+            return self._back.pop(0)
         while not self._fed or self._busy():
-            await self._ready()
-            self._consume()
+            await self.come()
         found = self._pgconn.get_result()
         if found is not None and found.status == pq.ExecStatus.FATAL_ERROR:
-            self._see()
+            self.see()
         return found
 
-    def _see(self) -> None:
+    def whole(self) -> bool:
+        """Whether libpq's next result is whole by now, and may be taken without `result`, which counts what is not.
+        Whoever finds that it did not go well has to `see`."""
+        odd = self._back or self._late or self._full or self._size < 0 or not self._fed
+        return not (odd or self._pgconn.is_busy())
+
+    def at_once(self, statuses: Sequence[int | None]) -> list[Any] | None:
+        """The next results, where all of them are `whole` by now and have these statuses; None stands for the end of a
+        command's. Else None, and `result` gives what has come of them."""
+        if not self.whole():
+            return None
+        found: list[Any] = []
+        busy, get = self._pgconn.is_busy, self._pgconn.get_result
+        for status in statuses:
+            if found and busy():
+                break
+            result = get()
+            found.append(result)
+            if (None if result is None else result.status) != status:
+                break
+        else:
+            return found
+        self.see()
+        self._back = found
+        return None
+
+    def see(self) -> None:
         """Let go of a socket that libpq has closed by itself."""
         if self._pgconn.status != pq.ConnStatus.OK:
             self.close()
@@ -293,7 +335,7 @@ class Wire:
         for _ in range(count):
             result = await self.result()
             found.append(result)
-            if result is not None and (busy() or get() is not None):  # mostly all of it is there
+            if result is not None and (self._back or busy() or get() is not None):  # mostly all of it is there
                 while await self.result() is not None:
                     pass
         return found
@@ -307,3 +349,4 @@ class Wire:
         result = await self.result()
         if result is None or result.status != pq.ExecStatus.PIPELINE_SYNC:
             raise ConnectionLostError("the conversation with the database is out of step")
+        self.owed -= 1
