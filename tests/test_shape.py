@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +62,8 @@ def _same(connection: psycopg.Connection[Any], query: str) -> bytes:
     quick, exact = _answer(result, plain=True), _answer(result, plain=False)
     assert quick.json == exact.json
     assert quick.columns == exact.columns
+    assert quick.count == exact.count == result.ntuples
+    assert quick.rows == [tuple(row) for row in json.loads(quick.json)]
     return quick.json
 
 
@@ -71,6 +74,29 @@ def test_each_type_alone_in_every_order_of_its_values(connection: psycopg.Connec
         rows = ", ".join(f"(({value})::{kind})" for value in values[first:] + values[:first])
         _same(connection, f"SELECT * FROM (VALUES {rows}) v (a)")
         _same(connection, f"SELECT ({values[first]})::{kind} AS a, ({values[first]})::{kind} AS b")
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("several", [1, 2, 7, 300])
+def test_values_that_are_there_more_than_once_and_between_others(
+    connection: psycopg.Connection[Any], kind: str, several: int
+) -> None:
+    """Also where each stands for itself alone, and between texts that look like times."""
+    values = [f"({value})::{kind}" for value in COLUMNS[kind]]
+    picked = " ".join(f"WHEN {at} THEN {value}" for at, value in enumerate(values))
+    for modulus in range(1, len(values) + 1):
+        _same(
+            connection,
+            f"SELECT '2026-11-28 08:00:00+00' AS b, CASE i / {several} % {modulus} {picked} END AS a, 'x\"' || i AS c, "
+            "'2026-11-28 08:00:00.5+00'::timestamptz + (i % 5) * interval '1 day' AS t, i * 3002399751580331::int8 AS n"
+            " FROM generate_series(0, 299) i",
+        )
+
+
+def test_columns_of_nothing_but_null(connection: psycopg.Connection[Any]) -> None:
+    for kind in COLUMNS:
+        made = _same(connection, f"SELECT NULL::{kind} AS a, 1 AS b FROM generate_series(1, 3)")
+        assert made == b"[[null,1],[null,1],[null,1]]"
 
 
 @pytest.mark.parametrize("zone", ZONES)
@@ -108,7 +134,8 @@ def test_rows_that_were_small_are_not_measured_and_bounds_hold_all_the_same(
     assert not asyncio.run(answer.take(result))
     found = answer.done()
     assert len(found.json) <= 20_000
-    assert 100 < len(found.rows) < 500
+    assert 100 < found.count < 500
+    assert len(found.rows) == found.count
     assert found.note is not None
     assert not found.even
 

@@ -5,6 +5,7 @@ by the elements that it may hold, since each costs many times its text and holds
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import msgspec
 from psycopg import abc
 from psycopg.adapt import Transformer
 
-from mcpctl.postgres.shape import Shape, Types
+from mcpctl.postgres.shape import Row, Shape, Types
 
 _SMALL = 256 << 10
 """Bytes of text up to which all rows of a result are converted at once."""
@@ -36,14 +37,19 @@ class Bounds:
 
 @dataclass(slots=True)
 class Rows:
-    """A bounded answer. `json` is the rows as a JSON array, `note` says why it was cut off and what to do, `shape` is
-    that of its columns (None where no result came), `even`: no row of it was large."""
+    """A bounded answer. `json` is the rows as a JSON array, `count` how many, `note` says why it was cut off and what
+    to do, `shape` is that of its columns (None where no result came), `even`: no row of it was large."""
 
-    rows: list[tuple[Any, ...]]
+    count: int
     json: bytes
     note: str | None
     shape: Shape | None
     even: bool
+
+    @property
+    def rows(self) -> list[tuple[Any, ...]]:
+        """The same as plain values, read from the JSON: whoever sends it on as it is does not need them."""
+        return _decode(self.json)
 
     @property
     def columns(self) -> list[tuple[str, str]]:
@@ -67,7 +73,7 @@ class Answer:
         self.heavy = False
         """Whether much was made of the last result, which is ours and not libpq's."""
         self.shape: Shape | None = None
-        self.rows: list[tuple[Any, ...]] = []
+        self._count = 0
         self.note: str | None = None
 
     async def take(self, result: Any) -> bool:
@@ -81,7 +87,7 @@ class Answer:
         elif self._quick is not None:
             self._quick.set_pgresult(result, set_loaders=False)
         self.heavy = False
-        room = self._bounds.rows - len(self.rows)
+        room = self._bounds.rows - self._count
         count = min(result.ntuples, room)
         if count and self._is_small(shape, result) and self._add_all(shape, result, count):
             count = 0
@@ -120,10 +126,10 @@ class Answer:
         if self._size + len(piece) > self._bounds.bytes:
             return False
         self._even = self._even and len(piece) <= _EVEN * count
-        self._keep(rows, piece)
+        self._keep(count, piece)
         return True
 
-    def _loaded(self, shape: Shape, result: Any, count: int) -> list[tuple[Any, ...]]:
+    def _loaded(self, shape: Shape, result: Any, count: int) -> Sequence[Row]:
         if self._quick is not None:
             try:
                 return shape.mended(self._quick.load_rows(0, count, tuple))
@@ -156,15 +162,15 @@ class Answer:
             found = self._exactly(result).load_row(row, tuple)
             piece = _encode(found)
             if found is not None and self._size + len(piece) + 1 <= self._bounds.bytes:
-                self._keep([found], piece)
+                self._keep(1, piece)
                 return True
         most = self._bounds.bytes
         self.note = _note(f"before its bytes were more than {most}, the most that an answer may have here")
         return False
 
-    def _keep(self, rows: list[tuple[Any, ...]], piece: bytes) -> None:
+    def _keep(self, count: int, piece: bytes) -> None:
         if piece:
-            self.rows += rows
+            self._count += count
             self._pieces.append(piece)
             self._size += len(piece) + 1
 
@@ -175,10 +181,11 @@ class Answer:
 
     def done(self) -> Rows:
         """The answer as it is now."""
-        return Rows(self.rows, b"[" + b",".join(self._pieces) + b"]", self.note, self.shape, self._even)
+        return Rows(self._count, b"[" + b",".join(self._pieces) + b"]", self.note, self.shape, self._even)
 
 
 _encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(list[tuple[Any, ...]]).decode
 
 
 def _marks(text: bytes) -> int:

@@ -6,7 +6,7 @@ through the exact loaders of `values.py`. Both make the same JSON.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,8 +23,8 @@ _encode = msgspec.json.Encoder().encode
 _MOST, _LONG = 500, 16 << 10
 """Shapes that are remembered, and bytes of JSON that the columns of one of them have at most."""
 Column = Sequence[Any]
-Row = tuple[Any, ...]
-Mend = Callable[[Column], "Column | None"]
+Row = Sequence[Any]
+Mend = Callable[[Column], "Iterable[Any] | None"]
 """A column as JSON says it; None where it says nothing otherwise."""
 
 
@@ -48,16 +48,28 @@ _DIGITS = bytes.maketrans(b"123456789", b"000000000")
 _START = b"\n0000-00-00 00:00:00"
 
 
-def _times(column: Column) -> Column | None:
-    """`2026-11-20 12:00:00.5+00` → `2026-11-20T12:00:00.5+00:00`: all at once where all are of the first one's form."""
-    if None in column:
-        return [None if one is None else timestamp(one) for one in column]
-    text, zone = "\n" + "\n".join(column) + "\n", column[0][19:].lstrip(".0123456789")
-    if len(zone) == 3 and text.encode().translate(_DIGITS).count(_START) == len(column):
-        found = text[1:].replace(" ", "T").split(zone + "\n")
-        if len(found) == len(column) + 1:  # so each begins as a time does, and ends with this zone
-            zone += ":00"
-            return [one + zone for one in found[:-1]]
+def _times(column: Column) -> Iterable[Any]:
+    """`2026-11-20 12:00:00.5+00` → `2026-11-20T12:00:00.5+00:00`. What is there more than once is mended once."""
+    distinct = set(column)
+    if len(distinct) > len(column) // 2 and None not in distinct:
+        return _mended_times(column)
+    distinct.discard(None)
+    there = list(distinct)
+    found: dict[str | None, str | None] = dict(zip(there, _mended_times(there), strict=True))
+    found[None] = None
+    return map(found.__getitem__, column)
+
+
+def _mended_times(column: Sequence[str]) -> list[str]:
+    """All at once where all are of the first one's form."""
+    zone = column[0][19:].lstrip(".0123456789") if column else ""
+    if len(zone) == 3:
+        text = "\n" + "\n".join(column) + "\n"
+        if text.encode().translate(_DIGITS).count(_START) == len(column):
+            found = text[1:].replace(" ", "T").split(zone + "\n")
+            if len(found) == len(column) + 1:  # so each begins as a time does, and ends with this zone
+                zone += ":00"
+                return [one + zone for one in found[:-1]]
     return list(map(timestamp, column))
 
 
@@ -104,15 +116,16 @@ class Shape:
         """What loads rows of plain columns, to be mended."""
         return Transformer(_quick())
 
-    def mended(self, rows: list[Row]) -> list[Row]:
+    def mended(self, rows: list[tuple[Any, ...]]) -> Sequence[Row]:
         """The same rows as JSON says them."""
-        columns: list[Column] | None = None
+        changed: list[list[Any]] | None = None
         for place, mend in self._mends:
             found = mend([row[place] for row in rows])
             if found is not None:
-                columns = list(zip(*rows, strict=True)) if columns is None else columns
-                columns[place] = found
-        return rows if columns is None else list(zip(*columns, strict=True))
+                changed = list(map(list, rows)) if changed is None else changed
+                for row, cell in zip(changed, found, strict=True):
+                    row[place] = cell
+        return rows if changed is None else changed
 
 
 class Types(Values):
