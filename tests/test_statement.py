@@ -8,7 +8,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psycopg
@@ -391,6 +393,48 @@ def test_what_others_take_between_two_questions_of_a_connection_is_not_counted_a
     assert asyncio.run(ask()) == [b"1"] * 3
 
 
+class _Counted:
+    """A connection of libpq's, whose reads are counted."""
+
+    def __init__(self, pgconn: Any) -> None:
+        self._pgconn = pgconn
+        self.reads = 0
+
+    def __getattr__(self, name: str) -> Any:
+        self.reads += name == "consume_input"
+        return getattr(self._pgconn, name)
+
+
+def test_long_answers_come_in_fewer_reads_once_there_was_one(newest_shop: Shop) -> None:
+    rows = b"select i, 'row ' || i from generate_series(1, 5000) i"
+
+    async def ask() -> list[int]:
+        cluster, found = newest_shop.cluster, []
+        dsn = cluster.dsn_for(site.READER, site.PASSWORD, "shop")
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            connection.pgconn.nonblocking = 1
+            connection.pgconn.enter_pipeline_mode()
+            pgconn: Any = _Counted(connection.pgconn)
+            wire = Wire(pgconn)
+            for query, wanted in [(b"select 1", 1)] * 3 + [(rows, 5000)] * 4 + [(b"select 1", 1)]:
+                with wire.exchange(24 << 20, 10 << 20):
+                    pgconn.reads = 0
+                    connection.pgconn.send_query_params(query, None)
+                    connection.pgconn.pipeline_sync()
+                    await wire.flush()
+                    await asyncio.sleep(0.1)  # so that all of it is there, or as much as the socket holds
+                    assert (await wire.command()).ntuples == wanted
+                    await wire.synced()
+                    found.append(pgconn.reads)
+            wire.close()
+        return found
+
+    found = asyncio.run(ask())
+    assert [*found[:3], found[-1]] == [1] * 4, found
+    assert found[3] >= 5, found
+    assert found[6] <= 3, found
+
+
 def test_rows_before_one_that_is_too_large_are_kept(a: Client) -> None:
     for large in ("to_jsonb(array_fill(1, array[200000]))", "to_jsonb(repeat('x', 1500000))"):
         answer = a.ask(f"select case when g < 20 then to_jsonb(g) else {large} end from generate_series(1, 30) g")
@@ -477,6 +521,16 @@ def test_a_verdict_is_believed_for_seconds_only(monkeypatch: pytest.MonkeyPatch)
     assert known.get(b"a text") == verdict
     now[0] = 6
     assert known.get(b"a text") is None
+
+
+def test_that_its_rows_were_small_is_known_for_longer() -> None:
+    known = verdicts.Verdicts()
+    assert not known.was_small(b"a text")
+    known.remember(b"a text", verdict := verdicts.Verdict(True, (), True))
+    known.amend(b"a text", verdict, replace(verdict, small=True))
+    assert known.was_small(b"a text")
+    known.remember(b"a text", verdict)
+    assert not known.was_small(b"a text")
 
 
 def test_a_password_typed_into_sql_is_not_in_the_audit_log(served: Site, a: Client) -> None:

@@ -43,7 +43,7 @@ _ROWS = frozenset(map(int, (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COM
 _CURSOR = b"declare c no scroll cursor for\n"
 CHUNK = 16
 """Rows that libpq gathers before we see one: few, since each may be as large as an answer."""
-_SMALL_CHUNK = 128
+_SMALL_CHUNK = 256
 """The same of a text whose rows were small when it ran last; if they are not any more, libpq's growth bounds them."""
 _GROWTH = 24 << 20
 """How much libpq may grow for one answer, unless an answer may have more than a fifth of it."""
@@ -213,6 +213,7 @@ class Exchange:
             )
         self.session.use.described = True
         verdict = await self._planned(wire, text) if question else Verdict(False, None, False)
+        verdict = replace(verdict, small=self._verdicts.was_small(key))
         self._verdicts.remember(key, verdict)
         return verdict
 

@@ -26,6 +26,8 @@ _UNASKED = 2 << 20
 """How much libpq may grow for what comes while nothing is asked."""
 _UNASKED_READS = 200
 """How often that is read before the connection is closed: libpq keeps each notification for whoever may ask for it."""
+_WIDENINGS = 4
+"""How often libpq's buffer may be doubled for a connection whose answers are long: from 16 to 256 KiB."""
 _LOST = "the connection to the database was lost"
 
 
@@ -108,6 +110,7 @@ class Wire:
         self._size = -1
         self._full = self._late = self._fed = False
         self._until = inf
+        self._widenings = _WIDENINGS
         self._timer: asyncio.TimerHandle | None = None
         self.grown = 0
         """Bytes by which libpq has grown in this exchange; it never shrinks."""
@@ -221,12 +224,13 @@ class Wire:
             self.close()
             raise ConnectionLostError(_LOST) from problem
 
-    def _consume(self) -> None:
+    def _consume(self, reads: int = 1) -> None:
         """Read what has come. How libpq's buffer grows is seen with the next look whether a result is whole."""
         self._fed = True
         self._size = virtual_size()
         try:
-            self._pgconn.consume_input()
+            for _ in range(reads):
+                self._pgconn.consume_input()
         except Exception as problem:
             self.close()
             raise ConnectionLostError(_LOST) from problem
@@ -275,7 +279,11 @@ class Wire:
             raise TimeoutError
         while not self._fed or self._busy():
             await self._ready()
-            self._consume()
+            if self._fed and self._widenings:  # much comes: libpq's buffer grows where it is full and nobody looked
+                self._widenings -= 1
+                self._consume(2)
+            else:
+                self._consume()
         found = self._pgconn.get_result()
         if found is not None and found.status == pq.ExecStatus.FATAL_ERROR:
             self._see()
