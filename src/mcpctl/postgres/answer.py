@@ -5,7 +5,6 @@ by the elements that it may hold, since each costs many times its text and holds
 """
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import msgspec
 from psycopg import abc
 from psycopg.adapt import Transformer
 
-from mcpctl.postgres.shape import Row, Shape, Types
+from mcpctl.postgres.shape import Shape, Types
 
 _SMALL = 256 << 10
 """Bytes of text up to which all rows of a result are converted at once."""
@@ -120,8 +119,7 @@ class Answer:
 
     def _add_all(self, shape: Shape, result: Any, count: int) -> bool:
         """Add so many rows at once, if there is room for them."""
-        rows = self._loaded(shape, result, count)
-        piece = _encode(rows)[1:-1]
+        piece = self._encoded(shape, result, count)[1:-1]
         self.heavy = len(piece) > _HEAVY
         if self._size + len(piece) > self._bounds.bytes:
             return False
@@ -129,13 +127,14 @@ class Answer:
         self._keep(count, piece)
         return True
 
-    def _loaded(self, shape: Shape, result: Any, count: int) -> Sequence[Row]:
+    def _encoded(self, shape: Shape, result: Any, count: int) -> bytes:
+        """So many rows as a JSON array."""
         if self._quick is not None:
             try:
-                return shape.mended(self._quick.load_rows(0, count, tuple))
+                return shape.encoded(self._quick.load_rows(0, count, tuple))
             except UnicodeDecodeError:  # of a database whose encoding is SQL_ASCII
                 self._quick = None
-        return self._exactly(result).load_rows(0, count, tuple)
+        return _encode(self._exactly(result).load_rows(0, count, tuple))
 
     def _exactly(self, result: Any) -> abc.Transformer:
         """The loaders of `values.py`, ready for this result."""
@@ -171,7 +170,7 @@ class Answer:
     def _keep(self, count: int, piece: bytes) -> None:
         if piece:
             self._count += count
-            self._pieces.append(piece)
+            self._pieces += (b",", piece) if self._pieces else (piece,)
             self._size += len(piece) + 1
 
     def too_large(self) -> None:
@@ -181,7 +180,8 @@ class Answer:
 
     def done(self) -> Rows:
         """The answer as it is now."""
-        return Rows(self._count, b"[" + b",".join(self._pieces) + b"]", self.note, self.shape, self._even)
+        json = b"".join((b"[", *self._pieces, b"]"))
+        return Rows(self._count, json, self.note, self.shape, self._even)
 
 
 _encode = msgspec.json.Encoder().encode

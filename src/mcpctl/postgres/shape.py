@@ -116,16 +116,46 @@ class Shape:
         """What loads rows of plain columns, to be mended."""
         return Transformer(_quick())
 
-    def mended(self, rows: list[tuple[Any, ...]]) -> Sequence[Row]:
-        """The same rows as JSON says them."""
-        changed: list[list[Any]] | None = None
+    def encoded(self, rows: list[tuple[Any, ...]]) -> bytes:
+        """Rows, one at least, as a JSON array. A time that all of them have, as now() is, is mended in the JSON."""
+        mended: Sequence[Row] = rows
+        same: dict[int, str] = {}
         for place, mend in self._mends:
-            found = mend([row[place] for row in rows])
-            if found is not None:
-                changed = list(map(list, rows)) if changed is None else changed
-                for row, cell in zip(changed, found, strict=True):
-                    row[place] = cell
-        return rows if changed is None else changed
+            column = [row[place] for row in rows]
+            first = column[0]
+            if mend is _times and first is not None and column.count(first) == len(column):
+                same[place] = first
+            elif (found := mend(column)) is not None:
+                mended = _with(mended, place, found)
+        json = _encode(mended)
+        if same and (done := _mended_in(json, list(same.values()), len(rows))) is not None:
+            return done
+        for place, text in same.items():
+            mended = _with(mended, place, [timestamp(text)] * len(rows))
+        return _encode(mended) if same else json
+
+
+def _with(rows: Sequence[Row], place: int, cells: Iterable[Any]) -> Sequence[Row]:
+    """Rows with these cells in one column."""
+    changed: list[Any] = list(map(list, rows)) if isinstance(rows[0], tuple) else list(rows)
+    for row, cell in zip(changed, cells, strict=True):
+        row[place] = cell
+    return changed
+
+
+def _mended_in(json: bytes, times: list[str], rows: int) -> bytes | None:
+    """Rows as JSON with each of these times mended, which stand in all of them; None where a text holds one too.
+
+    What is mended is a time, so nothing in it is escaped, and all cells of it are found, apart from each other: where
+    there are as many as there should be, there are no others.
+    """
+    for text in set(times):
+        if (mended := timestamp(text)) != text:
+            cell = _encode(text)
+            if json.count(cell) != times.count(text) * rows:
+                return None
+            json = json.replace(cell, _encode(mended))
+    return json
 
 
 class Types(Values):
