@@ -105,11 +105,14 @@ def test_a_time_that_all_rows_have_beside_texts_that_hold_it(connection: psycopg
 
 
 def test_a_time_is_mended_in_the_json_where_no_text_holds_it() -> None:
-    time, mended = "2026-11-28 08:00:00.5+00", b'"2026-11-28T08:00:00.5+00:00"'
-    for text, sure in (("x", True), (f"{time} ", True), (f'"{time}"', True), (time, False), (f'"{time}', False)):
-        json = msgspec.json.encode([(time, text, time), (time, "x", time)])
-        found = _mended_in(json, [time, time], 2)
-        assert found == (json.replace(f'"{time}"'.encode(), mended) if sure else None), text
+    for time, mended in (
+        ("2026-11-28 08:00:00.5+00", b'"2026-11-28T08:00:00.5+00:00"'),
+        ("2026-11-28 08:00:00", b'"2026-11-28T08:00:00"'),
+    ):
+        for text, sure in (("x", True), (f"{time} ", True), (f'"{time}"', True), (time, False), (f'"{time}', False)):
+            json = msgspec.json.encode([(time, text, time), (time, "x", time)])
+            found = _mended_in(json, [time, time], 2)
+            assert found == (json.replace(f'"{time}"'.encode(), mended) if sure else None), text
     assert _mended_in(b'[["infinity"],["infinity"]]', ["infinity"], 2) == b'[["infinity"],["infinity"]]'
 
 

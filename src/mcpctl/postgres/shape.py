@@ -150,11 +150,13 @@ def _mended_in(json: bytes, times: list[str], rows: int) -> bytes | None:
     there are as many as there should be, there are no others.
     """
     for text in set(times):
-        if (mended := timestamp(text)) != text:
-            cell = _encode(text)
-            if json.count(cell) != times.count(text) * rows:
+        before, after = _encode(text), _encode(timestamp(text))
+        if before != after:
+            done, longer = json.replace(before, after), len(after) - len(before)
+            found = (len(done) - len(json)) // longer if longer else json.count(before)
+            if found != times.count(text) * rows:
                 return None
-            json = json.replace(cell, _encode(mended))
+            json = done
     return json
 
 
