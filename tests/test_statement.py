@@ -20,7 +20,7 @@ import pg
 import site_of_mcpctl as site
 from mcpctl.postgres import verdicts
 from mcpctl.postgres.embedded import Binaries
-from mcpctl.postgres.wire import Wire
+from mcpctl.postgres.wire import ConnectionLostError, Wire
 from site_of_mcpctl import Client, Shop, Site, eventually, in_background
 
 MakeSite = Callable[..., Site]
@@ -433,6 +433,34 @@ def test_long_answers_come_in_fewer_reads_once_there_was_one(newest_shop: Shop) 
     assert [*found[:3], found[-1]] == [1] * 4, found
     assert found[3] >= 5, found
     assert found[6] <= 3, found
+
+
+def test_the_last_words_are_heard_where_the_end_of_the_connection_is_there_with_them(newest_shop: Shop) -> None:
+    async def ask() -> tuple[int, bytes]:
+        cluster = newest_shop.cluster
+        dsn = cluster.dsn_for(site.READER, site.PASSWORD, "shop")
+        async with await psycopg.AsyncConnection.connect(dsn, autocommit=True) as connection:
+            pgconn = connection.pgconn
+            pgconn.nonblocking = 1
+            pgconn.enter_pipeline_mode()
+            wire = Wire(pgconn)
+            with wire.exchange(24 << 20, 10 << 20):
+                pgconn.send_query_params(b"select 1", None)
+                pgconn.send_flush_request()
+                pgconn.send_query_params(b"select pg_sleep(0.3), pg_terminate_backend(pg_backend_pid())", None)
+                pgconn.pipeline_sync()
+                await wire.flush()
+                await wire.command()
+                time.sleep(0.7)  # nobody reads meanwhile
+                said = await wire.result()
+                with pytest.raises(ConnectionLostError):
+                    await wire.commands(2)
+                    await wire.synced()
+        return said.status, said.error_message
+
+    status, said = asyncio.run(ask())
+    assert status == psycopg.pq.ExecStatus.FATAL_ERROR
+    assert b"terminating connection" in said
 
 
 def test_rows_before_one_that_is_too_large_are_kept(a: Client) -> None:

@@ -19,6 +19,10 @@ from psycopg import pq
 
 from mcpctl.errors import Error
 
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -97,6 +101,11 @@ def virtual_size() -> int:
     return int(os.pread(_statm(os.getpid()), 32, 0).split(b" ", 1)[0]) * _PAGE
 
 
+def _waiting(fd: int) -> bool:
+    """Whether there are bytes to be read at a socket, as tcp(7) tells. False where nobody says."""
+    return sys.platform == "linux" and fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) != bytes(4)
+
+
 class Wire:
     """The way of one connection to the event loop, from its first exchange to its end. What comes while nothing is
     asked is read at once: mostly it is the server's goodbye."""
@@ -110,7 +119,7 @@ class Wire:
         self._size = -1
         self._full = self._late = self._fed = False
         self._until = inf
-        self._widenings = _WIDENINGS
+        self._widenings = 0 if pgconn.ssl_in_use else _WIDENINGS  # TLS may hold back that it is the end
         self._timer: asyncio.TimerHandle | None = None
         self.grown = 0
         """Bytes by which libpq has grown in this exchange; it never shrinks."""
@@ -224,12 +233,15 @@ class Wire:
             self.close()
             raise ConnectionLostError(_LOST) from problem
 
-    def _consume(self, reads: int = 1) -> None:
-        """Read what has come. How libpq's buffer grows is seen with the next look whether a result is whole."""
+    def _consume(self, *, more: bool = False) -> None:
+        """Read what has come, as much of it as libpq's buffer takes; where more was to come, the buffer may be doubled
+        for what is left. How it grows for a row is seen with the next look whether a result is whole."""
         self._fed = True
         self._size = virtual_size()
         try:
-            for _ in range(reads):
+            self._pgconn.consume_input()
+            if more and self._widenings and _waiting(self._fd):  # else this may read the end, and its reason be lost
+                self._widenings -= 1
                 self._pgconn.consume_input()
         except Exception as problem:
             self.close()
@@ -279,11 +291,7 @@ class Wire:
             raise TimeoutError
         while not self._fed or self._busy():
             await self._ready()
-            if self._fed and self._widenings:  # much comes: libpq's buffer grows where it is full and nobody looked
-                self._widenings -= 1
-                self._consume(2)
-            else:
-                self._consume()
+            self._consume(more=self._fed)
         found = self._pgconn.get_result()
         if found is not None and found.status == pq.ExecStatus.FATAL_ERROR:
             self._see()
