@@ -46,11 +46,11 @@ def connection() -> Iterator[psycopg.Connection[Any]]:
         yield found
 
 
-def _answer(result: Any, *, plain: bool) -> Rows:
+def _answer(result: Any, *, plain: bool, on: psycopg.Connection[Any] | None = None) -> Rows:
     types = Types()
     if not plain:
         types.plain.clear()
-    answer = Answer(types, WIDE)
+    answer = Answer(types, WIDE, on)
     assert asyncio.run(answer.take(result))
     assert answer.shape is not None
     assert answer.shape.plain is plain
@@ -62,6 +62,7 @@ def _same(connection: psycopg.Connection[Any], query: str) -> bytes:
     assert result.status == psycopg.pq.ExecStatus.TUPLES_OK, result.error_message
     quick, exact = _answer(result, plain=True), _answer(result, plain=False)
     assert quick.json == exact.json
+    assert _answer(result, plain=True, on=connection).json == exact.json
     assert quick.columns == exact.columns
     assert quick.count == exact.count == result.ntuples
     assert quick.rows == [tuple(row) for row in json.loads(quick.json)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from psycopg import abc
+from psycopg import BaseConnection, abc
 from psycopg.adapt import Transformer
 
 from mcpctl.postgres.shape import Shape, Types
@@ -60,8 +60,11 @@ class Answer:
     """Rows as they arrive, until one bound is reached. `trusted`: the text's rows were small when it ran last, so that
     plain ones are measured only when they have been loaded."""
 
-    def __init__(self, types: Types, bounds: Bounds, *, trusted: bool = False) -> None:
+    def __init__(
+        self, types: Types, bounds: Bounds, connection: BaseConnection[Any] | None = None, *, trusted: bool = False
+    ) -> None:
         self._types = types
+        self._connection = connection
         self._bounds = bounds
         self._trusted = trusted
         self._quick: abc.Transformer | None = None
@@ -81,7 +84,7 @@ class Answer:
         if shape is None:
             shape = self.shape = self._types.shape(result)
             if shape.plain:
-                self._quick = shape.quick()
+                self._quick = shape.quick(self._connection)
                 self._quick.set_pgresult(result)
         elif self._quick is not None:
             self._quick.set_pgresult(result, set_loaders=False)

@@ -7,11 +7,12 @@ through the exact loaders of `values.py`. Both make the same JSON.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import msgspec
-from psycopg import abc, postgres
+from psycopg import BaseConnection, abc, postgres
 from psycopg.adapt import AdaptersMap, Loader, Transformer
 from psycopg.types.bool import BoolLoader
 from psycopg.types.numeric import FloatLoader, IntLoader
@@ -96,6 +97,14 @@ class _Quick:
 _quick = cache(_Quick)
 
 
+@dataclass(slots=True)
+class _On:
+    """The same on a connection, whose loaders need not ask by name what UTF-8 is."""
+
+    connection: BaseConnection[Any]
+    adapters: AdaptersMap
+
+
 class Shape:
     """One list of columns: (name, type) each. `varying` are those whose values have no fixed length, `nested` those
     that are made of many, `unknown` the types of which nothing is known. `plain`: every column is a scalar of
@@ -112,9 +121,11 @@ class Shape:
         self._mends = [(column, mend) for column, mend in mends if mend is not None]
 
     @staticmethod
-    def quick() -> abc.Transformer:
+    def quick(connection: BaseConnection[Any] | None) -> abc.Transformer:
         """What loads rows of plain columns, to be mended."""
-        return Transformer(_quick())
+        if connection is None or connection.pgconn.parameter_status(b"client_encoding") != b"UTF8":
+            return Transformer(_quick())
+        return Transformer(_On(connection, _quick().adapters))
 
     def encoded(self, rows: list[tuple[Any, ...]]) -> bytes:
         """Rows, one at least, as a JSON array. A time that all of them have, as now() is, is mended in the JSON."""

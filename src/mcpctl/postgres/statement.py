@@ -385,7 +385,7 @@ class Exchange:
         if wire.unsent:
             await wire.flush()
         await self.begun(wire)
-        answer = Answer(self._types, self.bounds, trusted=small)
+        answer = Answer(self._types, self.bounds, self.session.conn, trusted=small)
         self._pgconn.set_chunked_rows_mode(min(_SMALL_CHUNK if small else CHUNK, self.bounds.rows + 1))
         failed: StatementError | None = None
         stop: asyncio.Task[None] | None = None
