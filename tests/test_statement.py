@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -549,16 +548,6 @@ def test_a_verdict_is_believed_for_seconds_only(monkeypatch: pytest.MonkeyPatch)
     assert known.get(b"a text") == verdict
     now[0] = 6
     assert known.get(b"a text") is None
-
-
-def test_that_its_rows_were_small_is_known_for_longer() -> None:
-    known = verdicts.Verdicts()
-    assert not known.was_small(b"a text")
-    known.remember(b"a text", verdict := verdicts.Verdict(True, (), True))
-    known.amend(b"a text", verdict, replace(verdict, small=True))
-    assert known.was_small(b"a text")
-    known.remember(b"a text", verdict)
-    assert not known.was_small(b"a text")
 
 
 def test_a_password_typed_into_sql_is_not_in_the_audit_log(served: Site, a: Client) -> None:

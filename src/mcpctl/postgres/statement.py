@@ -213,7 +213,6 @@ class Exchange:
             )
         self.session.use.described = True
         verdict = await self._planned(wire, text) if question else Verdict(False, None, False)
-        verdict = replace(verdict, small=self._verdicts.was_small(key))
         self._verdicts.remember(key, verdict)
         return verdict
 

@@ -60,11 +60,6 @@ class Verdicts:
             return None
         return found[1]
 
-    def was_small(self, key: Key) -> bool:
-        """Whether its rows were small when it ran last, however long ago: it only decides how they are read."""
-        found = self._known.get(key)
-        return found is not None and found[1].small
-
     def remember(self, key: Key, verdict: Verdict) -> None:
         """Keep it, and let go of the oldest beyond the bound."""
         if not verdict.question:
