@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import psycopg
 import pytest
 
 import pg
 import site_of_mcpctl as site
 from mcpctl.postgres.answer import Answer, Bounds, Rows
-from mcpctl.postgres.shape import Types
+from mcpctl.postgres.shape import Types, _mended_in
 
 WIDE = Bounds(100_000, 1 << 24, 10.0)
 COLUMNS = {
@@ -44,11 +46,11 @@ def connection() -> Iterator[psycopg.Connection[Any]]:
         yield found
 
 
-def _answer(result: Any, *, plain: bool) -> Rows:
+def _answer(result: Any, *, plain: bool, on: psycopg.Connection[Any] | None = None) -> Rows:
     types = Types()
     if not plain:
         types.plain.clear()
-    answer = Answer(types, WIDE)
+    answer = Answer(types, WIDE, on)
     assert asyncio.run(answer.take(result))
     assert answer.shape is not None
     assert answer.shape.plain is plain
@@ -60,7 +62,10 @@ def _same(connection: psycopg.Connection[Any], query: str) -> bytes:
     assert result.status == psycopg.pq.ExecStatus.TUPLES_OK, result.error_message
     quick, exact = _answer(result, plain=True), _answer(result, plain=False)
     assert quick.json == exact.json
+    assert _answer(result, plain=True, on=connection).json == exact.json
     assert quick.columns == exact.columns
+    assert quick.count == exact.count == result.ntuples
+    assert quick.rows == [tuple(row) for row in json.loads(quick.json)]
     return quick.json
 
 
@@ -71,6 +76,51 @@ def test_each_type_alone_in_every_order_of_its_values(connection: psycopg.Connec
         rows = ", ".join(f"(({value})::{kind})" for value in values[first:] + values[:first])
         _same(connection, f"SELECT * FROM (VALUES {rows}) v (a)")
         _same(connection, f"SELECT ({values[first]})::{kind} AS a, ({values[first]})::{kind} AS b")
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("several", [1, 2, 7, 300])
+def test_values_that_are_there_more_than_once_and_between_others(
+    connection: psycopg.Connection[Any], kind: str, several: int
+) -> None:
+    """Also where each stands for itself alone, and between texts that look like times."""
+    values = [f"({value})::{kind}" for value in COLUMNS[kind]]
+    picked = " ".join(f"WHEN {at} THEN {value}" for at, value in enumerate(values))
+    for modulus in range(1, len(values) + 1):
+        _same(
+            connection,
+            f"SELECT '2026-11-28 08:00:00+00' AS b, CASE i / {several} % {modulus} {picked} END AS a, 'x\"' || i AS c, "
+            "'2026-11-28 08:00:00.5+00'::timestamptz + (i % 5) * interval '1 day' AS t, i * 3002399751580331::int8 AS n"
+            " FROM generate_series(0, 299) i",
+        )
+
+
+def test_a_time_that_all_rows_have_beside_texts_that_hold_it(connection: psycopg.Connection[Any]) -> None:
+    time = "'2026-11-28 08:00:00.5'::timestamp"
+    for a in ("'x'", f"{time}::text", f"'\"' || {time}", f"{time} || '\"'", f"'\\\"' || {time}", f"'\",\"' || {time}"):
+        for t in (time, f"{time}::timestamptz", "now()", "'infinity'::timestamp", "NULL::timestamp", f"{time}, {time}"):
+            for n in ("1", "i * 3002399751580331::int8", "now() + i * interval '1 day'"):
+                _same(connection, f"SELECT {t} AS t, {n} AS n, {a} AS a, {t} AS u FROM generate_series(1, 5) i")
+                once = f"CASE i WHEN 2 THEN {a} ELSE 'x' END"
+                _same(connection, f"SELECT {once} AS a, {t} AS t, {n} AS n FROM generate_series(1, 5) i")
+
+
+def test_a_time_is_mended_in_the_json_where_no_text_holds_it() -> None:
+    for time, mended in (
+        ("2026-11-28 08:00:00.5+00", b'"2026-11-28T08:00:00.5+00:00"'),
+        ("2026-11-28 08:00:00", b'"2026-11-28T08:00:00"'),
+    ):
+        for text, sure in (("x", True), (f"{time} ", True), (f'"{time}"', True), (time, False), (f'"{time}', False)):
+            json = msgspec.json.encode([(time, text, time), (time, "x", time)])
+            found = _mended_in(json, [time, time], 2)
+            assert found == (json.replace(f'"{time}"'.encode(), mended) if sure else None), text
+    assert _mended_in(b'[["infinity"],["infinity"]]', ["infinity"], 2) == b'[["infinity"],["infinity"]]'
+
+
+def test_columns_of_nothing_but_null(connection: psycopg.Connection[Any]) -> None:
+    for kind in COLUMNS:
+        made = _same(connection, f"SELECT NULL::{kind} AS a, 1 AS b FROM generate_series(1, 3)")
+        assert made == b"[[null,1],[null,1],[null,1]]"
 
 
 @pytest.mark.parametrize("zone", ZONES)
@@ -108,7 +158,8 @@ def test_rows_that_were_small_are_not_measured_and_bounds_hold_all_the_same(
     assert not asyncio.run(answer.take(result))
     found = answer.done()
     assert len(found.json) <= 20_000
-    assert 100 < len(found.rows) < 500
+    assert 100 < found.count < 500
+    assert len(found.rows) == found.count
     assert found.note is not None
     assert not found.even
 

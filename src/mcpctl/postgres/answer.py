@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from psycopg import abc
+from psycopg import BaseConnection, abc
 from psycopg.adapt import Transformer
 
 from mcpctl.postgres.shape import Shape, Types
@@ -36,14 +36,19 @@ class Bounds:
 
 @dataclass(slots=True)
 class Rows:
-    """A bounded answer. `json` is the rows as a JSON array, `note` says why it was cut off and what to do, `shape` is
-    that of its columns (None where no result came), `even`: no row of it was large."""
+    """A bounded answer. `json` is the rows as a JSON array, `count` how many, `note` says why it was cut off and what
+    to do, `shape` is that of its columns (None where no result came), `even`: no row of it was large."""
 
-    rows: list[tuple[Any, ...]]
+    count: int
     json: bytes
     note: str | None
     shape: Shape | None
     even: bool
+
+    @property
+    def rows(self) -> list[tuple[Any, ...]]:
+        """The same as plain values, read from the JSON: whoever sends it on as it is does not need them."""
+        return _decode(self.json)
 
     @property
     def columns(self) -> list[tuple[str, str]]:
@@ -55,8 +60,11 @@ class Answer:
     """Rows as they arrive, until one bound is reached. `trusted`: the text's rows were small when it ran last, so that
     plain ones are measured only when they have been loaded."""
 
-    def __init__(self, types: Types, bounds: Bounds, *, trusted: bool = False) -> None:
+    def __init__(
+        self, types: Types, bounds: Bounds, connection: BaseConnection[Any] | None = None, *, trusted: bool = False
+    ) -> None:
         self._types = types
+        self._connection = connection
         self._bounds = bounds
         self._trusted = trusted
         self._quick: abc.Transformer | None = None
@@ -67,7 +75,7 @@ class Answer:
         self.heavy = False
         """Whether much was made of the last result, which is ours and not libpq's."""
         self.shape: Shape | None = None
-        self.rows: list[tuple[Any, ...]] = []
+        self._count = 0
         self.note: str | None = None
 
     async def take(self, result: Any) -> bool:
@@ -76,12 +84,12 @@ class Answer:
         if shape is None:
             shape = self.shape = self._types.shape(result)
             if shape.plain:
-                self._quick = shape.quick()
+                self._quick = shape.quick(self._connection)
                 self._quick.set_pgresult(result)
         elif self._quick is not None:
             self._quick.set_pgresult(result, set_loaders=False)
         self.heavy = False
-        room = self._bounds.rows - len(self.rows)
+        room = self._bounds.rows - self._count
         count = min(result.ntuples, room)
         if count and self._is_small(shape, result) and self._add_all(shape, result, count):
             count = 0
@@ -114,22 +122,22 @@ class Answer:
 
     def _add_all(self, shape: Shape, result: Any, count: int) -> bool:
         """Add so many rows at once, if there is room for them."""
-        rows = self._loaded(shape, result, count)
-        piece = _encode(rows)[1:-1]
+        piece = self._encoded(shape, result, count)[1:-1]
         self.heavy = len(piece) > _HEAVY
         if self._size + len(piece) > self._bounds.bytes:
             return False
         self._even = self._even and len(piece) <= _EVEN * count
-        self._keep(rows, piece)
+        self._keep(count, piece)
         return True
 
-    def _loaded(self, shape: Shape, result: Any, count: int) -> list[tuple[Any, ...]]:
+    def _encoded(self, shape: Shape, result: Any, count: int) -> bytes:
+        """So many rows as a JSON array."""
         if self._quick is not None:
             try:
-                return shape.mended(self._quick.load_rows(0, count, tuple))
+                return shape.encoded(self._quick.load_rows(0, count, tuple))
             except UnicodeDecodeError:  # of a database whose encoding is SQL_ASCII
                 self._quick = None
-        return self._exactly(result).load_rows(0, count, tuple)
+        return _encode(self._exactly(result).load_rows(0, count, tuple))
 
     def _exactly(self, result: Any) -> abc.Transformer:
         """The loaders of `values.py`, ready for this result."""
@@ -156,16 +164,16 @@ class Answer:
             found = self._exactly(result).load_row(row, tuple)
             piece = _encode(found)
             if found is not None and self._size + len(piece) + 1 <= self._bounds.bytes:
-                self._keep([found], piece)
+                self._keep(1, piece)
                 return True
         most = self._bounds.bytes
         self.note = _note(f"before its bytes were more than {most}, the most that an answer may have here")
         return False
 
-    def _keep(self, rows: list[tuple[Any, ...]], piece: bytes) -> None:
+    def _keep(self, count: int, piece: bytes) -> None:
         if piece:
-            self.rows += rows
-            self._pieces.append(piece)
+            self._count += count
+            self._pieces += (b",", piece) if self._pieces else (piece,)
             self._size += len(piece) + 1
 
     def too_large(self) -> None:
@@ -175,10 +183,12 @@ class Answer:
 
     def done(self) -> Rows:
         """The answer as it is now."""
-        return Rows(self.rows, b"[" + b",".join(self._pieces) + b"]", self.note, self.shape, self._even)
+        json = b"".join((b"[", *self._pieces, b"]"))
+        return Rows(self._count, json, self.note, self.shape, self._even)
 
 
 _encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(list[tuple[Any, ...]]).decode
 
 
 def _marks(text: bytes) -> int:

@@ -60,7 +60,7 @@ class NothingThereError(NotFoundError):
 async def tables(session: Session, schema: str | None, bounds: Bounds) -> Rows:
     """The tables and views that the role may read: schema, name, kind, estimated rows, comment."""
     found = await statement.run(session, _TABLES, bounds, [_param(schema)])
-    if schema is not None and not found.rows:
+    if schema is not None and not found.count:
         raise NothingThereError(
             f"there is no schema {_said(schema)} with a table that you may read", "leave out `schema` to see all"
         )
@@ -76,7 +76,7 @@ async def table(session: Session, schema: str | None, name: str, bounds: Bounds)
         raise Error(
             f"what there is to say of {name!r} is more than an answer may have here", "ask the catalog for a part"
         )
-    if not found.rows:
+    if not found.count:
         raise NothingThereError(
             f"there is no table {_said(name)}{f' in schema {_said(schema)}' if schema else ''} that you may read",
             "get_schema_info without arguments lists those there are",

@@ -204,7 +204,7 @@ async def tables(session: Session, bounds: Bounds) -> dict[str, Any]:
 
 async def _one(session: Session, text: str, bounds: Bounds) -> dict[str, Any]:
     found = await statement.run(session, text, bounds, ())
-    if not found.rows:
+    if not found.count:
         raise Error("what there is to say of the database's health is more than an answer may have here")
     facts: dict[str, Any] = found.rows[0][0]
     return facts

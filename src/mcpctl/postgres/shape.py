@@ -6,12 +6,13 @@ through the exact loaders of `values.py`. Both make the same JSON.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import msgspec
-from psycopg import abc, postgres
+from psycopg import BaseConnection, abc, postgres
 from psycopg.adapt import AdaptersMap, Loader, Transformer
 from psycopg.types.bool import BoolLoader
 from psycopg.types.numeric import FloatLoader, IntLoader
@@ -23,8 +24,8 @@ _encode = msgspec.json.Encoder().encode
 _MOST, _LONG = 500, 16 << 10
 """Shapes that are remembered, and bytes of JSON that the columns of one of them have at most."""
 Column = Sequence[Any]
-Row = tuple[Any, ...]
-Mend = Callable[[Column], "Column | None"]
+Row = Sequence[Any]
+Mend = Callable[[Column], "Iterable[Any] | None"]
 """A column as JSON says it; None where it says nothing otherwise."""
 
 
@@ -48,16 +49,28 @@ _DIGITS = bytes.maketrans(b"123456789", b"000000000")
 _START = b"\n0000-00-00 00:00:00"
 
 
-def _times(column: Column) -> Column | None:
-    """`2026-11-20 12:00:00.5+00` → `2026-11-20T12:00:00.5+00:00`: all at once where all are of the first one's form."""
-    if None in column:
-        return [None if one is None else timestamp(one) for one in column]
-    text, zone = "\n" + "\n".join(column) + "\n", column[0][19:].lstrip(".0123456789")
-    if len(zone) == 3 and text.encode().translate(_DIGITS).count(_START) == len(column):
-        found = text[1:].replace(" ", "T").split(zone + "\n")
-        if len(found) == len(column) + 1:  # so each begins as a time does, and ends with this zone
-            zone += ":00"
-            return [one + zone for one in found[:-1]]
+def _times(column: Column) -> Iterable[Any]:
+    """`2026-11-20 12:00:00.5+00` → `2026-11-20T12:00:00.5+00:00`. What is there more than once is mended once."""
+    distinct = set(column)
+    if len(distinct) > len(column) // 2 and None not in distinct:
+        return _mended_times(column)
+    distinct.discard(None)
+    there = list(distinct)
+    found: dict[str | None, str | None] = dict(zip(there, _mended_times(there), strict=True))
+    found[None] = None
+    return map(found.__getitem__, column)
+
+
+def _mended_times(column: Sequence[str]) -> list[str]:
+    """All at once where all are of the first one's form."""
+    zone = column[0][19:].lstrip(".0123456789") if column else ""
+    if len(zone) == 3:
+        text = "\n" + "\n".join(column) + "\n"
+        if text.encode().translate(_DIGITS).count(_START) == len(column):
+            found = text[1:].replace(" ", "T").split(zone + "\n")
+            if len(found) == len(column) + 1:  # so each begins as a time does, and ends with this zone
+                zone += ":00"
+                return [one + zone for one in found[:-1]]
     return list(map(timestamp, column))
 
 
@@ -84,6 +97,14 @@ class _Quick:
 _quick = cache(_Quick)
 
 
+@dataclass(slots=True)
+class _On:
+    """The same on a connection, whose loaders need not ask by name what UTF-8 is."""
+
+    connection: BaseConnection[Any]
+    adapters: AdaptersMap
+
+
 class Shape:
     """One list of columns: (name, type) each. `varying` are those whose values have no fixed length, `nested` those
     that are made of many, `unknown` the types of which nothing is known. `plain`: every column is a scalar of
@@ -100,19 +121,54 @@ class Shape:
         self._mends = [(column, mend) for column, mend in mends if mend is not None]
 
     @staticmethod
-    def quick() -> abc.Transformer:
+    def quick(connection: BaseConnection[Any] | None) -> abc.Transformer:
         """What loads rows of plain columns, to be mended."""
-        return Transformer(_quick())
+        if connection is None or connection.pgconn.parameter_status(b"client_encoding") != b"UTF8":
+            return Transformer(_quick())
+        return Transformer(_On(connection, _quick().adapters))
 
-    def mended(self, rows: list[Row]) -> list[Row]:
-        """The same rows as JSON says them."""
-        columns: list[Column] | None = None
+    def encoded(self, rows: list[tuple[Any, ...]]) -> bytes:
+        """Rows, one at least, as a JSON array. A time that all of them have, as now() is, is mended in the JSON."""
+        mended: Sequence[Row] = rows
+        same: dict[int, str] = {}
         for place, mend in self._mends:
-            found = mend([row[place] for row in rows])
-            if found is not None:
-                columns = list(zip(*rows, strict=True)) if columns is None else columns
-                columns[place] = found
-        return rows if columns is None else list(zip(*columns, strict=True))
+            column = [row[place] for row in rows]
+            first = column[0]
+            if mend is _times and first is not None and column.count(first) == len(column):
+                same[place] = first
+            elif (found := mend(column)) is not None:
+                mended = _with(mended, place, found)
+        json = _encode(mended)
+        if same and (done := _mended_in(json, list(same.values()), len(rows))) is not None:
+            return done
+        for place, text in same.items():
+            mended = _with(mended, place, [timestamp(text)] * len(rows))
+        return _encode(mended) if same else json
+
+
+def _with(rows: Sequence[Row], place: int, cells: Iterable[Any]) -> Sequence[Row]:
+    """Rows with these cells in one column."""
+    changed: list[Any] = list(map(list, rows)) if isinstance(rows[0], tuple) else list(rows)
+    for row, cell in zip(changed, cells, strict=True):
+        row[place] = cell
+    return changed
+
+
+def _mended_in(json: bytes, times: list[str], rows: int) -> bytes | None:
+    """Rows as JSON with each of these times mended, which stand in all of them; None where a text holds one too.
+
+    What is mended is a time, so nothing in it is escaped, and all cells of it are found, apart from each other: where
+    there are as many as there should be, there are no others.
+    """
+    for text in set(times):
+        before, after = _encode(text), _encode(timestamp(text))
+        if before != after:
+            done, longer = json.replace(before, after), len(after) - len(before)
+            found = (len(done) - len(json)) // longer if longer else json.count(before)
+            if found != times.count(text) * rows:
+                return None
+            json = done
+    return json
 
 
 class Types(Values):

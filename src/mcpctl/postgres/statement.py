@@ -48,7 +48,7 @@ _ROWS = frozenset(map(int, (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COM
 _CURSOR = b"declare c no scroll cursor for\n"
 CHUNK = 16
 """Rows that libpq gathers before we see one: few, since each may be as large as an answer."""
-_SMALL_CHUNK = 128
+_SMALL_CHUNK = 256
 """The same of a text whose rows were small when it ran last; if they are not any more, libpq's growth bounds them."""
 _GROWTH = 24 << 20
 """How much libpq may grow for one answer, unless an answer may have more than a fifth of it."""
@@ -405,7 +405,7 @@ class Exchange:
         await (wire.come() if wire.sent() else wire.flush())
         if not self._begun_at_once(wire):
             await self.begun(wire)
-        answer = Answer(self._types, self.bounds, trusted=small)
+        answer = Answer(self._types, self.bounds, self.session.conn, trusted=small)
         self._pgconn.set_chunked_rows_mode(min(_SMALL_CHUNK if small else CHUNK, self.bounds.rows + 1))
         take = self._pgconn.get_result
         failed: StatementError | None = None

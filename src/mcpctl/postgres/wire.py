@@ -20,6 +20,10 @@ from psycopg import pq
 
 from mcpctl.errors import Error
 
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -27,6 +31,8 @@ _UNASKED = 2 << 20
 """How much libpq may grow for what comes while nothing is asked."""
 _UNASKED_READS = 200
 """How often that is read before the connection is closed: libpq keeps each notification for whoever may ask for it."""
+_WIDENINGS = 4
+"""How often libpq's buffer may be doubled for a connection whose answers are long: from 16 to 256 KiB."""
 _LOST = "the connection to the database was lost"
 
 
@@ -94,6 +100,11 @@ def _virtual_size(statm: int) -> int:
     return int(os.pread(statm, 32, 0).split(b" ", 1)[0]) * _PAGE if statm >= 0 else 0
 
 
+def _waiting(fd: int) -> bool:
+    """Whether there are bytes to be read at a socket, as tcp(7) tells. False where nobody says."""
+    return sys.platform == "linux" and fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) != bytes(4)
+
+
 class Wire:
     """The way of one connection to the event loop, from its first exchange to its end. What comes while nothing is
     asked is read at once: mostly it is the server's goodbye."""
@@ -108,6 +119,7 @@ class Wire:
         self._size = -1
         self._full = self._late = self._fed = False
         self._until = self._due = inf
+        self._widenings = 0 if pgconn.ssl_in_use else _WIDENINGS  # TLS may hold back that it is the end
         self._timer: asyncio.TimerHandle | None = None
         self.grown = 0
         """Bytes by which libpq has grown in this exchange; it never shrinks."""
@@ -203,7 +215,7 @@ class Wire:
             raise TimeoutError
         if self._fd < 0:
             raise ConnectionLostError(_LOST)
-        self._consume()
+        self._consume(more=self._fed)
 
     def sync(self) -> None:
         """Queue a sync point, where libpq can; else what is queued is sent with it."""
@@ -236,12 +248,16 @@ class Wire:
             self.close()
             raise ConnectionLostError(_LOST) from problem
 
-    def _consume(self) -> None:
-        """Read what has come. How libpq's buffer grows is seen with the next look whether a result is whole."""
+    def _consume(self, *, more: bool = False) -> None:
+        """Read what has come, as much of it as libpq's buffer takes; where more was to come, the buffer may be doubled
+        for what is left. How it grows for a row is seen with the next look whether a result is whole."""
         self._fed = True
         self._size = _virtual_size(self._statm)
         try:
             self._pgconn.consume_input()
+            if more and self._widenings and _waiting(self._fd):  # else this may read the end, and its reason be lost
+                self._widenings -= 1
+                self._pgconn.consume_input()
         except Exception as problem:
             self.close()
             raise ConnectionLostError(_LOST) from problem

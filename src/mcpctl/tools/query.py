@@ -30,13 +30,13 @@ async def _query(session: Session, arguments: dict[str, Any], bounds: Bounds) ->
 
 def as_result(found: Rows, elapsed: float, before: Mapping[str, Any] = {}) -> Result:
     """Rows as an answer; what stands `before` them in it. Each cell was encoded once, when it came."""
-    tail: dict[str, Any] = {"row_count": len(found.rows), "truncated": found.note is not None, "elapsed_ms": elapsed}
+    tail: dict[str, Any] = {"row_count": found.count, "truncated": found.note is not None, "elapsed_ms": elapsed}
     if found.note is not None:
         tail["note"] = found.note
     head = encode(before)[:-1] + b"," if before else b"{"
     columns = b"[]" if found.shape is None else found.shape.json
     pieces = (head, b'"columns":', columns, b',"rows":', found.json, b",", encode(tail)[1:])
-    return Result(b"".join(pieces).decode(), rows=len(found.rows), bytes=len(found.json))
+    return Result(b"".join(pieces).decode(), rows=found.count, bytes=len(found.json))
 
 
 def together(results: Mapping[str, Result | Error]) -> Result:
@@ -125,7 +125,7 @@ async def _explain(session: Session, arguments: dict[str, Any], bounds: Bounds) 
     if found.note is not None:
         answer["note"] = found.note
     done = result(answer)
-    done.rows, done.bytes = len(found.rows), len(found.json)
+    done.rows, done.bytes = found.count, len(found.json)
     return done
 
 
