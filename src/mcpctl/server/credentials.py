@@ -75,6 +75,12 @@ def token(headers: Headers) -> str | None:
     return rest.strip(" ")
 
 
+def without(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """The headers that are no credential."""
+    return [one for one in headers if one[0] not in _CREDENTIALS]
+
+
+_CREDENTIALS = (b"authorization", b"x-api-key", b"x-session-id")
 _IN_URL = (b"token", b"access_token", b"api_key", b"apikey", b"authorization", b"bearer")
 
 
