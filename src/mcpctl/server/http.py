@@ -176,7 +176,8 @@ class Http:
             finally:
                 self._parts.calls.limiter.leave(slots)
         except Error as problem:
-            status, body, headers = self._refusals.answer(found.headers, "/mcp", problem, request_id)
+            found.base = found.base or self._refusals.base(found.headers)
+            status, body, headers = self._refusals.answer(found.headers, "/mcp", problem, request_id, found.base)
             return asking.write(Reply(status, body, request_id, headers))
         except Exception:
             log.exception("request %s failed", request_id)
