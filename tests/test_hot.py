@@ -428,6 +428,32 @@ def test_tokens_in_turn_on_one_connection_are_told_apart(make_site: MakeSite, ne
         assert [line["token"] for line in at.audit() if line["event"] == "auth.ok"] == [first, second, third]
 
 
+_PRESENTED = [
+    "", "Authorization: Bearer a.b", "Authorization: Bearer mcp_x", "Authorization: bearer  " + "x" * 129,
+    "X-API-Key: a", "X-API-Key: a.b", "Authorization: Bearer", "Authorization: Basic eA", "X-Session-ID: a",
+    "Authorization: Bearer a\r\nX-API-Key: b", "Authorization: Bearer a\r\n b", "Authorization: Bearer a\tb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("presented", _PRESENTED)
+def test_what_is_refused_is_refused_again_for_the_same_reason(served: Site, presented: str) -> None:
+    _, token = served.token()
+    asked = _request(served, token, "select 1").replace(f"Authorization: Bearer {token}".encode(), presented.encode())
+    asked = asked.replace(b"\r\n\r\nContent-Type", b"\r\nContent-Type")
+    heard: list[bytes] = []
+    with _wire(served) as wire:
+        assert _ask(served, wire, token, "select 1")[0] == 200
+        for _ in range(3):
+            wire.sendall(asked)
+            head, body = answer(wire)
+            heard.append(re.sub(rb"date: .*\r\n|x-request-id: .*\r\n", b"", head) + body)
+            if b"connection: close" in head:
+                return
+    assert re.match(rb"HTTP/1.1 401", heard[0])
+    assert (b"invalid_token" in heard[0]) is bool(presented)
+    assert len(set(heard)) == 1
+
+
 def test_what_goes_from_the_hot_way_to_the_ordinary_one_is_counted_once(make_site: MakeSite, newest_shop: Shop) -> None:
     at = make_site(newest_shop, extra="limits: {addresses: {rate: 0.001, burst: 8}}\n")
     at.limits = {}

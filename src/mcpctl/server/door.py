@@ -265,13 +265,12 @@ class Visitor(Requests):
         found, generation = self._said.pop("found", None), self._said.get("generation")
         if found is None or generation is None or not self.cycle.keep_alive or self.expect_100_continue:
             return
-        apart = self._apart
+        apart, self._apart = self._apart, None
         if apart is None or apart.head != self.head:
             apart = Apart.of(self.head)
-        if apart is not None:
-            self._lane = Lane(apart, found, generation)
-            if found.routed is not None:
-                self.lanes.keep(self._peer, self._lane)
+        self._lane = Lane.of(apart, found, generation) if apart is not None else None
+        if self._lane is not None and found.routed is not None:
+            self.lanes.keep(self._peer, self._lane)
 
     def on_message_begin(self) -> None:
         """A request begins that goes the ordinary way."""

@@ -98,13 +98,15 @@ class Generation(Protocol):
 class Found:
     """What a head has said, but for its credential: the client's address, and the headers as both lanes see them.
     `most`: the bytes that a body may have. `routed`: see `Express.route`; None where nobody was let in with that head,
-    so that all that is known is how to refuse. `base`: what clients call the server by, where it was asked for."""
+    so that all that is known is how to refuse. `credential`: whether it had one, None where nobody looks at it. `base`:
+    what clients call the server by, where it was asked for."""
 
     app: Again
     address: str | None
     headers: list[tuple[bytes, bytes]]
     most: int
     routed: Route | None = None
+    credential: bool | None = None
     base: str | None = None
 
 
@@ -120,8 +122,8 @@ class Apart:
 
     @classmethod
     def of(cls, data: bytes) -> "Apart | None":
-        """The head that a request begins with, where it is small, says how long the body is, and has no credential of
-        an unusual kind."""
+        """The head that a request begins with, where it is small, says how long the body is, and has one credential at
+        most."""
         end = data.find(_END) + len(_END)
         if not len(_END) <= end <= SMALL:
             return None
@@ -149,6 +151,13 @@ class Lane:
         self._further = [
             (kind, _MOST[kind] + len(piece), piece) for kind, piece in zip(apart.order, apart.pieces[1:], strict=True)
         ]
+
+    @classmethod
+    def of(cls, apart: Apart, found: Found, generation: Generation) -> "Lane | None":
+        """That of a head, but where its credential is not one of its own two words: it would count for the next."""
+        if found.credential is not None and found.credential != (_TEXT in apart.order):
+            return None
+        return cls(apart, found, generation)
 
     def read(self, data: bytes) -> tuple[str | None, int, int] | None:
         """(credential, bytes of the body, where it begins) of a request with that head; None where it is another."""

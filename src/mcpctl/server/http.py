@@ -7,8 +7,7 @@ the request's task is cancelled, and with it the statement.
 import asyncio
 import contextlib
 import logging
-import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
@@ -73,7 +72,7 @@ class Http:
         self._refusals = Refusals(parts.settings.server.public_url, parts.gatekeeper, tls=parts.tls)
         self._asking = asyncio.Lock()
         self._streams: dict[asyncio.Task[Any], Principal] = {}
-        self._ids = _request_ids()
+        self._ids = exchange.request_ids()
         self.answered_express = 0
         self.answered_sdk = 0
         self._routes: dict[str, Callable[[Scope, Receive, Send, str], Awaitable[None]]] = {
@@ -114,7 +113,7 @@ class Http:
             principal = await self._known(text, address, request_id)
         except UnauthorizedError:
             if scope["method"] == "POST":  # what others are answered has another form
-                self._remember(scope, address, let_in=False)
+                self._remember(scope, address, text, let_in=False)
             raise
         if scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
@@ -123,7 +122,7 @@ class Http:
         try:
             _know(scope, principal)
             body = await self._body(scope, receive, principal)
-            self._remember(scope, address, let_in=True)
+            self._remember(scope, address, text, let_in=True)
             await self._served(scope, receive, send, Request(request_id, address, "http"), principal, body)
         finally:
             self._parts.calls.limiter.leave(slots)
@@ -136,13 +135,16 @@ class Http:
             self._note_limited(problem, principal, address, request_id)
             raise
 
-    def _remember(self, scope: Scope, address: str | None, *, let_in: bool) -> None:
+    def _remember(self, scope: Scope, address: str | None, text: str | None, *, let_in: bool) -> None:
         """Let further requests with that head go the hot way, if they can."""
-        express, headers = self._parts.express, scope["headers"]
-        routed = express.route(headers) if express is not None and let_in else None
+        parts, headers = self._parts, scope["headers"]
+        routed = parts.express.route(headers) if parts.express is not None and let_in else None
         if routed is not None or not let_in:
-            most = min(SMALL, self._parts.settings.limits.request_bytes)
-            scope["state"]["found"] = Found(self, address, credentials.without(headers), most, routed)
+            most, credential = (
+                min(SMALL, parts.settings.limits.request_bytes),
+                None if parts.no_auth else text is not None,
+            )
+            scope["state"]["found"] = Found(self, address, credentials.without(headers), most, routed, credential)
 
     # -- the hot lane, see hot.py ---------------------------------------------------------------------------------
 
@@ -275,12 +277,15 @@ class Http:
     def _note_refused(self, problem: Error, address: str | None, request_id: str) -> None:
         if self._parts.no_auth:
             return
-        locked = isinstance(problem, LockedError)
-        who: dict[str, Any] = {"token": getattr(problem, "token_id", None), "user": getattr(problem, "user", None)}
-        proven = who["token"] is not None and (locked or getattr(problem, "proven", False))
+        token, user, proven, locked = None, None, False, isinstance(problem, LockedError)
+        if isinstance(problem, LockedError):
+            token, user, proven = problem.token_id, problem.user, problem.token_id is not None
+        elif isinstance(problem, UnauthorizedError):
+            token, proven = problem.token_id, problem.token_id is not None and problem.proven
         self._parts.recorder.auth_refused(
-            address, problem.message, locked=locked, proven=proven, **who, request_id=request_id, transport="http"
-        )
+            address, problem.message, proven=proven, locked=locked, token=token, user=user,
+            request_id=request_id, transport="http",
+        )  # fmt: skip
 
     def _visit(self, scope: Scope, request_id: str) -> str | None:
         """Count a request against its address's rate, and return the address."""
@@ -486,13 +491,6 @@ class Http:
     async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
         status, body, headers = self._refusals.answer(scope["headers"], scope["path"], problem, request_id)
         await exchange.answer(send, status, body, request_id, headers)
-
-
-def _request_ids() -> Iterator[str]:
-    """16 random hexadecimal digits each; a system call is for many."""
-    while True:
-        drawn = secrets.token_hex(2048)
-        yield from [drawn[at : at + 16] for at in range(0, len(drawn), 16)]
 
 
 def _know(scope: Scope, principal: Principal) -> None:
