@@ -11,6 +11,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -426,6 +427,26 @@ def test_tokens_in_turn_on_one_connection_are_told_apart(make_site: MakeSite, ne
         wire.sendall(_request(at, three, "", method="tools/list"))  # nobody has heard of that token yet
         assert answer(wire)[0].startswith(b"HTTP/1.1 200")
         assert [line["token"] for line in at.audit() if line["event"] == "auth.ok"] == [first, second, third]
+
+
+def test_the_address_that_a_proxy_names_is_each_requests_own(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, extra="server: {trusted_proxies: [127.0.0.1]}\n").start("--behind-proxy")
+    _, token = at.token(allow_ips=(ip_network("198.51.100.7"),))
+    _, everywhere = at.token()
+
+    def ask(wire: socket.socket, text: str, *addresses: str) -> int:
+        named = "".join(f"X-Forwarded-For: {address}\r\n" for address in addresses).encode()
+        wire.sendall(_request(at, text, "select 1").replace(b"Accept:", named + b"Accept:", 1))
+        return int(answer(wire)[0].split(b" ")[1])
+
+    good, bad = "198.51.100.7", "198.51.100.8"
+    with _wire(at) as wire:
+        for _ in range(2):
+            assert [ask(wire, everywhere, where) for where in (good, bad)] == [200, 200]
+            assert [ask(wire, token, where) for where in (good, bad, good)] == [200, 401, 200]
+        assert ask(wire, everywhere) == 400  # it names none
+    called = [line["client_ip"] for line in at.audit() if line["event"] == "tool.called"]
+    assert called == [good, bad, good, good] * 2
 
 
 _PRESENTED = [
