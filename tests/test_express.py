@@ -26,7 +26,15 @@ _TURNS = [
     (b'"name":"t"', b'"name":"t","name":"u"'), (b'"name":"t"', b'"name":1,"name":"u"'), (b'"name":"t"', b'"name":null'),
     (b'"name":"t",', b""), (b'"name":"t"', b'"name":"\xff"'), (b'"name":"t"', b'"name":"\\ud800"'),
     (b'"name":"t"', b'"name":"t","x":1'), (b'"name":"t"', b'"name":"t","_meta":{}'),
-    (b'"name":"t"', b'"name":"t","_meta":{"progressToken":1}'), (b'{"query":"select 1"}', b"null"),
+    *[
+        (b'"name":"t"', b'"name":"t","_meta":%b' % meta)
+        for meta in (
+            b'{"progressToken":1}', b'{"progressToken":"a"}', b'{"progressToken":1.0}', b'{"progressToken":true}',
+            b'{"progressToken":null}', b'{"progressToken":12345678901234567890123}', b'{"progressToken":1,"a":2}',
+            b"null", b"[]", b'{},"_meta":{"a":1}', b'{"a":1},"_meta":{}', b'{"progressToken":[],"progressToken":1}',
+        )
+    ],
+    (b'{"query":"select 1"}', b"null"),
     (b'{"query":"select 1"}', b"[]"), (b'{"query":"select 1"}', b"{}"), (b',"arguments":{"query":"select 1"}', b""),
     (b'{"query":"select 1"}', b'{"a":1.0,"b":[true,null,1e400]}'), (b'{"query":"select 1"}', b'{"a":1,"a":2.5}'),
     (b'{"query":"select 1"}', b'{"a":' + b"[" * 149 + b"]" * 149 + b"}"), (b'{"query":"select 1"}', b'{"\xff":1}'),
@@ -66,7 +74,10 @@ def test_both_readings_of_a_body_say_the_same(turn: tuple[bytes, bytes], monkeyp
         | st.floats(allow_nan=False)
         | st.dictionaries(
             st.sampled_from(["name", "arguments", "_meta", "x"]),
-            st.text(max_size=3) | st.none() | st.dictionaries(st.text(max_size=3), st.integers() | st.booleans()),
+            st.text(max_size=3)
+            | st.none()
+            | st.dictionaries(st.just("progressToken"), st.integers() | st.floats())
+            | st.dictionaries(st.text(max_size=3), st.integers() | st.booleans()),
         ),
     )
 )

@@ -45,13 +45,18 @@ class Call(msgspec.Struct):
     modern: bool
 
 
+class _Meta(msgspec.Struct, forbid_unknown_fields=True):
+    progressToken: int | str | msgspec.UnsetType = msgspec.UNSET
+
+
 class _Params(msgspec.Struct, forbid_unknown_fields=True):
     name: str
     arguments: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    meta: _Meta | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="_meta")
 
 
 class _Plain(msgspec.Struct, forbid_unknown_fields=True):
-    """A tools/call without `_meta`: what most clients of the older era send."""
+    """A tools/call as clients of the older era send it."""
 
     jsonrpc: Literal["2.0"]
     id: int | str
