@@ -366,6 +366,46 @@ def test_what_is_no_call_goes_on_the_ordinary_way_before_what_came_meanwhile() -
     assert app.visits == [None, (app, "its number"), None]
 
 
+def test_what_comes_while_the_first_request_goes_the_hot_way_is_answered_after_it() -> None:
+    class Slow(_App):
+        async def again(self, found: Found, text: str | None, body: bytes, asking: Asking) -> bool | str:
+            await asyncio.sleep(0.2)
+            return await super().again(found, text, body, asking)
+
+    app = Slow()
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.sendall(_HEAD % 3 + b"one")
+            answer(wire)
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.sendall(_HEAD % 3 + b"two")
+            time.sleep(0.1)
+            wire.sendall(_HEAD % 5 + b"three")
+            assert [answer(wire)[1] for _ in range(2)] == [b"again", b"ok"]
+
+    asyncio.run(visited(app, visit, 20))
+    assert (app.ordinary, app.again_for) == ([b"one", b"three"], [b"two"])
+
+
+def test_a_head_of_a_config_that_is_no_longer_in_force_is_not_kept() -> None:
+    class Reloaded(_App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            self.in_force = bool(self.ordinary)
+            await super().__call__(scope, receive, send)
+
+    app = Reloaded()
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            for body in (b"one", b"two", b"hot"):
+                wire.sendall(_HEAD % 3 + body)
+                answer(wire)
+
+    asyncio.run(visited(app, visit, 20))
+    assert (app.ordinary, app.again_for) == ([b"one", b"two"], [b"hot"])
+
+
 def test_who_asks_the_hot_way_first_of_all_is_not_taken_for_silent() -> None:
     app = _App()
 

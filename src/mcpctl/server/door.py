@@ -210,7 +210,7 @@ class Visitor(Requests):
                 self._gone.set()
             return
         whole = self.reading is Reading.WHOLE
-        if whole and not self.cycle.keep_alive:
+        if whole and (self._ends or (self.answering is None and not self.cycle.keep_alive)):
             return  # no request follows one that said so
         self.waiting += data
         if whole and len(self.waiting) > self.ahead:
@@ -263,7 +263,9 @@ class Visitor(Requests):
         """Let further requests with the head of the last one, which went the ordinary way, go this way: of all
         connections, where it was let in, and else of this one."""
         found, generation = self._said.pop("found", None), self._said.get("generation")
-        if found is None or generation is None or not self.cycle.keep_alive or self.expect_100_continue:
+        if found is None or generation is None or not generation.in_force:
+            return
+        if not self.cycle.keep_alive or self.expect_100_continue:
             return
         apart, self._apart = self._apart, None
         if apart is None or apart.head != self.head:
@@ -299,6 +301,7 @@ class Visitor(Requests):
                 self._goes_ordinarily(data)
             else:
                 if not whole:
+                    self._ends = True
                     self.transport.close()
                 self._answered_again()
 

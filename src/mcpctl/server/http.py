@@ -140,11 +140,9 @@ class Http:
         parts, headers = self._parts, scope["headers"]
         routed = parts.express.route(headers) if parts.express is not None and let_in else None
         if routed is not None or not let_in:
-            most, credential = (
-                min(SMALL, parts.settings.limits.request_bytes),
-                None if parts.no_auth else text is not None,
-            )
-            scope["state"]["found"] = Found(self, address, credentials.without(headers), most, routed, credential)
+            most = min(SMALL, parts.settings.limits.request_bytes)
+            given = None if parts.no_auth else text is not None
+            scope["state"]["found"] = Found(self, address, credentials.without(headers), most, routed, given)
 
     # -- the hot lane, see hot.py ---------------------------------------------------------------------------------
 
