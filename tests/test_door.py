@@ -17,7 +17,7 @@ import httpx
 import pytest
 import uvicorn
 
-from mcpctl.server import door, http, loop, run
+from mcpctl.server import door, entrance, http, loop, run
 from site_of_mcpctl import Shop, Site, eventually, in_background
 from visiting import answer, unauthorized, visited
 
@@ -325,12 +325,12 @@ def test_the_door_is_asked_on_libuv_too() -> None:
         with door.Door() as bound:
             bound.bind(("127.0.0.1", 0))
             bound.most = 0  # nobody is let in
-            entrance = door.Entrance(bound, visitor, None)
+            taking = entrance.Entrance(bound, visitor, None)
             with socket.create_connection(bound.getsockname(), timeout=10) as wire:
                 assert await asyncio.to_thread(wire.recv, 1) == b""
             assert bound.turned_away == 1
-            entrance.close()
-            await entrance.wait_closed()
+            taking.close()
+            await taking.wait_closed()
 
     loop.run(main())
     assert found == ["uvloop"]

@@ -11,21 +11,21 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
+from ipaddress import ip_network
 from pathlib import Path
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import pytest
 
+from mcpctl.identity import tokens
 from mcpctl.server import door, encoding
 from mcpctl.server.exchange import Receive, Scope, Send
-from mcpctl.server.express import Call
-from mcpctl.server.hot import Found, Lane, Reply, Write
+from mcpctl.server.hot import Apart, Asking, Found, Lane, Lanes, Reply
 from site_of_mcpctl import Shop, Site, eventually, in_background
 from visiting import answer, visited
 
 MakeSite = Callable[..., Site]
-Task = asyncio.Task[None]
-Gone = Callable[[], bool]
 _HEAD = b"POST /mcp HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nAuthorization: y\r\n\r\n"
 
 
@@ -35,6 +35,7 @@ class _App:
     in_force = True
 
     def __init__(self) -> None:
+        self.busy: dict[asyncio.Task[Any], str] = {}
         self.again_for: list[bytes] = []
         self.ordinary: list[bytes] = []
         self.gone = self.asked = 0
@@ -48,23 +49,22 @@ class _App:
                 break
         self.ordinary.append(body)
         scope["state"] |= {
-            "found": Found(self, None, None, scope["headers"], 100, (False, "")),
+            "found": Found(self, None, scope["headers"], 100, (False, "")),
             "generation": self,
             "known": "t",
         }
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
 
-    def read(self, found: Found, body: bytes) -> Call | None:
-        return None if body == b"sdk" else Call(1, body.decode(), None, False)
-
-    async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
-        self.again_for.append(call.name.encode())
+    async def again(self, found: Found, text: str | None, body: bytes, asking: Asking) -> bool | str:
+        if body == b"sdk":
+            return "its number"
+        self.again_for.append(body if text is None else b"%b as %b" % (body, text.encode()))
         try:
-            await asyncio.sleep(60 if call.name == "long" else 0)
+            await asyncio.sleep(60 if body == b"long" else 0)
         finally:
-            self.gone += gone()
-        return await write(Reply(401 if call.name == "no" else 200, b"again", "1"))
+            self.gone += asking.gone()
+        return asking.write(Reply(401 if body == b"no" else 200, b"again", "1"))
 
 
 def test_a_further_call_with_the_same_head_goes_the_hot_way_and_nothing_else_does(
@@ -102,15 +102,15 @@ def test_a_further_call_with_the_same_head_goes_the_hot_way_and_nothing_else_doe
             ask(whole(b"close").replace(b"y\r\n", b"y\r\nConnection: close\r\n"))
             assert wire.recv(1) == b""
         with socket.create_connection(address, timeout=10) as wire:
-            wire.sendall(_HEAD % 3 + b"one")
+            wire.sendall((_HEAD % 9).replace(b"y\r\n", b"z\r\n") + b"elsewhere")
             answer(wire)
-            wire.sendall(_HEAD % 4 + b"long")
+            wire.sendall((_HEAD % 4).replace(b"y\r\n", b"z\r\n") + b"long")
             eventually(lambda: app.again_for[-1] == b"long")
         eventually(lambda: app.gone)
 
     asyncio.run(visited(app, visit, 20))
-    assert app.again_for == [b"second", b"another length", b"in drops", b"no", b"long"]
-    others = [b"first", b"sdk", b"one", b"two", b"x" * 101, b"head", b"anew", b"reloaded", b"close", b"one"]
+    assert app.again_for == [b"second", b"another length", b"in drops", b"no", b"anew", b"elsewhere", b"long"]
+    others = [b"first", b"sdk", b"one", b"two", b"x" * 101, b"head", b"reloaded", b"close"]
     assert app.ordinary == others
 
 
@@ -152,17 +152,17 @@ def test_a_long_answer_stops_when_it_is_no_longer_wanted_and_waits_for_who_reads
     class Long(_App):
         wanted = True
 
-        async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
-            return await write(Reply(200, bytes(8 << 20), "1", wanted=lambda: self.wanted))
+        async def again(self, found: Found, text: str | None, body: bytes, asking: Asking) -> bool | str:
+            return await asking.write_long(Reply(200, bytes(8 << 20), "1"), lambda: self.wanted)
 
     app = Long()
 
     def visit(address: tuple[str, int]) -> None:
         for app.wanted in (True, False):
             with socket.create_connection(address, timeout=10) as wire:
-                wire.sendall(_HEAD % 3 + b"one")
+                wire.sendall((_HEAD % 3).replace(b"y\r\n", b"%r\r\n" % app.wanted) + b"one")
                 answer(wire)
-                wire.sendall(_HEAD % 3 + b"two")
+                wire.sendall((_HEAD % 3).replace(b"y\r\n", b"%r\r\n" % app.wanted) + b"two")
                 read = 0
                 while read < 8 << 20 and (more := wire.recv(1 << 20)):
                     read += len(more)
@@ -173,12 +173,12 @@ def test_a_long_answer_stops_when_it_is_no_longer_wanted_and_waits_for_who_reads
 
 def test_a_connection_that_is_hung_up_while_a_long_answer_leaves_ends_behind_it() -> None:
     class HungUp(_App):
-        async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
+        async def again(self, found: Found, text: str | None, body: bytes, asking: Asking) -> bool | str:
             def wanted() -> bool:
-                write.__self__.shutdown()  # type: ignore[attr-defined]
+                asking.shutdown()  # type: ignore[attr-defined]
                 return True
 
-            return await write(Reply(200, bytes(1 << 20), "1", wanted=wanted))
+            return await asking.write_long(Reply(200, bytes(1 << 20), "1"), wanted)
 
     def visit(address: tuple[str, int]) -> None:
         with socket.create_connection(address, timeout=10) as wire:
@@ -196,9 +196,9 @@ def test_who_was_answered_just_now_is_not_sent_away_however_long_it_took() -> No
             await asyncio.sleep(1.5)  # until shortly before the second look
             await super().__call__(scope, receive, send)
 
-        async def again(self, found: Found, call: Call, task: Task, gone: Gone, write: Write) -> bool:
+        async def again(self, found: Found, text: str | None, body: bytes, asking: Asking) -> bool | str:
             await asyncio.sleep(1.35)
-            return await write(Reply(200, b"again", "1"))
+            return asking.write(Reply(200, b"again", "1"))
 
     def visit(address: tuple[str, int]) -> None:
         with socket.create_connection(address, timeout=10) as wire:
@@ -221,7 +221,7 @@ def test_the_headers_of_an_answer_are_the_same_in_both_lanes() -> None:
 
 def test_what_a_head_has_said_is_not_shown() -> None:
     headers = [(b"authorization", b"Bearer mcp_secret")]
-    assert "mcp_" not in repr(Found(_App(), None, "mcp_secret", headers, 9, (False, "")))
+    assert "mcp_" not in repr(Found(_App(), None, headers, 9, (False, "")))
 
 
 def test_a_large_head_is_not_kept() -> None:
@@ -237,12 +237,293 @@ def test_a_large_head_is_not_kept() -> None:
     assert (app.ordinary, app.again_for) == ([b"one", b"one"], [])
 
 
-@pytest.mark.parametrize("head", [b"GET / HTTP/1.1\r\n\r\n", b"x\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n"])
-def test_a_head_without_one_length_is_never_known(head: bytes) -> None:
-    assert Lane.of(head, Found(_App(), None, None, [], 9, (False, "")), _App()) is None
+def test_what_a_head_has_of_its_own_is_read_anew_each_time() -> None:
+    app = _App()
+    heads = [
+        b"POST /mcp HTTP/1.1\r\nHost: x\r\nauthorization:\tBEARER  %b \r\nContent-Length:%d\t\r\nA: b\r\n\r\n",
+        b"POST /mcp HTTP/1.1\r\nContent-Length: %d\r\nX-API-Key: %b\r\nHost: x\r\n\r\n",
+    ]
+    for head in heads:
+        words = (lambda *found: found) if head.index(b"%b") < head.index(b"%d") else (lambda *found: found[::-1])
+        apart = Apart.of(head % words(b"mcp_first", 3) + b"one")
+        assert apart is not None
+        lane = Lane(apart, Found(app, None, [], 9, (False, "")), app)
+        for text, length in ((b"mcp_first", 3), (b"another1", 7654321), (b"x" * 128, 0)):
+            whole = head % words(text, length)
+            assert lane.read(whole + b"body") == (text.decode(), length, len(whole))
+        changed = [
+            (b"x" * 129, 3), (b"", 3), (b"_", 3), (b"two words", 3), (b"a.b", 3), (b"a\r\nHost: y", 3),
+            (b"\xc3\xa9", 3), (b"a", 12345678), (b"a", -1),
+        ]  # fmt: skip
+        for text, length in changed:
+            assert lane.read(head % words(text, length) + b"body") is None
+        whole = head % words(b"a", 3)
+        assert lane.read(whole.replace(b"Host: x", b"Host: y")) is None
+        assert lane.read(whole.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")) is None
+        assert lane.read(whole[:-1]) is None
+
+
+def test_tokens_in_turn_go_the_hot_way_on_any_connection() -> None:
+    app, head = _App(), _HEAD.replace(b"y\r\n", b"Bearer %b\r\n")
+
+    def visit(address: tuple[str, int]) -> None:
+        for _ in range(2):
+            with socket.create_connection(address, timeout=10) as wire:
+                for token in (b"one", b"two"):
+                    wire.sendall(head % (4, token) + b"call")
+                    answer(wire)
+
+    asyncio.run(visited(app, visit, 20))
+    assert (app.ordinary, app.again_for) == ([b"call"], [b"call as two", b"call as one", b"call as two"])
+
+
+def _lane(name: str, app: _App, size: int = 0) -> tuple[Apart, Lane]:
+    apart = Apart.of(b"POST /%b HTTP/1.1\r\nContent-Length: 1\r\nX: %b\r\n\r\n" % (name.encode(), b"x" * size))
+    assert apart is not None
+    return apart, Lane(apart, Found(app, None, [], 9, (False, "")), app)
+
+
+def test_of_the_heads_that_are_known_the_one_asked_for_least_recently_goes() -> None:
+    app, lanes = _App(), Lanes(3, 3000)
+    known = {name: _lane(name, app) for name in "abcd"}
+    for name in "abc":
+        lanes.keep("::1", known[name][1])
+        lanes.keep("::1", known[name][1])
+    assert lanes.find("::1", known["a"][0]) is known["a"][1]
+    lanes.keep("::1", known["d"][1])
+    assert [name for name in "abcd" if lanes.find("::1", known[name][0])] == ["a", "c", "d"]
+    large, lane = _lane("large", app, 2900)
+    lanes.keep("::1", lane)
+    assert [name for name in "abcd" if lanes.find("::1", known[name][0])] == ["d"]
+    assert lanes.find("::1", large) is lane
+    assert len(lanes) == 2
+
+
+def test_a_head_is_known_for_who_sent_it_and_as_long_as_the_config_is_in_force() -> None:
+    app, lanes = _App(), Lanes()
+    apart, lane = _lane("a", app)
+    lanes.keep("127.0.0.1", lane)
+    assert lanes.find("127.0.0.2", apart) is None
+    assert lanes.find("127.0.0.1", apart) is lane
+    later = _App()
+    lanes.keep("127.0.0.1", _lane("b", later)[1])
+    assert lanes.find("127.0.0.1", apart) is None
+    later.in_force = False
+    assert lanes.find("127.0.0.1", _lane("b", later)[0]) is None
+    assert len(lanes) == 0
+
+
+def test_a_head_that_nobody_was_let_in_with_is_known_on_its_connection_alone() -> None:
+    class Refused(_App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            scope["state"] |= {"found": Found(self, None, scope["headers"], 100), "generation": self}
+            self.ordinary.append((await receive())["body"])
+            await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
+            await send({"type": "http.response.body", "body": b"no"})
+
+    app = Refused()
+
+    def visit(address: tuple[str, int]) -> None:
+        for word in (b"1", b"2"):
+            with socket.create_connection(address, timeout=10) as wire:
+                for body in (b"first", b"again"):
+                    wire.sendall(_HEAD % 6 + body + word)
+                    answer(wire)
+
+    asyncio.run(visited(app, visit, 20))
+    assert (app.ordinary, app.again_for) == ([b"first1", b"first2"], [b"again1", b"again2"])
+
+
+def test_what_is_no_call_goes_on_the_ordinary_way_before_what_came_meanwhile() -> None:
+    class Slow(_App):
+        visits: ClassVar[list[object]] = []
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            self.visits.append(scope["state"].get("visited"))
+            await super().__call__(scope, receive, send)
+
+        async def again(self, found: Found, text: str | None, body: bytes, asking: Asking) -> bool | str:
+            asking.know("t")
+            await asyncio.sleep(0.2)
+            return await super().again(found, text, body, asking)
+
+    app = Slow()
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.sendall(_HEAD % 3 + b"one")
+            answer(wire)
+            wire.sendall(_HEAD % 3 + b"sdk")
+            time.sleep(0.1)
+            wire.sendall(_HEAD % 3 + b"two")
+            for _ in range(2):
+                answer(wire)
+            wire.sendall(_HEAD % 3 + b"hot")
+            answer(wire)
+
+    asyncio.run(visited(app, visit, 20))
+    assert (app.ordinary, app.again_for) == ([b"one", b"sdk", b"two"], [b"hot"])
+    assert app.visits == [None, (app, "its number"), None]
+
+
+def test_what_comes_while_the_first_request_goes_the_hot_way_is_answered_after_it() -> None:
+    class Slow(_App):
+        async def again(self, found: Found, text: str | None, body: bytes, asking: Asking) -> bool | str:
+            await asyncio.sleep(0.2)
+            return await super().again(found, text, body, asking)
+
+    app = Slow()
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.sendall(_HEAD % 3 + b"one")
+            answer(wire)
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.sendall(_HEAD % 3 + b"two")
+            time.sleep(0.1)
+            wire.sendall(_HEAD % 5 + b"three")
+            assert [answer(wire)[1] for _ in range(2)] == [b"again", b"ok"]
+
+    asyncio.run(visited(app, visit, 20))
+    assert (app.ordinary, app.again_for) == ([b"one", b"three"], [b"two"])
+
+
+def test_a_head_of_a_config_that_is_no_longer_in_force_is_not_kept() -> None:
+    class Reloaded(_App):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            self.in_force = bool(self.ordinary)
+            await super().__call__(scope, receive, send)
+
+    app = Reloaded()
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            for body in (b"one", b"two", b"hot"):
+                wire.sendall(_HEAD % 3 + body)
+                answer(wire)
+
+    asyncio.run(visited(app, visit, 20))
+    assert (app.ordinary, app.again_for) == ([b"one", b"two"], [b"hot"])
+
+
+def test_who_asks_the_hot_way_first_of_all_is_not_taken_for_silent() -> None:
+    app = _App()
+
+    def visit(address: tuple[str, int]) -> None:
+        with socket.create_connection(address, timeout=10) as wire:
+            wire.sendall(_HEAD % 3 + b"one")
+            answer(wire)
+        with socket.create_connection(address, timeout=10) as wire:
+            began = time.monotonic()
+            while time.monotonic() - began < 1.5:
+                wire.sendall(_HEAD % 3 + b"two")
+                answer(wire)
+                time.sleep(0.1)
+            began = time.monotonic()
+            assert wire.recv(1) == b""
+            assert time.monotonic() - began > 0.3
+
+    asyncio.run(visited(app, visit, 0.5))
+    assert len(app.ordinary) == 1
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"x\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+        b"x\r\nContent-Length: 1\r\nX-API-Key: a\r\nAuthorization: Bearer a\r\n\r\n",
+        b"x\r\nContent-Length: 1\r\n",
+    ],
+)
+def test_a_head_without_one_length_and_one_credential_at_most_is_never_known(head: bytes) -> None:
+    assert Apart.of(head) is None
 
 
 # -- over a real server --------------------------------------------------------------------------------------------
+
+
+def test_tokens_in_turn_on_one_connection_are_told_apart(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop).start()
+    (first, one), (second, two), (third, three) = at.token("alice"), at.token("bob"), at.token()
+    wrong = tokens.signed(two[:13] + tokens.mint()[1][13:-7])
+    asked = [(one, 200), (two, 200), (wrong, 401), (one, 200), (three[:30], 401), (two, 200)]
+    with _wire(at) as wire, _wire(at) as other:
+        for text, status in asked:
+            assert _ask(at, wire, text, "select 1")[0] == status
+        lines = [line for line in at.audit() if line["event"] in ("tool.called", "auth.refused")]
+        said = [(line["event"], line.get("token"), line.get("user"), line["client_ip"]) for line in lines]
+        assert said == [
+            ("tool.called", first, "alice", "127.0.0.1"),
+            ("tool.called", second, "bob", "127.0.0.1"),
+            ("auth.refused", second, None, "127.0.0.1"),
+            ("tool.called", first, "alice", "127.0.0.1"),
+            ("auth.refused", None, None, "127.0.0.1"),
+            ("tool.called", second, "bob", "127.0.0.1"),
+        ]
+        at.run("token", "revoke", second)
+        for here in (wire, other):
+            assert [_ask(at, here, text, "select 1")[0] for text in (two, one, two)] == [401, 200, 401]
+        wire.sendall(_request(at, three, "", method="tools/list"))  # nobody has heard of that token yet
+        assert answer(wire)[0].startswith(b"HTTP/1.1 200")
+        assert [line["token"] for line in at.audit() if line["event"] == "auth.ok"] == [first, second, third]
+
+
+def test_the_address_that_a_proxy_names_is_each_requests_own(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, extra="server: {trusted_proxies: [127.0.0.1]}\n").start("--behind-proxy")
+    _, token = at.token(allow_ips=(ip_network("198.51.100.7"),))
+    _, everywhere = at.token()
+
+    def ask(wire: socket.socket, text: str, *addresses: str) -> int:
+        named = "".join(f"X-Forwarded-For: {address}\r\n" for address in addresses).encode()
+        wire.sendall(_request(at, text, "select 1").replace(b"Accept:", named + b"Accept:", 1))
+        return int(answer(wire)[0].split(b" ")[1])
+
+    good, bad = "198.51.100.7", "198.51.100.8"
+    with _wire(at) as wire:
+        for _ in range(2):
+            assert [ask(wire, everywhere, where) for where in (good, bad)] == [200, 200]
+            assert [ask(wire, token, where) for where in (good, bad, good)] == [200, 401, 200]
+        assert ask(wire, everywhere) == 400  # it names none
+    called = [line["client_ip"] for line in at.audit() if line["event"] == "tool.called"]
+    assert called == [good, bad, good, good] * 2
+
+
+_PRESENTED = [
+    "", "Authorization: Bearer a.b", "Authorization: Bearer mcp_x", "Authorization: bearer  " + "x" * 129,
+    "X-API-Key: a", "X-API-Key: a.b", "Authorization: Bearer", "Authorization: Basic eA", "X-Session-ID: a",
+    "Authorization: Bearer a\r\nX-API-Key: b", "Authorization: Bearer a\r\n b", "Authorization: Bearer a\tb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("presented", _PRESENTED)
+def test_what_is_refused_is_refused_again_for_the_same_reason(served: Site, presented: str) -> None:
+    _, token = served.token()
+    asked = _request(served, token, "select 1").replace(f"Authorization: Bearer {token}".encode(), presented.encode())
+    asked = asked.replace(b"\r\n\r\nContent-Type", b"\r\nContent-Type")
+    heard: list[bytes] = []
+    with _wire(served) as wire:
+        assert _ask(served, wire, token, "select 1")[0] == 200
+        for _ in range(3):
+            wire.sendall(asked)
+            head, body = answer(wire)
+            heard.append(re.sub(rb"date: .*\r\n|x-request-id: .*\r\n", b"", head) + body)
+            if b"connection: close" in head:
+                return
+    assert re.match(rb"HTTP/1.1 401", heard[0])
+    assert (b"invalid_token" in heard[0]) is bool(presented)
+    assert len(set(heard)) == 1
+
+
+def test_what_goes_from_the_hot_way_to_the_ordinary_one_is_counted_once(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, extra="limits: {addresses: {rate: 0.001, burst: 8}}\n")
+    at.limits = {}
+    token = at.start().token()[1]
+    with _wire(at) as wire:
+        assert _ask(at, wire, token, "select 1")[0] == 200
+        for _ in range(7):
+            wire.sendall(_request(at, token, "", method="tools/list"))
+            assert answer(wire)[0].startswith(b"HTTP/1.1 200")
 
 
 @contextlib.contextmanager
@@ -267,9 +548,9 @@ def _answer(at: Site, wire: socket.socket, token: str, query: str, name: str) ->
     return answer(wire)
 
 
-def _request(at: Site, token: str, query: str, name: str = "query_database") -> bytes:
-    params = {"name": name, "arguments": {"query": query}}
-    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}).encode()
+def _request(at: Site, token: str, query: str, name: str = "query_database", method: str = "tools/call") -> bytes:
+    params = {"name": name, "arguments": {"query": query}} if method == "tools/call" else {}
+    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode()
     lines = [
         "POST /mcp HTTP/1.1", f"Host: {urlsplit(at.url).netloc}", f"Authorization: Bearer {token}",
         "Content-Type: application/json", "Accept: application/json", f"Content-Length: {len(body)}",
@@ -285,14 +566,16 @@ def served(newest_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def test_both_lanes_say_the_same(served: Site) -> None:
-    _, token = served.token()
-    asked = ["select 1", "select 'é', null", "drop table x", "select 1/0", "x" * 5000]
-    for query in asked:
+    mine, token = served.token()
+    queries = ["select 1", "select 'é', null", "drop table x", "select 1/0", "x" * 5000]
+    for number, query in enumerate(queries):
         for name in ("query_database", "no_such_tool"):
             said = []
             with _wire(served) as wire:
                 for _ in range(2):
-                    head, body = _answer(served, wire, token, query, name)
+                    asked = _request(served, token, query, name)  # the first with a head that is not known
+                    wire.sendall(asked.replace(b"Accept:", b"X-Try: %d-%b\r\nAccept:" % (number, name.encode()), 1))
+                    head, body = answer(wire)
                     lines = [
                         line for line in head.split(b"\r\n") if not re.match(rb"date|content-length|x-request-id", line)
                     ]
@@ -300,7 +583,8 @@ def test_both_lanes_say_the_same(served: Site) -> None:
                     if b"connection: close" in lines:
                         break
             assert said[0] == said[-1]
-    calls = [line for line in served.audit() if line["event"] == "tool.called" and line.get("statement") == "select 1"]
+    calls = [line for line in served.audit() if line["event"] == "tool.called" and line["token"] == mine]
+    calls = [line for line in calls if line.get("statement") == "select 1"]
     assert len(calls) == 2
     same = [{key: line[key] for key in ("user", "token", "tool", "client_ip", "transport", "rows")} for line in calls]
     assert same[0] == same[1]

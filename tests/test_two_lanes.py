@@ -72,6 +72,27 @@ class Reply:
 
 
 @dataclass
+class _Asking:
+    """Who asks on the hot lane, and what was written to him."""
+
+    answering: asyncio.Task[None] | None
+    written: list[hot.Reply] = field(default_factory=list)
+
+    def gone(self) -> bool:
+        return False
+
+    def know(self, token: str | None) -> None:
+        pass
+
+    def write(self, reply: hot.Reply) -> bool:
+        self.written.append(reply)
+        return True
+
+    async def write_long(self, reply: hot.Reply, wanted: object) -> bool:
+        return self.write(reply)
+
+
+@dataclass
 class Lanes:
     """The app twice over one core: with the express lane, and with the SDK alone."""
 
@@ -100,21 +121,14 @@ class Lanes:
 
     async def _again(self, found: Found | None, body: bytes) -> tuple[int, bytes] | None:
         """The answer of the hot lane to a further call with the same head, where it takes it."""
-        call = self.both.read(found, body) if found is not None else None
-        if found is None or call is None:
+        if found is None or self.both.read(found, body) is None:
             return None
         counted = self.both.answered_express
-        task = asyncio.create_task(asyncio.sleep(0))
-        written: list[hot.Reply] = []
-
-        async def write(reply: hot.Reply) -> bool:
-            written.append(reply)
-            return True
-
-        assert await self.both.again(found, call, task, lambda: False, write)
+        asking = _Asking(asyncio.create_task(asyncio.sleep(0)))
+        assert await self.both.again(found, self.token, body, asking) is True
         self.both.answered_express = counted  # of the first calls alone
         self.hot += 1
-        [reply] = written
+        [reply] = asking.written
         return reply.status, corpus.mask(reply.body)
 
     async def _post(self, app: Http, entry: Entry) -> Reply:

@@ -49,6 +49,8 @@ def to_origin_form(scope: MutableMapping[str, Any]) -> None:
 
 def refuse_in_url(query: bytes) -> None:
     """Raise UsageError (400) for a credential in the URL, where logs and histories keep it, or for a long query."""
+    if not query:
+        return
     if len(query) > _QUERY:
         raise UsageError(f"the query of the URL is longer than {_QUERY} bytes", "send the request without it")
     names = (unquote_to_bytes(part.partition(b"=")[0]).lower() for part in query.split(b"&"))
@@ -61,20 +63,30 @@ def token(headers: Headers) -> str | None:
 
     UsageError (400) for two of them. UnauthorizedError for another scheme.
     """
-    bearer, api_key = header(headers, b"authorization"), header(headers, b"x-api-key")
-    session = header(headers, b"x-session-id")
-    if sum(credential is not None for credential in (bearer, api_key, session)) > 1:
+    found = [(name, value) for name, value in headers if name in _CREDENTIALS]
+    if len(found) > 1:
+        for name in _CREDENTIALS:
+            header(found, name)  # each stands there once
         raise UsageError("two credentials in one request", "send Authorization: Bearer … alone")
-    if session is not None:
+    if not found:
+        return None
+    name, value = found[0][0], found[0][1].decode("latin-1")
+    if name == b"x-session-id":
         raise UnauthorizedError("no such session")
-    if bearer is None:
-        return api_key
-    scheme, _, rest = bearer.partition(" ")
+    if name == b"x-api-key":
+        return value
+    scheme, _, rest = value.partition(" ")
     if scheme.lower() != "bearer":
         raise UnauthorizedError("another scheme than Bearer")
     return rest.strip(" ")
 
 
+def without(headers: Headers) -> list[tuple[bytes, bytes]]:
+    """The headers that are no credential."""
+    return [one for one in headers if one[0] not in _CREDENTIALS]
+
+
+_CREDENTIALS = (b"authorization", b"x-api-key", b"x-session-id")
 _IN_URL = (b"token", b"access_token", b"api_key", b"apikey", b"authorization", b"bearer")
 
 
@@ -153,6 +165,8 @@ class Gatekeeper:
         return peer
 
     def _trusted(self, address: str) -> bool:
+        if not self.proxies:
+            return False
         try:
             found = ipaddress.ip_address(address)
         except ValueError:

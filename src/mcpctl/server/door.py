@@ -9,7 +9,6 @@ import contextlib
 import functools
 import logging
 import socket
-import ssl
 from collections import Counter
 from collections.abc import Callable, Mapping
 from time import monotonic
@@ -19,9 +18,8 @@ from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from mcpctl.server.exchange import PIECE
-from mcpctl.server.express import Call
 from mcpctl.server.held import SMALL, Budget
-from mcpctl.server.hot import Lane, Reply
+from mcpctl.server.hot import Apart, Lane, Lanes, Reply
 from mcpctl.server.requests import Reading, Requests
 from mcpctl.shared_counters import source
 
@@ -31,8 +29,9 @@ _TURNS = 16
 _NEWCOMERS = 16
 """Descriptors for those for whom others have to go, whose own are free only when the event loop comes to it."""
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
-_BACKLOG, _AT_ONCE, _PAUSE = 2048, 16, 1.0
 _AT_ONCE_SECONDS = 0.05
+_ANSWERED = object()
+"""What was seen last of somebody who was answered since."""
 _SAID_FOR = 60.0
 """Seconds between two lines on who was turned away."""
 
@@ -72,63 +71,6 @@ class Door(socket.socket):
         if monotonic() - self._said >= _SAID_FOR:
             more, self._told, self._said = self.turned_away - self._told, self.turned_away, monotonic()
             log.warning("too few file descriptors (ulimit -n): %d connections closed to keep some free", more)
-
-
-class Entrance:
-    """Takes in those who come to a door; closed as an asyncio server is. Under TLS `tls` makes the connection."""
-
-    def __init__(self, door: Door, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None) -> None:
-        self._door = door
-        self._protocol = protocol
-        self._tls = tls
-        self._loop = asyncio.get_running_loop()
-        self._entering: set[asyncio.Task[Any]] = set()
-        door.setblocking(False)
-        door.listen(_BACKLOG)
-        self._loop.add_reader(door.fileno(), self._take)
-
-    def _take(self) -> None:
-        """Take in those who are there, and the others their turn before too many of them."""
-        for _ in range(_AT_ONCE):
-            try:
-                conn, _ = self._door.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return  # nobody is there, or was turned away: the loop comes again where somebody is
-            except OSError as problem:
-                self._pause(problem)
-                return
-            task = self._loop.create_task(self._enter(conn))
-            self._entering.add(task)
-            task.add_done_callback(self._entering.discard)
-
-    def _pause(self, problem: OSError) -> None:
-        """Take nobody for a second: the system gives us no further descriptor."""
-        log.error("no connection can be accepted: %s", problem)
-        self._loop.remove_reader(self._door.fileno())
-        self._loop.call_later(_PAUSE, self._again)
-
-    def _again(self) -> None:
-        if self._door.fileno() >= 0:
-            self._loop.add_reader(self._door.fileno(), self._take)
-
-    async def _enter(self, conn: socket.socket) -> None:
-        conn.setblocking(False)
-        try:
-            await self._loop.connect_accepted_socket(self._protocol, conn, ssl=self._tls)
-        except (OSError, ssl.SSLError) as problem:  # he went away, or speaks no TLS
-            log.debug("a connection was not made: %r", problem)
-            conn.close()
-
-    def close(self) -> None:
-        """Take in nobody any more."""
-        if self._door.fileno() >= 0:
-            self._loop.remove_reader(self._door.fileno())
-        for task in self._entering:
-            task.cancel()
-
-    async def wait_closed(self) -> None:
-        """Those who were coming have gone."""
-        await asyncio.gather(*self._entering, return_exceptions=True)
 
 
 class _Coming:
@@ -171,20 +113,30 @@ class Visitor(Requests):
     _patience: asyncio.TimerHandle | None = None
     _seen: object = None
     _unread: tuple[int, ...] = ()
+    lanes: ClassVar[Lanes] = Lanes()
+    """The heads that may go the hot way, see hot.py."""
+    answering: "asyncio.Task[None] | None" = None
+    """What answers a request that went the hot way."""
     _dropped = 0
     _lane: Lane | None = None
-    _task: "asyncio.Task[None] | None" = None
+    _apart: Apart | None = None
+    _peer: str | None = None
+    _visited: tuple[object, str] | None = None
+    _ends = False
     _answered_at = 0.0
-    _dates: tuple[object, bytes] = (None, b"")
+    _dates: ClassVar[tuple[object, bytes]] = (None, b"")
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
         self._gone = asyncio.Event()
+        self._said: dict[str, Any] = {}
 
     @classmethod
     def of(cls, request_bytes: int, patience: float = patience) -> "type[Visitor]":
         """The visitors of one process, whose bodies may be so large."""
-        made: type[Visitor] = type("Visitor", (cls,), {"patience": patience, "budget": Budget(0), "here": {}})
+        made: type[Visitor] = type(
+            "Visitor", (cls,), {"patience": patience, "budget": Budget(0), "here": {}, "lanes": Lanes()}
+        )
         made.allow(request_bytes)
         return made
 
@@ -218,12 +170,13 @@ class Visitor(Requests):
     @property
     def known(self) -> str | None:
         """Whose token the last request had, if one that is valid, and no limit refused it."""
-        return self.scope["state"].get("known") if self.scope is not None else None
+        known: str | None = self._said.get("known")
+        return known
 
     @property
     def idle(self) -> bool:
         """Whether no request is being read or answered."""
-        return self._task is None and (self.cycle is None or self.cycle.response_complete)
+        return self.answering is None and (self.cycle is None or self.cycle.response_complete)
 
     def abort(self) -> None:
         """Close the connection at once."""
@@ -232,8 +185,10 @@ class Visitor(Requests):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection is there."""
         super().connection_made(transport)
+        self.gone = transport.is_closing
         self._number = transport.get_extra_info("socket").fileno()
-        self.source = source(self.client[0]) if self.client else None
+        self._peer = self.client[0] if self.client else None
+        self.source = source(self._peer) if self._peer else None
         coming = self.here.get(self._number)
         if isinstance(coming, _Coming):
             coming.patience.cancel()
@@ -255,7 +210,7 @@ class Visitor(Requests):
                 self._gone.set()
             return
         whole = self.reading is Reading.WHOLE
-        if whole and not self.cycle.keep_alive:
+        if whole and (self._ends or (self.answering is None and not self.cycle.keep_alive)):
             return  # no request follows one that said so
         self.waiting += data
         if whole and len(self.waiting) > self.ahead:
@@ -267,32 +222,35 @@ class Visitor(Requests):
     # -- the hot lane, see hot.py -----------------------------------------------------------------------------------
 
     def _goes_again(self, data: bytes) -> bool:
-        """Whether that is of a call with the head of the request before, which goes this way if the rest of it comes at
-        once."""
-        if self.scope is None or not self.idle or self.deaf or self.transport.is_closing():
-            return False
-        if self._lane is None and not self._found_lane():
+        """Whether that is of a request with a head that is known, which goes this way if the rest of it comes at once.
+        Nothing is read and nothing is answered when this is asked."""
+        if self.deaf or self._searched or self.gone():
             return False
         data = bytes(self.waiting) + data if self.waiting else data
-        if self._lane is None or (body := self._lane.body(data)) is None:
+        lane = self._lane
+        if lane is None or not lane.generation.in_force or (asked := lane.read(data)) is None:
+            self._apart = apart = Apart.of(data)
+            lane = self._lane = self.lanes.find(self._peer, apart) if apart is not None else None
+            if lane is None or (asked := lane.read(data)) is None:
+                return False
+        text, length, start = asked
+        missing = length - (len(data) - start)
+        if missing < 0 or length > lane.found.most:  # others follow it, or it is large
             return False
-        if self._lane.missing:
+        if missing:
             self._unset_keepalive_if_required()
             self.waiting[:] = data
             self._count_waiting()
             if self.turn is None:
                 self.turn = self.loop.call_later(_AT_ONCE_SECONDS, self.feed)
             return True
-        if (call := self._lane.call(body)) is None:
-            return False
         if self.waiting:
-            self._searched = 0
             self.waiting.clear()
             self._count_waiting()
         self._end_turn()
         self.reading = Reading.WHOLE
-        self._task = self.loop.create_task(self._again(self._lane, call))
-        self.tasks.add(self._task)
+        self.answering = self.loop.create_task(self._again(lane, text, data, start))
+        self.tasks.add(self.answering)
         return True
 
     def _end_turn(self) -> None:
@@ -301,35 +259,61 @@ class Visitor(Requests):
             self.turn.cancel()
             self.turn = None
 
-    def _found_lane(self) -> bool:
-        """Whether the last request, which went the ordinary way, was let in, so that its head is known."""
-        state = self.scope["state"]
-        found, generation = state.pop("found", None), state.get("generation")
-        if found is None or generation is None or not self.cycle.keep_alive or self.expect_100_continue:
-            return False
-        self._lane = Lane.of(self.head, found, generation)
-        return self._lane is not None
+    def _keep_head(self) -> None:
+        """Let further requests with the head of the last one, which went the ordinary way, go this way: of all
+        connections, where it was let in, and else of this one."""
+        found, generation = self._said.pop("found", None), self._said.get("generation")
+        if found is None or generation is None or not generation.in_force:
+            return
+        if not self.cycle.keep_alive or self.expect_100_continue:
+            return
+        apart, self._apart = self._apart, None
+        if apart is None or apart.head != self.head:
+            apart = Apart.of(self.head)
+        self._lane = Lane.of(apart, found, generation) if apart is not None else None
+        if self._lane is not None and found.routed is not None:
+            self.lanes.keep(self._peer, self._lane)
 
     def on_message_begin(self) -> None:
         """A request begins that goes the ordinary way."""
-        self._lane = None
         super().on_message_begin()
+        self._said = self.scope["state"]
+        if self._visited is not None:
+            self._said["visited"], self._visited = self._visited, None
 
-    async def _again(self, lane: Lane, call: Call) -> None:
-        """Answer a call, and take the next request."""
-        whole, task = False, self._task
+    async def _again(self, lane: Lane, text: str | None, data: bytes, start: int) -> None:
+        """Answer a request, and take the next one."""
+        whole: bool | str = False
+        task, busy = self.answering, lane.generation.busy
         if task is None:
             raise TypeError("a call without a task")
+        busy[task] = "/mcp"
         try:
-            whole = await lane.answer(call, task, self.transport.is_closing, self._write)
+            whole = await lane.found.app.again(lane.found, text, data[start:], self)
         except asyncio.CancelledError:  # the client has gone, or the server ends
             log.debug("a call was cancelled before it was answered")
         finally:
+            del busy[task]
             self.tasks.discard(task)
-            self._task = None
-            if not whole:
-                self.transport.close()
-            self._answered_again()
+            self.answering = None
+            if isinstance(whole, str):
+                self._visited = (lane.found.app, whole)
+                self._goes_ordinarily(data)
+            else:
+                if not whole:
+                    self._ends = True
+                    self.transport.close()
+                self._answered_again()
+
+    def _goes_ordinarily(self, data: bytes) -> None:
+        """Have a request that was begun here go the ordinary way, before what has come meanwhile."""
+        self._unset_keepalive_if_required()
+        self.reading = Reading.HEAD
+        self.waiting[:0] = data
+        self.feed()
+        self._count_waiting()
+        if self._ends:
+            self.shutdown()
 
     def _answered_again(self) -> None:
         """`on_response_complete`, where nothing is left to do most times."""
@@ -337,46 +321,55 @@ class Visitor(Requests):
             self.on_response_complete()
         else:
             self.server_state.total_requests += 1
-            self.reading, self._seen, self._answered_at = Reading.HEAD, None, self.loop.time()
+            self.reading, self._seen, self._answered_at = Reading.HEAD, _ANSWERED, self.loop.time()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close the connection, if there was no further call meanwhile. One sets no timer anew."""
         self.timeout_keep_alive_task = None
         left = self._answered_at + self.timeout_keep_alive - self.loop.time()
-        if self._task is not None:
+        if self.answering is not None:
             return
         if left > 0:
             self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
         else:
             super().timeout_keep_alive_handler()
 
-    async def _write(self, reply: Reply) -> bool:
-        """Write an answer; whether all of it left and the connection goes on. What its caller may no longer have
-        stays."""
+    def know(self, token: str | None) -> None:
+        """See `Asking.know`."""
+        self._said["known"] = token or "local"
+
+    def write(self, reply: Reply) -> bool:
+        """See `Asking.write`."""
         if reply.status not in (200, 400):  # who he is has to be found anew
-            self._lane = None
-            self.scope["state"].pop("known", None)
-        lines, goes_on = reply.lines(), self.cycle.keep_alive and CLOSE_HEADER not in reply.headers
-        if not goes_on and CLOSE_HEADER not in reply.headers:
+            self._said.pop("known", None)
+        goes_on, lines = not self._ends, reply.lines()
+        if reply.headers and CLOSE_HEADER in reply.headers:
+            goes_on = False
+        elif not goes_on:
             lines += b"connection: close\r\n"
         if (dates := self.server_state.default_headers) is not self._dates[0]:
-            self._dates = (dates, b"".join(b"%b: %b\r\n" % header for header in dates))
-        body = reply.body
-        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[reply.status], self._dates[1], lines, body[:PIECE]))
+            type(self)._dates = (dates, b"".join(b"%b: %b\r\n" % header for header in dates))
+        body = reply.body if len(reply.body) <= PIECE else reply.body[:PIECE]
+        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[reply.status], self._dates[1], lines, body))
+        return goes_on
+
+    async def write_long(self, reply: Reply, wanted: Callable[[], bool]) -> bool:
+        """See `Asking.write_long`."""
+        goes_on, body = self.write(reply), reply.body
         for start in range(PIECE, len(body), PIECE):
             if self.flow.write_paused:
                 await self.flow.drain()
-            if self.transport.is_closing() or not reply.wanted():
+            if self.gone() or not wanted():
                 return False
             self.transport.write(body[start : start + PIECE])
-        return goes_on and self.cycle.keep_alive  # it may have been hung up meanwhile: see `shutdown`
+        return goes_on and not self._ends  # it may have been hung up meanwhile: see `shutdown`
 
     def shutdown(self) -> None:
         """The server ends, or wants the connection to: when the call that runs has its answer."""
-        if self._task is None:
+        if self.answering is None:
             super().shutdown()
         else:
-            self.cycle.keep_alive = False
+            self._ends = True
 
     # -- the ordinary way --------------------------------------------------------------------------------------------
 
@@ -410,7 +403,8 @@ class Visitor(Requests):
 
     def on_response_complete(self) -> None:
         """An answer has left; what has come meanwhile is the next request's."""
-        self._seen = None  # also one that began before the last look: its client may ask again
+        self._seen = _ANSWERED  # also one that began before the last look: its client may ask again
+        self._keep_head()
         self.out.flush()
         super().on_response_complete()
         if self.transport.is_closing():
@@ -442,9 +436,9 @@ class Visitor(Requests):
         if self._patience is not None:
             self._patience.cancel()
         self._end_turn()
-        if self._task is not None:
-            self._task.cancel()
-            self._task.add_done_callback(self.tasks.discard)  # it may not have begun
+        if self.answering is not None:
+            self.answering.cancel()
+            self.answering.add_done_callback(self.tasks.discard)  # it may not have begun
         if self.here.get(self._number) is self:
             del self.here[self._number]
         self._gone.set()
@@ -454,8 +448,8 @@ class Visitor(Requests):
 
     def _look(self) -> None:
         """Whether there was a request since the last look, or still is one whose answer is being read."""
-        ended = self.idle or self.cycle.disconnected
-        asked = self.cycle is not None and (self.cycle is not self._seen or not ended)
+        ended = self.idle or (self.cycle is not None and self.cycle.disconnected)
+        asked = self.cycle is not self._seen or not ended
         waiting = self.transport.get_write_buffer_size() if self.flow.write_paused else 0
         self._unread = (*self._unread[-2:], waiting) if waiting else ()
         stuck = len(self._unread) == 3 and len(set(self._unread)) == 1

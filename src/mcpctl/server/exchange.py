@@ -1,7 +1,8 @@
 """One HTTP request and its answer, as ASGI has them: what is accepted, how an app is asked, how an answer is sent."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+import secrets
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,13 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _JSON = b"application/json"
 PIECE = 64 << 10
 """Bytes of an answer that leave at once."""
+
+
+def request_ids() -> Iterator[str]:
+    """16 random hexadecimal digits each; a system call is for many."""
+    while True:
+        drawn = secrets.token_hex(2048)
+        yield from [drawn[at : at + 16] for at in range(0, len(drawn), 16)]
 
 
 @dataclass

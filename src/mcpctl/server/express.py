@@ -8,8 +8,7 @@ once, and the verdict remembered by the `_meta`'s bytes.
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from mcp_types import (
@@ -37,14 +36,35 @@ _MODERN_META = {PROTOCOL_VERSION_META_KEY, CLIENT_CAPABILITIES_META_KEY, CLIENT_
 _ROUTING = (b"mcp-protocol-version", b"mcp-method", b"mcp-name")
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct):
     """A tools/call that the express lane can answer."""
 
     id: int | str
     name: str
     arguments: dict[str, Any] | None
     modern: bool
+
+
+class _Meta(msgspec.Struct, forbid_unknown_fields=True):
+    progressToken: int | str | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Params(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    arguments: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    meta: _Meta | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="_meta")
+
+
+class _Plain(msgspec.Struct, forbid_unknown_fields=True):
+    """A tools/call as clients of the older era send it."""
+
+    jsonrpc: Literal["2.0"]
+    id: int | str
+    method: Literal["tools/call"]
+    params: _Params
+
+
+_decode_plain = msgspec.json.Decoder(_Plain).decode
 
 
 class Express:
@@ -59,6 +79,16 @@ class Express:
             return None
         if body.count(b"[") + body.count(b"{") > _MOST_NESTED:
             return None  # it may be nested deeper than the SDK's parser goes
+        modern, named = routed
+        if not modern:
+            try:
+                plain = _decode_plain(body)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                pass  # it is looked at below, whatever it is
+            else:
+                given = plain.params.arguments
+                found = Call(plain.id, plain.params.name, None if given is msgspec.UNSET else given, False)
+                return found if _is_good_number(plain.id) else None
         try:
             message = _decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -68,14 +98,13 @@ class Express:
         number, params = message["id"], message["params"]
         if message["jsonrpc"] != "2.0" or message["method"] != "tools/call" or not isinstance(params, dict):
             return None
-        if not (type(number) is str and len(number) <= 200) and not (type(number) is int and abs(number) <= _SAFE):
+        if not _is_good_number(number):
             return None
         name, arguments, meta = params.get("name"), params.get("arguments"), params.get("_meta")
         if not isinstance(name, str) or not params.keys() <= {"name", "arguments", "_meta"}:
             return None
         if not isinstance(arguments, dict) and "arguments" in params:
             return None
-        modern, named = routed
         if modern and (named != name or not name.isascii() or name.startswith("=?")):
             return None
         if not self._meta_is_good(meta, "_meta" in params, modern, name, headers):
@@ -148,6 +177,10 @@ class Express:
         """The protocol's error for a tool that there is not: HTTP 400 in the modern era, 200 before."""
         error = {"code": INVALID_PARAMS, "message": message}
         return 400 if call.modern else 200, _encode({"jsonrpc": "2.0", "id": call.id, "error": error})
+
+
+def _is_good_number(number: object) -> bool:
+    return (type(number) is int and -_SAFE <= number <= _SAFE) or (type(number) is str and len(number) <= 200)
 
 
 __all__ = ["LATEST_HANDSHAKE_VERSION", "Call", "Express", "Headers", "Route"]

@@ -7,8 +7,7 @@ the request's task is cancelled, and with it the statement.
 import asyncio
 import contextlib
 import logging
-import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
@@ -28,16 +27,18 @@ from mcpctl.postgres.pools import reachable
 from mcpctl.recorder import Recorder
 from mcpctl.server import credentials, encoding, exchange, messages
 from mcpctl.server.credentials import Gatekeeper
-from mcpctl.server.exchange import App, Caller, Message, Receive, Scope, Send
+from mcpctl.server.exchange import PIECE, App, Caller, Message, Receive, Scope, Send
 from mcpctl.server.express import Call, Express
 from mcpctl.server.held import SMALL, Bodies
-from mcpctl.server.hot import Found, Reply, Write
+from mcpctl.server.hot import Asking, Found, Reply
 from mcpctl.server.refusals import CANCELLED, Refusals, failed
 from mcpctl.shared_counters import Slot
 
 log = logging.getLogger("mcpctl.http")
 T = TypeVar("T")
 _READY_FOR = 2.0
+_NOTHING: dict[str, Any] = {}
+_NOBODY = (None, "")
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Http:
         self._refusals = Refusals(parts.settings.server.public_url, parts.gatekeeper, tls=parts.tls)
         self._asking = asyncio.Lock()
         self._streams: dict[asyncio.Task[Any], Principal] = {}
-        self._ids = _request_ids()
+        self._ids = exchange.request_ids()
         self.answered_express = 0
         self.answered_sdk = 0
         self._routes: dict[str, Callable[[Scope, Receive, Send, str], Awaitable[None]]] = {
@@ -87,7 +88,8 @@ class Http:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        request_id = next(self._ids)
+        app, number = scope.get("state", _NOTHING).get("visited", _NOBODY)
+        request_id = number if app is self else next(self._ids)
         try:
             credentials.to_origin_form(scope)
             if self._parts.no_auth and credentials.forwarded(scope["headers"]):
@@ -106,7 +108,13 @@ class Http:
     # -- /mcp ----------------------------------------------------------------------------------------------------
 
     async def _mcp(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
-        address, text, principal = await self._admit(scope, request_id)
+        address, text = self._presented(scope, request_id)
+        try:
+            principal = await self._known(text, address, request_id)
+        except UnauthorizedError:
+            if scope["method"] == "POST":  # what others are answered has another form
+                self._remember(scope, address, text, let_in=False)
+            raise
         if scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
         exchange.negotiate(scope)
@@ -114,7 +122,7 @@ class Http:
         try:
             _know(scope, principal)
             body = await self._body(scope, receive, principal)
-            self._remember(scope, address, text)
+            self._remember(scope, address, text, let_in=True)
             await self._served(scope, receive, send, Request(request_id, address, "http"), principal, body)
         finally:
             self._parts.calls.limiter.leave(slots)
@@ -127,41 +135,53 @@ class Http:
             self._note_limited(problem, principal, address, request_id)
             raise
 
-    def _remember(self, scope: Scope, address: str | None, text: str | None) -> None:
-        """Let further calls with that head go the hot way, if they can."""
-        routed = self._parts.express.route(scope["headers"]) if self._parts.express is not None else None
-        if routed is not None:
-            most = min(SMALL, self._parts.settings.limits.request_bytes)
-            scope["state"]["found"] = Found(self, address, text, scope["headers"], most, routed)
+    def _remember(self, scope: Scope, address: str | None, text: str | None, *, let_in: bool) -> None:
+        """Let further requests with that head go the hot way, if they can."""
+        parts, headers = self._parts, scope["headers"]
+        routed = parts.express.route(headers) if parts.express is not None and let_in else None
+        if routed is not None or not let_in:
+            most = min(SMALL, parts.settings.limits.request_bytes)
+            given = None if parts.no_auth else text is not None
+            scope["state"]["found"] = Found(self, address, credentials.without(headers), most, routed, given)
 
     # -- the hot lane, see hot.py ---------------------------------------------------------------------------------
 
     def read(self, found: Found, body: bytes) -> Call | None:
         """The call in a body, which the express lane can answer."""
-        return self._parts.express.read(found.headers, body, found.routed) if self._parts.express is not None else None
+        if found.routed is None or self._parts.express is None:
+            return None
+        return self._parts.express.read(found.headers, body, found.routed)
 
-    async def again(
-        self, found: Found, call: Call, task: "asyncio.Task[Any]", gone: Callable[[], bool], write: Write
-    ) -> bool:
-        """Answer a further call with a head that was let in; `_mcp` from there on."""
+    async def again(self, found: Found, text: str | None, body: bytes, asking: Asking) -> bool | str:
+        """Answer a further request with a head that was read; `_mcp` from there on. Who asks for what is no call is
+        known by then, and goes the ordinary way with the number that he was counted under."""
         request_id, address = next(self._ids), found.address
         try:
-            self._count(address, lambda: found.text, request_id)
-            principal = await self._known(found.text, address, request_id)
+            self._count(address, lambda: text, request_id)
+            principal = await self._known(text, address, request_id)
+            call = self.read(found, body)
+            if call is None:
+                return request_id
             slots = self._enter(principal, address, request_id)
             try:
-                request = Request(request_id, address, "http", call.id, task)
-                answer = await self._guarded(principal, request, gone, self._express(call, principal, request))
-                wanted = partial(self._may_leave, principal, request)
-                return answer is not None and await write(Reply(*answer, request_id, (), wanted))
+                asking.know(principal.token)
+                request = Request(request_id, address, "http", call.id, asking.answering)
+                answer = await self._guarded(principal, request, asking.gone, self._express(call, principal, request))
+                if answer is None:
+                    return False
+                reply = Reply(*answer, request_id)
+                if len(reply.body) <= PIECE:
+                    return asking.write(reply)
+                return await asking.write_long(reply, partial(self._may_leave, principal, request))
             finally:
                 self._parts.calls.limiter.leave(slots)
         except Error as problem:
-            status, body, headers = self._refusals.answer(found.headers, "/mcp", problem, request_id)
-            return await write(Reply(status, body, request_id, headers))
+            found.base = found.base or self._refusals.base(found.headers)
+            status, body, headers = self._refusals.answer(found.headers, "/mcp", problem, request_id, found.base)
+            return asking.write(Reply(status, body, request_id, headers))
         except Exception:
             log.exception("request %s failed", request_id)
-            return await write(Reply(500, failed(request_id), request_id))
+            return asking.write(Reply(500, failed(request_id), request_id))
 
     def _note_limited(
         self, problem: LimitedError, principal: Principal | None, address: str | None, request_id: str
@@ -221,18 +241,21 @@ class Http:
         door = self._parts.authenticator
         return door.still_valid(principal) and all(door.in_force(principal, one) for one in request.databases)
 
-    async def _admit(self, scope: Scope, request_id: str) -> tuple[str | None, str | None, Principal]:
-        """Host, origin, address, its rate, and credential: the caller's address, credential and principal, or a
-        refusal."""
+    def _presented(self, scope: Scope, request_id: str) -> tuple[str | None, str | None]:
+        """Address, its rate, host and origin: the caller's address and credential, or a refusal."""
         address = self._visit(scope, request_id)
         self._parts.gatekeeper.check(scope["headers"])
         try:
             credentials.refuse_in_url(scope["query_string"])
-            text = None if self._parts.no_auth else credentials.token(scope["headers"])
+            return address, None if self._parts.no_auth else credentials.token(scope["headers"])
         except (UnauthorizedError, UsageError) as problem:
             self._note_refused(problem, address, request_id)
             raise
-        return address, text, await self._known(text, address, request_id)
+
+    async def _admit(self, scope: Scope, request_id: str) -> tuple[str | None, Principal]:
+        """The caller's address and principal, or a refusal."""
+        address, text = self._presented(scope, request_id)
+        return address, await self._known(text, address, request_id)
 
     async def _known(self, text: str | None, address: str | None, request_id: str) -> Principal:
         """Whose credential it is, or a refusal."""
@@ -252,19 +275,23 @@ class Http:
     def _note_refused(self, problem: Error, address: str | None, request_id: str) -> None:
         if self._parts.no_auth:
             return
-        locked = isinstance(problem, LockedError)
-        who: dict[str, Any] = {"token": getattr(problem, "token_id", None), "user": getattr(problem, "user", None)}
-        proven = who["token"] is not None and (locked or getattr(problem, "proven", False))
+        token, user, proven, locked = None, None, False, isinstance(problem, LockedError)
+        if isinstance(problem, LockedError):
+            token, user, proven = problem.token_id, problem.user, problem.token_id is not None
+        elif isinstance(problem, UnauthorizedError):
+            token, proven = problem.token_id, problem.token_id is not None and problem.proven
         self._parts.recorder.auth_refused(
-            address, problem.message, locked=locked, proven=proven, **who, request_id=request_id, transport="http"
-        )
+            address, problem.message, proven=proven, locked=locked, token=token, user=user,
+            request_id=request_id, transport="http",
+        )  # fmt: skip
 
     def _visit(self, scope: Scope, request_id: str) -> str | None:
         """Count a request against its address's rate, and return the address."""
         headers, address = scope["headers"], scope["client"][0] if scope.get("client") else None
         if not self._parts.no_auth:
             address = self._parts.gatekeeper.address(headers, address)
-        self._count(address, lambda: credentials.token(headers), request_id)
+        if scope.get("state", _NOTHING).get("visited", _NOBODY)[0] is not self:  # else it was counted on the hot lane
+            self._count(address, lambda: credentials.token(headers), request_id)
         return address
 
     def _count(self, address: str | None, text: Callable[[], str | None], request_id: str) -> None:
@@ -386,7 +413,7 @@ class Http:
         """/sse, for clients of before 2025-03: a stream that ends when its token does."""
         if self._parts.sse is None or scope["method"] != "GET":
             raise Error("only GET is answered here", status=405)
-        address, _, principal = await self._admit(scope, request_id)
+        address, principal = await self._admit(scope, request_id)
         try:
             self._check_streams(principal)
         except LimitedError as problem:
@@ -429,7 +456,7 @@ class Http:
     async def _old_message(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         if self._parts.sse is None or scope["method"] != "POST":
             raise Error("only POST is answered here", status=405)
-        address, _, principal = await self._admit(scope, request_id)
+        address, principal = await self._admit(scope, request_id)
         _know(scope, principal)
         exchange.check_content_type(scope["headers"])
         body = await self._body(scope, receive, principal)
@@ -462,13 +489,6 @@ class Http:
     async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
         status, body, headers = self._refusals.answer(scope["headers"], scope["path"], problem, request_id)
         await exchange.answer(send, status, body, request_id, headers)
-
-
-def _request_ids() -> Iterator[str]:
-    """16 random hexadecimal digits each; a system call is for many."""
-    while True:
-        drawn = secrets.token_hex(2048)
-        yield from [drawn[at : at + 16] for at in range(0, len(drawn), 16)]
 
 
 def _know(scope: Scope, principal: Principal) -> None:

@@ -12,6 +12,10 @@ log = logging.getLogger("mcpctl.http")
 CANCELLED = "The call was cancelled: by its client, or because "
 _SAID_FOR = 60.0
 _INVALID_REQUEST, _INTERNAL = -32600, -32603
+_UNAUTHORIZED = encoding.rpc_error(
+    _INVALID_REQUEST, "Unauthorized: a valid token is needed", {"hint": "send it as Authorization: Bearer …"}
+)
+_TOO_MANY_WRONG = encoding.rpc_error(_INVALID_REQUEST, "Too many wrong tokens from this address; a valid one is taken")
 
 
 class Refusals:
@@ -35,22 +39,14 @@ class Refusals:
         return f"{'https' if self._tls else 'http'}://{host or self._gatekeeper.authority}"
 
     def answer(
-        self, asked: credentials.Headers, path: str, problem: Error, request_id: str
+        self, asked: credentials.Headers, path: str, problem: Error, request_id: str, base: str | None = None
     ) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
-        """(status, body, headers) of a refusal; a 401 says the same whatever the reason, which is in the audit log."""
+        """(status, body, headers) of a refusal. `base`: that of these headers, where it is known."""
+        if isinstance(problem, UnauthorizedError):
+            return self._unauthorized(asked, problem, base)
         headers: list[tuple[bytes, bytes]] = []
         message, hint = problem.message, problem.hint
-        if isinstance(problem, UnauthorizedError):
-            message, hint = "Unauthorized: a valid token is needed", "send it as Authorization: Bearer …"
-            if problem.status == 429:
-                message, hint = "Too many wrong tokens from this address; a valid one is taken", None
-            else:
-                where = f"{self.base(asked)}/.well-known/oauth-protected-resource/mcp"
-                error = "" if problem.message == "no credential" else ', error="invalid_token"'
-                headers.append(
-                    (b"www-authenticate", f'Bearer resource_metadata="{where}"{error}'.encode("latin-1", "replace"))
-                )
-        if isinstance(problem, UnauthorizedError | LimitedError | TooMuchError) and problem.status == 429:
+        if isinstance(problem, LimitedError | TooMuchError) and problem.status == 429:
             headers.append((b"retry-after", str(problem.retry_after).encode()))
         if problem.status == 405:
             headers.append((b"allow", b"POST" if path in ("/mcp", "/messages", "/messages/") else b"GET"))
@@ -62,6 +58,18 @@ class Refusals:
             message = message if told else outside(problem)
         data = {"hint": hint} if hint and problem.status < 500 else None
         return problem.status, encoding.rpc_error(_INVALID_REQUEST, message, data), headers
+
+    def _unauthorized(
+        self, asked: credentials.Headers, problem: UnauthorizedError, base: str | None
+    ) -> tuple[int, bytes, list[tuple[bytes, bytes]]]:
+        """It says the same whatever the reason, which is in the audit log. Strangers ask for it as often as they like,
+        so it is made of what is there."""
+        if problem.status == 429:
+            return 429, _TOO_MANY_WRONG, [(b"retry-after", str(problem.retry_after).encode())]
+        where = f"{base or self.base(asked)}/.well-known/oauth-protected-resource/mcp"
+        error = "" if problem.message == "no credential" else ', error="invalid_token"'
+        said = f'Bearer resource_metadata="{where}"{error}'.encode("latin-1", "replace")
+        return problem.status, _UNAUTHORIZED, [(b"www-authenticate", said)]
 
     def _say(self, message: str, request_id: str) -> None:
         """Say in the server's log what is wrong with us: once a minute, however many ask."""

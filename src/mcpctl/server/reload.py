@@ -19,8 +19,6 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.identity.tokens import utcnow
 from mcpctl.server.exchange import App, Receive, Scope, Send
-from mcpctl.server.express import Call
-from mcpctl.server.hot import Found, Write
 from mcpctl.server.listening import Listening
 from mcpctl.server.parts import Core, digest
 from mcpctl.server.tls import Certificates, aside
@@ -43,7 +41,7 @@ class _Generation:
     def __init__(self, listening: Listening) -> None:
         self.listening = listening
         self.in_force = True
-        self._busy: dict[asyncio.Task[Any], str] = {}
+        self.busy: dict[asyncio.Task[Any], str] = {}
         self._cut = False
         self._over = asyncio.Event()
         self._life: asyncio.Task[None] | None = None
@@ -70,7 +68,7 @@ class _Generation:
         task = asyncio.current_task()
         if task is None:
             raise TypeError("a request without a task")
-        self._busy[task] = scope["path"]
+        self.busy[task] = scope["path"]
         scope.setdefault("state", {})["generation"] = self
         try:
             await self.app(scope, receive, send)
@@ -80,27 +78,17 @@ class _Generation:
             task.uncancel()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            del self._busy[task]
-
-    async def again(
-        self, found: Found, call: Call, task: asyncio.Task[Any], gone: Callable[[], bool], write: Write
-    ) -> bool:
-        """Answer a further call with a head that this one's app let in; see hot.py."""
-        self._busy[task] = "/mcp"
-        try:
-            return await found.app.again(found, call, task, gone, write)
-        finally:
-            del self._busy[task]
+            del self.busy[task]
 
     async def drain(self) -> None:
         """Let the calls that run end, for some seconds; then cut them. Streams have no end: they are cut at once."""
         self._cut = True
-        for task in [task for task, path in self._busy.items() if path == _STREAMS]:
+        for task in [task for task, path in self.busy.items() if path == _STREAMS]:
             task.cancel()
         for seconds in (DRAIN, 1):
-            if self._busy:
-                await asyncio.wait(self._busy, timeout=seconds)
-            for task in list(self._busy):
+            if self.busy:
+                await asyncio.wait(self.busy, timeout=seconds)
+            for task in list(self.busy):
                 task.cancel()
 
     async def end(self) -> None:

@@ -200,14 +200,22 @@ class Requests(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header, without white space around it (RFC 9110, section 5.5); those behind a body count for nothing."""
         if self.reading is Reading.HEAD:
-            super().on_header(name, value.strip(b" \t"))
+            name, value = name.lower(), value.strip(b" \t")
+            if name == b"expect" and value.lower() == b"100-continue":
+                self.expect_100_continue = True
+            self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The head is whole: the app is asked."""
         version = self.parser.get_http_version()
-        coding = [value for name, value in self.headers if name == b"transfer-encoding"]
-        lengths = [value for name, value in self.headers if name == b"content-length"]
-        hosts = sum(name == b"host" for name, _ in self.headers)
+        coding, lengths, hosts = [], [], 0
+        for name, value in self.headers:
+            if name == b"host":
+                hosts += 1
+            elif name == b"content-length":
+                lengths.append(value)
+            elif name == b"transfer-encoding":
+                coding.append(value)
         if hosts > 1 or (not hosts and version == "1.1"):
             raise _NotTakenError(f"Host stands there {hosts} times")
         if coding and (coding[0].lower() != b"chunked" or version != "1.1"):

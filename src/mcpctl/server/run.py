@@ -27,7 +27,8 @@ from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import utcnow
 from mcpctl.server import loop, metrics, protocol
 from mcpctl.server.credentials import Gatekeeper
-from mcpctl.server.door import Door, Entrance, Visitor
+from mcpctl.server.door import Door, Visitor
+from mcpctl.server.entrance import Entrance
 from mcpctl.server.exchange import App, Caller, Receive, Scope, Send
 from mcpctl.server.hangup import Hangup
 from mcpctl.server.http import Http, Parts
