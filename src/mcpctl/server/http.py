@@ -265,7 +265,8 @@ class Http:
         try:
             if text is None:
                 raise UnauthorizedError("no credential")
-            principal = await parts.authenticator.authenticate(text, address)
+            door = parts.authenticator
+            principal = door.again(text, address) or await door.authenticate(text, address)
         except (UnauthorizedError, UsageError, LockedError) as problem:
             self._note_refused(problem, address, request_id)
             raise
