@@ -116,3 +116,11 @@ def test_only_what_was_let_in_is_known_and_what_has_to_be_looked_at_each_time_is
     enter(house, other)
     assert house.door.again(other, HERE) is None
     assert name != canary
+
+
+def test_a_look_at_the_files_is_for_all_that_had_come_before_it(house: House) -> None:
+    name, text = _let_in(house)
+    tokens.revoke(house.tokens, [name], house.now)
+    assert house.door.again(text, HERE, look=False) is not None, "as it was when somebody looked last"
+    assert house.door.again(text, HERE) is None
+    assert house.door.again(text, HERE, look=False) is None

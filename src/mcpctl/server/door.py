@@ -249,6 +249,7 @@ class Visitor(Requests):
             self._count_waiting()
         self._end_turn()
         self.reading = Reading.WHOLE
+        lane.found.app.looked = False
         self.answering = self.loop.create_task(self._again(lane, text, data, start))
         self.tasks.add(self.answering)
         return True

@@ -77,7 +77,11 @@ class Asking(Protocol):
 
 
 class Again(Protocol):
-    """An app that answers a further request with a head that it has read."""
+    """An app that answers a further request with a head that it has read. `looked`: whether it has looked at the files
+    since the last of them had come; set to False by whoever hands it another. Those that have come by one turn of the
+    event loop are answered after it, so that one look is behind all of them."""
+
+    looked: bool
 
     async def again(self, found: "Found", text: str | None, body: bytes, asking: Asking) -> bool | str:
         """Answer a request with this credential and body; what `Asking.write` says, or False where he has gone. Where

@@ -73,6 +73,7 @@ class Http:
         self._asking = asyncio.Lock()
         self._streams: dict[asyncio.Task[Any], Principal] = {}
         self._ids = exchange.request_ids()
+        self.looked = False
         self.answered_express = 0
         self.answered_sdk = 0
         self._routes: dict[str, Callable[[Scope, Receive, Send, str], Awaitable[None]]] = {
@@ -158,7 +159,7 @@ class Http:
         request_id, address = next(self._ids), found.address
         try:
             self._count(address, lambda: text, request_id)
-            principal = await self._known(text, address, request_id)
+            principal = await self._known(text, address, request_id, look=not self.looked)
             call = self.read(found, body)
             if call is None:
                 return request_id
@@ -257,7 +258,7 @@ class Http:
         address, text = self._presented(scope, request_id)
         return address, await self._known(text, address, request_id)
 
-    async def _known(self, text: str | None, address: str | None, request_id: str) -> Principal:
+    async def _known(self, text: str | None, address: str | None, request_id: str, *, look: bool = True) -> Principal:
         """Whose credential it is, or a refusal."""
         parts = self._parts
         if parts.no_auth:
@@ -266,7 +267,9 @@ class Http:
             if text is None:
                 raise UnauthorizedError("no credential")
             door = parts.authenticator
-            principal = door.again(text, address) or await door.authenticate(text, address)
+            if (known := door.again(text, address, look=look)) is not None:
+                self.looked = True
+            principal = known or await door.authenticate(text, address)
         except (UnauthorizedError, UsageError, LockedError) as problem:
             self._note_refused(problem, address, request_id)
             raise
