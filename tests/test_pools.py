@@ -15,6 +15,8 @@ import httpx
 import pytest
 
 import site_of_mcpctl as site
+from mcpctl import config
+from mcpctl.calls import Request
 from mcpctl.config_keys import Database, Pool
 from mcpctl.errors import UnavailableError
 from mcpctl.identity.principal import LOCAL
@@ -24,6 +26,7 @@ from mcpctl.postgres.login import Login
 from mcpctl.postgres.session import Session
 from mcpctl.postgres.terminator import Terminator
 from mcpctl.postgres.verdicts import Verdicts
+from mcpctl.server.parts import running
 from site_of_mcpctl import Client, Shop, Site, eventually
 
 NO_KEYS = Keyring(Path("/nonexistent/secret.key"))
@@ -376,6 +379,37 @@ def test_calls_take_turns_on_the_connections_that_there_are(make_site: MakeSite,
 
     asking = [site.in_background(ask, number) for number in range(12)]
     assert len(set[int]().union(*(one.result() for one in asking))) == 2
+
+
+def test_who_once_waited_for_a_new_connection_does_not_have_the_others_wait_there_too(
+    make_site: MakeSite, newest_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All come at once, while there is no connection yet, and each asks again as soon as it is answered."""
+    at = make_site(newest_shop, database="    pool: {max_size: 2}\n")
+    borrowed = 0
+    lent = token_pool.TokenPool._lent
+
+    async def counted(pool: token_pool.TokenPool) -> Session:
+        nonlocal borrowed
+        borrowed += 1
+        return await lent(pool)
+
+    monkeypatch.setattr(token_pool.TokenPool, "_lent", counted)
+
+    async def main() -> None:
+        async with running(config.load(at.config, at.limits), files=False) as core:
+            local = core.authenticator.local()
+
+            async def ask() -> None:
+                for _ in range(20):
+                    request = Request("r", None, "http")
+                    answer = await core.calls.call(local, "query_database", {"query": "select 1"}, request)
+                    assert not answer.is_error, answer.text
+
+            await asyncio.gather(*(ask() for _ in range(12)))
+
+    asyncio.run(main())
+    assert borrowed < 2 * 12
 
 
 def test_a_connection_that_is_never_idle_is_replaced_at_the_end_of_its_life(

@@ -460,7 +460,9 @@ class TokenPool:
         self._make_turns()
 
     def _make_turns(self) -> None:
-        for _ in range(self.login.settings.pool.max_size - len(self.out)):
+        """Have as many go to psycopg_pool as there is room for beside those who wait there: else these would never
+        become fewer, and each connection would go through psycopg_pool to the next."""
+        for _ in range(self.login.settings.pool.max_size - len(self.out) - len(self._waiting)):
             if (turn := self._next_turn()) is None:
                 break
             turn.set_result(None)
