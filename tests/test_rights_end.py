@@ -297,18 +297,18 @@ def test_what_writes_has_a_line_before_it_stays_and_else_does_not_stay(
     """Who is killed between the COMMIT and the call's own line leaves no row that nothing explains."""
     at.user("nina", "mcp-tools")
     at.grant("nina", "--table", "franks.others", access="write")
-    text, append, full = at.token("nina")[1], AuditLog.append, False
+    text, add, full = at.token("nina")[1], AuditLog.add, False
     seen: list[tuple[str, int]] = []
 
     def rows() -> int:
         with at.shop.admin() as admin:
             return len(admin.execute("SELECT FROM franks.others WHERE body = 'nina'").fetchall())
 
-    def appending(log: AuditLog, event: str, **fields: object) -> None:
+    def adding(log: AuditLog, event: str, fields: dict[str, Any]) -> None:
         seen.append((event, rows()))
         if full and event == "tool.begun":
             raise UnavailableError("the disk is full")
-        append(log, event, **fields)
+        add(log, event, fields)
 
     async def insert() -> None:
         principal = await core.authenticator.authenticate(text, "127.0.0.1")
@@ -318,7 +318,7 @@ def test_what_writes_has_a_line_before_it_stays_and_else_does_not_stay(
     async def main() -> None:
         nonlocal core, full
         async with running(config.load(at.config, at.limits), files=True) as core:
-            monkeypatch.setattr(AuditLog, "append", appending)
+            monkeypatch.setattr(AuditLog, "add", adding)
             await insert()
             full = True
             await insert()
