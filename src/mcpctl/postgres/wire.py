@@ -20,9 +20,11 @@ from psycopg import pq
 
 from mcpctl.errors import Error
 
-if sys.platform == "linux":
+try:
     import fcntl
     import termios
+except ImportError:  # Windows
+    fcntl = termios = None  # type: ignore[assignment]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -102,7 +104,7 @@ def _virtual_size(statm: int) -> int:
 
 def _waiting(fd: int) -> bool:
     """Whether there are bytes to be read at a socket, as tcp(7) tells. False where nobody says."""
-    return sys.platform == "linux" and fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) != bytes(4)
+    return fcntl is not None and sys.platform == "linux" and fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) != bytes(4)
 
 
 class Wire:
