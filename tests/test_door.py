@@ -182,6 +182,7 @@ NO_HTTP = [
 
 @pytest.mark.parametrize("request_", NO_HTTP, ids=repr)
 def test_what_is_no_http_is_answered_as_everything_else_is_and_not_logged(served: Site, request_: bytes) -> None:
+    eventually(lambda: any(line.startswith("mcpctl audit anchor") for line in served.stderr))  # of its start
     logged = len(served.stderr)
     for _ in range(20):
         with _connect(served) as wire:
