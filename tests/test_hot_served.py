@@ -249,3 +249,35 @@ def test_a_hot_answer_that_is_read_slowly_counts_as_a_call_and_ends_with_its_tok
             while chunk := wire.recv(1 << 20):
                 read += len(chunk)
                 assert read < 6 << 20, "all of it has left"
+
+
+def test_who_reads_no_answer_is_not_asked_for_more_and_gets_none_after_a_revocation(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop).start()
+    name, token = at.token("alice")
+    host, port = urlsplit(at.url).netloc.split(":")
+    request = _request(at, token, "select repeat('x', 31000)")
+    called = 0
+
+    def goes_on() -> bool:
+        return sum(line["event"] == "tool.called" for line in at.audit()) > called
+
+    with socket.socket() as wire:
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wire.connect((host, int(port)))
+        wire.settimeout(20)
+        while called < 300:  # far more than the system keeps of what nobody reads
+            wire.sendall(request)
+            try:
+                eventually(goes_on, 2)
+            except AssertionError:
+                break
+            called += 1
+        assert called < 300
+        assert at.run("token", "revoke", name).returncode == 0
+        read = b""
+        with contextlib.suppress(ConnectionResetError):
+            while more := wire.recv(1 << 20):
+                read += more
+    assert 0 < read.count(b"HTTP/1.1 200 ") < called

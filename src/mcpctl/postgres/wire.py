@@ -33,6 +33,7 @@ _UNASKED = 2 << 20
 """How much libpq may grow for what comes while nothing is asked."""
 _UNASKED_READS = 200
 """How often that is read before the connection is closed: libpq keeps each notification for whoever may ask for it."""
+_COPIES = frozenset(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
 _WIDENINGS = 4
 """How often libpq's buffer may be doubled for a connection whose answers are long: from 16 to 256 KiB."""
 _LOST = "the connection to the database was lost"
@@ -208,6 +209,8 @@ class Wire:
         """Wait until something comes, and read it."""
         if self._late:
             raise TimeoutError
+        if self._fd < 0:
+            raise ConnectionLostError(_LOST)
         self._waiter = self._loop.create_future()
         try:
             await self._waiter
@@ -308,11 +311,15 @@ class Wire:
             raise TimeoutError
         if self._back:
             return self._back.pop(0)
+        if self._fd < 0:  # libpq would say None for ever, without anybody else's turn between
+            raise ConnectionLostError(_LOST)
         while not self._fed or self._busy():
             await self.come()
         found = self._pgconn.get_result()
         if found is not None and found.status == pq.ExecStatus.FATAL_ERROR:
             self.see()
+        if found is not None and found.status in _COPIES:  # and libpq says so for ever, too
+            raise ConnectionLostError("PostgreSQL went over to COPY, which nobody has asked for")
         return found
 
     def whole(self) -> bool:

@@ -356,6 +356,10 @@ class Visitor(Requests):
 
     async def write_long(self, reply: Reply, wanted: Callable[[], bool]) -> bool:
         """See `Asking.write_long`."""
+        if self.flow.write_paused:
+            await self.flow.drain()
+            if self.gone() or not wanted():
+                return False
         goes_on, body = self.write(reply), reply.body
         for start in range(PIECE, len(body), PIECE):
             if self.flow.write_paused:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from uvicorn.protocols.http.flow_control import FlowControl
+
 from mcpctl.server import encoding
 from mcpctl.server.express import Route
 from mcpctl.server.held import SMALL
@@ -64,6 +66,8 @@ class Asking(Protocol):
     """The task that his call runs in."""
     gone: Callable[[], bool]
     """Whether he has gone, which ends that task."""
+    flow: FlowControl
+    """Whether he has not read what was written before, so that the next answer has to wait (`write_long`)."""
 
     def know(self, token: str | None) -> None:
         """Take note that his token is valid, and that no limit refuses him."""
@@ -72,7 +76,7 @@ class Asking(Protocol):
         """Write an answer of one piece; whether the connection goes on."""
 
     async def write_long(self, reply: Reply, wanted: Callable[[], bool]) -> bool:
-        """Write one of more pieces, before each of which it is asked whether that may still leave; whether all of it
+        """Write one when those before it have left, and each further piece only while it is `wanted`; whether all of it
         left and the connection goes on."""
 
 

@@ -171,7 +171,7 @@ class Http:
                 if answer is None:
                     return False
                 reply = Reply(*answer, request_id)
-                if len(reply.body) <= PIECE:
+                if len(reply.body) <= PIECE and not asking.flow.write_paused:
                     return asking.write(reply)
                 return await asking.write_long(reply, partial(self._may_leave, principal, request))
             finally:
@@ -179,10 +179,11 @@ class Http:
         except Error as problem:
             found.base = found.base or self._refusals.base(found.headers)
             status, body, headers = self._refusals.answer(found.headers, "/mcp", problem, request_id, found.base)
-            return asking.write(Reply(status, body, request_id, headers))
+            reply = Reply(status, body, request_id, headers)
         except Exception:
             log.exception("request %s failed", request_id)
-            return asking.write(Reply(500, failed(request_id), request_id))
+            reply = Reply(500, failed(request_id), request_id)
+        return await asking.write_long(reply, lambda: True) if asking.flow.write_paused else asking.write(reply)
 
     def _note_limited(
         self, problem: LimitedError, principal: Principal | None, address: str | None, request_id: str
@@ -487,8 +488,6 @@ class Http:
         for task in ended:
             task.cancel()
         return len(ended)
-
-    # -- refusals --------------------------------------------------------------------------------------------------
 
     async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
         status, body, headers = self._refusals.answer(scope["headers"], scope["path"], problem, request_id)
