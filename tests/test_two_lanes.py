@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from uvicorn.protocols.http.flow_control import FlowControl
 
 import corpus
 from corpus import Entry, Expected
@@ -77,6 +78,7 @@ class _Asking:
 
     answering: asyncio.Task[None] | None
     written: list[hot.Reply] = field(default_factory=list)
+    flow: FlowControl = field(default_factory=lambda: FlowControl(asyncio.Transport()))
 
     def gone(self) -> bool:
         return False
