@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import select
-import time
+import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,16 @@ from mcpctl.postgres.terminator import Terminator
 from mcpctl.postgres.token_pool import TokenPool
 from mcpctl.postgres.verdicts import Verdicts
 from mcpctl.postgres.wire import ConnectionLostError, Wire
-from site_of_mcpctl import Shop
+from site_of_mcpctl import Shop, eventually
 
 BOUNDS = Bounds(10, 100_000, 5.0)
+_READY = b"Z\0\0\0\5"
+"""What PostgreSQL says at a sync point."""
+
+
+def _peeked(there: socket.socket) -> bytes:
+    """What has come and was not read yet; nothing at the end."""
+    return there.recv(1 << 16, socket.MSG_PEEK)
 
 
 @contextlib.asynccontextmanager
@@ -90,7 +98,9 @@ def together(monkeypatch: pytest.MonkeyPatch) -> None:
     wake = Wire._wake
 
     def late(wire: Wire) -> None:
-        time.sleep(0.005)
+        if wire._asked and wire._fd >= 0 and not wire._fed:
+            with socket.socket(fileno=os.dup(wire._fd)) as there:
+                eventually(lambda: not (came := _peeked(there)) or came.count(_READY) >= wire.owed)
         wake(wire)
 
     monkeypatch.setattr(Wire, "_wake", late)

@@ -20,7 +20,7 @@ from mcpctl.postgres.answer import Answer, Bounds, Rows
 from mcpctl.postgres.said import StatementError, cells, error, withheld
 from mcpctl.postgres.session import Session
 from mcpctl.postgres.statement import Exchange, NotAQuestionError
-from mcpctl.postgres.wire import ConnectionLostError, TooLargeError, Wire
+from mcpctl.postgres.wire import TooLargeError, Wire
 
 _PREPARE = b"prepare x as\n"
 _DEFERRED = b"SET CONSTRAINTS ALL IMMEDIATE"
@@ -81,8 +81,6 @@ class _Execution(Exchange):
                 wanted = wanted and await answer.take(result)
                 if answer.heavy:
                     wire.forget_size()
-            elif self.is_copy(result):
-                raise ConnectionLostError("the statement turned out to be a COPY, which is not possible here")
             else:
                 failed = failed or self._told(result)
         deferred = cells(await wire.command())

@@ -33,7 +33,7 @@ from mcpctl.postgres.said import StatementError, cells, error, withheld
 from mcpctl.postgres.session import Session
 from mcpctl.postgres.values import UnknownType
 from mcpctl.postgres.verdicts import Key, Verdict, Verdicts
-from mcpctl.postgres.wire import ConnectionLostError, TooLargeError, Wire
+from mcpctl.postgres.wire import COPIES, ConnectionLostError, TooLargeError, Wire
 
 T = TypeVar("T")
 Statement = tuple[bytes, Sequence[bytes | None]]
@@ -417,7 +417,7 @@ class Exchange:
                         stop = asyncio.create_task(self.session.cancel())
                     if answer.heavy:
                         wire.forget_size()
-                elif self.is_copy(result):
+                elif result.status in COPIES:
                     raise ConnectionLostError("the statement turned out to be a COPY, which is not a question")
                 else:
                     wire.see()
@@ -461,11 +461,6 @@ class Exchange:
     def has_rows(result: Any) -> bool:
         """Whether it is a result that went well, with rows or without."""
         return result.status in _ROWS
-
-    @staticmethod
-    def is_copy(result: Any) -> bool:
-        """Whether PostgreSQL now speaks COPY."""
-        return result.status in (_Status.COPY_IN, _Status.COPY_OUT, _Status.COPY_BOTH)
 
     async def stop(self) -> None:
         """End what is still running: politely, so that the connection can be used again, or else for good."""

@@ -33,7 +33,8 @@ _UNASKED = 2 << 20
 """How much libpq may grow for what comes while nothing is asked."""
 _UNASKED_READS = 200
 """How often that is read before the connection is closed: libpq keeps each notification for whoever may ask for it."""
-_COPIES = frozenset(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
+COPIES = frozenset(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)))
+"""The results of a connection on which PostgreSQL has gone over to COPY."""
 _WIDENINGS = 4
 """How often libpq's buffer may be doubled for a connection whose answers are long: from 16 to 256 KiB."""
 _LOST = "the connection to the database was lost"
@@ -318,7 +319,7 @@ class Wire:
         found = self._pgconn.get_result()
         if found is not None and found.status == pq.ExecStatus.FATAL_ERROR:
             self.see()
-        if found is not None and found.status in _COPIES:  # and libpq says so for ever, too
+        if found is not None and found.status in COPIES:  # and libpq says so for ever, too
             raise ConnectionLostError("PostgreSQL went over to COPY, which nobody has asked for")
         return found
 
