@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mcpctl import config
 from mcpctl.errors import ConfigError
-from mcpctl.identity import authenticate
+from mcpctl.identity import authenticate, standing
 from mcpctl.last_minute import LastMinute
 from mcpctl.metrics import FAMILIES, Metrics, exposition, reason_class
 from mcpctl.recorder import STRANGERS_IN_FULL, Recorder
@@ -117,9 +117,9 @@ def test_what_callers_make_up_makes_no_series() -> None:
 
 
 def test_every_refusal_of_the_authenticator_has_a_kind_of_its_own() -> None:
-    source = Path(authenticate.__file__).read_text(encoding="utf-8")
+    source = "".join(Path(one.__file__).read_text(encoding="utf-8") for one in (authenticate, standing))
     said = re.findall(r'(?:UnauthorizedError\(|_is_over\(|return )\s*f?"([a-z][^"]+)"', source)
-    said = [text for text in said if text not in ("removed", "revoked", "changed", "expired")]
+    said = [text for text in said if text not in ("removed", "revoked", "changed", "expired", "signed out")]
     assert len(said) >= 7
     for text in said:
         assert reason_class(re.sub(r"\{[^}]*\}", "expired", text)) != "other", text

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mcpctl.errors import ConfigError, UnavailableError
-from mcpctl.state import State
+from mcpctl.state import SCHEMA_VERSION, State
 from site_of_mcpctl import environment
 
 ROW = "INSERT INTO own_databases VALUES (?, ?, 'h', '10.0.0.1', 5432, 'd', 'u', 'sealed', '2026-01-01T00:00:00Z')"
@@ -64,7 +64,7 @@ def test_a_file_that_cannot_be_believed_is_refused(state: State, tmp_path: Path,
             connection.execute("CREATE TABLE t (a)")
             if way == "a newer form":
                 connection.execute(f"PRAGMA application_id = {0x6D637063}")
-                connection.execute("PRAGMA user_version = 3")
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
         connection.close()
     with pytest.raises(ConfigError) as told:
         state.rows("SELECT 1")

@@ -113,6 +113,16 @@ class Role:
 
 
 @keys(frozen=True)
+class Sessions:
+    """auth.sessions"""
+
+    enabled: bool = setting(False, values.truth, "users with a password may sign in at /api/v1/auth for a session")
+    lifetime: float = setting(86400.0, values.session_lifetime, "a session ends after this, 24h at most")
+    idle: float = setting(3600.0, values.session_lifetime, "a session that is not used ends after this")
+    per_user: int = setting(5, values.number(1, 100), "sessions of a user; one more ends that idle longest")
+
+
+@keys(frozen=True)
 class Auth:
     """auth"""
 
@@ -132,6 +142,7 @@ class Auth:
     roles: dict[str, Role] = field(
         default_factory=dict, metadata={"named": Role, "doc": "roles beside the built-in ones, by name"}
     )
+    sessions: Sessions = section(Sessions, "sessions that a password opens")
 
 
 @keys(frozen=True)

@@ -46,6 +46,14 @@ def positive_duration(value: Any) -> float:
     return seconds
 
 
+def session_lifetime(value: Any) -> float:
+    """A duration of 1 s to 24 h."""
+    found = duration(value)
+    if not 1 <= found <= 86400:
+        raise ValueError("a duration of 1s to 24h")
+    return found
+
+
 def sync(value: Any) -> float:
     """`answer`, which is 0, or a duration of 10 s at most."""
     try:

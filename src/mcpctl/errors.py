@@ -6,12 +6,12 @@ command line's exit code and the HTTP status, so that one place at each edge tur
 
 import re
 
-_TOKEN = re.compile(r"(mcp_[0-9a-z]{8}_)[0-9A-Za-z]{20,}(?:_[0-9A-Za-z]+)?")
+_TOKEN = re.compile(r"(mc[a-z]_[0-9A-Za-z]{8}_)[0-9A-Za-z]{20,}(?:_[0-9A-Za-z]+)?")
 
 
 def masked(text: str) -> str:
     """The text with every token in it cut down to its id."""
-    return _TOKEN.sub(r"\1…", text) if "mcp_" in text else text
+    return _TOKEN.sub(r"\1…", text) if "mc" in text else text
 
 
 class Error(Exception):

@@ -19,7 +19,6 @@ from mcpctl.errors import ConfigError, UnavailableError
 
 APPLICATION = 0x6D637063
 """PRAGMA application_id: the letters mcpc."""
-SCHEMA_VERSION = 2
 _PATIENCE = 2.0
 """Seconds to wait for another writer, who needs some milliseconds."""
 SHORTLY = 0.05
@@ -32,6 +31,20 @@ CREATE TABLE own_databases (
 ) WITHOUT ROWID
 """
 _SINCE_2 = "CREATE TABLE blocked (token TEXT PRIMARY KEY, at TEXT NOT NULL, reason TEXT NOT NULL) WITHOUT ROWID"
+_SINCE_3 = """
+CREATE TABLE sessions (
+  id TEXT PRIMARY KEY, changed INTEGER NOT NULL, ended INTEGER NOT NULL DEFAULT 0, kind TEXT NOT NULL,
+  user TEXT NOT NULL, hash TEXT NOT NULL, mark TEXT NOT NULL, created REAL NOT NULL, used REAL NOT NULL,
+  ends REAL NOT NULL, access_ends REAL, before TEXT, before_ends REAL, databases TEXT, permissions TEXT,
+  client TEXT, address TEXT
+) WITHOUT ROWID;
+CREATE INDEX sessions_changed ON sessions (changed);
+CREATE TABLE session_changes (last INTEGER NOT NULL);
+INSERT INTO session_changes VALUES (0)
+"""
+_STEPS = {2: _SINCE_2, 3: _SINCE_3}
+"""What a store of an earlier form lacks, by the form that has it."""
+SCHEMA_VERSION = max(_STEPS)
 _RESTORE = (
     "restore it from your backup; without one, stop the server, remove it with its -wal and -shm (databases that users "
     "have brought are lost with it), then: mcpctl token unblock --all"
@@ -138,7 +151,7 @@ class State:
     def _check(self, connection: sqlite3.Connection) -> None:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if application == APPLICATION and version == 1:
+        if application == APPLICATION and 1 <= version < SCHEMA_VERSION:
             version = _renew(connection)
         if application != APPLICATION:
             raise ConfigError(
@@ -191,14 +204,20 @@ def _let_go(fd: int) -> None:
 
 
 def _renew(connection: sqlite3.Connection) -> int:
-    """Give a store of the first form what it lacks; its form now."""
+    """Give a store of an earlier form what it lacks, one form after the other; its form now."""
     connection.execute("BEGIN IMMEDIATE")
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 1:  # another process may have been quicker
-        connection.execute(_SINCE_2)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    (version,) = connection.execute("PRAGMA user_version").fetchone()  # another process may have been quicker
+    for form in range(int(version) + 1, SCHEMA_VERSION + 1):
+        _take(connection, _STEPS[form])
+        connection.execute(f"PRAGMA user_version = {form}")
     connection.execute("COMMIT")
-    return SCHEMA_VERSION if version == 1 else int(version)
+    return max(int(version), SCHEMA_VERSION)
+
+
+def _take(connection: sqlite3.Connection, statements: str) -> None:
+    """Run statements in the transaction that is open; `executescript` would end it."""
+    for one in statements.split(";\n"):
+        connection.execute(one)
 
 
 def make(path: Path) -> None:
@@ -212,7 +231,8 @@ def make(path: Path) -> None:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("BEGIN")
             connection.execute(_SCHEMA)
-            connection.execute(_SINCE_2)
+            for step in _STEPS.values():
+                _take(connection, step)
             connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             connection.execute("COMMIT")

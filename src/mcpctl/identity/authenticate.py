@@ -7,294 +7,48 @@ refused ones from an address change what a refused one is answered, and nothing 
 
 import asyncio
 import hashlib
-import operator
 import secrets
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from mcpctl.errors import ConfigError, Error, LockedError, UnauthorizedError, UnavailableError
-from mcpctl.identity import tenants, tokens, users
-from mcpctl.identity.lockdown import Lockdown
+from mcpctl.errors import ConfigError, LockedError, UnauthorizedError
+from mcpctl.identity import sessions, tokens
 from mcpctl.identity.principal import LOCAL, Principal
-from mcpctl.identity.tenants import Tenant
+from mcpctl.identity.sessions import Session
+from mcpctl.identity.standing import LOCKED as LOCKED
+from mcpctl.identity.standing import Standing
 from mcpctl.identity.tokens import Token
-from mcpctl.identity.users import EVERYWHERE
-from mcpctl.private_file import ABSENT, Fingerprint, fingerprint, fingerprints
+from mcpctl.private_file import ABSENT, fingerprint
 
-LOCKED = "the server is locked"
-"""Why a lockdown ends what is open."""
 _ID = slice(4, 12)
-"""Where a token's id stands in its text."""
+"""Where an id stands in a text."""
 _REMEMBERED = 10_000
 _LENGTH = 63
-"""Characters of a token."""
+"""Characters of a token, and of a session's text."""
 
 
-class Files(NamedTuple):
-    """The entries of the three files."""
+class Authenticator(Standing):
+    """Lets in whoever presents a credential that opens something, and remembers which texts have been verified against
+    which entry.
 
-    tokens: Mapping[str, Token]
-    people: Mapping[str, users.User]
-    places: Mapping[str, Tenant]
-
-
-class Authenticator:
-    """Knows the token and user files, and which texts have been verified against which entry.
-
-    `ended` is called with {id: why} for the tokens in use that a reload found gone, revoked or changed, before the
-    request that noticed is answered. In use is what has been let in and not ended since. It also hears of those whose
-    user's rights have become fewer: they live on, and `in_force` tells where what they have open does not. `fewer`
-    compares two users' roles by what they give. `wrong(address)` notes one more credential that is refused, whatever
-    the reason, and says how long an address's are answered 429, 0 for 401. `over` holds the tokens that were seen to
-    have expired, {id: when}, and `kept_out` what `keep_out` was told; both outlive this object.
+    `wrong(address)` notes one more credential that is refused, whatever the reason, and says how long an address's are
+    answered 429, 0 for 401.
     """
 
-    def __init__(
-        self,
-        token_path: Path,
-        user_path: Path,
-        tenant_path: Path | None = None,
-        *,
-        fewer: users.Fewer = operator.ne,
-        twins: Mapping[str, Sequence[str]] | None = None,
-        databases: Container[str] | None = None,
-        now: Callable[[], datetime] = tokens.utcnow,
-        wrong: Callable[[str | None], int] = lambda address: 0,
-        over: dict[str, datetime | None] | None = None,
-        kept_out: dict[str, Mapping[str, str]] | None = None,
-    ) -> None:
-        self._fewer = fewer
-        self.tokens = tokens.token_file(token_path)
-        self.users = users.user_file(user_path)
-        self.tenants = tenants.tenant_file(tenant_path or user_path.with_name("tenants.yaml"), twins, self._there)
-        self._databases = databases
-        self.ended: Callable[[dict[str, str]], None] = lambda ids: None
-        self.lockdown = Lockdown(token_path)
-        self.locked = False
+    def __init__(self, *files: Any, wrong: Callable[[str | None], int] = lambda address: 0, **more: Any) -> None:
+        super().__init__(*files, **more)
+        self._wrong = wrong
         self.canaries: Container[str] = ()
         self.tripped: Callable[[Token, str | None], None] = lambda token, address: None
-        self.broken: Error | None = None
-        self._kept_out: dict[str, Mapping[str, str]] = {} if kept_out is None else kept_out
-        self._now = now
-        self._wrong = wrong
         self._key = secrets.token_bytes(32)
-        self._known: dict[str, tuple[bytes, Principal]] = {}
-        self._seen: Mapping[str, Token] = {}
-        self._editions: dict[str, int] = {}
-        self._edition = 0
-        self._narrowed: dict[str, dict[str, int]] = {}
         self._verifying: dict[str, asyncio.Lock] = {}
-        self._people: Mapping[str, users.User] = {}
-        self._active: set[str] = set()
         self._let_in: dict[tuple[str, str | None], tuple[bytes, Principal]] = {}
-        self._due: datetime | None = None  # none of those in use expires before
-        self._over = {} if over is None else over
-        self._places: Mapping[str, Tenant] = {}
-        self._versions = (-1, -1, -1)
-        self._paths = [str(file.path) for file in (self.tokens, self.users, self.tenants)]
-        self._noted: list[Fingerprint] | None = None
-        self._open: dict[str, datetime | None] = {}
         self._hashing = ThreadPoolExecutor(1, thread_name_prefix="argon2")
 
     def close(self) -> None:
         """Stop the hashing thread."""
         self._hashing.shutdown(wait=False, cancel_futures=True)
-
-    def _there(self, one: Tenant) -> bool:
-        """Whether a tenant's database is in the config. While we run, `database add` and `tenant add` may make both of
-        one that we do not know before our next start; a tenant whose database we knew may not lose it."""
-        if self._databases is None or one.database in self._databases:
-            return True
-        old = self._places.get(one.name)
-        return self._versions[2] > 0 and (old is None or old.database == one.database)
-
-    def read(self) -> "Files":
-        """What the files say now. ConfigError while one is broken, or does not go with the others: a tenant that is
-        named and not there has a database which would be everybody's; or while nobody can say who is blocked."""
-        if self.broken is not None:
-            raise self.broken
-        found = Files(self.tokens.current(), self.users.current(), self.tenants.current())
-        versions = (self.tokens.version, self.users.version, self.tenants.version)
-        if versions != self._versions:
-            tenants.check_members(self.tenants.path, found.places, found.people)
-        return found
-
-    def refresh(self) -> None:
-        """Take note of what the files say now. Raises UnavailableError while one is broken (law 3: fail closed)."""
-        self.check_lock()
-        self._renew()
-
-    def _renew(self) -> None:
-        """`refresh`, also while the server is locked. Costs a stat of each file where none has changed."""
-        found = fingerprints(self._paths)
-        if found == self._noted and self.broken is None:
-            return
-        self._noted = None
-        self._note_files()
-        self._noted = found if ABSENT not in found else None  # as they were before they were read: else look again
-
-    def _note_files(self) -> None:
-        try:
-            entries, people, places = self.read()
-        except Error as problem:
-            raise UnavailableError(problem.message, problem.hint) from None
-        versions = (self.tokens.version, self.users.version, self.tenants.version)
-        if versions == self._versions:
-            return
-        before, self._seen, self._versions = self._seen, entries, versions
-        self._open.clear()
-        for name in self._over.keys() - entries.keys():
-            del self._over[name]
-        narrowed = self._note_people(people, places)
-        for name, old in before.items():
-            new = entries.get(name)
-            if new is old:
-                continue
-            if new is None or new.rights != old.rights:
-                self._known.pop(name, None)
-                self._edition += 1
-                self._editions[name] = self._edition  # kept when it is gone: an id that comes back is another edition
-            elif name in self._known:  # its times or its note: the same secret still opens it
-                self._known[name] = (self._known[name][0], self._principal(new))
-        over = {
-            name: why
-            for name in self._active
-            if (why := self._why_over(before.get(name), entries.get(name), narrowed)) is not None
-        }
-        self._active.difference_update(name for name in over if not self._opens(name))
-        self._note_due()
-        if over:
-            self.ended(over)
-
-    def check_lock(self) -> None:
-        """Raises LockedError while the server is locked. What is open ends with the first look that finds it so; the
-        caller without a token, where there is one, has the id ""."""
-        if self._look_for_lock():
-            raise LockedError
-
-    def _look_for_lock(self) -> bool:
-        before, self.locked = self.locked, self.lockdown.on()
-        if self.locked and not before:
-            over, self._active = {"", *self._active}, set()
-            self.ended(dict.fromkeys(sorted(over), LOCKED))
-        return self.locked
-
-    def keep_out(self, by: str, why: Mapping[str, str]) -> None:
-        """These tokens, {id: why}, open nothing from now on, whatever the files say; no others of those that were kept
-        out `by` that name before."""
-        self._kept_out[by] = dict(why)
-        over = self._active & why.keys()
-        self._active -= over
-        if over:
-            self.ended(dict.fromkeys(sorted(over), "blocked"))
-
-    def kept_out(self, by: str) -> Mapping[str, str]:
-        """See `keep_out`."""
-        return self._kept_out.get(by, {})
-
-    def _note_people(self, people: Mapping[str, users.User], places: Mapping[str, Tenant]) -> dict[str, str]:
-        """Take note of the users and tenants; whose rights have become fewer, and why. What each has now is remembered
-        with who is known."""
-        before, self._people = self._people, people
-        was, self._places = self._places, places
-        moved = {name for name, old in was.items() if places.get(name) is not old}
-        elsewhere = bool(moved) or places.keys() != was.keys()
-        outside = {name for name, old in before.items() if old.tenant in moved and name in people}
-        differ = {name for name in before.keys() | people.keys() if people.get(name) is not before.get(name)}
-        changed = {*people} if elsewhere else differ
-        if not changed and not elsewhere:
-            return {}
-        found = {
-            name: people[name].narrowed(before[name], self._fewer) for name in changed & before.keys() & people.keys()
-        }
-        for name in outside:
-            found[name] = {EVERYWHERE: "its user's tenant changed"}
-        for name, user in {**people, "": None}.items() if elsewhere else ():
-            for database in tenants.closed(places, user).keys() - tenants.closed(was, user).keys():
-                found.setdefault(name, {})[database] = f"{database} is a tenant's alone now"
-        self._edition += 1
-        for name, databases in found.items():
-            self._narrowed.setdefault(name, {}).update(dict.fromkeys(databases, self._edition))
-        self._know_again(changed, services=elsewhere)
-        return {name: "; ".join(databases.values()) for name, databases in found.items() if databases}
-
-    def _know_again(self, changed: set[str], *, services: bool) -> None:
-        """Remember these users' tokens, and service tokens, with what they have now."""
-        for name, (digest, principal) in list(self._known.items()):
-            if principal.user not in changed and (principal.user is not None or not services):
-                continue
-            if (principal.user is None or principal.user in self._people) and (token := self._seen.get(name)):
-                self._known[name] = (digest, self._principal(token))
-            else:  # who comes back under that name is somebody else
-                del self._known[name]
-
-    def _why_over(self, old: Token | None, new: Token | None, narrowed: Mapping[str, str]) -> str | None:
-        """Why what a token has open must end, now that its entry is `new`; None where it need not. `narrowed`: whose
-        user's rights have become fewer."""
-        if new is None:
-            return "removed"
-        if new.revoked_at is not None:
-            return "revoked"
-        if new.user is not None and new.user not in self._people:
-            return "its user is gone"
-        if old is not None and old is not new and old.rights != new.rights:
-            return "changed"
-        return narrowed.get(new.user or "")
-
-    def expired(self) -> list[str]:
-        """Ids of tokens in use whose time is over; each is told once. As long as there can be none it looks at none."""
-        early = self._due is None or self._now() < self._due
-        if early and self._over.keys().isdisjoint(self._active):
-            return []
-        over = [name for name in self._active if self._status(self._seen[name]) == "expired"]
-        self._active.difference_update(over)
-        self._note_due()
-        return over
-
-    def _note_due(self) -> None:
-        ends = (self._seen[name].expires_at for name in self._active)
-        self._due = min((end for end in ends if end is not None), default=None)
-
-    def still_valid(self, principal: Principal) -> bool:
-        """Whether its token still opens something: it is there, with the same rights, neither expired nor revoked, and
-        its user is there."""
-        if self.locked:
-            return False
-        name = principal.token
-        return name is None or (principal.edition == self._editions.get(name, 0) and self._opens(name))
-
-    def in_force(self, principal: Principal, database: str) -> bool:
-        """Whether what was opened as this principal in that database may go on: its token is valid, and its user has
-        no fewer rights there than when it was let in."""
-        if not self.still_valid(principal):
-            return False
-        now, then = self._narrowed.get(principal.user or "", {}), principal.narrowed
-        if not now and not then:
-            return True
-        return all(now.get(name, 0) == then.get(name, 0) for name in (EVERYWHERE, database))
-
-    def _opens(self, name: str) -> bool:
-        """Whether the token of that id opens something now. Each call asks several times: what the files say of a token
-        that does is remembered until one of them changes, and only its time and who is kept out are looked at."""
-        if name in self._open and name not in self._over:
-            kept = False
-            for ids in self._kept_out.values():
-                kept = kept or name in ids
-            end = self._open[name]
-            if not kept and (end is None or end > self._now()):
-                return True
-        token = self._seen.get(name)
-        if token is None or self._why_not(token) is not None:
-            return False
-        self._open[name] = token.expires_at
-        return True
-
-    def next_expiry(self) -> float | None:
-        """Seconds until the next token in use expires, at least; None when none does."""
-        return max(0.0, (self._due - self._now()).total_seconds()) if self._due is not None else None
 
     def local(self) -> Principal:
         """Whoever calls without a token where none is asked for."""
@@ -323,6 +77,8 @@ class Authenticator:
         if look:
             self._look_for_lock()
             self._renew()
+        if name in self._signed_in and self.sessions is not None and self.sessions.is_due(self._signed_in[name]):
+            return None
         known = self._known.get(name)
         if known is None or self._let_in.get((name, address)) is not known or self.locked or name not in self._active:
             return None
@@ -355,7 +111,9 @@ class Authenticator:
             self._active.add(name)
             if token.expires_at is not None and (self._due is None or token.expires_at < self._due):
                 self._due = token.expires_at
-        if name not in self.canaries:  # each use of which is told
+        if isinstance(token, Session) and self.sessions is not None:
+            self.sessions.use(token)
+        if name not in self.canaries and name in self._known:  # each use of a canary is told
             if len(self._let_in) >= _REMEMBERED:
                 self._let_in.clear()
             self._let_in[name, address] = self._known[name]
@@ -363,7 +121,7 @@ class Authenticator:
 
     async def _prove(self, text: str, address: str | None) -> Principal:
         """The principal of a text that is not remembered."""
-        name = tokens.token_id(text)
+        name = tokens.token_id(text) or sessions.session_id(text)
         if name is None:
             raise self._is_wrong("not one of our tokens: form or checksum is wrong", address)
         token = self._seen.get(name)
@@ -408,53 +166,18 @@ class Authenticator:
                     raise self._is_wrong("no such token id", address, token.id)
                 if principal := self._remembered(token.id, digest):
                     return principal
-                loop = asyncio.get_running_loop()
-                right = await loop.run_in_executor(self._hashing, tokens.matches, current, text)
+                right = await self._compare(current, text)
                 if (now := self._seen.get(token.id)) is None or now.hash != current.hash:
                     continue  # it changed while the hash was computed
                 if not right:
                     raise self._is_wrong("wrong secret", address, token.id)
-                self._known[token.id] = (digest, self._principal(now))
-                return self._known[token.id][1]
+                principal = self._principal(now)
+                if not isinstance(now, Session) or now.is_current(text):
+                    self._known[token.id] = (digest, principal)
+                return principal
 
-    def _status(self, token: Token) -> str:
-        """A token's status. What was seen to have expired stays so, even when the clock is set back."""
-        status = token.status(self._now())
-        if status == "expired":
-            self._over[token.id] = token.expires_at
-        elif status != "revoked" and token.id in self._over and self._over[token.id] == token.expires_at:
-            return "expired"
-        return status
-
-    def _why_not(self, token: Token) -> str | None:
-        """Why a token opens nothing now; None where it does."""
-        status = self._status(token)
-        if status in ("expired", "revoked"):
-            return f"the token is {status}"
-        if any(token.id in kept for kept in self._kept_out.values()):
-            return "the token is blocked"
-        if token.user is not None and token.user not in self._people:
-            return f"its user {token.user} is gone"
-        if token.user is not None and self._people[token.user].created_at > token.created_at:
-            return f"it was given to another {token.user}, who is gone"
-        if token.user is not None and self._people[token.user].disabled_at is not None:
-            return f"its user {token.user} is disabled"
-        return None
-
-    def _principal(self, token: Token) -> Principal:
-        user = self._people.get(token.user or "")
-        return Principal(
-            token=token.id,
-            user=token.user,
-            pool=hashlib.sha256(token.hash.encode()).hexdigest(),
-            databases=token.databases,
-            permissions=token.permissions,
-            expires_at=token.expires_at,
-            edition=self._editions.get(token.id, 0),
-            narrowed=dict(self._narrowed.get(token.user or "", {})),
-            roles=user.roles if user is not None else None,
-            grants=user.grants if user is not None else {},
-            tenant=user.tenant if user is not None else None,
-            within=self._places.get(user.tenant or "") if user is not None else None,
-            closed=tenants.closed(self._places, user),
-        )
+    async def _compare(self, token: Token, text: str) -> bool:
+        """Whether this text is that token or session."""
+        if isinstance(token, Session):
+            return token.is_current(text) or token.was_current(text, self._now())
+        return await asyncio.get_running_loop().run_in_executor(self._hashing, tokens.matches, token, text)

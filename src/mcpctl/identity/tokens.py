@@ -6,6 +6,7 @@ keeps an Argon2id hash of the whole token; the secret is random, so the cheapest
 passwords that people choose).
 """
 
+import hashlib
 import ipaddress
 import re
 import secrets
@@ -61,6 +62,11 @@ class Token:
         """Everything that what it has open depends on: not its times, nor its note."""
         return (self.hash, self.user, self.databases, self.permissions, self.allow_ips)
 
+    @property
+    def pool(self) -> str:
+        """The name of its own pools: SHA-256 of the stored hash in hex."""
+        return hashlib.sha256(self.hash.encode()).hexdigest()
+
     def status(self, now: datetime) -> str:
         """active, expiring (within 14 days), expired or revoked."""
         if self.revoked_at is not None:  # whatever the clock says: a clock that is set back brings nothing back
@@ -97,7 +103,8 @@ def utcnow() -> datetime:
     return datetime.now(UTC)
 
 
-def _base62(number: int, width: int) -> str:
+def base62(number: int, width: int) -> str:
+    """A number in so many digits of 0-9A-Za-z."""
     digits = ""
     for _ in range(width):
         number, digit = divmod(number, 62)
@@ -106,7 +113,7 @@ def _base62(number: int, width: int) -> str:
 
 
 def _checksum(body: str) -> str:
-    return _base62(zlib.crc32(body.encode("ascii")), 6)
+    return base62(zlib.crc32(body.encode("ascii")), 6)
 
 
 def mint(taken: Iterable[str] = ()) -> tuple[str, str]:
@@ -116,7 +123,7 @@ def mint(taken: Iterable[str] = ()) -> tuple[str, str]:
         name = "".join(secrets.choice("0123456789abcdefghijklmnopqrstuvwxyz") for _ in range(8))
         if name not in taken:
             break
-    return name, signed(f"mcp_{name}_{_base62(secrets.randbits(256), 43)}")
+    return name, signed(f"mcp_{name}_{base62(secrets.randbits(256), 43)}")
 
 
 def signed(body: str) -> str:

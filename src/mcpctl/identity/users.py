@@ -17,7 +17,7 @@ from mcpctl.identity.grants import Grant
 NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 ROLE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _FIELDS = ("created_at", "disabled_at", "roles", "tenant", "note", "grants")
-_TOKEN = re.compile(r"mcp_[0-9a-z]{8}_[0-9A-Za-z]{20}")
+_TOKEN = re.compile(r"mc[a-z]_[0-9A-Za-z]{8}_[0-9A-Za-z]{20}")
 _TENANT = re.compile(r"[a-z][a-z0-9-]{0,30}")
 EVERYWHERE = "*"
 """In the place of a database's name: in all of them."""

@@ -54,12 +54,12 @@ def refuse_in_url(query: bytes) -> None:
     if len(query) > _QUERY:
         raise UsageError(f"the query of the URL is longer than {_QUERY} bytes", "send the request without it")
     names = (unquote_to_bytes(part.partition(b"=")[0]).lower() for part in query.split(b"&"))
-    if b"mcp_" in unquote_to_bytes(query) or any(name in _IN_URL for name in names):
+    if _SECRET.search(unquote_to_bytes(query)) or any(name in _IN_URL for name in names):
         raise UsageError("a token in the URL is not taken", "send it as a header: Authorization: Bearer …")
 
 
 def token(headers: Headers) -> str | None:
-    """The credential of a request: Authorization: Bearer, or X-API-Key; None where there is none.
+    """The credential of a request: Authorization: Bearer, X-API-Key, or X-Session-ID; None where there is none.
 
     UsageError (400) for two of them. UnauthorizedError for another scheme.
     """
@@ -71,9 +71,9 @@ def token(headers: Headers) -> str | None:
     if not found:
         return None
     name, value = found[0][0], found[0][1].decode("latin-1")
-    if name == b"x-session-id":
+    if name == b"x-session-id" and not value.startswith("mcs_"):
         raise UnauthorizedError("no such session")
-    if name == b"x-api-key":
+    if name != b"authorization":
         return value
     scheme, _, rest = value.partition(" ")
     if scheme.lower() != "bearer":
@@ -88,6 +88,7 @@ def without(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 _CREDENTIALS = (b"authorization", b"x-api-key", b"x-session-id")
 _IN_URL = (b"token", b"access_token", b"api_key", b"apikey", b"authorization", b"bearer")
+_SECRET = re.compile(rb"mc[a-z]_")
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ the request's task is cancelled, and with it the statement.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
 
-from mcp_types import jsonrpc_message_adapter
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
 from mcpctl.calls import Calls, Request, UnknownToolError
@@ -21,17 +20,18 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, LimitedError, LockedError, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
-from mcpctl.policy.limits import rule
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.pools import reachable
 from mcpctl.recorder import Recorder
 from mcpctl.server import credentials, encoding, exchange, messages
 from mcpctl.server.credentials import Gatekeeper
-from mcpctl.server.exchange import PIECE, App, Caller, Message, Receive, Scope, Send
+from mcpctl.server.exchange import PIECE, App, Caller, Receive, Scope, Send
 from mcpctl.server.express import Call, Express
 from mcpctl.server.held import SMALL, Bodies
 from mcpctl.server.hot import Asking, Found, Reply
+from mcpctl.server.old_streams import OldStreams
 from mcpctl.server.refusals import CANCELLED, Refusals, failed
+from mcpctl.server.routes import Addition, Route, know
 from mcpctl.shared_counters import Slot
 
 log = logging.getLogger("mcpctl.http")
@@ -57,6 +57,7 @@ class Parts:
     sse: App | None = None
     cancel_elsewhere: Callable[[str | None, str | int, int], Awaitable[None]] | None = None
     express: Express | None = field(default_factory=Express)
+    additions: Sequence[Addition] = ()
 
 
 class Http:
@@ -71,20 +72,20 @@ class Http:
         self._ready: tuple[float, bool] | None = None
         self._refusals = Refusals(parts.settings.server.public_url, parts.gatekeeper, tls=parts.tls)
         self._asking = asyncio.Lock()
-        self._streams: dict[asyncio.Task[Any], Principal] = {}
         self._ids = exchange.request_ids()
         self.looked = False
         self.answered_express = 0
         self.answered_sdk = 0
-        self._routes: dict[str, Callable[[Scope, Receive, Send, str], Awaitable[None]]] = {
+        self._routes: dict[str, Route] = {
             "/mcp": self._mcp,
             "/health": self._health,
             "/ready": self._is_ready,
             "/.well-known/oauth-protected-resource": self._metadata,
             "/.well-known/oauth-protected-resource/mcp": self._metadata,
         }
-        if parts.sse is not None:
-            self._routes |= {"/sse": self._old_stream, "/messages": self._old_message, "/messages/": self._old_message}
+        self._old = OldStreams(self, parts.sse, parts.authenticator, parts.settings.limits)
+        for more in (self._old.routes(), *(addition(self) for addition in parts.additions)):
+            self._routes |= more
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -121,8 +122,8 @@ class Http:
         exchange.negotiate(scope)
         slots = self._enter(principal, address, request_id)
         try:
-            _know(scope, principal)
-            body = await self._body(scope, receive, principal)
+            know(scope, principal)
+            body = await self.body(scope, receive, principal.token)
             self._remember(scope, address, text, let_in=True)
             await self._served(scope, receive, send, Request(request_id, address, "http"), principal, body)
         finally:
@@ -133,7 +134,7 @@ class Http:
         try:
             return self._parts.calls.limiter.enter(principal, address, visited=True)
         except LimitedError as problem:
-            self._note_limited(problem, principal, address, request_id)
+            self.note_limited(problem, principal, address, request_id)
             raise
 
     def _remember(self, scope: Scope, address: str | None, text: str | None, *, let_in: bool) -> None:
@@ -185,7 +186,7 @@ class Http:
             reply = Reply(500, failed(request_id), request_id)
         return await asking.write_long(reply, lambda: True) if asking.flow.write_paused else asking.write(reply)
 
-    def _note_limited(
+    def note_limited(
         self, problem: LimitedError, principal: Principal | None, address: str | None, request_id: str
     ) -> None:
         """One line for a call that was too much, or a count; who is not known goes the way of strangers."""
@@ -243,10 +244,23 @@ class Http:
         door = self._parts.authenticator
         return door.still_valid(principal) and all(door.in_force(principal, one) for one in request.databases)
 
-    def _presented(self, scope: Scope, request_id: str) -> tuple[str | None, str | None]:
-        """Address, its rate, host and origin: the caller's address and credential, or a refusal."""
+    def visit(self, scope: Scope, request_id: str) -> str | None:
+        """See routes.py:Host."""
         address = self._visit(scope, request_id)
         self._parts.gatekeeper.check(scope["headers"])
+        return address
+
+    def base(self, scope: Scope) -> str:
+        """See routes.py:Host."""
+        return self._refusals.base(scope["headers"])
+
+    def end_streams(self) -> int:
+        """End the open streams of tokens that are no longer valid; how many there were."""
+        return self._old.end()
+
+    def _presented(self, scope: Scope, request_id: str) -> tuple[str | None, str | None]:
+        """Address, its rate, host and origin: the caller's address and credential, or a refusal."""
+        address = self.visit(scope, request_id)
         try:
             credentials.refuse_in_url(scope["query_string"])
             return address, None if self._parts.no_auth else credentials.token(scope["headers"])
@@ -254,7 +268,7 @@ class Http:
             self._note_refused(problem, address, request_id)
             raise
 
-    async def _admit(self, scope: Scope, request_id: str) -> tuple[str | None, Principal]:
+    async def admit(self, scope: Scope, request_id: str) -> tuple[str | None, Principal]:
         """The caller's address and principal, or a refusal."""
         address, text = self._presented(scope, request_id)
         return address, await self._known(text, address, request_id)
@@ -308,12 +322,12 @@ class Http:
             if not self._parts.no_auth:
                 with contextlib.suppress(UnauthorizedError, UsageError):
                     known = self._parts.authenticator.recognised(text())
-            self._note_limited(problem, known, address, request_id)
+            self.note_limited(problem, known, address, request_id)
             raise
 
-    async def _body(self, scope: Scope, receive: Receive, principal: Principal) -> bytes:
+    async def body(self, scope: Scope, receive: Receive, caller: str | None, most: int | None = None) -> bytes:
         """The request's body, never more of it than the config allows, nor with the others', and not for ever."""
-        most = self._parts.settings.limits.request_bytes
+        most = min(most or self._parts.settings.limits.request_bytes, self._parts.settings.limits.request_bytes)
         if (credentials.header(scope["headers"], b"content-encoding") or "identity").lower() != "identity":
             raise Error("a packed body is not taken", "send it without Content-Encoding", status=415)
         length = credentials.header(scope["headers"], b"content-length")
@@ -321,7 +335,7 @@ class Http:
         if length is not None and (not length.isascii() or not length.isdigit() or int(length) > most):
             raise too_large
         body = bytearray()
-        take = self._bodies.of(principal.token, asyncio.current_task())
+        take = self._bodies.of(caller, asyncio.current_task())
         try:
             async with asyncio.timeout(self.body_seconds):
                 while True:
@@ -414,86 +428,6 @@ class Http:
         }
         await exchange.answer(send, 200, encoding.encode(found), request_id)
 
-    async def _old_stream(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
-        """/sse, for clients of before 2025-03: a stream that ends when its token does."""
-        if self._parts.sse is None or scope["method"] != "GET":
-            raise Error("only GET is answered here", status=405)
-        address, principal = await self._admit(scope, request_id)
-        try:
-            self._check_streams(principal)
-        except LimitedError as problem:
-            self._note_limited(problem, principal, address, request_id)
-            raise
-        _know(scope, principal)
-        task = asyncio.current_task()
-        scope["mcpctl"] = Caller(principal, Request(request_id, address, "sse", None, None))
-        if task is not None:
-            self._streams[task] = principal
-        more = True
-
-        async def noting(message: Message) -> None:
-            nonlocal more
-            more = message.get("more_body", False) or message["type"] == "http.response.start"
-            await send(message)
-
-        try:
-            await self._parts.sse(scope, receive, noting)
-        except asyncio.CancelledError:
-            if task is None or self._parts.authenticator.still_valid(principal):
-                raise
-            task.uncancel()
-            if more:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            if task is not None:
-                self._streams.pop(task, None)
-
-    def _check_streams(self, principal: Principal) -> None:
-        """Raise LimitedError where a token or user would have more streams than calls at once. They do not count as
-        calls: clients keep them open all day."""
-        limits = self._parts.settings.limits
-        for kind, name, group in (("token", principal.token, limits.tokens), ("user", principal.user, limits.users)):
-            most = rule(limits, group, group.named.get(name or "")).concurrent
-            if name is not None and sum(getattr(one, kind) == name for one in self._streams.values()) >= most:
-                said = f"too many streams: {most} are the limit of the {kind} {name}; again when one has ended"
-                raise LimitedError(said, kind=kind, name=name, limit="concurrent", retry_after=1)
-
-    async def _old_message(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
-        if self._parts.sse is None or scope["method"] != "POST":
-            raise Error("only POST is answered here", status=405)
-        address, principal = await self._admit(scope, request_id)
-        _know(scope, principal)
-        exchange.check_content_type(scope["headers"])
-        body = await self._body(scope, receive, principal)
-        try:
-            messages.read(body)
-            jsonrpc_message_adapter.validate_json(body, by_name=False)
-        except (messages.NotAMessageError, ValueError):
-            raise UsageError("the body is no JSON-RPC message", "post one message in JSON") from None
-        scope["mcpctl"] = Caller(principal, Request(request_id, address, "sse", None, None))
-        status, _, _ = await exchange.captured(self._parts.sse, scope, body)
-        if status == 404:
-            raise Error(
-                "there is no such session", "open /sse first, and post to the address that it names", status=404
-            )
-        if status != 202:
-            raise UsageError("the session_id in the URL is none", "post to the address that /sse names")
-        await exchange.answer(send, 202, b"", request_id)
-
-    def end_streams(self) -> int:
-        """End the open streams of tokens that are no longer valid; how many there were."""
-        ended = [
-            task for task, principal in self._streams.items() if not self._parts.authenticator.still_valid(principal)
-        ]
-        for task in ended:
-            task.cancel()
-        return len(ended)
-
     async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
         status, body, headers = self._refusals.answer(scope["headers"], scope["path"], problem, request_id)
         await exchange.answer(send, status, body, request_id, headers)
-
-
-def _know(scope: Scope, principal: Principal) -> None:
-    """Tell the door whose the connection is; see door.py:Visitor.make_room. Not of one who is refused by a limit."""
-    scope.setdefault("state", {})["known"] = principal.token or "local"

@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 from mcpctl import __version__, control
 from mcpctl.audit import log as audit_log
@@ -15,9 +16,10 @@ from mcpctl.audit.anchors import Anchors
 from mcpctl.audit.durable import Durable
 from mcpctl.calls import Calls
 from mcpctl.canaries import Canaries
-from mcpctl.config_keys import Settings
+from mcpctl.config_keys import Auth, Settings
 from mcpctl.errors import ConfigError
 from mcpctl.identity.authenticate import Authenticator
+from mcpctl.identity.sessions import PASSWORD, Rules, Sessions
 from mcpctl.identity.tokens import utcnow
 from mcpctl.keyring import Keyring, place
 from mcpctl.policy.access import Access
@@ -29,6 +31,7 @@ from mcpctl.postgres.wire import large_blocks_apart
 from mcpctl.recorder import Recorder
 from mcpctl.server.live import Live, Place, Process
 from mcpctl.server.watch import Watch
+from mcpctl.state import State
 
 log = logging.getLogger("mcpctl")
 
@@ -111,6 +114,7 @@ async def running(
     logins.brought = own.has
     if files:
         own.start()
+        authenticator.sessions = sign_in_sessions(auth, own.state)
     canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins, process.counters.unwritten)
     if files:
         canaries.start()
@@ -157,6 +161,15 @@ async def running(
         authenticator.close()
         own.close()
         book.close()
+
+
+def sign_in_sessions(auth: Auth, state: State) -> Sessions | None:
+    """The sessions of an installation; None where nobody can sign in."""
+    if not auth.sessions.enabled:
+        return None
+    own = auth.sessions
+    rules = Rules(timedelta(seconds=own.lifetime), timedelta(seconds=own.idle), own.per_user)
+    return Sessions(state, {PASSWORD: rules})
 
 
 def digest(settings: Settings) -> str:
