@@ -90,8 +90,14 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
+    def settle(self) -> None:
+        """Wait until the page has been painted twice: by then it has its focus, and takes what is typed and clicked."""
+        drawn = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))"
+        self.ask("Runtime.evaluate", expression=drawn, awaitPromise=True)
+
     def press(self, selector: str) -> None:
         """Click on the middle of an element, as a mouse does."""
+        self.settle()
         box = self.run(
             f"(e=>(e.scrollIntoView(),JSON.stringify(e.getBoundingClientRect())))(document.querySelector('{selector}'))"
         )

@@ -295,6 +295,7 @@ def test_an_error_is_an_alert_that_both_fields_point_to() -> None:
         assert fields[name]["aria-invalid"] == "true"
     assert next(one for _, one in page.elements if one.get("role") == "alert")["id"] == "problem"
     assert "autofocus" in fields["password"]
+    assert "aria-invalid" not in EVERY["sign-in-limited"].body.decode().partition("<body>")[2]
     assert fields["user"]["value"] == "anna"
 
 
@@ -334,6 +335,18 @@ def test_each_connection_can_be_ended_by_a_button_that_names_it_and_all_by_one()
         assert words in said
     assert "end_all" not in EVERY["connections-ended"].body.decode()
     assert "Nothing has access in your name" in Page(EVERY["connections-none"]).text("main")
+
+
+def test_what_was_allowed_under_older_rules_can_still_be_ended() -> None:
+    form, old = sample.form("/x"), sample.connection(1, Client("Old", "http://no-more.example/"))
+    page = Page(Pages(sample.ORIGIN).connections(form, form, user="anna", connections=[old]))
+    assert "is not taken any more" in page.text("main")
+    assert ("end", "c1") in [(button.get("name"), button.get("value")) for button in page.all("button")]
+
+
+def test_a_client_that_asks_for_nothing_is_said_to_do_so() -> None:
+    page = Pages(sample.ORIGIN).consent(sample.form("/x"), client=sample.CLAUDE, user="anna", scopes=(), databases=())
+    assert "Nothing but know that you have signed in" in Page(page).text("main")
 
 
 def test_the_error_page_has_what_it_is_the_request_and_what_to_do() -> None:

@@ -107,6 +107,14 @@ class Connection:
         """The host that the client is known by."""
         return self.client.host and shown(self.client.host)
 
+    @property
+    def place(self) -> Place | None:
+        """Where it is answered; None where such a place is not taken any more. The page has to be there to end it."""
+        try:
+            return self.client.place
+        except UsageError:
+            return None
+
 
 class Pages:
     """Makes all pages of one server. `origin` is what browsers call it by: scheme, host, port."""
@@ -129,7 +137,7 @@ class Pages:
         if retry_after:
             problem = f"Too many tries. Try again in {_duration(retry_after)}."
         said = problem and shown(problem, 200)
-        facts = {"form": form, "client": client, "user": shown(user, 200), "problem": said}
+        facts = {"form": form, "client": client, "user": shown(user, 200), "problem": said, "wrong": status == 401}
         more = [(b"retry-after", str(retry_after).encode())] if retry_after else []
         return self._page("sign_in", status, facts, client=client, more=more)
 
@@ -216,6 +224,7 @@ class Pages:
             loader=FileSystemLoader(_HERE),
             autoescape=True,
             undefined=StrictUndefined,
+            auto_reload=False,
             trim_blocks=True,
             lstrip_blocks=True,
         )
