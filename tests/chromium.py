@@ -27,7 +27,8 @@ WAIT = 30.0
 
 
 class Browser:
-    """One tab. `events` is what it has told since the last look."""
+    """One tab. `events` is what it has told since the last look, `said` what it has complained of since the page was
+    opened: above all, of policies that the page breaks."""
 
     def __init__(self, to: int, back: int) -> None:
         self._to, self._back = to, back
@@ -35,6 +36,7 @@ class Browser:
         self._came = b""
         self._session: str | None = None
         self.events: list[dict[str, Any]] = []
+        self.said: list[str] = []
 
     def attach(self) -> None:
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
@@ -76,12 +78,17 @@ class Browser:
             self._came += some
         line, _, self._came = self._came.partition(b"\0")
         message: dict[str, Any] = json.loads(line)
+        if message.get("method") == "Log.entryAdded":
+            self.said.append(message["params"]["entry"]["text"])
         return message
 
     def go(self, url: str) -> None:
         """Open a page, and wait until it is whole."""
         self.events.clear()
-        self.ask("Page.navigate", url=url)
+        self.said.clear()
+        loader = self.ask("Page.navigate", url=url)["loaderId"]
+        while self.wait("Page.frameNavigated")["frame"]["loaderId"] != loader:
+            pass  # the blank page that was there before, which may only now be whole
         self.wait("Page.loadEventFired")
 
     def run(self, script: str) -> Any:
