@@ -271,7 +271,7 @@ async def test_one_is_checked_at_a_time_and_what_would_wait_too_long_is_refused(
 
 
 @in_a_loop
-async def test_a_machine_that_is_slow_or_busy_makes_the_queue_shorter_and_one_always_comes_in() -> None:
+async def test_a_machine_that_is_slow_or_busy_makes_the_queue_shorter() -> None:
     hasher, times = Held(), [0.0]
     async with queue(hasher, clock=lambda: times[0]) as found:
         first = asyncio.ensure_future(found.matches(None, HORSE))
@@ -282,10 +282,40 @@ async def test_a_machine_that_is_slow_or_busy_makes_the_queue_shorter_and_one_al
         with pytest.raises(LimitedError) as refused:  # two before it, and the one at work has taken four seconds
             await found.matches(None, HORSE)
         assert refused.value.retry_after == 8
-        times[0] = 100.0
         hasher.let.set()
         assert [await first, await second] == [False, False]
-        assert not await found.matches(None, HORSE), "nobody waits, so it is tried however long the last ones took"
+
+
+@in_a_loop
+async def test_who_comes_alone_is_let_in_however_long_the_last_one_took() -> None:
+    hasher, times = Held(), [0.0]
+    async with queue(hasher, clock=lambda: times[0]) as found:
+        first = asyncio.ensure_future(found.matches(None, HORSE))
+        await waited(hasher.begun.is_set)
+        times[0] = 100.0
+        hasher.let.set()
+        assert not await first
+        asked = [asyncio.ensure_future(found.matches(None, HORSE)) for _ in range(2)]
+        assert not await asked[0]
+        with pytest.raises(LimitedError):
+            await asked[1]
+
+
+@in_a_loop
+async def test_who_has_waited_too_long_after_all_is_refused_without_a_hash() -> None:
+    hasher, times = Held(), [0.0]
+    async with queue(hasher, clock=lambda: times[0]) as found:
+        first = asyncio.ensure_future(found.matches(None, HORSE))
+        await waited(hasher.begun.is_set)
+        second = asyncio.ensure_future(found.matches(None, HORSE))
+        await waited(lambda: found.waiting == 2)
+        times[0] = PATIENCE + 1
+        hasher.let.set()
+        assert not await first
+        with pytest.raises(LimitedError) as refused:
+            await second
+        assert 1 <= refused.value.retry_after <= PATIENCE
+        assert (hasher.all, found.waiting) == (1, 0)
 
 
 @in_a_loop

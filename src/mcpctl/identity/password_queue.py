@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import argon2
 from argon2.exceptions import Argon2Error, VerifyMismatchError
@@ -27,7 +28,7 @@ from mcpctl.errors import LimitedError, UnavailableError
 from mcpctl.identity import passwords
 
 PATIENCE = 10.0
-"""Seconds that nobody is let wait beyond, as far as it can be foreseen."""
+"""Seconds that nobody waits beyond for their turn."""
 NICENESS = 19
 """The lowest priority that there is (setpriority(2))."""
 _AT_FIRST, _NEWEST = 0.25, 0.2
@@ -69,7 +70,8 @@ class Passwords:
         self._check_room()
         self.waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._check, stored, secret)
+            check = partial(self._check, stored, secret, self._clock())
+            return await asyncio.get_running_loop().run_in_executor(self._thread, check)
         finally:
             self.waiting -= 1
 
@@ -79,15 +81,15 @@ class Passwords:
         begun = self._begun
         each = max(self._seconds, 0.0 if begun is None else self._clock() - begun)
         if self.waiting and (self.waiting + 1) * each > PATIENCE:
-            wait = max(1, math.ceil(min(self.waiting * each, PATIENCE)))
-            raise LimitedError(
-                f"too many sign-ins at once: {self.waiting} wait already; again in {wait} s",
-                kind="server", name="passwords", limit="waiting", retry_after=wait,
-            )  # fmt: skip
+            raise _too_many(self.waiting * each)
 
-    def _check(self, stored: str | None, secret: bytes) -> bool:
-        """On the thread."""
-        self._begun = begun = self._clock()
+    def _check(self, stored: str | None, secret: bytes, asked: float) -> bool:
+        """On the thread. Who was let in, and has waited too long after all, since the machine became slower, is refused
+        without a hash: the next in turn may still be there."""
+        begun = self._clock()
+        if begun - asked > PATIENCE:
+            raise _too_many(self.waiting * self._seconds)
+        self._begun = begun
         try:
             if self._nobodys is None:  # with the first one, whoever that is
                 self._nobodys = self._hasher.hash(secrets.token_bytes(32))
@@ -99,6 +101,14 @@ class Passwords:
         finally:
             self._seconds += _NEWEST * (self._clock() - begun - self._seconds)
             self._begun = None
+
+
+def _too_many(seconds: float) -> LimitedError:
+    wait = max(1, math.ceil(min(seconds, PATIENCE)))
+    return LimitedError(
+        f"too many sign-ins at once; again in {wait} s",
+        kind="server", name="passwords", limit="waiting", retry_after=wait,
+    )  # fmt: skip
 
 
 def _step_back(niceness: int) -> None:
