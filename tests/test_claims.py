@@ -213,7 +213,7 @@ def test_a_person_without_a_user_is_let_in_as_the_first_of_the_config_whose_role
 def test_a_guest_s_name_stays_and_is_nobody_else_s() -> None:
     name = guests.name_of("https://id.example.org", "a")
     assert name == "x-" + name[2:] == guests.name_of("https://id.example.org", "a")
-    assert guests.NAME.fullmatch(name)
+    assert users.OUTSIDE.fullmatch(name)
     assert users.NAME.fullmatch(name)
     others = {guests.name_of(*one) for one in (("https://id.example.org", "b"), ("https://id.example.or", "ga"))}
     assert name not in others

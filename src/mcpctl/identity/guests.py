@@ -5,13 +5,9 @@ Only where `auth.oidc.NAME.just_in_time` says so. Nothing here is stored, and no
 
 import base64
 import hashlib
-import re
 from dataclasses import dataclass
 
 from mcpctl.identity.claims import Outside
-
-NAME = re.compile(r"x-[a-z2-7]{20}")
-"""How they are called; no user can be made with such a name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +21,7 @@ class Guest:
 
 
 def name_of(issuer: str, subject: str) -> str:
-    """A name that stays, and that only this identity has: 100 bits of SHA-256, in the form of a user's name."""
+    """A name that stays, and that only this identity has: 100 bits of SHA-256, in the form of `users.OUTSIDE`."""
     digest = hashlib.sha256(f"{len(issuer)}:{issuer}{subject}".encode()).digest()
     return "x-" + base64.b32encode(digest).decode("ascii")[:20].lower()
 
