@@ -22,7 +22,7 @@ from mcpctl import config, errors
 from mcpctl.audit import log as audit_log
 from mcpctl.cli import tree
 from mcpctl.cli.main import app
-from mcpctl.config_keys import Database, Settings
+from mcpctl.config_keys import Database, Oidc, Settings
 from mcpctl.errors import ConfigError
 from mcpctl.identity import tenants, tokens, users
 from mcpctl.identity.principal import Principal
@@ -38,7 +38,13 @@ EXAMPLE = ROOT / "config.example.yaml"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLACEHOLDERS = {"host", "dbname", "user", "password_file"}
 """Keys of the example's database that name a place, and so have no default."""
-NAMED = {"databases.shop.": "databases.NAME.", "auth.roles.shop-reports.": "auth.roles.NAME."}
+NEEDED = {"auth.oidc.NAME.issuer": "https://id.example.org", "auth.oidc.NAME.audience": "[mcpctl]"}
+"""Keys of an issuer that have to be given."""
+NAMED = {
+    "databases.shop.": "databases.NAME.",
+    "auth.roles.shop-reports.": "auth.roles.NAME.",
+    "auth.oidc.example.": "auth.oidc.NAME.",
+}
 """The entries of the example that only stand for others."""
 
 
@@ -214,6 +220,12 @@ CONFIG = {
 }
 
 
+def default(key: str) -> Any:
+    """The default in the code."""
+    found = KEYS[key]
+    return found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
+
+
 def written_default(key: str) -> Any:
     """The default in config.md, as YAML reads it."""
     return yaml.safe_load(CONFIG[key][2].strip("`"))
@@ -226,7 +238,7 @@ def test_every_key_of_the_config_stands_in_the_reference_and_no_other() -> None:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_the_reference_has_the_default_of_a_key(key: str) -> None:
-    assert KEYS[key].metadata["read"](written_default(key)) == KEYS[key].default
+    assert KEYS[key].metadata["read"](written_default(key)) == default(key)
     assert CONFIG[key][1]
     assert CONFIG[key][3]
 
@@ -252,8 +264,9 @@ def test_a_key_can_be_given_by_the_variable_that_the_reference_names(key: str, t
     variable = form[1].replace("<NAME>", "SHOP") + name.upper()
     file = tmp_path / "config.yaml"
     file.touch(0o600)
-    file.write_text("databases: {shop: {host: localhost}}\n")
-    value = CONFIG[key][2].strip("`") if name != "host" else "localhost"
+    issuers = "auth: {oidc: {shop: {issuer: https://id.example.org, audience: mcpctl}}}\n" if ".oidc." in key else ""
+    file.write_text("databases: {shop: {host: localhost}}\n" + issuers)
+    value = NEEDED.get(key, CONFIG[key][2].strip("`") if name != "host" else "localhost")
     config.load(file, {variable: value})
     with pytest.raises(ConfigError, match="there is no such key"):
         config.load(file, {variable + "_X": value})
@@ -266,7 +279,7 @@ def test_the_reference_names_every_variable_that_is_no_key() -> None:
 
 def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
@@ -284,8 +297,9 @@ def test_the_example_has_every_key_with_its_default_and_no_other() -> None:
     found = {general(name): value for name, value in values.items()}
     assert found.keys() == KEYS.keys()
     for key, value in found.items():
-        if key.removeprefix("databases.NAME.") not in PLACEHOLDERS and not key.startswith("auth.roles.NAME."):
-            assert KEYS[key].metadata["read"](value) == KEYS[key].default, key
+        placeholder = key.removeprefix("databases.NAME.") in PLACEHOLDERS or key in NEEDED
+        if not placeholder and not key.startswith("auth.roles.NAME."):
+            assert KEYS[key].metadata["read"](value) == default(key), key
 
 
 def test_the_example_says_why_at_every_key() -> None:
@@ -299,10 +313,11 @@ def test_the_example_can_be_used_as_it_is(tmp_path: Path) -> None:
     file.touch(0o600)
     file.write_bytes(EXAMPLE.read_bytes())
     found = config.load(file, {})
-    default = config._place(Settings(), file)
+    usual = config._place(Settings(), file)
     place = {name: getattr(found.databases["shop"], name) for name in PLACEHOLDERS}
-    auth = dataclasses.replace(default.auth, roles=found.auth.roles)
-    expected = dataclasses.replace(default, source=file, auth=auth, databases={"shop": Database(**place)})
+    issuer = Oidc(issuer=found.auth.oidc["example"].issuer, audience=("mcpctl",))
+    auth = dataclasses.replace(usual.auth, roles=found.auth.roles, oidc={"example": issuer})
+    expected = dataclasses.replace(usual, source=file, auth=auth, databases={"shop": Database(**place)})
     assert found == expected
     assert [*found.auth.roles] == ["shop-reports"]
     assert not Access(found.auth).may(Principal("1", "u", "", roles=("shop-reports",)), "tools:whoami").allowed

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from mcpctl import plain_yaml, private_file
+from mcpctl import config_oidc, plain_yaml, private_file
 from mcpctl.config_keys import Audit, Settings
 from mcpctl.config_values import Reader, is_loopback
 from mcpctl.errors import ConfigError, NotFoundError
@@ -254,15 +254,26 @@ def _read(cls: type[T], branch: Branch, prefix: str, faults: list[str]) -> T:
                 values[name] = _read(found.metadata["section"], child, dotted + ".", faults)
             else:
                 values[name] = _read_named(found.metadata["named"], child, dotted, faults, found.metadata.get("name"))
-        elif isinstance(child, Branch):
+        elif isinstance(child, Branch) and "map" not in found.metadata:
             faults.append(f"{child.where}: {dotted}: expected one value, not keys below it")
         else:
+            given = _as_map(child) if isinstance(child, Branch) or "map" in found.metadata else child
             try:
-                values[name] = _value(found.metadata["read"], child)
+                values[name] = _value(found.metadata["read"], given)
             except ValueError as problem:
-                shown = "what stands there" if name in _MAY_HOLD_SECRETS else _shown(child.value)
+                shown = "what stands there" if name in _MAY_HOLD_SECRETS else _shown(given.value)
                 faults.append(f"{child.where}: {dotted}: takes {problem}, not {shown}")
     return cls(**values)
+
+
+def _as_map(found: Value | Branch) -> Value:
+    """What stands there as one value: keys and theirs, in the environment too (`{staff: mcp-user}`)."""
+    faults: list[str] = []
+    if isinstance(found, Value) and found.where.startswith("environment ") and isinstance(found.value, str):
+        tree = plain_yaml.parse(found.value.encode("utf-8", "replace"), Path("environment"), faults)
+        found = found if faults else Branch(tree.children, found.where)
+    plain = plain_yaml.as_plain(found)
+    return Value({} if plain is None else plain, found.where)
 
 
 def _value(read: Reader, found: Value) -> Any:
@@ -368,6 +379,8 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
                 check_permission(pattern, settings.databases)
             except ValueError as problem:
                 fault(f"auth.roles.{name}.permissions", str(problem))
+    for key, text in config_oidc.faults(settings.auth):
+        fault(f"auth.oidc.{key}", text)
     if sum(database.default for database in settings.databases.values()) > 1:
         fault("databases", "only one can be the default")
     for table in settings.canaries.tables:

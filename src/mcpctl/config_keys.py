@@ -123,6 +123,60 @@ class Sessions:
 
 
 @keys(frozen=True)
+class Introspection:
+    """auth.oidc.NAME.introspection"""
+
+    client_id: str | None = setting(None, values.optional(values.text), "our own client there; without one: off")
+    client_secret_file: Path | None = setting(
+        None, values.optional(values.path), "file with its secret and nothing else, 0600"
+    )
+    tokens: str = setting("opaque", values.choice("opaque", "jwt", "all"), "which tokens the issuer is asked about")
+    cache: float = setting(60.0, values.between(0, 60, "of 60s at most"), "how long an answer holds")
+
+
+@keys(frozen=True)
+class Oidc:
+    """auth.oidc.NAME"""
+
+    issuer: str | None = setting(None, values.optional(values.issuer), "its URL, to the letter as in its tokens")
+    audience: tuple[str, ...] = setting((), values.one_or_more, "what its tokens for us have in `aud`: one of these")
+    clients: tuple[str, ...] = setting(
+        (), values.one_or_more, "clients whose tokens are taken (`azp`); none: any, for tokens with our audience alone"
+    )
+    algorithms: tuple[str, ...] = setting(values.ALGORITHMS, values.algorithms, "how its tokens may be signed")
+    user_claim: str = setting("sub", values.choice("sub", "oid", "uid"), "which claim says whose a token is")
+    name_claim: str = setting(
+        "preferred_username", values.claim, "the claim that is shown to people, and decides nothing"
+    )
+    roles_claims: tuple[str, ...] = setting(("realm_access.roles",), values.claims, "where roles stand in its tokens")
+    roles: dict[str, str] = field(
+        default_factory=dict, metadata={"read": values.text_map, "map": True, "doc": "our role for a role of theirs"}
+    )
+    tenant_claim: str | None = setting(
+        None, values.optional(values.claim), "the claim that names the tenant, which every token then needs"
+    )
+    just_in_time: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "read": values.text_map,
+            "map": True,
+            "doc": "whose login roles and grants a person without a user has, by a role of theirs; none: nobody's",
+        },
+    )
+    jwks_cache: float = setting(
+        3600.0, values.between(60, 86400, "from 1m to 24h"), "how long its keys hold before they are fetched again"
+    )
+    clock_skew: float = setting(30.0, values.between(0, 300, "of 5m at most"), "how far its clock may be from ours")
+    ca_file: Path | None = setting(
+        None, values.optional(values.path), "CA in PEM that signed its certificate; default: the system's"
+    )
+    allow_http_loopback: bool = setting(
+        False, values.truth, "take an issuer on this machine over http; for tests alone"
+    )
+    introspection: Introspection = section(Introspection, "asking the issuer about tokens")
+
+
+@keys(frozen=True)
 class Auth:
     """auth"""
 
@@ -143,6 +197,9 @@ class Auth:
         default_factory=dict, metadata={"named": Role, "doc": "roles beside the built-in ones, by name"}
     )
     sessions: Sessions = section(Sessions, "sessions that a password opens")
+    oidc: dict[str, Oidc] = field(
+        default_factory=dict, metadata={"named": Oidc, "doc": "issuers whose tokens are taken, by a name of your own"}
+    )
 
 
 @keys(frozen=True)

@@ -237,6 +237,71 @@ PARAMETER = re.compile(r"[a-z_][a-z0-9_.]{0,126}")
 """What has the form of a setting's name, in lower case."""
 
 
+def one_or_more(value: Any) -> tuple[str, ...]:
+    """A text, or a list of texts, each different."""
+    return tuple(dict.fromkeys(texts([value] if isinstance(value, str) else value)))
+
+
+def text_map(value: Any) -> dict[str, str]:
+    """Texts by texts."""
+    if not isinstance(value, dict):
+        raise ValueError("texts by texts")  # noqa: TRY004
+    return {text(name): text(one) for name, one in value.items()}
+
+
+def issuer(value: Any) -> str:
+    """The URL of an issuer, to the letter (OpenID Connect Discovery 1.0, section 3; RFC 8414, section 2)."""
+    url = text(value)
+    scheme, _, rest = url.partition("://")
+    host, _, path = rest.partition("/")
+    if (
+        scheme not in ("https", "http")
+        or not _is_authority(host)
+        or not re.fullmatch(r"[A-Za-z0-9._~!$&'()*+,;=:@%/-]*", path)
+    ):
+        raise ValueError("a URL such as https://id.example.org/realms/shop, as its tokens have it in `iss`")
+    if ".." in path.split("/"):
+        raise ValueError("a URL without .. in it")
+    return url
+
+
+def algorithms(value: Any) -> tuple[str, ...]:
+    """Signatures with a public key: whoever can check one of these cannot make one (RFC 8725, section 3.1)."""
+    found = one_or_more(value)
+    if not found or set(found) - set(ALGORITHMS):
+        raise ValueError(f"a list of {', '.join(ALGORITHMS)}")
+    return found
+
+
+ALGORITHMS = ("RS256", "ES256", "EdDSA")
+
+
+def between(low: float, high: float, words: str) -> Reader:
+    """A duration between these seconds, which `words` say."""
+
+    def read(value: Any) -> float:
+        seconds = duration(value)
+        if not low <= seconds <= high:
+            raise ValueError(f"a duration {words}")
+        return seconds
+
+    return read
+
+
+def claim(value: Any) -> str:
+    """Where something stands in a token's claims: names with dots between them, `*` for any; what has `://` in it is
+    one name."""
+    found = text(value)
+    if "://" not in found and not all(found.split(".")):
+        raise ValueError("a claim's name, or names with dots between them, such as realm_access.roles")
+    return found
+
+
+def claims(value: Any) -> tuple[str, ...]:
+    """One or several such places."""
+    return tuple(claim(one) for one in one_or_more(value))
+
+
 def parameters(value: Any) -> tuple[str, ...]:
     """Names of PostgreSQL's settings, in lower case, of which none opens the server to who may change it."""
     found = tuple(dict.fromkeys(texts(value)))

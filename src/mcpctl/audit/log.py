@@ -43,7 +43,7 @@ EVENTS = (
     "pool.opened", "pool.closed", "session.closed", "query.cancelled", "tool.begun", "tool.called", "tool.refused",
     "user.added", "user.roles", "user.password",
     "user.removed",
-    "user.disabled", "user.enabled", "tenant.added", "tenant.removed",
+    "user.disabled", "user.enabled", "user.linked", "user.unlinked", "tenant.added", "tenant.removed",
     "grant.printed", "grant.added", "grant.removed", "database.registered", "database.unregistered", "config.created",
     "config.database_added", "config.database_removed", "config.database_hardened", "config.key_rotated",
     "config.certificate_renewed", "config.reloaded", "config.reload_refused",

@@ -37,6 +37,7 @@ TOP = {
         "Make, list, disable and remove users, and grant them what they may read, write and set.",
         "user",
         "onboard",
+        "link",
     ),
     "tenant": ("Make, list and remove tenants.", "tenant"),
     "database": ("Add, list, test, harden and remove databases.", "database"),

@@ -194,6 +194,7 @@ def show(context: typer.Context, name: Name, json: JsonOption = False, config: C
     rows += [("tenant", user.tenant), ("password", "no" if user.password is None else "yes")]
     for database, one in user.grants.items():
         rows.append((f"grant on {database}", told(one) + (f" ({one.state})" if one.state else "")))
+    rows += [(f"link to {one.issuer}", one.subject) for one in user.links]
     rows += [(f"own database {one}", where) for one, where in own_database.brought(found, name)]
     rows += [("tokens", ",".join(token.id for token in living)), ("note", user.note)]
     output.put_table(["FIELD", "VALUE"], rows)

@@ -10,13 +10,16 @@ from typing import Any
 from mcpctl.config_keys import Auth
 from mcpctl.config_values import text
 from mcpctl.errors import ConflictError, NotFoundError, UsageError
-from mcpctl.identity import grants, passwords
+from mcpctl.identity import grants, links, passwords
 from mcpctl.identity.entry_file import EntryFile, Shape
 from mcpctl.identity.grants import Grant
+from mcpctl.identity.links import Link
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
+OUTSIDE = re.compile(r"x-[a-z2-7]{20}")
+"""How people are called whom an outside issuer vouches for, and who are no users here."""
 ROLE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_FIELDS = ("created_at", "disabled_at", "roles", "tenant", "note", "grants", "password")
+_FIELDS = ("created_at", "disabled_at", "roles", "tenant", "note", "grants", "password", "links")
 _TOKEN = re.compile(r"mc[a-z]_[0-9A-Za-z]{8}_[0-9A-Za-z]{20}")
 _TENANT = re.compile(r"[a-z][a-z0-9-]{0,30}")
 EVERYWHERE = "*"
@@ -39,6 +42,7 @@ class User:
     grants: Mapping[str, Grant] = field(default_factory=dict)
     tenant: str | None = None
     password: str | None = field(default=None, repr=False)
+    links: tuple[Link, ...] = ()
 
     def narrowed(self, before: "User", fewer: Fewer) -> dict[str, str]:
         """In which databases what was opened when the entry was `before` must end, now that it is this one, and why;
@@ -51,6 +55,8 @@ class User:
             return {EVERYWHERE: "its user's roles give less"}
         if self.tenant != before.tenant:
             return {EVERYWHERE: "its user's tenant changed"}
+        if not set(before.links) <= set(self.links):
+            return {EVERYWHERE: "an identity was unlinked from its user"}
         return {
             database: f"its user's grant on {database} was narrowed"
             for database, grant in before.grants.items()
@@ -91,6 +97,7 @@ def _read(name: str, fields: dict[str, Any]) -> User:
         {database: grants.read(database, found) for database, found in granted.items()},
         tenant,
         None if fields.get("password") is None else passwords.read(fields["password"]),
+        links.read(fields.get("links")),
     )
 
 
@@ -145,10 +152,11 @@ def as_values(user: User) -> dict[str, Any]:
         "note": user.note,
         "grants": {name: grants.as_values(grant) for name, grant in user.grants.items()} or None,
         "password": user.password,
+        "links": links.as_values(user.links),
     }
 
 
-_SHAPE: Shape[User] = Shape("users", NAME, _read, as_values)
+_SHAPE: Shape[User] = Shape("users", NAME, _read, as_values, links.twice)
 
 
 def user_file(path: Path) -> EntryFile[User]:
@@ -170,6 +178,8 @@ def add(
         raise UsageError(
             f"{repeated(repr(name), 'that')} cannot be a user name", "a-z first, then a-z 0-9 -, at most 31 characters"
         )
+    if OUTSIDE.fullmatch(name):
+        raise UsageError(f"{name} is a name as people have it who sign in from outside", "take another one")
     check_note(note)
     with file.edit() as entries:
         if name in entries:
