@@ -144,7 +144,7 @@ class Calls:
 
     def _brings(self, principal: Principal) -> bool:
         """Whether a principal may have databases of its own here: a user, where the config has a place for them."""
-        return self._own.on and principal.user is not None and principal.tenant is None
+        return self._own.on and principal.user is not None and principal.tenant is None and principal.as_user is None
 
     async def call(
         self, principal: Principal, name: str, arguments: Mapping[str, Any] | None, request: Request

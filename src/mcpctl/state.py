@@ -42,7 +42,13 @@ CREATE INDEX sessions_changed ON sessions (changed);
 CREATE TABLE session_changes (last INTEGER NOT NULL);
 INSERT INTO session_changes VALUES (0)
 """
-_STEPS = {2: _SINCE_2, 3: _SINCE_3}
+_SINCE_4 = """
+CREATE TABLE guests (
+  name TEXT PRIMARY KEY, issuer TEXT NOT NULL, subject TEXT NOT NULL, shown TEXT, as_user TEXT NOT NULL,
+  since REAL NOT NULL, seen REAL NOT NULL, disabled REAL
+) WITHOUT ROWID
+"""
+_STEPS = {2: _SINCE_2, 3: _SINCE_3, 4: _SINCE_4}
 """What a store of an earlier form lacks, by the form that has it."""
 SCHEMA_VERSION = max(_STEPS)
 _RESTORE = (

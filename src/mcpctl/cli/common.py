@@ -318,12 +318,13 @@ def by_whom(context: typer.Context, reason: str | None = None) -> str:
 _ASKED_AT_ONCE = 1000
 
 
-def proof(found: "Settings", names: list[str]) -> tuple[str, dict[str, Any] | None]:
-    """What the running servers did about ended tokens, waiting 2 s at most: as words, and as values."""
+def proof(found: "Settings", names: list[str], user: str | None = None) -> tuple[str, dict[str, Any] | None]:
+    """What the running servers did about ended tokens, and whatever else this user has come in with, waiting 2 s at
+    most: as words, and as values."""
     from mcpctl import control
 
     folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
-    answers = control.ask_all(folder, {"do": "settle", "tokens": names[:_ASKED_AT_ONCE]})
+    answers = control.ask_all(folder, {"do": "settle", "tokens": names[:_ASKED_AT_ONCE], "user": user})
     if not answers:
         return "no server runs", None
     for begin in range(_ASKED_AT_ONCE, len(names), _ASKED_AT_ONCE):
@@ -345,7 +346,7 @@ def living_tokens(found: "Settings") -> dict[str, list["Token"]]:
 
 def proof_of_user(found: "Settings", user: str) -> tuple[str, dict[str, Any] | None]:
     """What the running servers did about what a user has lost, as `proof` tells it."""
-    return proof(found, [token.id for token in living_tokens(found).get(user, [])])
+    return proof(found, [token.id for token in living_tokens(found).get(user, [])], user)
 
 
 def told(answers: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:

@@ -372,7 +372,7 @@ def remove(
     if granting is not None:
         granting.check_administrators(user, files.dsns)
         _, disabled = users.disable(file, name, tokens.utcnow())  # the server refuses from here on, whatever comes
-        cut = proof(found, [token.id for token in living])  # before PostgreSQL ends a call with words of its own
+        cut = proof(found, [token.id for token in living], name)  # before PostgreSQL ends a call with words of its own
     try:
         gone = granting.end(name, files.dsns) if granting is not None else None
     except Error as problem:
@@ -395,7 +395,7 @@ def remove(
     note_all(
         found, [("user.removed", {"user": name, "reason": by_whom(context, f"roles: {', '.join(dropped) or 'none'}")})]
     )
-    words, values = cut or proof(found, [token.id for token in living])
+    words, values = cut or proof(found, [token.id for token in living], name)
     for warning in gone.warnings if gone is not None else ():
         output.warn(warning)
     if json:

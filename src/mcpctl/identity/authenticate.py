@@ -19,6 +19,7 @@ from mcpctl.identity.sessions import Session
 from mcpctl.identity.standing import LOCKED as LOCKED
 from mcpctl.identity.standing import Standing
 from mcpctl.identity.tokens import Token
+from mcpctl.identity.vouched import Visitors, Vouched
 from mcpctl.private_file import ABSENT, fingerprint
 
 _ID = slice(4, 12)
@@ -96,8 +97,12 @@ class Authenticator(Standing):
         it would be let in while the server is locked: a wrong one is wrong then, too, and a canary is one."""
         self._look_for_lock()
         self._renew()
-        principal = self.recognised(text) or await self._prove(text, address)
-        name = text[_ID]
+        if self.visitors is not None and self.visitors.takes(text):
+            name = await self._ask_issuer(self.visitors, text, address)
+            principal = self._known[name][1]
+        else:
+            principal = self.recognised(text) or await self._prove(text, address)
+            name = text[_ID]
         token = self._seen[name]
         if name in self.canaries:
             self.tripped(token, address)
@@ -113,11 +118,22 @@ class Authenticator(Standing):
                 self._due = token.expires_at
         if isinstance(token, Session) and self.sessions is not None:
             self.sessions.use(token)
-        if name not in self.canaries and name in self._known:  # each use of a canary is told
+        if name not in self.canaries and name in self._known and not isinstance(token, Vouched):
             if len(self._let_in) >= _REMEMBERED:
                 self._let_in.clear()
             self._let_in[name, address] = self._known[name]
         return principal
+
+    async def _ask_issuer(self, visitors: Visitors, text: str, address: str | None) -> str:
+        """The id of the entry of whom a text stands for by its issuer's word."""
+        visitors.know(self._people)
+        try:
+            found = await visitors.verify(text, self._now())
+        except UnauthorizedError as problem:
+            raise self._is_wrong(problem.message, address) from None
+        self._look_for_lock()
+        self._renew()
+        return self._stand(found).id
 
     async def _prove(self, text: str, address: str | None) -> Principal:
         """The principal of a text that is not remembered."""

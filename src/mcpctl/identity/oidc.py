@@ -24,8 +24,8 @@ REMEMBERED = timedelta(seconds=60)
 _MOST = 10_000
 _OPAQUE = re.compile(r"[A-Za-z0-9._~+/-]{16,4096}=*")
 """RFC 6750, section 2.1, and not so short that it could be guessed."""
-_OURS = "mcp_"
-"""How mcpctl's own tokens begin: they are never shown to an issuer."""
+_OURS = ("mcp_", "mcs_", "mcr_")
+"""How what mcpctl itself gives out begins: it is never shown to an issuer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,11 @@ class Principal:
     `token` is the token's id (None for the one local user of stdio or --no-auth). No secret: PostgreSQL sees it in
     application_name. `pool` is the name of its own pools: SHA-256 of the stored hash in hex. `databases` and
     `permissions` are what the token is limited to; None means all that its user has. `roles` are its user's own (None:
-    the default ones), `grants` its user's by database; `within` is its tenant's place, beyond which it sees nothing;
-    `closed` are the databases that other tenants keep it out of, with why. `edition` grows when its token's rights have
-    become fewer, and `narrowed` by database when its user's have: what was opened under an earlier edition is over,
-    whatever else is equal.
+    the default ones), `claimed` those that an outside issuer gives it (None: no issuer is asked), `grants` its user's
+    by database; `as_user` is whose login roles and grants they are, where it is no user itself; `within` is its
+    tenant's place, beyond which it sees nothing; `closed` are the databases that other tenants keep it out of, with
+    why. `edition` grows when its token's rights have become fewer, and `narrowed` by database when its user's have:
+    what was opened under an earlier edition is over, whatever else is equal.
     """
 
     token: str | None
@@ -32,6 +33,8 @@ class Principal:
     edition: int = 0
     narrowed: Mapping[str, int] = field(default_factory=dict, compare=False)
     roles: tuple[str, ...] | None = None
+    claimed: tuple[str, ...] | None = None
+    as_user: str | None = None
     grants: Mapping[str, Grant] = field(default_factory=dict, compare=False)
     within: Tenant | None = None
     closed: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -39,6 +42,11 @@ class Principal:
     def edition_in(self, database: str) -> int:
         """The edition of its rights in that database."""
         return max(self.edition, self.narrowed.get(EVERYWHERE, 0), self.narrowed.get(database, 0))
+
+    @property
+    def person(self) -> str | None:
+        """The user in users.yaml whose login roles and grants it has."""
+        return self.as_user or self.user
 
     @property
     def name(self) -> str:

@@ -12,15 +12,19 @@ from typing import NamedTuple
 
 from mcpctl.errors import Error, LockedError, UnavailableError
 from mcpctl.identity import tenants, tokens, users
+from mcpctl.identity.guest_book import GuestBook
 from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.sessions import Session, Sessions
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import Token
 from mcpctl.identity.users import EVERYWHERE
+from mcpctl.identity.vouched import Visitors, Vouched, later
 from mcpctl.private_file import ABSENT, Fingerprint, fingerprints
 
 log = logging.getLogger("mcpctl")
+_BESIDE = frozenset("SJ")
+"""How the ids of those begin that stand in no file."""
 LOCKED = "the server is locked"
 """Why a lockdown ends what is open."""
 
@@ -33,6 +37,18 @@ class Files(NamedTuple):
     places: Mapping[str, Tenant]
 
 
+_REMEMBERED = 10_000
+_GONE: Mapping[type, str] = {Session: "signed out", Vouched: "no longer vouched for"}
+"""What is said of an entry that is gone; of one that a file had it is "removed"."""
+
+
+class _Everybody:
+    """Holds everything."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
 class Standing:
     """Knows the token, user and tenant files, and the sessions.
 
@@ -41,7 +57,7 @@ class Standing:
     user's rights have become fewer: they live on, and `in_force` tells where what they have open does not. `fewer`
     compares two users' roles by what they give. `over` holds the tokens that were seen to have expired, {id: when}, and
     `kept_out` what `keep_out` was told; both outlive this object. `sessions`, where they are, open the door as tokens
-    do.
+    do, and so do those whom the issuers of `visitors` vouch for, the guests of the book `guests` among them.
     """
 
     def __init__(
@@ -67,11 +83,15 @@ class Standing:
         self.locked = False
         self.broken: Error | None = None
         self.sessions: Sessions | None = None
+        self.visitors: Visitors | None = None
+        self.guests: GuestBook | None = None
         self._kept_out: dict[str, Mapping[str, str]] = {} if kept_out is None else kept_out
         self._now = now
         self._known: dict[str, tuple[bytes, Principal]] = {}
         self._seen: dict[str, Token] = {}
         self._signed_in: dict[str, Session] = {}
+        self._turned_out: Container[str] = ()
+        self._gone: dict[str, str | None] = {}
         self._editions: dict[str, int] = {}
         self._edition = 0
         self._narrowed: dict[str, dict[str, int]] = {}
@@ -118,6 +138,8 @@ class Standing:
             self._noted = found if ABSENT not in found else None  # as they were before they were read: else look again
         if self.sessions is not None:
             self._note_sessions(self.sessions)
+        if self.guests is not None:
+            self._note_guests(self.guests)
 
     def _note_files(self) -> None:
         try:
@@ -130,12 +152,16 @@ class Standing:
         self._versions = versions
         self._open.clear()
         for name in self._over.keys() - entries.keys():
-            if name not in self._signed_in:
+            if not self._is_beside(name):
                 del self._over[name]
         narrowed = self._note_people(people, places)
-        gone = [name for name in self._seen if name not in entries and name not in self._signed_in]
+        gone = [name for name in self._seen if name not in entries and not self._is_beside(name)]
         differ = {name: new for name, new in entries.items() if self._seen.get(name) is not new}
         self._put({**dict.fromkeys(gone), **differ}, narrowed)
+
+    def _is_beside(self, name: str) -> bool:
+        """Whether such an entry is none of a file's: a session, or somebody whom an issuer vouches for."""
+        return name[:1] in _BESIDE
 
     def _note_sessions(self, store: Sessions) -> None:
         """Take note of what became of sessions. While nobody can say, there are none."""
@@ -150,7 +176,6 @@ class Standing:
             store.forget()
             changes = dict.fromkeys(self._signed_in)
         for name, new in changes.items():
-            self._open.pop(name, None)
             if new is None:
                 self._signed_in.pop(name, None)
                 self._over.pop(name, None)
@@ -158,6 +183,27 @@ class Standing:
                 self._signed_in[name] = new
         if changes:
             self._put(changes)
+
+    def _note_guests(self, book: GuestBook) -> None:
+        """Take note of which guests are disabled. While nobody can say, all are."""
+        try:
+            if not book.look():
+                return
+            self._turned_out = frozenset(name for name, one in book.known.items() if one.disabled_at is not None)
+        except UnavailableError:  # somebody else holds it: what was known still is
+            return
+        except Error as problem:
+            if not isinstance(self._turned_out, _Everybody):
+                log.error("no guest is let in any more: %s (%s)", problem.message, problem.hint)
+            book.forget()
+            self._turned_out = _Everybody()
+        guests = {name: one for name, one in self._seen.items() if isinstance(one, Vouched) and one.as_user is not None}
+        for name in guests:
+            self._open.pop(name, None)
+        over = {name: why for name in self._active & guests.keys() if (why := self._why_not_vouched(guests[name]))}
+        self._active -= over.keys()
+        if over:
+            self.ended(over)
 
     def _put(self, changes: Mapping[str, Token | None], narrowed: Mapping[str, str] | None = None) -> None:
         """Take note of entries, None for one that is gone, and tell of those in use what is over. `narrowed`: whose
@@ -178,10 +224,13 @@ class Standing:
 
     def _note(self, name: str, old: Token | None, new: Token | None) -> None:
         """Know an entry as it is now, and forget of it what is no longer so."""
+        self._open.pop(name, None)
         if new is not None:
             self._seen[name] = new
-        else:
-            self._seen.pop(name, None)
+        elif self._seen.pop(name, None) is not None and old is not None:
+            while len(self._gone) >= _REMEMBERED:
+                del self._gone[next(iter(self._gone))]
+            self._gone[name] = old.user
         if old is None or new is old:
             return
         if new is None or new.rights != old.rights:
@@ -248,9 +297,9 @@ class Standing:
     def _know_again(self, changed: set[str], *, services: bool) -> None:
         """Remember these users' tokens, and service tokens, with what they have now."""
         for name, (digest, principal) in list(self._known.items()):
-            if principal.user not in changed and (principal.user is not None or not services):
+            if principal.person not in changed and (principal.user is not None or not services):
                 continue
-            if (principal.user is None or principal.user in self._people) and (token := self._seen.get(name)):
+            if (principal.user is None or principal.person in self._people) and (token := self._seen.get(name)):
                 self._known[name] = (digest, self._principal(token))
             else:  # who comes back under that name is somebody else
                 del self._known[name]
@@ -259,14 +308,50 @@ class Standing:
         """Why what a token has open must end, now that its entry is `new`; None where it need not. `narrowed`: whose
         user's rights have become fewer."""
         if new is None:
-            return "signed out" if isinstance(old, Session) else "removed"
+            return _GONE.get(type(old), "removed")
         if new.revoked_at is not None:
             return "revoked"
-        if new.user is not None and new.user not in self._people:
+        if new.user is not None and new.person not in self._people:
             return "its user is gone"
         if old is not None and old is not new and old.rights != new.rights:
             return "changed"
-        return narrowed.get(new.user or "")
+        return self._why_not_vouched(new) or narrowed.get(new.person or "")
+
+    def _why_not_vouched(self, token: Token) -> str | None:
+        """Why somebody is not any more whom an issuer vouches for; None where they are, and of all others."""
+        if not isinstance(token, Vouched) or self.visitors is None:
+            return None
+        self.visitors.know(self._people)
+        if token.as_user is not None and token.user in self._turned_out:
+            return f"its user {token.user} is disabled"
+        return token.why_not(self.visitors.links, self._people)
+
+    def _stand(self, found: Vouched) -> Token:
+        """Know whom an issuer vouches for; the entry that stands for them."""
+        if found.as_user is not None and self.guests is not None and found.user not in self._turned_out:
+            self.guests.note(found)
+        old = self._seen.get(found.id)
+        entry = later(old if isinstance(old, Vouched) else None, found)
+        if entry is not old:
+            self._put({entry.id: entry})
+        if entry is not old or entry.id not in self._known:
+            self._known[entry.id] = (b"", self._principal(entry))
+        return entry
+
+    async def look_again(self) -> None:
+        """Ask the issuers again about those of theirs who are in use, and end who is vouched for no more. The entries
+        of those who have gone are forgotten."""
+        if self.visitors is None:
+            return
+        theirs = {name: one for name, one in self._seen.items() if isinstance(one, Vouched)}
+        gone = await self.visitors.look_again(frozenset(theirs.keys() & self._active), self._now())
+        over = [name for name, one in theirs.items() if name not in self._active and self._why_not(one)]
+        self._put(dict.fromkeys([*gone, *over]))
+
+    def whose(self, name: str) -> str | None:
+        """The user of an entry that is there, or was until lately."""
+        token = self._seen.get(name)
+        return token.user if token is not None else self._gone.get(name)
 
     def expired(self) -> list[str]:
         """Ids of tokens in use whose time is over; each is told once. As long as there can be none it looks at none."""
@@ -295,7 +380,7 @@ class Standing:
         no fewer rights there than when it was let in."""
         if not self.still_valid(principal):
             return False
-        now, then = self._narrowed.get(principal.user or "", {}), principal.narrowed
+        now, then = self._narrowed.get(principal.person or "", {}), principal.narrowed
         if not now and not then:
             return True
         return all(now.get(name, 0) == then.get(name, 0) for name in (EVERYWHERE, database))
@@ -336,16 +421,20 @@ class Standing:
             return f"the token is {status}"
         if any(token.id in kept for kept in self._kept_out.values()):
             return "the token is blocked"
-        if token.user is not None and token.user not in self._people:
-            return f"its user {token.user} is gone"
-        if token.user is not None and self._people[token.user].created_at > token.created_at:
-            return f"it was given to another {token.user}, who is gone"
-        if token.user is not None and self._people[token.user].disabled_at is not None:
-            return f"its user {token.user} is disabled"
-        return None
+        if token.person is None:
+            return None
+        user = self._people.get(token.person)
+        if user is None:
+            return f"its user {token.person} is gone"
+        if user.created_at > token.created_at:
+            return f"it was given to another {token.person}, who is gone"
+        if user.disabled_at is not None:
+            return f"its user {token.person} is disabled"
+        return self._why_not_vouched(token)
 
     def _principal(self, token: Token) -> Principal:
-        user = self._people.get(token.user or "")
+        user = self._people.get(token.person or "")
+        vouched = token if isinstance(token, Vouched) else None
         return Principal(
             token=token.id,
             user=token.user,
@@ -354,8 +443,10 @@ class Standing:
             permissions=token.permissions,
             expires_at=token.expires_at,
             edition=self._editions.get(token.id, 0),
-            narrowed=dict(self._narrowed.get(token.user or "", {})),
+            narrowed=dict(self._narrowed.get(token.person or "", {})),
             roles=user.roles if user is not None else None,
+            claimed=vouched.claimed if vouched is not None else None,
+            as_user=vouched.as_user if vouched is not None else None,
             grants=user.grants if user is not None else {},
             tenant=user.tenant if user is not None else None,
             within=self._places.get(user.tenant or "") if user is not None else None,

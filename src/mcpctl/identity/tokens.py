@@ -63,6 +63,11 @@ class Token:
         return (self.hash, self.user, self.databases, self.permissions, self.allow_ips)
 
     @property
+    def person(self) -> str | None:
+        """The user in users.yaml by whose entry it is judged."""
+        return self.user
+
+    @property
     def pool(self) -> str:
         """The name of its own pools: SHA-256 of the stored hash in hex."""
         return hashlib.sha256(self.hash.encode()).hexdigest()

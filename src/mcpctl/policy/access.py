@@ -64,7 +64,8 @@ class Access:
 
     def roles_of(self, principal: Principal) -> tuple[str, ...]:
         """The roles that a principal has, by its own entry and by the config's lists."""
-        own = roles.DEFAULT if principal.roles is None else principal.roles
+        given = roles.DEFAULT if principal.claimed is None else principal.claimed
+        own = given if principal.roles is None else principal.roles
         return (*own, roles.ADMIN) if principal.user in self._admins and roles.ADMIN not in own else own
 
     def patterns(self, principal: Principal) -> tuple[str, ...]:
@@ -72,6 +73,8 @@ class Access:
         has gives nothing."""
         every = (pattern for name in self.roles_of(principal) for pattern in self._roles.get(name, ()))
         found = tuple(dict.fromkeys(every))
+        if principal.claimed is not None and principal.roles is not None:
+            found = within(found, self._given(principal.claimed))
         if principal.user in self._readers:
             found = within(found, roles.READ_ONLY)
         return found if principal.permissions is None else within(found, principal.permissions)
@@ -86,9 +89,11 @@ class Access:
         return [pattern for name in held for pattern in self._roles.get(name, ())]
 
     def chain(self, principal: Principal, permission: str) -> list[Decision]:
-        """Each link's own answer: roles, read-only list, tenant, the token's databases, the token's permissions."""
+        """Each link's own answer: roles, those of its issuer, read-only list, tenant, the token's databases, the
+        token's permissions."""
         return [
             self._by_role(principal, permission),
+            *self._by_issuer(principal, permission),
             *([self._by_list(permission)] if principal.user in self._readers else []),
             *self._by_closed(principal, permission),
             *([] if principal.tenant is None else [self._by_tenant(principal, permission)]),
@@ -116,6 +121,15 @@ class Access:
                 return Decision(True, f"the role {name} has {pattern}")
         shown = f"the roles {', '.join(held)} have" if len(held) > 1 else f"the role {', '.join(held) or '(none)'} has"
         return Decision(False, f"{shown} not the permission {permission}")
+
+    def _by_issuer(self, principal: Principal, permission: str) -> list[Decision]:
+        """Where users.yaml says which roles a user has, those that an issuer gives bound them."""
+        if principal.claimed is None or principal.roles is None:
+            return []
+        shown = f"by its issuer it has the roles {', '.join(principal.claimed) or '(none)'}"
+        if pattern := _covering(self._given(principal.claimed), permission):
+            return [Decision(True, f"{shown}, with {pattern}")]
+        return [Decision(False, f"{shown}, and not the permission {permission}")]
 
     @staticmethod
     def _by_list(permission: str) -> Decision:

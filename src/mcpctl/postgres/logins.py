@@ -117,7 +117,7 @@ class Logins:
             return self._service(principal, database, access)
         found = self._found.get((id(principal), database, access))
         if found is None:
-            found = principal, self.of_user(principal.user, principal.grants.get(database), database, access)
+            found = principal, self.of_user(principal.person or "", principal.grants.get(database), database, access)
             if len(self._found) >= _REMEMBERED:
                 self._found.clear()
             self._found[id(principal), database, access] = found  # the principal, so that its id stays its own

@@ -10,7 +10,7 @@ from mcpctl.postgres.own import Own
 
 Request = dict[str, Any]
 Answer = Callable[[Request], Awaitable[dict[str, Any]]]
-Settle = Callable[[list[str]], Awaitable[Cut]]
+Settle = Callable[[list[str], str | None], Awaitable[Cut]]
 
 
 class Answers:
@@ -46,7 +46,8 @@ class Answers:
         return {"pid": os.getpid(), "keys": self._keys()}
 
     async def _settled(self, request: Request) -> dict[str, Any]:
-        return values(await self._settle([str(token) for token in request["tokens"]]))
+        user = request.get("user")
+        return values(await self._settle([str(token) for token in request["tokens"]], user and str(user)))
 
     async def _settled_own(self, request: Request) -> dict[str, Any]:
         own = self._own

@@ -19,8 +19,11 @@ from mcpctl.canaries import Canaries
 from mcpctl.config_keys import Auth, Settings
 from mcpctl.errors import ConfigError
 from mcpctl.identity.authenticate import Authenticator
+from mcpctl.identity.guest_book import GuestBook
+from mcpctl.identity.oidc import Issuers
 from mcpctl.identity.sessions import PASSWORD, Rules, Sessions
 from mcpctl.identity.tokens import utcnow
+from mcpctl.identity.vouched import Visitors
 from mcpctl.keyring import Keyring, place
 from mcpctl.policy.access import Access
 from mcpctl.policy.limits import Limiter
@@ -115,6 +118,9 @@ async def running(
     if files:
         own.start()
         authenticator.sessions = sign_in_sessions(auth, own.state)
+        if auth.oidc:
+            authenticator.visitors = Visitors(Issuers(auth.oidc, utcnow))
+            authenticator.guests = GuestBook(own.state, utcnow)
     canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins, process.counters.unwritten)
     if files:
         canaries.start()
@@ -158,6 +164,8 @@ async def running(
                 recorder.note("server.stopped", reason=f"pid {os.getpid()}")
             recorder.close()
         await durable.close()
+        if authenticator.visitors is not None:
+            await authenticator.visitors.close()
         authenticator.close()
         own.close()
         book.close()

@@ -104,6 +104,8 @@ class Watch:
         async with asyncio.TaskGroup() as group:  # a pool that is slow to close holds no expiry up
             group.create_task(self._keep_looking())
             group.create_task(self._keep_sweeping())
+            if self._authenticator.visitors is not None:
+                group.create_task(self._keep_asking())
 
     async def look_for_lock(self) -> None:
         """Where no files say who may come in, look for the lockdown alone, for ever."""
@@ -132,6 +134,15 @@ class Watch:
                 self._remind()
             except Exception:
                 log.exception("looking after the pools failed; it is tried again")
+
+    async def _keep_asking(self) -> None:
+        """Have the issuers say again whom they vouch for: what they have taken away ends what runs, too."""
+        while True:
+            await asyncio.sleep(_SWEEP)
+            try:
+                await self._authenticator.look_again()
+            except Exception:
+                log.exception("asking the issuers failed; it is tried again")
 
     def _look(self) -> None:
         self.hear()
@@ -282,11 +293,13 @@ class Watch:
         self._recorder.note(event, **fields)
         return {}
 
-    async def _settle(self, tokens: list[str] | None) -> Cut:
-        """Take note of the files, and wait until what ended is cut: what was done for these tokens, or by a lockdown,
-        and what is left of theirs now, also of an earlier cut."""
+    async def _settle(self, tokens: list[str] | None, user: str | None = None) -> Cut:
+        """Take note of the files, and wait until what ended is cut: what was done for these tokens, and whatever else
+        this user has come in with, or by a lockdown; and what is left of theirs now, also of an earlier cut."""
         self._look()
         done = Cut()
+        if tokens is not None and user is not None:
+            tokens = [*dict.fromkeys([*tokens, *(one for one in self._cuts if self._authenticator.whose(one) == user)])]
         locked = [token for token, task in self._cuts.items() if task.get_name() == LOCKED]
         for token in locked if tokens is None else tokens:
             task = self._cuts.get(token)
