@@ -148,7 +148,8 @@ def test_a_token_that_was_changed_or_signed_by_another_is_refused(issuer: Issuer
     other = coded(json.dumps(issuer.claims(sub="somebody")).encode())
     assert "signature is wrong" in refusal(clock, issuer.config(), f"{head}.{other}.{signature}")
     assert "signature is wrong" in refusal(clock, issuer.config(), signed(issuer.claims(), rsa_key("thief")))
-    assert "signature is wrong" in refusal(clock, issuer.config(), f"{head}.{body}.{signature[:-4]}")
+    for wrong in (b"x", b"x" * 256, b"x" * 4000):
+        assert "signature is wrong" in refusal(clock, issuer.config(), f"{head}.{body}.{coded(wrong)}")
 
 
 def test_a_token_s_algorithm_has_to_be_that_of_its_key(issuer: Issuer, clock: Clock) -> None:
@@ -254,7 +255,7 @@ def test_brackets_within_a_text_are_no_depth(issuer: Issuer, clock: Clock) -> No
 @pytest.mark.parametrize("claims", [b"[]", b"1", b'"x"', b"null", b"\xff\xfe", b""])
 def test_claims_that_are_no_object_are_refused(issuer: Issuer, clock: Clock, claims: bytes) -> None:
     token = raw({"alg": "RS256", "kid": "one"}, claims or b" ", issuer.private)
-    assert "its claims: " in refusal(clock, issuer.config(), token)
+    assert "its claims " in refusal(clock, issuer.config(), token)
 
 
 def test_a_token_written_with_other_spare_bits_is_another_text_and_refused(issuer: Issuer, clock: Clock) -> None:
@@ -262,7 +263,7 @@ def test_a_token_written_with_other_spare_bits_is_another_text_and_refused(issue
     head, body, signature = next(parts for parts in texts if len(parts[1]) % 4 == 2)
     spare = body[:-1] + chr(ord(body[-1]) + 1)
     assert base64.urlsafe_b64decode(body + "==") == base64.urlsafe_b64decode(spare + "==")
-    assert "bits that say nothing" in refusal(clock, issuer.config(), f"{head}.{spare}.{signature}")
+    assert "is not in base64url" in refusal(clock, issuer.config(), f"{head}.{spare}.{signature}")
 
 
 # -- time -----------------------------------------------------------------------------------------------------------
