@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
+import pytest
 import trustme
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
@@ -22,6 +24,9 @@ from jwt import PyJWS
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from mcpctl.config_keys import Oidc
+from mcpctl.errors import UnauthorizedError
+from mcpctl.identity.claims import Outside
+from mcpctl.identity.oidc import Issuers
 
 NOW = datetime(2026, 11, 28, 12, 0, tzinfo=UTC)
 AUDIENCE = "https://mcp.example.org"
@@ -213,3 +218,31 @@ def ca_file(ca: trustme.CA, folder: Path) -> Path:
 
 ED25519 = ed25519.Ed25519PrivateKey.generate()
 P256 = ec.generate_private_key(ec.SECP256R1())
+
+
+T = TypeVar("T")
+
+
+def use(clock: Clock, config: dict[str, Oidc], work: Callable[[Issuers], Coroutine[Any, Any, T]]) -> T:
+    """What `work` makes of these issuers."""
+
+    async def run() -> T:
+        issuers = Issuers(config, clock)
+        try:
+            return await work(issuers)
+        finally:
+            await issuers.close()
+
+    return asyncio.run(run())
+
+
+def verify(clock: Clock, config: Oidc, token: str) -> Outside:
+    return use(clock, {"shop": config}, lambda issuers: issuers.verify(token))
+
+
+def refusal(clock: Clock, config: Oidc, token: str) -> str:
+    with pytest.raises(UnauthorizedError) as caught:
+        verify(clock, config, token)
+    assert caught.value.status == 401
+    assert not token or token not in caught.value.message
+    return caught.value.message

@@ -136,6 +136,17 @@ def test_an_issuer_that_is_down_is_no_bad_token_and_asked_again_after_thirty_sec
         assert asking.verify(issuer.token())
 
 
+def test_an_error_that_is_told_many_times_keeps_nothing_of_the_times_before(issuer: Issuer) -> None:
+    del issuer.answers[DISCOVERY]
+    with Asking(issuer.config()) as asking:
+        depths = []
+        for _ in range(3):
+            with pytest.raises(UnavailableError) as caught:
+                asking.verify(issuer.token())
+            depths.append(len(caught.traceback))
+    assert depths[1] == depths[2]
+
+
 def test_keys_outlive_their_time_by_an_hour_while_the_issuer_is_down_and_no_longer(issuer: Issuer) -> None:
     with Asking(issuer.config()) as asking:
         asking.verify(issuer.token())

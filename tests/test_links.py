@@ -106,6 +106,24 @@ def test_nobody_can_be_made_with_a_name_as_people_from_outside_have_it(home: Hom
     assert "from outside" in done.error
 
 
+def test_config_check_looks_at_what_an_issuer_needs_and_does_not_ask_it(home: Home) -> None:
+    text = home.config.read_text()
+    secret = "introspection: {client_id: c, client_secret_file: secret}"
+    more = f"ca_file: ca.pem, just_in_time: {{staff: nobody}}, {secret}"
+    home.config.write_text(text.replace("audience: mcpctl}\n    other", f"audience: mcpctl, {more}}}\n    other"))
+    assert "auth.oidc.keycloak: " in (told := home("config", "check").error)
+    assert "ca.pem: cannot be used as a CA" in told
+    home.config.write_text(home.config.read_text().replace("ca_file: ca.pem, ", ""))
+    assert "secret" in home("config", "check").error
+    (home.folder / "secret").touch(0o600)
+    assert "secret is empty" in home("config", "check").error
+    (home.folder / "secret").write_text("s3cr3t")
+    done = home("config", "check")
+    assert done.code == 0, done.err
+    assert "auth.oidc.keycloak.just_in_time names nobody, and there is no such user" in done.err
+    assert "s3cr3t" not in done.err
+
+
 # -- the file -------------------------------------------------------------------------------------------------------
 
 WHEN = datetime(2026, 11, 28, tzinfo=UTC)

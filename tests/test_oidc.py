@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import hmac
 import json
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -21,23 +19,22 @@ from issuer import (
     ED25519,
     NOW,
     P256,
-    Answer,
     Clock,
     Issuer,
-    as_json,
     coded,
     jwk,
     raw,
+    refusal,
     rsa_key,
     running,
     signed,
+    use,
+    verify,
 )
-from mcpctl.config_keys import Introspection, Oidc
-from mcpctl.errors import ConfigError, UnauthorizedError, UnavailableError
+from mcpctl.errors import UnauthorizedError
 from mcpctl.identity.claims import Outside
 from mcpctl.identity.oidc import Issuers
 
-T = TypeVar("T")
 SECONDS = int(NOW.timestamp())
 
 
@@ -50,31 +47,6 @@ def issuer() -> Iterator[Issuer]:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
-
-
-def use(clock: Clock, config: dict[str, Oidc], work: Callable[[Issuers], Coroutine[Any, Any, T]]) -> T:
-    """What `work` makes of these issuers."""
-
-    async def run() -> T:
-        issuers = Issuers(config, clock)
-        try:
-            return await work(issuers)
-        finally:
-            await issuers.close()
-
-    return asyncio.run(run())
-
-
-def verify(clock: Clock, config: Oidc, token: str) -> Outside:
-    return use(clock, {"shop": config}, lambda issuers: issuers.verify(token))
-
-
-def refusal(clock: Clock, config: Oidc, token: str) -> str:
-    with pytest.raises(UnauthorizedError) as caught:
-        verify(clock, config, token)
-    assert caught.value.status == 401
-    assert not token or token not in caught.value.message
-    return caught.value.message
 
 
 # -- what is taken --------------------------------------------------------------------------------------------------
@@ -134,6 +106,7 @@ def test_our_own_tokens_and_what_no_issuer_is_asked_about_are_for_others(issuer:
     assert issuers.takes(issuer.token())
     assert not issuers.takes("mcp_1hrspjl1_" + "a" * 43 + "_" + "b" * 6)
     assert not issuers.takes("an-opaque-token-of-theirs")
+    assert issuers.takes("eyJ" + issuer.token()[3:])
     assert not Issuers({}, clock).takes(issuer.token())
     assert issuer.asked == []
 
@@ -175,7 +148,8 @@ def test_a_token_that_was_changed_or_signed_by_another_is_refused(issuer: Issuer
     other = coded(json.dumps(issuer.claims(sub="somebody")).encode())
     assert "signature is wrong" in refusal(clock, issuer.config(), f"{head}.{other}.{signature}")
     assert "signature is wrong" in refusal(clock, issuer.config(), signed(issuer.claims(), rsa_key("thief")))
-    assert "signature is wrong" in refusal(clock, issuer.config(), f"{head}.{body}.{signature[:-4]}")
+    for wrong in (b"x", b"x" * 256, b"x" * 4000):
+        assert "signature is wrong" in refusal(clock, issuer.config(), f"{head}.{body}.{coded(wrong)}")
 
 
 def test_a_token_s_algorithm_has_to_be_that_of_its_key(issuer: Issuer, clock: Clock) -> None:
@@ -281,7 +255,7 @@ def test_brackets_within_a_text_are_no_depth(issuer: Issuer, clock: Clock) -> No
 @pytest.mark.parametrize("claims", [b"[]", b"1", b'"x"', b"null", b"\xff\xfe", b""])
 def test_claims_that_are_no_object_are_refused(issuer: Issuer, clock: Clock, claims: bytes) -> None:
     token = raw({"alg": "RS256", "kid": "one"}, claims or b" ", issuer.private)
-    assert "its claims: " in refusal(clock, issuer.config(), token)
+    assert "its claims " in refusal(clock, issuer.config(), token)
 
 
 def test_a_token_written_with_other_spare_bits_is_another_text_and_refused(issuer: Issuer, clock: Clock) -> None:
@@ -289,7 +263,7 @@ def test_a_token_written_with_other_spare_bits_is_another_text_and_refused(issue
     head, body, signature = next(parts for parts in texts if len(parts[1]) % 4 == 2)
     spare = body[:-1] + chr(ord(body[-1]) + 1)
     assert base64.urlsafe_b64decode(body + "==") == base64.urlsafe_b64decode(spare + "==")
-    assert "bits that say nothing" in refusal(clock, issuer.config(), f"{head}.{spare}.{signature}")
+    assert "is not in base64url" in refusal(clock, issuer.config(), f"{head}.{spare}.{signature}")
 
 
 # -- time -----------------------------------------------------------------------------------------------------------
@@ -360,120 +334,3 @@ def test_a_token_for_several_needs_a_client_that_the_config_names(issuer: Issuer
     assert verify(clock, issuer.config(), issuer.token(aud=[AUDIENCE, AUDIENCE])).subject
     assert verify(clock, known, issuer.token(client_id="web")).subject
     assert "azp" in refusal(clock, known, issuer.token(client_id="web", azp="other"))
-
-
-# -- opaque tokens --------------------------------------------------------------------------------------------------
-
-OPAQUE = "2YotnFZFEjr1zCsicMWpAA.opaque"
-
-
-def asking(issuer: Issuer, folder: Path, **more: Any) -> Oidc:
-    secret = folder / "secret"
-    secret.touch(0o600)
-    secret.write_text("s e:c+r%t\n")
-    return issuer.config(introspection=Introspection(**{"client_id": "mcp ctl", "client_secret_file": secret, **more}))
-
-
-def test_an_opaque_token_is_what_its_issuer_says_of_it(issuer: Issuer, clock: Clock, tmp_path: Path) -> None:
-    issuer.about[OPAQUE] = {"active": True, "token_type": "Bearer", **issuer.claims(iss=None)}
-    found = verify(clock, asking(issuer, tmp_path), OPAQUE)
-    assert (found.issuer, found.subject, found.roles) == (issuer.url, "5f0c-alice", ("mcp-user",))
-    assert issuer.forms == [{"token": [OPAQUE], "token_type_hint": ["access_token"]}]
-    assert issuer.logins == ["mcp+ctl:s+e%3Ac%2Br%25t"]  # RFC 6749, section 2.3.1
-
-
-def test_an_opaque_token_that_is_not_active_or_not_for_us_is_refused(
-    issuer: Issuer, clock: Clock, tmp_path: Path
-) -> None:
-    config = asking(issuer, tmp_path)
-    assert "not active" in refusal(clock, config, OPAQUE)
-    for more, why in (({"aud": "other"}, "aud"), ({"exp": None}, "exp"), ({"exp": SECONDS - 31}, "expired"),
-                      ({"iss": "https://other.example.org"}, "iss"), ({"sub": None}, "sub")):  # fmt: skip
-        issuer.about[OPAQUE] = {"active": True, **issuer.claims(**more)}
-        assert why in refusal(clock, config, OPAQUE)
-
-
-@pytest.mark.parametrize("answer", [{}, {"active": "true"}, {"active": 1}])
-def test_an_issuer_that_does_not_say_whether_a_token_is_active_says_nothing(
-    issuer: Issuer, clock: Clock, tmp_path: Path, answer: dict[str, Any]
-) -> None:
-    issuer.about[OPAQUE] = {**issuer.claims(), **answer}
-    with pytest.raises(UnavailableError, match="does not say"):
-        verify(clock, asking(issuer, tmp_path), OPAQUE)
-
-
-def test_an_issuer_that_refuses_our_client_or_asks_for_nothing_is_no_bad_token(
-    issuer: Issuer, clock: Clock, tmp_path: Path
-) -> None:
-    config = asking(issuer, tmp_path)
-    issuer.answers["/introspect"] = Answer(b"{}", 401)
-    with pytest.raises(UnavailableError, match="refuses us") as caught:
-        verify(clock, config, OPAQUE)
-    assert "client_secret_file" in (caught.value.hint or "")
-    assert OPAQUE not in caught.value.message
-    issuer.answers["/.well-known/openid-configuration"] = as_json(issuer.metadata(introspection_endpoint=None))
-    with pytest.raises(UnavailableError, match="names no introspection_endpoint"):
-        verify(clock, config, OPAQUE)
-
-
-def test_an_answer_holds_for_a_minute_at_most_and_no_longer_than_its_token(
-    issuer: Issuer, clock: Clock, tmp_path: Path
-) -> None:
-    async def work(issuers: Issuers) -> None:
-        issuer.about[OPAQUE] = {"active": True, **issuer.claims()}
-        found = await issuers.verify(OPAQUE)
-        assert issuers.known(OPAQUE) is found
-        assert issuers.known(OPAQUE[:-1]) is None
-        issuer.about.clear()
-        clock.pass_(59)
-        assert await issuers.verify(OPAQUE) is found
-        clock.pass_(1)
-        with pytest.raises(UnauthorizedError, match="not active"):
-            await issuers.verify(OPAQUE)
-        issuer.about[OPAQUE] = {"active": True, **issuer.claims(exp=int(clock.at.timestamp()) + 5 - 30)}
-        await issuers.verify(OPAQUE)
-        clock.pass_(5)
-        assert issuers.known(OPAQUE) is None
-        assert issuer.count("/introspect") == 3
-
-    use(clock, {"shop": asking(issuer, tmp_path)}, work)
-
-
-def test_what_was_remembered_can_be_forgotten_at_once(issuer: Issuer, clock: Clock, tmp_path: Path) -> None:
-    async def work(issuers: Issuers) -> None:
-        issuer.about[OPAQUE] = {"active": True, **issuer.claims()}
-        await issuers.verify(OPAQUE)
-        issuer.about.clear()
-        issuers.forget()
-        with pytest.raises(UnauthorizedError):
-            await issuers.verify(OPAQUE)
-
-    use(clock, {"shop": asking(issuer, tmp_path)}, work)
-
-
-def test_a_jwt_s_issuer_can_be_asked_too_and_its_newer_word_counts(
-    issuer: Issuer, clock: Clock, tmp_path: Path
-) -> None:
-    config, token = asking(issuer, tmp_path, tokens="jwt"), issuer.token(realm_access={"roles": ["mcp-admin"]})
-    assert "not active" in refusal(clock, config, token)
-    issuer.about[token] = {"active": True, "realm_access": {"roles": ["mcp-user"]}}
-    assert verify(clock, config, token).roles == ("mcp-user",)
-    issuer.about[token] = {"active": True, "sub": "somebody"}
-    assert "somebody else's" in refusal(clock, config, token)
-    assert "no issuer" in refusal(clock, config, OPAQUE)
-    forged = signed(issuer.claims(), rsa_key("thief"))
-    asked = issuer.count("/introspect")
-    refusal(clock, config, forged)
-    assert issuer.count("/introspect") == asked
-
-
-def test_a_secret_that_others_can_read_or_that_is_empty_is_refused(
-    issuer: Issuer, clock: Clock, tmp_path: Path
-) -> None:
-    config = asking(issuer, tmp_path)
-    (tmp_path / "secret").write_text("\n")
-    with pytest.raises(ConfigError, match=r"auth\.oidc\.shop: .*is empty"):
-        Issuers({"shop": config}, clock)
-    (tmp_path / "secret").chmod(0o644)
-    with pytest.raises(ConfigError):
-        Issuers({"shop": config}, clock)

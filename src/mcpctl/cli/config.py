@@ -75,6 +75,8 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     tried(partial(_check_tenants, found, keyring, logins=len(faults) == before))
     if found.server.tls.cert is not None:
         tried(lambda: tls.context(found), "server.tls")
+    for name in found.auth.oidc:
+        tried(partial(_check_issuer, found, name), f"auth.oidc.{name}")
 
     folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -218,6 +220,14 @@ def _check_tenants(found: "Settings", keyring: "Keyring", *, logins: bool) -> No
     twins = Logins(found.databases, keyring).twins if logins else None
     places = tenants.tenant_file(found.auth.tenant_file, twins, lambda one: one.database in found.databases).current()
     tenants.check_members(found.auth.tenant_file, places, _people(found))
+
+
+def _check_issuer(found: "Settings", name: str) -> None:
+    """Its CA and our secret there; it is not asked."""
+    from mcpctl.identity import oidc
+    from mcpctl.identity.tokens import utcnow
+
+    oidc.Issuers({name: found.auth.oidc[name]}, utcnow)
 
 
 def _check_own(found: "Settings", keyring: "Keyring") -> None:

@@ -73,7 +73,7 @@ class IssuerKeys:
             await self._renew()
             key = self._usable().keys.get(key_id)
         if key is None and self._failure is not None:
-            raise self._failure
+            raise self._down(self._failure)
         if key is None:
             raise UnauthorizedError("its issuer has no key of its key id")
         if key.algorithm != algorithm:
@@ -107,7 +107,13 @@ class IssuerKeys:
         age = self.age()
         if self._known is not None and age is not None and age < self._lifetime + GRACE:
             return self._known
-        raise self._failure or UnavailableError(f"the issuer {self._issuer} was not asked yet", "try again")
+        raise self._down(self._failure)
+
+    def _down(self, why: Error | None) -> UnavailableError:
+        """A new error each time: one that is raised again and again would keep every place where it was."""
+        if why is None:
+            return UnavailableError(f"the issuer {self._issuer} was not asked yet", "try again")
+        return UnavailableError(why.message, why.hint)
 
     async def _renew(self, patience: float | None = None) -> None:
         """Fetch all of it, unless that was tried a moment ago; whoever comes meanwhile waits for the same answer."""

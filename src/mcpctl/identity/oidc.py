@@ -24,8 +24,8 @@ REMEMBERED = timedelta(seconds=60)
 _MOST = 10_000
 _OPAQUE = re.compile(r"[A-Za-z0-9._~+/-]{16,4096}=*")
 """RFC 6750, section 2.1, and not so short that it could be guessed."""
-_OURS = ("mcp_", "mcs_", "mcr_")
-"""How what mcpctl itself gives out begins: it is never shown to an issuer."""
+_OURS = re.compile(r"mc[a-z]_[0-9a-z]{8}_", re.IGNORECASE)
+"""What is one of mcpctl's own tokens, or was meant to be: those are never shown to an issuer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Issuers:
 
     def takes(self, text: str) -> bool:
         """Whether such a text is for one of them to judge, and for nobody else."""
-        if text.startswith(_OURS) or not self._by_url:
+        if not self._by_url or _OURS.search(text):
             return False
         return signed.is_jwt(text) or (self._for_opaque is not None and _OPAQUE.fullmatch(text) is not None)
 

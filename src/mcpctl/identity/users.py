@@ -100,8 +100,10 @@ def _read(name: str, fields: dict[str, Any]) -> User:
 
 
 def listed_strangers(auth: Auth, people: Mapping[str, User]) -> list[tuple[str, str]]:
-    """(key, name) of whom the config lists as an admin or a reader, and who is no user: a typo, or gone."""
+    """(key, name) of whom the config lists as an admin or a reader, or as whom it lets others in, and who is no user: a
+    typo, or gone."""
     listed = {"auth.admin_users": auth.admin_users, "auth.read_only_users": auth.read_only_users}
+    listed |= {f"auth.oidc.{name}.just_in_time": (*one.just_in_time.values(),) for name, one in auth.oidc.items()}
     return [(key, name) for key, names in listed.items() for name in names if name not in people]
 
 
