@@ -183,7 +183,7 @@ def test_a_guest_logs_in_as_the_user_made_for_their_role_and_is_disabled_alone(
         assert ("user.disabled" in events, "user.enabled" in events, "user.linked" in events) == (True,) * 3
         assert site.run("user", "disable", "x-aaaaaaaaaaaaaaaaaaaa", check=False).returncode == 4
         said = site.run("user", "remove", name, "--yes", check=False)
-        assert (said.returncode, "is a guest" in said.stderr) == (2, True)
+        assert (said.returncode, "is a guest" in said.stderr) == (4, True)
     finally:
         site.stop()
 

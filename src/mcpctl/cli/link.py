@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mcpctl.cli import output, user
+from mcpctl.cli import guest, output, user
 from mcpctl.cli.common import (
     ConfigOption,
     JsonOption,
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from mcpctl.identity.links import Link
 
 IssuerOption = Annotated[
-    str, typer.Option("--issuer", metavar="I", help="The issuer's name in auth.oidc, or its URL to the letter.")
+    str | None, typer.Option("--issuer", metavar="I", help="The issuer's name in auth.oidc, or its URL to the letter.")
 ]
 SubjectOption = Annotated[
-    str,
+    str | None,
     typer.Option("--subject", metavar="S", help="Who they are there: `sub` in their tokens, or what user_claim says."),
 ]
 
@@ -33,8 +33,12 @@ SubjectOption = Annotated[
 def link(
     context: typer.Context,
     name: user.Name,
-    issuer: IssuerOption,
-    subject: SubjectOption,
+    issuer: IssuerOption = None,
+    subject: SubjectOption = None,
+    guest_: Annotated[
+        str | None,
+        typer.Option("--guest", metavar="G", help="A guest of `mcpctl user list`, instead of issuer and subject."),
+    ] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -44,10 +48,15 @@ def link(
 
     Example: mcpctl user link alice --issuer keycloak --subject 8c1f6f0e-7f7b-4d0c-9a53-6a8a2c1f3b11
     """
-    from mcpctl.errors import NotFoundError
+    from mcpctl.errors import NotFoundError, UsageError
     from mcpctl.identity import linking, users
 
     found = settings(context, config)
+    if guest_ is not None:
+        if issuer is not None or subject is not None:
+            raise UsageError("--guest says issuer and subject already", "leave them out")
+        one = guest.find(found, guest_)
+        issuer, subject = one.issuer, one.subject
     wanted = _link(found, issuer, subject)
     if wanted.issuer not in _issuers(found).values():
         known = ", ".join(found.auth.oidc) or "none"
@@ -65,13 +74,13 @@ def link(
 def unlink(
     context: typer.Context,
     name: user.Name,
-    issuer: IssuerOption,
-    subject: SubjectOption,
+    issuer: IssuerOption = None,
+    subject: SubjectOption = None,
     reason: ReasonOption = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Take an identity of an outside issuer from this user, and cut what the user has running. Never asks."""
+    """Take an identity of an outside issuer from this user, and cut what its tokens have running. Never asks."""
     from mcpctl.identity import linking, users
 
     found = settings(context, config, needs_log=False)
@@ -88,10 +97,12 @@ def _issuers(found: "Settings") -> dict[str, str]:
     return {name: one.issuer or "" for name, one in found.auth.oidc.items()}
 
 
-def _link(found: "Settings", issuer: str, subject: str) -> "Link":
+def _link(found: "Settings", issuer: str | None, subject: str | None) -> "Link":
     from mcpctl.errors import UsageError
     from mcpctl.identity.links import link_of
 
+    if issuer is None or subject is None:
+        raise UsageError("an identity is --issuer and --subject together", "both stand in its tokens: iss and sub")
     if "://" not in issuer and issuer not in found.auth.oidc:
         from mcpctl.errors import NotFoundError
 

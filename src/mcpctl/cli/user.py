@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcpctl.cli import grant, output, own_database, password
+from mcpctl.cli import grant, guest, output, own_database, password
 from mcpctl.cli.administration import files_of
 from mcpctl.cli.common import (
     ConfigOption,
@@ -146,7 +146,7 @@ def _record(user: "User", living: list["Token"]) -> dict[str, Any]:
 
 @app.command("list")
 def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption = None) -> None:
-    """List all users, with how many living tokens each has."""
+    """List all users, with how many living tokens each has, and the guests of outside issuers who have come."""
     from mcpctl.identity import users
     from mcpctl.policy.roles import DEFAULT
 
@@ -154,7 +154,12 @@ def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption
     living = living_tokens(found)
     entries = users.user_file(found.auth.user_file).current()
     if json:
-        output.put_json({"users": [_record(user, living.get(user.name, [])) for user in entries.values()]})
+        output.put_json(
+            {
+                "users": [_record(user, living.get(user.name, [])) for user in entries.values()],
+                "guests": [guest.values(one) for one in guest.known(found)],
+            }
+        )
         return
     rows = [
         (
@@ -169,6 +174,7 @@ def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption
         )
         for user in entries.values()
     ]
+    rows += [guest.row(one) for one in guest.known(found)]
     output.put_table(["USER", "CREATED_AT", "ROLES", "TENANT", "GRANTS", "TOKENS", "STATUS", "NOTE"], rows)
 
 
@@ -179,6 +185,9 @@ def show(context: typer.Context, name: Name, json: JsonOption = False, config: C
     from mcpctl.identity import users
     from mcpctl.policy.roles import DEFAULT
 
+    if guest.is_guest(name):
+        guest.show(context, name, json, config)
+        return
     found = settings(context, config, needs_log=False)
     user = users.find(users.user_file(found.auth.user_file).current(), name)
     living = living_tokens(found).get(name, [])
@@ -304,6 +313,9 @@ def _switch(context: typer.Context, name: str, reason: str | None, json: bool, c
     from mcpctl.identity import tokens, users
     from mcpctl.postgres.roles import switch_login
 
+    if guest.is_guest(name):
+        guest.switch(context, name, reason, json, config, off=off)
+        return
     files = files_of(context, config, needs_log=not off, forgiving=off)
     found = files.settings
     if not off:

@@ -84,12 +84,18 @@ class GuestBook:
                 raise
         self.look()
 
+    def find(self, name: str) -> Known:
+        """The guest of that name, by the last look; NotFoundError (exit 4) for one who never came."""
+        try:
+            return self.known[name]
+        except KeyError:
+            raise NotFoundError(f"there is no guest {name}", "`mcpctl user list` shows who has come") from None
+
     def disable(self, name: str, when: datetime | None) -> bool:
         """Set or, with None, clear the time since which a guest is disabled; whether that changed anything.
         NotFoundError (exit 4) for one who never came."""
         self.look()
-        if (old := self.known.get(name)) is None:
-            raise NotFoundError(f"there is no guest {name}", "`mcpctl user list` shows who has come")
+        old = self.find(name)
         if (old.disabled_at is None) == (when is None):
             return False
         with self._state.change() as connection:

@@ -195,6 +195,8 @@ def find(entries: Mapping[str, User], name: str) -> User:
         return entries[name]
     except KeyError:
         said, hint = repeated(name, "of that name"), f"make one with `mcpctl user add {repeated(name, 'U')}`"
+        if OUTSIDE.fullmatch(name):
+            said, hint = f"{name}: that is a guest", "`user show`, `disable`, `enable` and `link --guest` know them"
         raise NotFoundError(f"there is no user {said}", hint) from None
 
 
