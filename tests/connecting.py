@@ -1,5 +1,5 @@
-"""What the tests of `mcpctl connect` have on both of its sides: a client of its stdin and stdout, servers that answer as
-they are told, and a server of the official SDK's in front of a real OpenID provider."""
+"""What the tests of `mcpctl connect` have on both of its sides: a client of its stdin and stdout, servers that answer
+as they are told, and a server of the official SDK's behind a real OpenID provider."""
 
 from __future__ import annotations
 
@@ -44,22 +44,25 @@ def told(method: str, **params: Any) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "method": method, "params": params}
 
 
+NO_KEYRING = "keyring.backends.fail.Keyring"
 INITIALIZE = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+
+
+def at_home(folder: Path, **env: str) -> dict[str, str]:
+    """The environment of somebody whose home that is, without a keyring, a proxy, or a display."""
+    plain = {"XDG_CONFIG_HOME": str(folder), "HOME": str(folder), "PYTHON_KEYRING_BACKEND": NO_KEYRING}
+    left_out = {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"} - env.keys()
+    found = environment(**{**plain, **env})
+    return {name: value for name, value in found.items() if name.upper() not in left_out}
 
 
 class Bridge:
     """`mcpctl connect` as a client has it: a process with pipes."""
 
     def __init__(self, folder: Path, *arguments: str, before: list[str] | None = None, **env: str) -> None:
-        self.env = environment(
-            XDG_CONFIG_HOME=str(folder), HOME=str(folder), PYTHON_KEYRING_BACKEND="keyring.backends.fail.Keyring", **env
-        )
-        for name in ("DISPLAY", "WAYLAND_DISPLAY", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
-            if name not in env:
-                self.env.pop(name, None)
         self.process = subprocess.Popen(
             [*(before or COMMAND), "connect", *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self.env,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=at_home(folder, **env),
         )  # fmt: skip
         self.stderr: list[str] = []
         self._came: queue.Queue[bytes] = queue.Queue()
@@ -195,8 +198,8 @@ class Scripted(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, script: Callable[[Visitor, Seen], None]) -> None:
-        super().__init__(("127.0.0.1", 0), Visitor)
+    def __init__(self, script: Callable[[Visitor, Seen], None], port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Visitor)
         self.script = script
         self.seen: list[Seen] = []
         self.left = threading.Event()
@@ -208,8 +211,8 @@ class Scripted(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def scripted(script: Callable[[Visitor, Seen], None]) -> Iterator[Scripted]:
-    with Scripted(script) as server:
+def scripted(script: Callable[[Visitor, Seen], None], port: int = 0) -> Iterator[Scripted]:
+    with Scripted(script, port) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         try:

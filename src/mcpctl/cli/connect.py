@@ -108,6 +108,8 @@ def _once(url: str, ca_file: Path | None, options: "Options", *, out: bool) -> N
 
     from mcpctl.bridge import remote, sign_in
 
+    _take_over()
+
     async def main() -> None:
         kept = _kept(url)
         async with remote.client(ca_file) as http:
