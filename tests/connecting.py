@@ -246,12 +246,13 @@ class Introspecting:
     def __init__(self, issuer: str) -> None:
         self._issuer = issuer
         self.seen: list[str] = []
+        self.refused: set[str] = set()
 
     async def verify_token(self, token: str) -> AccessToken | None:
         async with httpx.AsyncClient(auth=("resource-server", "of the test"), trust_env=False) as http:
             answer = await http.post(f"{self._issuer}/token/introspection", data={"token": token})
         found = answer.json()
-        if not found.get("active"):
+        if not found.get("active") or token in self.refused:
             return None
         self.seen.append(token)
         return AccessToken(

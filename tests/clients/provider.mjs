@@ -36,7 +36,6 @@ server.listen(0, '127.0.0.1', () => {
     },
     issueRefreshToken: () => true,
     pkce: { required: () => true },
-    revokeGrantPolicy: () => false,
     rotateRefreshToken: true,
     scopes: ['openid', 'offline_access', 'read'],
     ttl: { AccessToken: life },
