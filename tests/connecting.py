@@ -25,7 +25,7 @@ from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context
 
 from clients import rig
-from site_of_mcpctl import COMMAND, environment, eventually
+from site_of_mcpctl import COMMAND, command, environment, eventually
 
 META = {"io.modelcontextprotocol/protocolVersion": "2026-07-28", "io.modelcontextprotocol/clientCapabilities": {}}
 ROBOT = Path(__file__).parent / "clients" / "robot.py"
@@ -302,3 +302,20 @@ def _give_tools(server: MCPServer) -> None:
     async def hello(name: str) -> str:
         """Says hello."""
         return f"hello {name}"
+
+
+@contextlib.contextmanager
+def bridged(script: Any, folder: Path, *arguments: str, **env: str) -> Iterator[tuple[Scripted, Bridge]]:
+    with scripted(script) as server, Bridge(folder, server.url, *arguments, **env) as bridge:
+        yield server, bridge
+
+
+def echo(visitor: Visitor, seen: Seen) -> None:
+    if "id" in json.loads(seen[2] or b"{}") and "method" in json.loads(seen[2]):
+        visitor.result(seen[2], {})
+    else:
+        visitor.reply(202)
+
+
+def run(folder: Path, *arguments: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    return command("connect", *arguments, input=stdin, env=at_home(folder, **env))
