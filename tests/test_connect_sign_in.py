@@ -262,8 +262,8 @@ def metadata(server: Scripted, **changed: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def authorization(changed: dict[str, Any], resource: str | None = None) -> Any:
-    """A server with an authorization server that is not as it should be."""
+def authorization(changed: dict[str, Any], resource: str | None = None, token: bytes = b"") -> Any:
+    """A server with an authorization server that is not as it should be; `token`: what it says to a code."""
 
     def script(visitor: Visitor, seen: Seen) -> None:
         server, path = visitor.server, visitor.path
@@ -275,6 +275,8 @@ def authorization(changed: dict[str, Any], resource: str | None = None) -> Any:
             visitor.reply(200, json.dumps(metadata(server, **changed)).encode())
         elif path == "/register":
             visitor.reply(201, json.dumps({**json.loads(seen[2]), "client_id": "c"}).encode())
+        elif path == "/token":
+            visitor.reply(200, token)
         elif path.startswith("/mcp"):
             visitor.reply(
                 401, www_authenticate=f'Bearer resource_metadata="{origin}/.well-known/oauth-protected-resource"'
@@ -320,6 +322,36 @@ def test_only_the_browser_that_brings_the_state_back_counts(tmp_path: Path) -> N
         page = httpx.get(back, params=given, trust_env=False)
         assert (page.status_code, "<b>" in page.text) == (200, False)
         assert "access_denied" in bridge.answer()["error"]["message"]
+
+
+def come_back(bridge: Bridge, **more: str) -> None:
+    """What a browser brings back."""
+    eventually(lambda: "redirect_uri=" in bridge.said)
+    asked = dict(httpx.QueryParams(bridge.said.rpartition("?")[2].split()[0]))
+    given = {"state": asked["state"], "code": "c", **more}
+    assert httpx.get(asked["redirect_uri"], params=given, trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize("iss, said", [("https://evil.example.org", "iss mismatch"), ("", "iss mismatch")])
+def test_an_answer_of_another_authorization_server_is_refused(tmp_path: Path, iss: str, said: str) -> None:
+    with bridged(authorization({"authorization_response_iss_parameter_supported": True}), tmp_path) as (server, bridge):
+        bridge.send(modern("x"))
+        come_back(bridge, iss=iss)
+        assert said in bridge.answer()["error"]["message"]
+        assert not [seen for seen in server.seen if b"code_verifier" in seen[2]], "and the code goes nowhere"
+
+
+@pytest.mark.parametrize("token", [
+    b"<html>", b"[]", b'{"access_token":"very secret","token_type":"DPoP"}', b'{"refresh_token":"very secret"}',
+])  # fmt: skip
+def test_a_token_that_is_none_is_told_without_what_came(tmp_path: Path, token: bytes) -> None:
+    with bridged(authorization({}, token=token), tmp_path) as (_, bridge):
+        bridge.send(modern("x"))
+        come_back(bridge)
+        line = bridge.line()
+        assert b"sign-in failed" in line
+        assert "secret" not in f"{line!r}{bridge.said}"
+        assert not list((tmp_path / "mcpctl" / "connect").glob("*.json"))
 
 
 def test_a_sign_in_ends_with_stdin(tmp_path: Path) -> None:

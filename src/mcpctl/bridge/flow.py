@@ -184,7 +184,8 @@ class Flow:
                     answer, refused = refused, None
                 outgoing = await flow.asend(answer)
         except (OAuthFlowError, OAuthRegistrationError, OAuthTokenError, ValidationError) as problem:
-            raise Error(f"the sign-in failed: {' '.join(str(problem).split())[:400]}", _ASK) from None
+            said = str(problem).partition("[type=")[0]  # behind that pydantic shows what came, which may be a token
+            raise Error(f"the sign-in failed: {' '.join(said.split())[:400]}", _ASK) from None
         finally:
             await flow.aclose()
 

@@ -51,9 +51,10 @@ def keyring() -> Vault | None:
     """The operating system's keyring; None where it is not installed, or has nothing behind it."""
     try:
         from keyring import get_keyring
-    except ImportError:
+
+        backend = get_keyring()
+    except ImportError:  # of the library, or of the backend that PYTHON_KEYRING_BACKEND names
         return None
-    backend = get_keyring()
     try:
         usable = backend.priority >= _LEAST
     except RuntimeError:  # how a backend says that it cannot work here
@@ -167,7 +168,7 @@ class Kept:
                 try:
                     private_file.lock(fd, 0.0)
                     break
-                except TimeoutError:
+                except _HELD:
                     await asyncio.sleep(_PAUSE)
             yield
         finally:
@@ -175,6 +176,8 @@ class Kept:
 
 
 _PAUSE = 0.05
+_HELD = TimeoutError if private_file.POSIX else OSError
+"""What says that another has the lock: Windows says so after ten seconds, and calls it something else."""
 
 
 def _asked(what: Any, hint: str) -> Any:

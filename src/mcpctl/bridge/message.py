@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PARSE_ERROR, INVALID_REQUEST, NO_ANSWER, NOT_FOUND = -32700, -32600, -32000, -32601
+PARSE_ERROR, INVALID_REQUEST, NOT_FOUND, INTERNAL, NO_ANSWER = -32700, -32600, -32601, -32603, -32000
 """JSON-RPC 2.0, section 5.1; -32000 is what the official SDKs call a connection that is closed."""
 VERSION_KEY = "io.modelcontextprotocol/protocolVersion"
 _NAMED = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}

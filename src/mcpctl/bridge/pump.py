@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from mcpctl.bridge import message
 from mcpctl.bridge.message import Id, Message, NotAMessageError
-from mcpctl.bridge.remote import LARGEST, Put, Remote
+from mcpctl.bridge.remote import CONNECT, GOODBYE, LARGEST, Put, Remote
 
 _CANCELLED = "notifications/cancelled"
 
@@ -160,7 +160,7 @@ class Pump:
     async def _call(self, found: Message, before: asyncio.Task[None] | None) -> None:
         """A request goes behind the notifications that were before it: `notifications/initialized` must come first."""
         if before is not None:
-            await asyncio.wait({before})
+            await asyncio.wait({before}, timeout=CONNECT)
         await self._remote.carry(found)
 
     async def _tell(self, found: Message, before: asyncio.Task[None] | None) -> None:
@@ -179,5 +179,10 @@ class Pump:
         elif call.version is not None:
             task.cancel()
         else:
-            told = self._start(self._remote.carry(found))
+            told = self._start(self._soon(self._remote.carry(found)))
             told.add_done_callback(lambda _: task.cancel())
+
+    async def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE):
+                await work

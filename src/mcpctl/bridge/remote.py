@@ -148,6 +148,9 @@ class Remote:
         except Error as problem:
             data = {"hint": problem.hint} if problem.hint else {}
             await self._fail(sent, message.NO_ANSWER, problem.message, **data)
+        except Exception as problem:  # noqa: BLE001 - whoever has asked must be answered
+            kind = type(problem).__name__
+            await self._fail(sent, message.INTERNAL, f"the bridge failed: {kind}", hint="please report it")
 
     async def _fail(self, sent: Message, code: int, said: str, **data: Any) -> None:
         hint = f" ({data['hint']})" if "hint" in data else ""
@@ -171,11 +174,13 @@ class Remote:
                 await self._answers(sent, answer)
 
     @contextlib.asynccontextmanager
-    async def _asked(self, method: str, headers: dict[str, str], body: bytes | None) -> AsyncIterator[httpx2.Response]:
-        """An answer whose head has come. What is refused for its credential is sent once more, with another one."""
+    async def _asked(
+        self, method: str, headers: dict[str, str], body: bytes | None, *, again: bool = True
+    ) -> AsyncIterator[httpx2.Response]:
+        """An answer whose head has come. What is refused for its credential is sent `again` once, with another one."""
         if self._session is not None:
             headers = {**headers, "Mcp-Session-Id": self._session}
-        for last in (False, True):
+        for last in (False, True) if again else (True,):
             bearer = await self._credential.bearer()
             shown = {"Authorization": f"Bearer {bearer}"} if bearer is not None else {}
             with _named(self.url):
@@ -309,7 +314,7 @@ class Remote:
         if self._session is None:
             return
         with contextlib.suppress(Error, TimeoutError):
-            async with asyncio.timeout(GOODBYE), self._asked("DELETE", self._listening(_Place()), None):
+            async with asyncio.timeout(GOODBYE), self._asked("DELETE", self._listening(_Place()), None, again=False):
                 pass
 
 

@@ -98,7 +98,7 @@ class SignIn:
                 if await flow.renew(self._record):
                     self._keep(flow)
                     return
-            except AwayError as problem:
+            except Error as problem:
                 self._say(f"the sign-in could not be renewed: {problem.message}")
         self._not_before = self._now() + _AGAIN
 

@@ -157,9 +157,8 @@ def show(
     if file:
         output.say(f"into: {file}")
     if client == "claude-desktop" and url is not None:
-        output.say(
-            f"the token, on that machine: mcpctl connect {shlex.quote(url)} --keep-token, with an absolute command"
-        )
+        output.say(f"the token, on that machine: mcpctl connect {shlex.quote(url)} --keep-token")
+        output.say("there the command needs its absolute path")
     elif client not in ("claude-desktop", "vscode"):
         which = "" if token else ", with the file that `token add --out FILE` wrote"
         output.say(f'the token: export {held}="$(cat {shlex.quote(str(token or "FILE"))})"{which}')
