@@ -354,6 +354,45 @@ def test_a_token_that_is_none_is_told_without_what_came(tmp_path: Path, token: b
         assert not list((tmp_path / "mcpctl" / "connect").glob("*.json"))
 
 
+def test_a_metadata_document_is_the_client_where_the_authorization_server_takes_those(tmp_path: Path) -> None:
+    url = "https://client.example.org/mcpctl.json"
+    script = authorization({"client_id_metadata_document_supported": True})
+    with bridged(script, tmp_path, "--client-metadata-url", url) as (server, bridge):
+        bridge.send(modern("x"))
+        eventually(lambda: "redirect_uri=" in bridge.said)
+        assert httpx.QueryParams(bridge.said.partition("?")[2].split()[0])["client_id"] == url
+    assert not [seen for seen in server.seen if b"redirect_uris" in seen[2]], "nothing was registered"
+
+
+def test_a_call_that_needs_more_scope_asks_the_person_for_more(tmp_path: Path) -> None:
+    asks_for = {None: (401, "read"), "Bearer t1": (403, "write")}
+
+    def script(visitor: Visitor, seen: Seen) -> None:
+        shown = seen[1].get("authorization")
+        if visitor.path == "/token":
+            tokens.append(f"t{len(tokens) + 1}")
+            visitor.reply(200, json.dumps({"access_token": tokens[-1], "token_type": "Bearer"}).encode())
+        elif visitor.path != "/mcp" or seen[0] != "POST":
+            base(visitor, seen)
+        elif shown in asks_for:
+            status, scope = asks_for[shown]
+            error = ', error="insufficient_scope"' if status == 403 else ""
+            visitor.reply(status, www_authenticate=f'Bearer scope="{scope}"{error}')
+        else:
+            echo(visitor, seen)
+
+    tokens: list[str] = []
+    base = authorization({})
+    with bridged(script, tmp_path) as (_, bridge):
+        bridge.send(modern("x"))
+        come_back(bridge)
+        eventually(lambda: bridge.said.count("redirect_uri=") == 2)
+        assert "scope=read+write" in bridge.said.rpartition("?")[2]
+        come_back(bridge)
+        assert bridge.answer()["result"] == {}
+    assert tokens == ["t1", "t2"]
+
+
 def test_a_sign_in_ends_with_stdin(tmp_path: Path) -> None:
     with bridged(authorization({}), tmp_path) as (_, bridge):
         bridge.send(modern("x"))

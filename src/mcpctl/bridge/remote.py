@@ -177,21 +177,24 @@ class Remote:
     async def _asked(
         self, method: str, headers: dict[str, str], body: bytes | None, *, again: bool = True
     ) -> AsyncIterator[httpx2.Response]:
-        """An answer whose head has come. What is refused for its credential is sent `again` once, with another one."""
+        """An answer whose head has come. What is refused for its credential is sent `again` with another one: once for
+        a token that is not taken, and once for one that does not reach."""
         if self._session is not None:
             headers = {**headers, "Mcp-Session-Id": self._session}
-        for last in (False, True) if again else (True,):
+        refused: set[int] = set()
+        while True:
             bearer = await self._credential.bearer()
             shown = {"Authorization": f"Bearer {bearer}"} if bearer is not None else {}
             with _named(self.url):
                 request = self._http.build_request(method, self.url, content=body, headers={**headers, **shown})
                 answer = await self._http.send(request, stream=True)
                 try:
-                    if last or not _wants_credential(answer):
+                    if not again or answer.status_code in refused or not _wants_credential(answer):
                         yield answer
                         return
                 finally:
                     await answer.aclose()
+            refused.add(answer.status_code)
             await self._credential.another(bearer, answer)
 
     async def _refused(self, sent: Message, answer: httpx2.Response) -> None:
