@@ -46,7 +46,7 @@ class Visit:
     modern: bool | None
 
 
-@pytest.fixture(params=["http", "tls", "stdio"])
+@pytest.fixture(params=["http", "tls", "stdio", "bridge"])
 def place(request: pytest.FixtureRequest) -> Place:
     if request.param == "tls":
         secure = request.getfixturevalue("live_tls")
@@ -55,6 +55,8 @@ def place(request: pytest.FixtureRequest) -> Place:
     if request.param == "http":
         return Place(live.url, live.token)
     command = request.getfixturevalue("mcpctl_command")
+    if request.param == "bridge":
+        return Place([*command, "connect", live.url], live.token)
     return Place([*command, "serve", "--stdio", "--config", str(live.config)], live.token)
 
 

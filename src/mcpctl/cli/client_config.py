@@ -76,6 +76,12 @@ def desktop(name: str, config: str) -> str:
     return json.dumps({"mcpServers": {name: entry}})
 
 
+def bridged(name: str, url: str) -> str:
+    """What Claude Desktop starts on another machine, where mcpctl is installed: the bridge to this server. The token is
+    where `mcpctl connect` keeps it, and not in the file."""
+    return json.dumps({"mcpServers": {name: {"command": "mcpctl", "args": ["connect", url]}}})
+
+
 def check(client: str) -> None:
     """Raises NotFoundError (exit 4) for a client that is not known here."""
     from mcpctl.errors import NotFoundError
@@ -138,7 +144,8 @@ def show(
     name = f"{NAME}-{tenant}" if tenant is not None else NAME
     where = url or url_of(found)
     if client == "claude-desktop":
-        file, text = "claude_desktop_config.json", desktop(name, str(found.source or ""))
+        text = desktop(name, str(found.source or "")) if url is None else bridged(name, url)
+        file = "claude_desktop_config.json"
     else:
         file, make = CLIENTS[client]
         text = make(name, where)
@@ -149,7 +156,10 @@ def show(
     output.put(text)
     if file:
         output.say(f"into: {file}")
-    if client not in ("claude-desktop", "vscode"):
+    if client == "claude-desktop" and url is not None:
+        output.say(f"the token, on that machine: mcpctl connect {shlex.quote(url)} --keep-token")
+        output.say("there the command needs its absolute path")
+    elif client not in ("claude-desktop", "vscode"):
         which = "" if token else ", with the file that `token add --out FILE` wrote"
         output.say(f'the token: export {held}="$(cat {shlex.quote(str(token or "FILE"))})"{which}')
     if entry is not None:

@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 
 
-_READ_NO_CONFIG = ("demo", "init")
+_READ_NO_CONFIG = ("connect", "demo", "init")
 
 
 def _version(wanted: bool) -> None:

@@ -18,6 +18,7 @@ TOP = {
         "init",
     ),
     "serve": ("Serve MCP: over HTTP on 127.0.0.1:8080 without a flag, or on stdin and stdout.", "serve"),
+    "connect": ("Speak MCP on stdin and stdout for a server elsewhere: for clients that start a program.", "connect"),
     "status": ("How the running server is.", "live"),
     "top": ("What runs now, and who used most in the last minute.", "live"),
     "doctor": (
