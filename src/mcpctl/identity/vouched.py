@@ -9,13 +9,16 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from mcpctl.errors import Error, UnauthorizedError
 from mcpctl.identity import guests, links
 from mcpctl.identity.claims import Outside
-from mcpctl.identity.oidc import Issuers
 from mcpctl.identity.tokens import Token
 from mcpctl.identity.users import User
+
+if TYPE_CHECKING:
+    from mcpctl.identity.oidc import Issuers
 
 _MOST = 2_000
 """Texts of which is remembered whom they stand for."""
@@ -69,7 +72,7 @@ class Vouched(Token):
 class Visitors:
     """Those whom the issuers vouch for, one process's. One event loop's."""
 
-    def __init__(self, issuers: Issuers) -> None:
+    def __init__(self, issuers: "Issuers") -> None:
         self._issuers = issuers
         self._texts: dict[str, str] = {}
         self._people: Mapping[str, User] = {}

@@ -20,7 +20,6 @@ from mcpctl.config_keys import Auth, Settings
 from mcpctl.errors import ConfigError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.guest_book import GuestBook
-from mcpctl.identity.oidc import Issuers
 from mcpctl.identity.sessions import PASSWORD, Rules, Sessions
 from mcpctl.identity.tokens import utcnow
 from mcpctl.identity.vouched import Visitors
@@ -119,6 +118,8 @@ async def running(
         own.start()
         authenticator.sessions = sign_in_sessions(auth, own.state)
         if auth.oidc:
+            from mcpctl.identity.oidc import Issuers  # it brings httpx2 and PyJWT: a third of a second
+
             authenticator.visitors = Visitors(Issuers(auth.oidc, utcnow))
             authenticator.guests = GuestBook(own.state, utcnow)
     canaries = Canaries(settings, own.state, authenticator, recorder, logins.twins, process.counters.unwritten)
