@@ -118,7 +118,6 @@ def test_users_are_added_and_listed_with_their_living_tokens(home: Home) -> None
         "created_at",
         "disabled_at",
         "roles",
-        "links",
         "tenant",
         "note",
         "links",

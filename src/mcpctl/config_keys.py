@@ -131,7 +131,7 @@ class Introspection:
         None, values.optional(values.path), "file with its secret and nothing else, 0600"
     )
     tokens: str = setting("opaque", values.choice("opaque", "jwt", "all"), "which tokens the issuer is asked about")
-    cache: float = setting(60.0, values.between(0, 60, "of 60s at most"), "how long an answer holds")
+    cache: float = setting(50.0, values.between(0, 60, "of 60s at most"), "how long an answer holds")
 
 
 @keys(frozen=True)
