@@ -3,6 +3,7 @@
 Each check is a function that yields findings. Nothing is changed by looking.
 """
 
+import asyncio
 import ipaddress
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -77,6 +78,8 @@ def examine(patient: Patient) -> list[Finding]:
         "tokens": _tokens,
         "token use": _token_use,
     }
+    for name in patient.settings.auth.oidc:
+        found += _tried(f"issuer {name}", partial(_issuer, patient, name))
     for name, check in own.items():
         found += _tried(name, partial(check, patient))
     for name in patient.settings.databases:
@@ -91,6 +94,32 @@ def _tried(check: str, work: Callable[[], Iterator[Finding]]) -> Iterator[Findin
         yield from work()
     except Error as problem:
         yield Finding(check, FAIL, problem.message, problem.hint)
+
+
+def _issuer(patient: Patient, name: str) -> Iterator[Finding]:
+    """Whether an outside issuer can be asked, as the first of its tokens would have us."""
+    from mcpctl.identity.oidc import Issuers  # it brings httpx2 and PyJWT
+
+    one = patient.settings.auth.oidc[name]
+    people = users.user_file(patient.settings.auth.user_file).current()
+
+    async def ask() -> int:
+        issuers = Issuers({name: one}, lambda: patient.now)
+        try:
+            return await issuers.tried()
+        finally:
+            await issuers.close()
+
+    count = asyncio.run(ask())
+    if not count:
+        yield Finding(f"issuer {name}", FAIL, f"{one.issuer} has no key that can be used", "are its algorithms listed?")
+        return
+    linked = sum(any(link.issuer == one.issuer for link in user.links) for user in people.values())
+    asked = ", answers about tokens" if one.introspection.client_id is not None else ""
+    yield Finding(f"issuer {name}", OK, f"{one.issuer} is reached{asked}; {count} keys, {linked} users linked")
+    if not linked and not one.just_in_time:
+        hint = "mcpctl user link U --issuer …, or just_in_time"
+        yield Finding(f"issuer {name}", WARN, f"no user is linked to {one.issuer}, so none of its tokens opens", hint)
 
 
 def _files(patient: Patient) -> Iterator[Finding]:

@@ -87,6 +87,10 @@ class IssuerKeys:
             raise UnavailableError(f"the issuer {self._issuer} names no {name}", "it may have none: then leave it out")
         return found
 
+    async def count(self) -> int:
+        """How many keys of its that we can use the issuer has; UnavailableError where it cannot be asked."""
+        return len((await self._current()).keys)
+
     async def close(self) -> None:
         """End what is being fetched."""
         if self._running is not None:

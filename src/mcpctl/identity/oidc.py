@@ -5,8 +5,10 @@ good is an UnauthorizedError (401); that an issuer cannot be asked is an Unavail
 the token.
 """
 
+import contextlib
 import hashlib
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -112,6 +114,17 @@ class Issuers:
         while len(self._known) >= _MOST:
             del self._known[next(iter(self._known))]
         self._known[_digest(text)] = until, found
+
+    async def tried(self) -> int:
+        """Ask all issuers, as the first token would: how many keys they have together. A client of ours that is to ask
+        about tokens asks about one that nobody has. Raises UnavailableError."""
+        count = 0
+        for issuer in self._by_url.values():
+            count += await issuer.keys.count()
+            if issuer.introspection is not None:
+                with contextlib.suppress(UnauthorizedError):  # it is not active, and we may ask
+                    await issuer.introspection.ask(secrets.token_urlsafe(32))
+        return count
 
     def forget(self) -> None:
         """Look at every token anew."""
