@@ -120,6 +120,7 @@ def test_users_are_added_and_listed_with_their_living_tokens(home: Home) -> None
         "roles",
         "tenant",
         "note",
+        "has_password",
         "grants",
         "tokens",
         "token_ids",

@@ -165,6 +165,13 @@ def do_everything(session: Session) -> None:
     session.command("user", "grant", "bob", *shop, "--schema", "public", "--access", "read", "--apply", "--json")
     session.command("user", "grant", "bob", *shop, "--table", "public.nothing", "--access", "read", "--apply", code=4)
     session.command("grant", "diff")
+    # users' own passwords, from stdin and by prompt; the hash is where its owner keeps it
+    passwd = ("user", "passwd")
+    session.command(*passwd, "alice", "--password-file", "-", stdin=session.canary("alice's"))
+    his = session.canary("bob's")
+    session.typed(*passwd, "bob", answers=[("new password for bob:", f"{his}\n"), ("the same again:", f"{his}\n")])
+    for name, user in users.user_file(here.folder / "users.yaml").current().items():
+        session.keep(f"hash {name}", str(user.password), "users.yaml")
     # tokens: one on stdout, once; one in a file
     shown = session.command("token", "add", "--user", "alice", "--expiry", "1d").strip()
     assert session.said.pop(-2) == (f"stdout of {('token', 'add', '--user', 'alice', '--expiry', '1d')}", f"{shown}\n")
@@ -243,7 +250,8 @@ def test_the_session_used_what_is_looked_for(session: Session) -> None:
     kinds = [what.split()[0] for what in session.secret]
     assert kinds.count("users.yaml:") >= 3  # alice reads and writes, bob reads
     assert kinds.count("key") >= 2  # before and after the rotation
-    assert {"prompt", "file", "stdin", "plain", "wrong", "url"} <= set(kinds)
+    assert {"prompt", "file", "stdin", "plain", "wrong", "url", "alice's", "bob's"} <= set(kinds)
+    assert [what for what, text in session.secret.items() if "$argon2id$v=19$m=65536" in text]
     for what, allowed in session.allowed.items():
         for name in allowed:  # the same search finds it where its owner has put it
             kept = [data for file, data in session.files.items() if file.split()[0] == name]

@@ -108,7 +108,12 @@ def settings(
 
 
 def read_password(file: str) -> str:
-    """The password in the file that an option names, or in stdin's first line for -.
+    """The password of a database in the file that an option names, or in stdin's first line for -."""
+    return read_secret(file).decode("utf-8", "replace").rstrip("\r\n")
+
+
+def read_secret(file: str, limit: int = 4096) -> bytes:
+    """What is in the file that an option names, or stdin's first line for -.
 
     The file is the caller's and not the service's: it is read before root is given up, and root may read anybody's.
     """
@@ -118,11 +123,9 @@ def read_password(file: str) -> str:
     from mcpctl import private_file
 
     if file == "-":
-        data = sys.stdin.buffer.readline(4096) if sys.stdin is not None else b""
-    else:
-        owner = os.lstat(file).st_uid if _is_root() and os.path.lexists(file) else None
-        data = private_file.read(Path(file), trusted_owner=owner, limit=4096).data
-    return data.decode("utf-8", "replace").rstrip("\r\n")
+        return sys.stdin.buffer.readline(limit) if sys.stdin is not None else b""
+    owner = os.lstat(file).st_uid if _is_root() and os.path.lexists(file) else None
+    return private_file.read(Path(file), trusted_owner=owner, limit=limit).data
 
 
 def loaded(context: typer.Context, config: Path | None, *, forgiving: bool = False) -> "Settings":

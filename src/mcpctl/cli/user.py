@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcpctl.cli import grant, output, own_database
+from mcpctl.cli import grant, output, own_database, password
 from mcpctl.cli.administration import files_of
 from mcpctl.cli.common import (
     ConfigOption,
@@ -54,6 +54,7 @@ def add(
         typer.Option("--tenant", metavar="T", help="The tenant that they belong to; then they see nothing else."),
     ] = None,
     note_: Annotated[str | None, typer.Option("--note", metavar="T", help="Who that is.")] = None,
+    password_file: password.FileOption = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -63,8 +64,10 @@ def add(
     """
     from mcpctl.identity import tenants
 
+    secret = None if password_file is None else password.read(password_file)
     found = settings(context, config)
-    made = make(context, found, name, role, tenant, note_)
+    hashed = None if secret is None else password.hashed(secret, name)
+    made = make(context, found, name, role, tenant, note_, hashed)
     if json:
         output.put_json(_record(made, []))
         return
@@ -88,8 +91,9 @@ def make(
     role: list[str] | None,
     tenant: str | None,
     note_: str | None = None,
+    hashed: str | None = None,
 ) -> "User":
-    """A new user, in the file and in the audit log."""
+    """A new user, in the file and in the audit log; `hashed` is the password."""
     from mcpctl.identity import tenants, tokens, users
 
     places = tenants.checked(found)
@@ -100,8 +104,10 @@ def make(
     file = users.user_file(found.auth.user_file)
     if name not in file.current():  # one of that name may have been taken out by hand
         own_database.forget(found, name)
-    made = users.add(file, name, note_, tokens.utcnow(), role, tenant)
+    made = users.add(file, name, note_, tokens.utcnow(), role, tenant, hashed)
     note(found, "user.added", user=name, reason=by_whom(context, note_))
+    if hashed is not None:
+        note(found, "user.password", user=name, reason=by_whom(context, "set"))
     return made
 
 
@@ -120,10 +126,10 @@ def _check_roles(found: "Settings", wanted: list[str]) -> None:
 
 
 def _record(user: "User", living: list["Token"]) -> dict[str, Any]:
-    """A user as `--json` shows it: without what is sealed."""
+    """A user as `--json` shows it: without what is sealed or hashed."""
     from mcpctl.identity.users import as_values
 
-    found = as_values(user)
+    found = {key: value for key, value in as_values(user).items() if key != "password"}
     granted = {
         name: {"read": list(one.read), "write": list(one.write), "admin": one.admin, "state": one.state}
         for name, one in user.grants.items()
@@ -131,6 +137,7 @@ def _record(user: "User", living: list["Token"]) -> dict[str, Any]:
     return {
         "user": user.name,
         **found,
+        "has_password": user.password is not None,
         "grants": granted,
         "tokens": len(living),
         "token_ids": [token.id for token in living],
@@ -167,7 +174,7 @@ def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption
 
 @app.command("show")
 def show(context: typer.Context, name: Name, json: JsonOption = False, config: ConfigOption = None) -> None:
-    """Show one user: roles, grants, tokens."""
+    """Show one user: roles, grants, tokens, and whether there is a password."""
     from mcpctl.granting import told
     from mcpctl.identity import users
     from mcpctl.policy.roles import DEFAULT
@@ -184,7 +191,7 @@ def show(context: typer.Context, name: Name, json: JsonOption = False, config: C
         ("disabled_at", values["disabled_at"]),
         ("roles", ",".join(DEFAULT if user.roles is None else user.roles) or "none"),
     ]
-    rows.append(("tenant", user.tenant))
+    rows += [("tenant", user.tenant), ("password", "no" if user.password is None else "yes")]
     for database, one in user.grants.items():
         rows.append((f"grant on {database}", told(one) + (f" ({one.state})" if one.state else "")))
     rows += [(f"own database {one}", where) for one, where in own_database.brought(found, name)]
@@ -232,6 +239,42 @@ def roles(
     output.put(f"{name}: {', '.join(held) or 'none'}")
     if changes:
         output.put(words)
+
+
+@app.command("passwd")
+def passwd(
+    context: typer.Context,
+    name: Name,
+    password_file: password.FileOption = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the password away: nobody signs in as them.")] = False,
+    json: JsonOption = False,
+    config: ConfigOption = None,
+) -> None:
+    """Give a user a password to sign in with, or another one; it is asked for twice. Their tokens stay as they are.
+
+    Example: mcpctl user passwd alice
+    """
+    from mcpctl.errors import UsageError
+    from mcpctl.identity import users
+
+    if remove and password_file is not None:
+        raise UsageError("--remove and --password-file exclude each other", "choose one")
+    secret = None if password_file is None else password.read(password_file)
+    found = settings(context, config, needs_log=not remove)
+    file = users.user_file(found.auth.user_file)
+    users.find(file.current(), name)
+    hashed = None
+    if not remove:
+        ready_to_note(found)
+        hashed = password.hashed(password.asked_for(name) if secret is None else secret, name)
+    _, changed = users.set_password(file, name, hashed)
+    word = "removed" if remove else "set"
+    if changed:
+        note(found, "user.password", user=name, reason=by_whom(context, word))
+    if json:
+        output.put_json({"user": name, "has_password": not remove, "changed": changed})
+    else:
+        output.put(f"{name}: password {word}" if changed else f"{name} had no password")
 
 
 @app.command("disable")

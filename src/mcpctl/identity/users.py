@@ -1,4 +1,4 @@
-"""The user file: who there is, their roles, and what each was granted in which database."""
+"""The user file: who there is, their passwords and roles, and what each was granted in which database."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,13 +10,13 @@ from typing import Any
 from mcpctl.config_keys import Auth
 from mcpctl.config_values import text
 from mcpctl.errors import ConflictError, NotFoundError, UsageError
-from mcpctl.identity import grants
+from mcpctl.identity import grants, passwords
 from mcpctl.identity.entry_file import EntryFile, Shape
 from mcpctl.identity.grants import Grant
 
 NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 ROLE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
-_FIELDS = ("created_at", "disabled_at", "roles", "tenant", "note", "grants")
+_FIELDS = ("created_at", "disabled_at", "roles", "tenant", "note", "grants", "password")
 _TOKEN = re.compile(r"mc[a-z]_[0-9A-Za-z]{8}_[0-9A-Za-z]{20}")
 _TENANT = re.compile(r"[a-z][a-z0-9-]{0,30}")
 EVERYWHERE = "*"
@@ -28,7 +28,8 @@ Fewer = Callable[[Roles, Roles], bool]
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """One entry of users.yaml. `roles` is None for a user who was given none, and has the default one."""
+    """One entry of users.yaml. `roles` is None for a user who was given none, and has the default one. `password` is
+    the hash of one, a PHC string: what was opened with another one must end. Tokens know nothing of it."""
 
     name: str
     created_at: datetime
@@ -37,6 +38,7 @@ class User:
     roles: tuple[str, ...] | None = None
     grants: Mapping[str, Grant] = field(default_factory=dict)
     tenant: str | None = None
+    password: str | None = field(default=None, repr=False)
 
     def narrowed(self, before: "User", fewer: Fewer) -> dict[str, str]:
         """In which databases what was opened when the entry was `before` must end, now that it is this one, and why;
@@ -88,6 +90,7 @@ def _read(name: str, fields: dict[str, Any]) -> User:
         None if roles is None else tuple(roles),
         {database: grants.read(database, found) for database, found in granted.items()},
         tenant,
+        None if fields.get("password") is None else passwords.read(fields["password"]),
     )
 
 
@@ -133,7 +136,7 @@ def repeated(name: str, instead: str) -> str:
 
 
 def as_values(user: User) -> dict[str, Any]:
-    """The entry's fields as plain values, without its name."""
+    """The entry's fields as plain values, without its name: what the file keeps, the hash of the password too."""
     return {
         "created_at": rfc3339(user.created_at),
         "disabled_at": user.disabled_at and rfc3339(user.disabled_at),
@@ -141,6 +144,7 @@ def as_values(user: User) -> dict[str, Any]:
         "tenant": user.tenant,
         "note": user.note,
         "grants": {name: grants.as_values(grant) for name, grant in user.grants.items()} or None,
+        "password": user.password,
     }
 
 
@@ -159,8 +163,9 @@ def add(
     now: datetime,
     roles: Iterable[str] | None = None,
     tenant: str | None = None,
+    password: str | None = None,
 ) -> User:
-    """Write a new user into the file; ConflictError (exit 5) where there is one of that name."""
+    """Write a new user into the file; ConflictError (exit 5) where there is one of that name. `password` is a hash."""
     if not NAME.fullmatch(name):
         raise UsageError(
             f"{repeated(repr(name), 'that')} cannot be a user name", "a-z first, then a-z 0-9 -, at most 31 characters"
@@ -170,7 +175,7 @@ def add(
         if name in entries:
             raise ConflictError(f"there is a user {name} already", "`mcpctl user list` shows all")
         given = tuple(dict.fromkeys(roles)) if roles is not None else None
-        entries[name] = user = User(name, now, note, roles=given, tenant=tenant)
+        entries[name] = user = User(name, now, note, roles=given, tenant=tenant, password=password)
     return user
 
 
@@ -198,6 +203,14 @@ def set_roles(file: EntryFile[User], name: str, roles: Iterable[str]) -> User:
     with file.edit() as entries:
         user = entries[name] = replace(find(entries, name), roles=tuple(dict.fromkeys(roles)))
     return user
+
+
+def set_password(file: EntryFile[User], name: str, hashed: str | None) -> tuple[User, bool]:
+    """Keep that hash of a user's password or, with None, none any more; (entry, whether that changed anything)."""
+    with file.edit(though_full=hashed is None) as entries:
+        before = find(entries, name)
+        user = entries[name] = replace(before, password=hashed)
+    return user, user != before
 
 
 def remove(file: EntryFile[User], name: str) -> User:
