@@ -143,6 +143,9 @@ class Auth:
         default_factory=dict, metadata={"named": Role, "doc": "roles beside the built-in ones, by name"}
     )
     sessions: Sessions = section(Sessions, "sessions that a password opens")
+    credentials_in_url: bool = setting(
+        False, values.truth, "also take a token or session as ?token=, ?api_key= or ?session_id=, where others log it"
+    )
 
 
 @keys(frozen=True)

@@ -14,13 +14,15 @@ from mcpctl.errors import Error, LockedError, UnavailableError
 from mcpctl.identity import tenants, tokens, users
 from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.principal import Principal
-from mcpctl.identity.sessions import Session, Sessions
+from mcpctl.identity.sessions import Session, Sessions, mark_of
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import Token
 from mcpctl.identity.users import EVERYWHERE
 from mcpctl.private_file import ABSENT, Fingerprint, fingerprints
 
 log = logging.getLogger("mcpctl")
+CHANGED = "its user's password was changed"
+"""Why a session is over that was opened with another one."""
 LOCKED = "the server is locked"
 """Why a lockdown ends what is open."""
 
@@ -108,6 +110,20 @@ class Standing:
         """Take note of what the files say now. Raises UnavailableError while one is broken (law 3: fail closed)."""
         self.check_lock()
         self._renew()
+
+    def look(self) -> None:
+        """Take note of what the files say now, and whether the server is locked: `locked` says so. Raises as
+        `refresh`."""
+        self._look_for_lock()
+        self._renew()
+
+    def person(self, name: str) -> users.User | None:
+        """The user of that name, as the last look found them."""
+        return self._people.get(name)
+
+    def place(self, user: users.User) -> Tenant | None:
+        """The tenant that a user belongs to."""
+        return self._places.get(user.tenant or "")
 
     def _renew(self) -> None:
         """`refresh`, also while the server is locked. Costs a stat of each file where none has changed."""
@@ -264,6 +280,8 @@ class Standing:
             return "revoked"
         if new.user is not None and new.user not in self._people:
             return "its user is gone"
+        if self._has_other_password(new):
+            return CHANGED
         if old is not None and old is not new and old.rights != new.rights:
             return "changed"
         return narrowed.get(new.user or "")
@@ -342,7 +360,13 @@ class Standing:
             return f"it was given to another {token.user}, who is gone"
         if token.user is not None and self._people[token.user].disabled_at is not None:
             return f"its user {token.user} is disabled"
-        return None
+        return CHANGED if self._has_other_password(token) else None
+
+    def _has_other_password(self, token: Token) -> bool:
+        """Whether a session was opened with another password than its user has now."""
+        if not isinstance(token, Session) or (user := self._people.get(token.user or "")) is None:
+            return False
+        return token.mark != mark_of(user.password)
 
     def _principal(self, token: Token) -> Principal:
         user = self._people.get(token.user or "")
