@@ -51,7 +51,7 @@ def test_a_password_comes_from_stdin_or_a_private_file_without_its_line_end(
     assert fits(alice, HORSE)
     path = file_of(tmp_path, OTHER.encode() + end)
     shown = json.loads(alice("user", "passwd", "alice", "--password-file", path, "--json").good)
-    assert shown == {"user": "alice", "has_password": True, "changed": True}
+    assert shown == {"user": "alice", "has_password": True, "changed": True, "sessions_ended": [], "cut": None}
     assert fits(alice, OTHER)
     assert not fits(alice, HORSE)
     assert logged(alice)[1:] == [("user.password", "alice", "set")] * 2
@@ -158,7 +158,7 @@ def test_a_password_is_removed_and_once_more_is_no_failure(alice: Home) -> None:
     assert b"argon2" not in (alice.folder / "users.yaml").read_bytes()
     assert alice("user", "passwd", "alice", "--remove").good == "alice had no password\n"
     shown = json.loads(alice("user", "passwd", "alice", "--remove", "--json").good)
-    assert shown == {"user": "alice", "has_password": False, "changed": False}
+    assert shown == {"user": "alice", "has_password": False, "changed": False, "sessions_ended": [], "cut": None}
     assert logged(alice)[1:] == [("user.password", "alice", "set"), ("user.password", "alice", "removed")]
 
 

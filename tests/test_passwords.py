@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import os
-import sys
 import threading
 import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,7 +19,7 @@ import pytest
 import timing
 from mcpctl.errors import ConfigError, LimitedError, NotFoundError, UnavailableError, UsageError
 from mcpctl.identity import passwords, tokens, users
-from mcpctl.identity.password_queue import NICENESS, PATIENCE, Passwords
+from mcpctl.identity.password_queue import PATIENCE, Passwords
 
 NOW = datetime(2026, 11, 20, 13, 5, 10, tzinfo=UTC)
 HORSE = "correct horse battery"
@@ -45,8 +43,8 @@ def cheap(memory: int = 8) -> argon2.PasswordHasher:
 
 @asynccontextmanager
 async def queue(hasher: argon2.PasswordHasher | None = None, **more: Any) -> AsyncIterator[Passwords]:
-    """The queue, whose thread has as much priority as any: where tests keep a machine busy, it would wait for ever."""
-    found = Passwords(hasher or cheap(), **{"niceness": 0, **more})
+    """The queue, with a hasher in this process."""
+    found = Passwords(hasher or cheap(), **more)
     try:
         yield found
     finally:
@@ -195,13 +193,11 @@ class Held(argon2.PasswordHasher):
         super().__init__(time_cost=1, memory_cost=8, parallelism=1)
         self.let, self.begun = threading.Event(), threading.Event()
         self.now = self.most = self.all = 0
-        self.niceness: int | None = None
 
     def verify(self, *given: Any) -> Any:
         self.now += 1
         self.all += 1
         self.most = max(self.most, self.now)
-        self.niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         self.begun.set()
         assert self.let.wait(30)
         try:
@@ -332,17 +328,6 @@ async def test_who_goes_away_while_waiting_costs_no_hash() -> None:
         assert not await asked[0]
         assert not await found.matches(None, HORSE)
         assert hasher.all == 2
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own there")
-@in_a_loop
-async def test_only_the_thread_that_hashes_has_the_lowest_priority() -> None:
-    hasher, before = Held(), os.getpriority(os.PRIO_PROCESS, 0)
-    hasher.let.set()
-    async with queue(hasher, niceness=NICENESS) as found:
-        await found.matches(None, HORSE)
-        assert hasher.niceness == 19
-        assert os.getpriority(os.PRIO_PROCESS, 0) == before < 19
 
 
 @in_a_loop

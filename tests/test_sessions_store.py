@@ -11,7 +11,7 @@ import pytest
 
 from authenticating import HERE, THERE, House, enter, house, refused
 from mcpctl.errors import ConfigError, masked
-from mcpctl.identity import sessions, tokens, users
+from mcpctl.identity import passwords, sessions, tokens, users
 from mcpctl.identity.sessions import OAUTH, PASSWORD, Opened, Rules, Sessions, mark_of
 from mcpctl.state import State
 
@@ -249,3 +249,62 @@ def test_ending_twice_is_once(store: Store) -> None:
 def test_a_sessions_text_is_masked_in_messages(store: Store) -> None:
     _, text, _ = store.open()
     assert masked(f"it was {text}") == f"it was {text[:13]}…"
+
+
+# -- the end of their time, and of their password ---------------------------------------------------------------------
+
+
+def test_whose_time_is_over_is_told_once_by_one_of_those_who_sweep(house: House, store: Store, other: Store) -> None:
+    idle, _, _ = store.open()
+    used, _, _ = store.open("bob")
+    renewed, _, _ = store.open(kind=OAUTH, access=HOUR)
+    for _ in range(25):
+        house.later(minutes=59)
+        store.sessions.use(store.sessions.known[used.id])
+    told = [(one.id, why) for sweep in (other, store, other) for one, why in sweep.sessions.sweep()]
+    assert sorted(told) == sorted([(idle.id, "not used for 1 h"), (used.id, "its 24 h were over")])
+    assert {*store.sessions.known} == {*other.sessions.known} == {renewed.id}, "its access alone was over"
+
+
+def test_a_session_of_another_password_is_over_and_what_it_has_open_ends(house: House, store: Store) -> None:
+    users.add(house.users, "carol", None, house.now, password=passwords.hashed("first and quite long"))
+    people = house.users.current()
+    session, text, _ = store.sessions.open("carol", mark_of(people["carol"].password))
+    principal = enter(house, text)
+    users.set_password(house.users, "carol", passwords.hashed("second and as long"))
+    assert refused(house, text).message == "its user's password was changed"
+    assert house.ended == [{session.id: "its user's password was changed"}]
+    assert not house.door.still_valid(principal)
+    assert house.door.again(text, HERE) is None
+
+
+def test_a_user_whose_password_stays_keeps_their_sessions(house: House, store: Store) -> None:
+    _, text, _ = store.open()
+    enter(house, text)
+    users.add(house.users, "dave", None, house.now)
+    enter(house, text)
+    assert house.ended == []
+
+
+def test_sessions_of_a_kind_that_was_turned_off_open_nothing_and_are_ended_with_the_others(
+    house: House, store: Store, tmp_path: Path
+) -> None:
+    kept, _, _ = store.open()
+    gone, text, _ = store.open(kind=OAUTH, access=HOUR)
+    state = State(tmp_path / "state.db")
+    less = Sessions(state, {PASSWORD: Rules()}, lambda: house.now)
+    house.door.sessions = less
+    assert refused(house, text).message == "no such token id"
+    assert [one.id for one in less.all()] == [kept.id]
+    assert {*less.records()} == {kept.id, gone.id}
+    assert sorted(less.end_of("alice")) == sorted([kept.id, gone.id])
+    assert less.sweep() == []
+    state.close()
+
+
+def test_what_is_told_of_a_session_opens_nothing(store: Store) -> None:
+    session, text, _ = store.open(address=HERE)
+    values = sessions.as_values(session, store.sessions)
+    assert (values["address"], values["expires_at"]) == (HERE, "2026-11-21T12:00:00Z")
+    for secret in (text, text.split("_")[2], session.hash, MARK):
+        assert secret not in str(values)

@@ -25,6 +25,8 @@ T = TypeVar("T")
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 ACCESSES = ("read", "write", "admin")
 """What one may have in a database."""
+OF_SESSIONS = ("sessions:list", "sessions:end")
+"""What one may do with the sessions of others."""
 TOOLS = (
     "query_database", "get_schema_info", "explain_query", "execute_statement", "database_health",
     "get_pg_configuration", "set_pg_configuration", "list_databases", "whoami", "register_database",
@@ -435,6 +437,7 @@ def check_permission(pattern: str, databases: Iterable[str]) -> None:
     """ValueError for a pattern that covers nothing that there is: it would be a typo."""
     known = [f"tools:{name}" for name in TOOLS]
     known += [f"databases:{name}:{access}" for name in databases for access in ACCESSES]
+    known += OF_SESSIONS
     if not any(covers(pattern, one) for one in known):
         close = difflib.get_close_matches(pattern, known, 1)
         raise ValueError(f"{pattern} covers nothing that there is{f'; did you mean {close[0]}?' if close else ''}")

@@ -200,6 +200,9 @@ class Auth:
     oidc: dict[str, Oidc] = field(
         default_factory=dict, metadata={"named": Oidc, "doc": "issuers whose tokens are taken, by a name of your own"}
     )
+    credentials_in_url: bool = setting(
+        False, values.truth, "also take a token or session as ?token=, ?api_key= or ?session_id=, where others log it"
+    )
 
 
 @keys(frozen=True)

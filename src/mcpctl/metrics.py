@@ -86,6 +86,8 @@ _REFUSED = (
     ("not one of our tokens", "malformed"),
     ("no such token id", "unknown"),
     ("wrong secret", "wrong_secret"),
+    ("too many wrong passwords", "too_many_passwords"),
+    ("too many sign-ins", "busy"),
     ("too many", "too_many"),
     ("the token is expired", "expired"),
     ("the token is revoked", "revoked"),
@@ -96,9 +98,17 @@ _REFUSED = (
     ("two credentials", "malformed"),
     ("the header ", "malformed"),
     ("no such session", "unknown"),
+    ("wrong password", "wrong_password"),
+    ("may not ", "forbidden"),
+    ("no such user", "unknown"),
+    ("no password", "no_password"),
+    ("its user's password was changed", "password_changed"),
 )
 _USER = ((" is gone", "user_gone"), (" is disabled", "user_disabled"))
-_CUT = ("removed", "revoked", "changed", "expired", "blocked", "its user is gone")
+_CUT = (
+    "removed", "revoked", "changed", "expired", "blocked", "its user is gone", "signed out",
+    "its user's password was changed",
+)  # fmt: skip
 
 _FROM_ZERO: dict[tuple[str, tuple[str, ...]], float] = {
     ("mcpctl_cut_queries", ()): 0,
@@ -201,7 +211,7 @@ class Metrics:
 
     def cut(self, reason: str, queries: int, backends_left: int) -> None:
         """A token's open work was ended."""
-        self._add("mcpctl_cuts", (reason.replace(" ", "_") if reason in _CUT else "narrowed",))
+        self._add("mcpctl_cuts", (reason.replace("'", "").replace(" ", "_") if reason in _CUT else "narrowed",))
         self._add("mcpctl_cut_queries", (), queries)
         self._add("mcpctl_cut_backends_left", (), backends_left)
 

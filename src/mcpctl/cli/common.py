@@ -12,6 +12,7 @@ import typer
 from mcpctl.errors import masked
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import ModuleType
 
     from mcpctl.audit.log import AuditLog
@@ -321,15 +322,20 @@ _ASKED_AT_ONCE = 1000
 def proof(found: "Settings", names: list[str], user: str | None = None) -> tuple[str, dict[str, Any] | None]:
     """What the running servers did about ended tokens, and whatever else this user has come in with, waiting 2 s at
     most: as words, and as values."""
+    answers = asked_to_settle(found, names, user)
+    return told(answers) if answers else ("no server runs", None)
+
+
+def asked_to_settle(found: "Settings", names: list[str], user: str | None = None) -> list[dict[str, Any]]:
+    """What each of the running servers has cut of these tokens and sessions, which have ended, and of whatever else
+    this user has come in with."""
     from mcpctl import control
 
     folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
     answers = control.ask_all(folder, {"do": "settle", "tokens": names[:_ASKED_AT_ONCE], "user": user})
-    if not answers:
-        return "no server runs", None
-    for begin in range(_ASKED_AT_ONCE, len(names), _ASKED_AT_ONCE):
+    for begin in range(_ASKED_AT_ONCE, len(names) if answers else 0, _ASKED_AT_ONCE):
         answers += control.ask_all(folder, {"do": "settle", "tokens": names[begin : begin + _ASKED_AT_ONCE]})
-    return told(answers)
+    return answers
 
 
 def living_tokens(found: "Settings") -> dict[str, list["Token"]]:
@@ -344,9 +350,9 @@ def living_tokens(found: "Settings") -> dict[str, list["Token"]]:
     return living
 
 
-def proof_of_user(found: "Settings", user: str) -> tuple[str, dict[str, Any] | None]:
-    """What the running servers did about what a user has lost, as `proof` tells it."""
-    return proof(found, [token.id for token in living_tokens(found).get(user, [])], user)
+def proof_of_user(found: "Settings", user: str, sessions: "Iterable[str]" = ()) -> tuple[str, dict[str, Any] | None]:
+    """What the running servers did about what a user has lost, as `proof` tells it; `sessions` are theirs."""
+    return proof(found, [*(token.id for token in living_tokens(found).get(user, [])), *sessions], user)
 
 
 def told(answers: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:

@@ -43,7 +43,7 @@ TOP = {
     "tenant": ("Make, list and remove tenants.", "tenant"),
     "database": ("Add, list, test, harden and remove databases.", "database"),
     "grant": ("Compare what is recorded with what PostgreSQL has.", "grant"),
-    "session": ("See and end what tokens have open in the running server.", "session"),
+    "session": ("See who is signed in and what tokens have open in the running server, and end it.", "session"),
     "audit": ("Read the audit log.", "audit", "audit_read", "audit_verify"),
     "incident": ("Find out what somebody did.", "incident"),
     "key": ("Rotate the key that seals database passwords.", "key"),

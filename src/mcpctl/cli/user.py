@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcpctl.cli import grant, guest, output, own_database, password
+from mcpctl.cli import grant, guest, output, own_database, password, signed_in
 from mcpctl.cli.administration import files_of
 from mcpctl.cli.common import (
     ConfigOption,
@@ -260,7 +260,8 @@ def passwd(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Give a user a password to sign in with, or another one; it is asked for twice. Their tokens stay as they are.
+    """Give a user a password to sign in with, or another one; it is asked for twice. Their sessions end; their tokens
+    stay as they are.
 
     Example: mcpctl user passwd alice
     """
@@ -277,14 +278,31 @@ def passwd(
     if not remove:
         ready_to_note(found)
         hashed = password.hashed(password.asked_for(name) if secret is None else secret, name)
+    theirs = signed_in.of(found, name)
     _, changed = users.set_password(file, name, hashed)
     word = "removed" if remove else "set"
     if changed:
         note(found, "user.password", user=name, reason=by_whom(context, word))
+    ended = _sign_out(context, found, name, theirs, f"password of {name} {word}") if changed else []
+    words, values = proof(found, ended) if ended else ("", None)
     if json:
-        output.put_json({"user": name, "has_password": not remove, "changed": changed})
-    else:
-        output.put(f"{name}: password {word}" if changed else f"{name} had no password")
+        told = {"user": name, "has_password": not remove, "changed": changed}
+        output.put_json({**told, "sessions_ended": ended, "cut": values})
+        return
+    output.put(f"{name}: password {word}" if changed else f"{name} had no password")
+    _tell_signed_out(ended, words)
+
+
+def _sign_out(context: typer.Context, found: "Settings", name: str, theirs: list[str], why: str) -> list[str]:
+    """End a user's sessions for good, after the server has begun to refuse them; those that had not ended."""
+    ended = signed_in.end_theirs(found, name, theirs)
+    note_all(found, signed_in.closed(ended, name, by_whom(context, why)))
+    return ended
+
+
+def _tell_signed_out(ended: list[str], words: str = "") -> None:
+    if ended:
+        output.say(f"{len(ended)} session{'s' if len(ended) > 1 else ''} ended{f'; {words}' if words else ''}")
 
 
 @app.command("disable")
@@ -295,7 +313,8 @@ def disable(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """Refuse all of a user's tokens from now on, and cut what runs; `enable` lets them in again. Never asks.
+    """Refuse all of a user's tokens from now on, end their sessions, and cut what runs; `enable` lets them in again.
+    Never asks.
 
     With an administrator in admin.dsn the user's login roles lose their LOGIN, too.
     """
@@ -322,12 +341,14 @@ def _switch(context: typer.Context, name: str, reason: str | None, json: bool, c
         ready_to_note(found)
     file = users.user_file(found.auth.user_file)
     theirs = [token.id for token in living_tokens(found).get(name, [])] if off else []
-    with taking(found, theirs, by_whom(context, reason), found.auth.user_file):
+    sessions = signed_in.of(found, name) if off else []
+    with taking(found, [*theirs, *sessions], by_whom(context, reason), found.auth.user_file):
         user, changed = users.disable(file, name, tokens.utcnow() if off else None)
     word = "disabled" if off else "enabled"
     if changed:
         note(found, f"user.{word}", user=name, reason=by_whom(context, reason))
-    words, values = proof_of_user(found, name) if off else ("", None)
+    ended = _sign_out(context, found, name, sessions, f"user {name} disabled") if off else []
+    words, values = proof_of_user(found, name, ended) if off else ("", None)
     locked, unseen = list[str](), list[str]()
     failed: Error | None = None
     if user.grants:
@@ -344,11 +365,14 @@ def _switch(context: typer.Context, name: str, reason: str | None, json: bool, c
             output.warn(f"{database}: no administrator to {word[:-1]} the login roles; a DBA runs: {script}")
     if json:
         told = failed.message if failed is not None else None
-        output.put_json({"user": name, "changed": changed, "roles": locked, "failed": told, "cut": values})
+        output.put_json(
+            {"user": name, "changed": changed, "roles": locked, "failed": told, "sessions_ended": ended, "cut": values}
+        )
     else:
         output.put(f"{name} {word}" if changed else f"{name} was {word} already")
         if off:
             output.put(words)
+        _tell_signed_out(ended)
         if locked:
             output.say(f"{'NOLOGIN' if off else 'LOGIN'}: {', '.join(locked)}")
     if failed is not None:
@@ -378,13 +402,14 @@ def remove(
     file = users.user_file(found.auth.user_file)
     user = users.find(file.current(), name)
     confirm(f"removing user {name}", f"Remove user {name}, their tokens' access and their login roles?", yes)
-    living = living_tokens(found).get(name, [])
+    living, sessions = living_tokens(found).get(name, []), signed_in.of(found, name)
     per_user = any(database.roles == "per_user" for database in found.databases.values())
     granting, disabled, cut = (files.granting() if user.grants or (per_user and files.dsns) else None), False, None
     if granting is not None:
         granting.check_administrators(user, files.dsns)
         _, disabled = users.disable(file, name, tokens.utcnow())  # the server refuses from here on, whatever comes
-        cut = proof(found, [token.id for token in living], name)  # before PostgreSQL ends a call with words of its own
+        # before PostgreSQL ends a call with words of its own
+        cut = proof(found, [*(token.id for token in living), *sessions], name)
     try:
         gone = granting.end(name, files.dsns) if granting is not None else None
     except Error as problem:
@@ -393,6 +418,7 @@ def remove(
         problem.message = f"{name} is disabled, and not yet removed: {problem.message}"
         raise
     users.remove(file, name)
+    signed_out = _sign_out(context, found, name, sessions, f"user {name} removed")
     ended = [token.id for token in living]
     if ended:
         tokens.revoke(tokens.token_file(found.auth.token_file), ended, tokens.utcnow())
@@ -407,13 +433,15 @@ def remove(
     note_all(
         found, [("user.removed", {"user": name, "reason": by_whom(context, f"roles: {', '.join(dropped) or 'none'}")})]
     )
-    words, values = cut or proof(found, [token.id for token in living], name)
+    words, values = cut or proof(found, [*ended, *signed_out], name)
     for warning in gone.warnings if gone is not None else ():
         output.warn(warning)
     if json:
-        output.put_json({"removed": name, "roles": dropped, "owned": owned, "own_databases": brought, "cut": values})
+        told = {"removed": name, "roles": dropped, "owned": owned, "own_databases": brought}
+        output.put_json({**told, "sessions_ended": signed_out, "cut": values})
         return
     output.put(f"{name} removed")
+    _tell_signed_out(signed_out)
     for role in dropped:
         output.put(f"role {role} dropped")
     for one in brought:

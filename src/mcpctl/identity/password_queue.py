@@ -1,8 +1,8 @@
 """Passwords that the server's event loop wants checked: one after the other, behind everything else.
 
-A check takes 64 MiB and some 0.1 s of CPU on purpose, and strangers ask for it. So there is one at a time in each
-serving process, on a thread of the lowest priority: calls take the processor first. Who would wait too long is told to
-come again, before anything is done for them.
+A check takes 64 MiB and some 0.1 s of CPU on purpose, and strangers ask for it. So there is one at a time for each
+serving process, in a process of the lowest priority beside it (hashing_apart.py): calls take the processor first. Who
+would wait too long is told to come again, before anything is done for them.
 
 That a user is not there, or has no password, costs what a wrong password costs: a hash that nobody's password fits is
 checked instead. What can be no password at all (`passwords.normal`) is refused without that. It tells nobody
@@ -10,12 +10,8 @@ anything: it follows from what was sent, whoever is named, and a stranger cannot
 """
 
 import asyncio
-import contextlib
 import math
-import os
 import secrets
-import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,28 +22,26 @@ from argon2.exceptions import Argon2Error, VerifyMismatchError
 
 from mcpctl.errors import LimitedError, UnavailableError
 from mcpctl.identity import passwords
+from mcpctl.identity.hashing_apart import HashingApart
 
 PATIENCE = 10.0
 """Seconds that nobody waits beyond for their turn."""
-NICENESS = 19
-"""The lowest priority that there is (setpriority(2))."""
 _AT_FIRST, _NEWEST = 0.25, 0.2
 """Seconds that a check is taken to last before there was one, and how much the newest one counts after that."""
 
 
 class Passwords:
-    """Checks passwords. `hasher` is the profile that stored hashes were made with; tests hand in a cheap one. `clock`
-    counts seconds, `niceness` is that of the thread."""
+    """Checks passwords. `hasher` has the profile that stored hashes were made with; tests hand in a cheap one. `clock`
+    counts seconds."""
 
     def __init__(
         self,
-        hasher: argon2.PasswordHasher = passwords.RFC_9106_SECOND,
+        hasher: argon2.PasswordHasher | None = None,
         clock: Callable[[], float] = time.monotonic,
-        niceness: int = NICENESS,
     ) -> None:
-        self._hasher = hasher
+        self._hasher = hasher or HashingApart(passwords.RFC_9106_SECOND)
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, "password", initializer=_step_back, initargs=(niceness,))
+        self._thread = ThreadPoolExecutor(1, "password")
         self._nobodys: str | None = None
         self._seconds = _AT_FIRST
         self._begun: float | None = None
@@ -55,8 +49,10 @@ class Passwords:
         """How many are being checked, or wait for it."""
 
     def close(self) -> None:
-        """Stop the thread; who still waits is not answered."""
+        """Stop the thread, and the process; who still waits is not answered."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if isinstance(self._hasher, HashingApart):
+            self._hasher.close()
 
     async def matches(self, stored: str | None, text: str) -> bool:
         """Whether the text is the password that `stored` is the hash of; never where that is None, at the same cost.
@@ -77,7 +73,7 @@ class Passwords:
 
     def _check_room(self) -> None:
         """What a check takes is learnt from those before, the one that is at work among them: a machine that is busy
-        lets this thread wait. Who comes alone is always let in."""
+        lets it wait. Who comes alone is always let in."""
         begun = self._begun
         each = max(self._seconds, 0.0 if begun is None else self._clock() - begun)
         if self.waiting and (self.waiting + 1) * each > PATIENCE:
@@ -92,7 +88,7 @@ class Passwords:
         self._begun = begun
         try:
             if self._nobodys is None:  # with the first one, whoever that is
-                self._nobodys = self._hasher.hash(secrets.token_bytes(32))
+                self._nobodys = _nobodys(self._hasher)
             return self._hasher.verify(self._nobodys if stored is None else stored, secret) and stored is not None
         except VerifyMismatchError:
             return False
@@ -103,17 +99,14 @@ class Passwords:
             self._begun = None
 
 
+def _nobodys(hasher: argon2.PasswordHasher) -> str:
+    """A hash of the hasher's profile that nobody's password fits."""
+    return hasher.nobodys() if isinstance(hasher, HashingApart) else hasher.hash(secrets.token_bytes(32))
+
+
 def _too_many(seconds: float) -> LimitedError:
     wait = max(1, math.ceil(min(seconds, PATIENCE)))
     return LimitedError(
         f"too many sign-ins at once; again in {wait} s",
         kind="server", name="passwords", limit="waiting", retry_after=wait,
     )  # fmt: skip
-
-
-def _step_back(niceness: int) -> None:
-    """Lower the priority of this thread, and of the ones that libargon2 starts from it. On Linux a thread has one of
-    its own (setpriority(2), BUGS); elsewhere it would be that of the whole server."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # where that is forbidden it works as well, and calls wait a little
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

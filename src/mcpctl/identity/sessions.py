@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
+from mcpctl.config_keys import Auth
 from mcpctl.errors import UnavailableError
 from mcpctl.identity import tokens
 from mcpctl.identity.tokens import Token
+from mcpctl.identity.users import rfc3339
 from mcpctl.state import SHORTLY, State
 
 PASSWORD, OAUTH = "password", "oauth"
@@ -33,8 +35,11 @@ _COLUMNS = (
     "id, changed, ended, kind, user, hash, mark, created, used, ends, access_ends, before, before_ends, databases, "
     "permissions, client, address"
 )
+_RECORDS = "SELECT id, user, ended FROM sessions ORDER BY used DESC"
+_NAMES_OF = "SELECT id FROM sessions WHERE user = ? AND NOT ended"
 _NEXT = "UPDATE session_changes SET last = last + 1 RETURNING last"
 _SINCE = f"SELECT {_COLUMNS} FROM sessions WHERE changed > ? ORDER BY changed"  # noqa: S608 - of constants
+_OPEN = f"SELECT {_COLUMNS} FROM sessions WHERE NOT ended"  # noqa: S608
 _OF = f"SELECT {_COLUMNS} FROM sessions WHERE user = ? AND kind = ? AND NOT ended ORDER BY used DESC, changed DESC"  # noqa: S608
 _NEW = (
     "INSERT INTO sessions (id, changed, kind, user, hash, mark, created, used, ends, access_ends, databases, "
@@ -100,12 +105,25 @@ class Rules(NamedTuple):
         return min(_COARSEST, max(_FINEST, self.idle / 60))
 
 
+def rules_of(auth: Auth) -> dict[str, Rules]:
+    """The rules of each kind of session that the config lets anybody have."""
+    own = auth.sessions
+    if not own.enabled:
+        return {}
+    return {PASSWORD: Rules(timedelta(seconds=own.lifetime), timedelta(seconds=own.idle), own.per_user)}
+
+
 def session_id(text: str) -> str | None:
     """The id of a session whose form and checksum are right; None for anything else. Costs no hash."""
     found = _TEXT.fullmatch(text)
     if not found or tokens.signed(text[:-7]) != text:
         return None
     return found[1]
+
+
+def is_id(name: str) -> bool:
+    """Whether an id is a session's, by its form: no token's begins so."""
+    return name[:1] == "S"
 
 
 def mark_of(password: str | None) -> str:
@@ -164,7 +182,7 @@ class Sessions:
         rows = self._state.rows(_SINCE, (last,))
         found: dict[str, Session | None] = {} if last else dict.fromkeys(self.known)
         for row in rows:
-            found[row[0]] = None if row[2] else self._read(row)
+            found[row[0]] = None if row[2] or row[3] not in self._rules else self._read(row)
             last = row[1]
         self._version, self._opened, self._last = version, version[0], last
         self._fresh |= found
@@ -204,10 +222,23 @@ class Sessions:
 
     def of(self, user: str) -> list[Session]:
         """A user's sessions that have not ended, the one that was used last first."""
+        return [one for one in self.all() if one.user == user]
+
+    def all(self) -> list[Session]:
+        """The sessions that have not ended, the one that was used last first. Raises as `look`."""
         self.look()
         now = self._now()
-        own = [one for one in self.known.values() if one.user == user and one.over_at > now]
-        return sorted(own, key=lambda one: one.used_at, reverse=True)
+        return sorted(
+            (one for one in self.known.values() if one.over_at > now), key=lambda one: one.used_at, reverse=True
+        )
+
+    def ends(self, session: Session) -> datetime:
+        """When a session is over at the latest, however much it is used."""
+        return session.created_at + self._rules[session.kind].lasts
+
+    def idle(self, session: Session) -> timedelta:
+        """After how long without being used it is over."""
+        return self._rules[session.kind].idle
 
     # -- begin and end ---------------------------------------------------------------------------------------------
 
@@ -269,9 +300,21 @@ class Sessions:
         with self._state.change() as connection:
             return _end(connection, ids, self._now().timestamp())
 
+    def records(self) -> dict[str, tuple[str, bool]]:
+        """(whose, whether it has ended) of each that is remembered, of whatever kind, by id."""
+        if not self._state.path.exists():
+            return {}
+        return {name: (user, bool(ended)) for name, user, ended in self._state.rows(_RECORDS)}
+
+    def ids_of(self, user: str) -> list[str]:
+        """The ids of all sessions of a user that were not ended, of whatever kind, and those that were over unseen."""
+        if not self._state.path.exists():
+            return []
+        return [name for (name,) in self._state.rows(_NAMES_OF, (user,))]
+
     def end_of(self, user: str) -> list[str]:
         """End all sessions of a user; their ids."""
-        return self.end(one.id for one in self.of(user))
+        return self.end(self.ids_of(user))
 
     def use(self, session: Session) -> None:
         """Note that a session is used, if that was noted long enough ago; if it cannot be noted now, the next use may.
@@ -294,16 +337,26 @@ class Sessions:
         """Whether its use is to be noted."""
         return self._now() - session.used_at >= self._rules[session.kind].noted
 
-    def sweep(self) -> None:
-        """Forget the records of sessions that are over, and were so for long enough for everybody to have seen it."""
+    def sweep(self) -> list[tuple[Session, str]]:
+        """End the sessions whose time is over, and forget the records of those that ended long enough ago for everybody
+        to have seen it. Which have ended now and why: each is told once, to one of all who sweep. Raises
+        UnavailableError while somebody else writes."""
         if not self._state.path.exists():
-            return
-        self.look()
-        now = self._now()
-        self.end([one.id for one in self.known.values() if one.over_at <= now])
-        self.look()
+            return []
+        now, over = self._now(), dict[str, tuple[Session, str]]()
         with self._state.change(SHORTLY) as connection:
+            for row in connection.execute(_OPEN).fetchall():
+                if row[3] in self._rules and (session := self._read(row)).over_at <= now:
+                    over[session.id] = session, self._why_over(session)
+            _end(connection, over, now.timestamp())
             connection.execute("DELETE FROM sessions WHERE ended AND used < ?", ((now - _KEPT).timestamp(),))
+        self.look()
+        return list(over.values())
+
+    def _why_over(self, session: Session) -> str:
+        rules = self._rules[session.kind]
+        idle = session.over_at - session.used_at >= rules.idle
+        return f"not used for {_told(rules.idle)}" if idle else f"its {_told(rules.lasts)} were over"
 
 
 def _end(connection: Any, ids: Iterable[str], stamp: float) -> list[str]:
@@ -318,6 +371,30 @@ def _end(connection: Any, ids: Iterable[str], stamp: float) -> list[str]:
         if done.rowcount:
             ended.append(name)
     return ended
+
+
+def as_values(session: Session, of: Sessions) -> dict[str, Any]:
+    """What may be told of a session: nothing that opens anything. `ends_at` is when it is over if it is not used."""
+    return {
+        "id": session.id,
+        "kind": session.kind,
+        "user": session.user,
+        "created_at": rfc3339(session.created_at),
+        "last_used_at": rfc3339(session.used_at),
+        "ends_at": rfc3339(session.over_at),
+        "expires_at": rfc3339(of.ends(session)),
+        "address": session.address,
+        "client": session.client,
+    }
+
+
+def _told(time: timedelta) -> str:
+    """A time in its largest whole unit."""
+    seconds = round(time.total_seconds())
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds and seconds % length == 0:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
 
 
 def _time(stamp: float) -> datetime:

@@ -15,7 +15,7 @@ from mcpctl.identity import tenants, tokens, users
 from mcpctl.identity.guest_book import GuestBook
 from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.principal import Principal
-from mcpctl.identity.sessions import Session, Sessions
+from mcpctl.identity.sessions import Session, Sessions, mark_of
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import Token
 from mcpctl.identity.users import EVERYWHERE
@@ -25,6 +25,8 @@ from mcpctl.private_file import ABSENT, Fingerprint, fingerprints
 log = logging.getLogger("mcpctl")
 _BESIDE = frozenset("SJ")
 """How the ids of those begin that stand in no file."""
+CHANGED = "its user's password was changed"
+"""Why a session is over that was opened with another one."""
 LOCKED = "the server is locked"
 """Why a lockdown ends what is open."""
 
@@ -128,6 +130,20 @@ class Standing:
         """Take note of what the files say now. Raises UnavailableError while one is broken (law 3: fail closed)."""
         self.check_lock()
         self._renew()
+
+    def look(self) -> None:
+        """Take note of what the files say now, and whether the server is locked: `locked` says so. Raises as
+        `refresh`."""
+        self._look_for_lock()
+        self._renew()
+
+    def person(self, name: str) -> users.User | None:
+        """The user of that name, as the last look found them."""
+        return self._people.get(name)
+
+    def place(self, user: users.User) -> Tenant | None:
+        """The tenant that a user belongs to."""
+        return self._places.get(user.tenant or "")
 
     def _renew(self) -> None:
         """`refresh`, also while the server is locked. Costs a stat of each file where none has changed."""
@@ -313,6 +329,8 @@ class Standing:
             return "revoked"
         if new.user is not None and new.person not in self._people:
             return "its user is gone"
+        if self._has_other_password(new):
+            return CHANGED
         if old is not None and old is not new and old.rights != new.rights:
             return "changed"
         return self._why_not_vouched(new) or narrowed.get(new.person or "")
@@ -430,7 +448,13 @@ class Standing:
             return f"it was given to another {token.person}, who is gone"
         if user.disabled_at is not None:
             return f"its user {token.person} is disabled"
-        return self._why_not_vouched(token)
+        return CHANGED if self._has_other_password(token) else self._why_not_vouched(token)
+
+    def _has_other_password(self, token: Token) -> bool:
+        """Whether a session was opened with another password than its user has now."""
+        if not isinstance(token, Session) or (user := self._people.get(token.user or "")) is None:
+            return False
+        return token.mark != mark_of(user.password)
 
     def _principal(self, token: Token) -> Principal:
         user = self._people.get(token.person or "")

@@ -2,6 +2,7 @@
 
 A permission is `tools:<tool>` or `databases:<database>:<right>`, the right being read, write or admin. A call needs
 its tool's permission and its right on the database; in a database whose roles are per user also a grant there.
+`sessions:list` and `sessions:end` are for the sessions of others, over HTTP.
 """
 
 from collections.abc import Mapping

@@ -47,6 +47,30 @@ def to_origin_form(scope: MutableMapping[str, Any]) -> None:
         scope["headers"].append((b"host", target.netloc.encode("latin-1", "replace")))
 
 
+def presented(scope: MutableMapping[str, Any], in_url: Sequence[bytes]) -> tuple[str | None, bytes]:
+    """The credential of a request, None where there is none, and its query without that. `in_url`: the names that one
+    may have there, if any. Raises as `token` and `refuse_in_url`."""
+    query = scope["query_string"]
+    parts = query.split(b"&") if in_url and 0 < len(query) <= _QUERY else []
+    found = [part.partition(b"=") for part in parts if part.partition(b"=")[0] in in_url]
+    if found:
+        query = b"&".join(part for part in parts if part.partition(b"=")[0] not in in_url)
+    refuse_in_url(query)
+    if not found:
+        return token(scope["headers"]), query
+    if len(found) > 1 or any(name in _CREDENTIALS for name, _ in scope["headers"]):
+        raise _two()
+    name, _, value = found[0]
+    return _checked(name, unquote_to_bytes(value).decode("latin-1")), query
+
+
+def _checked(name: bytes, value: str) -> str:
+    """What is called a session has to be one."""
+    if name in (b"x-session-id", b"session_id") and not value.startswith("mcs_"):
+        raise UnauthorizedError("no such session")
+    return value
+
+
 def refuse_in_url(query: bytes) -> None:
     """Raise UsageError (400) for a credential in the URL, where logs and histories keep it, or for a long query."""
     if not query:
@@ -67,18 +91,20 @@ def token(headers: Headers) -> str | None:
     if len(found) > 1:
         for name in _CREDENTIALS:
             header(found, name)  # each stands there once
-        raise UsageError("two credentials in one request", "send Authorization: Bearer … alone")
+        raise _two()
     if not found:
         return None
     name, value = found[0][0], found[0][1].decode("latin-1")
-    if name == b"x-session-id" and not value.startswith("mcs_"):
-        raise UnauthorizedError("no such session")
     if name != b"authorization":
-        return value
+        return _checked(name, value)
     scheme, _, rest = value.partition(" ")
     if scheme.lower() != "bearer":
         raise UnauthorizedError("another scheme than Bearer")
     return rest.strip(" ")
+
+
+def _two() -> UsageError:
+    return UsageError("two credentials in one request", "send Authorization: Bearer … alone")
 
 
 def without(headers: Headers) -> list[tuple[bytes, bytes]]:
@@ -87,6 +113,14 @@ def without(headers: Headers) -> list[tuple[bytes, bytes]]:
 
 
 _CREDENTIALS = (b"authorization", b"x-api-key", b"x-session-id")
+_AS_TOKEN = (b"token", b"api_key")
+IN_URL = {
+    "/mcp": (*_AS_TOKEN, b"session_id"),
+    "/sse": (*_AS_TOKEN, b"session_id"),
+    "/messages": _AS_TOKEN,  # where session_id is the stream's
+    "/messages/": _AS_TOKEN,
+}
+"""What a credential may be called in the URL, by path, where the config lets it stand there."""
 _IN_URL = (b"token", b"access_token", b"api_key", b"apikey", b"authorization", b"bearer")
 _SECRET = re.compile(rb"mc[a-z]_")
 

@@ -104,6 +104,16 @@ def check_content_type(headers: credentials.Headers) -> None:
         raise Error("the body is to be JSON", "send Content-Type: application/json", status=415)
 
 
+class MethodError(Error):
+    """A method that a path does not answer; `allow` are those that it does."""
+
+    status = 405
+
+    def __init__(self, allow: str) -> None:
+        super().__init__(f"only {allow} is answered here")
+        self.allow = allow
+
+
 def only_get(scope: Scope) -> None:
     if scope["method"] not in ("GET", "HEAD"):
         raise Error("only GET is answered here", status=405)

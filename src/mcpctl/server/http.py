@@ -31,7 +31,7 @@ from mcpctl.server.held import SMALL, Bodies
 from mcpctl.server.hot import Asking, Found, Reply
 from mcpctl.server.old_streams import OldStreams
 from mcpctl.server.refusals import CANCELLED, Refusals, failed
-from mcpctl.server.routes import Addition, Route, know
+from mcpctl.server.routes import Addition, Route, find, know
 from mcpctl.shared_counters import Slot
 
 log = logging.getLogger("mcpctl.http")
@@ -96,7 +96,7 @@ class Http:
             credentials.to_origin_form(scope)
             if self._parts.no_auth and credentials.forwarded(scope["headers"]):
                 raise Error("--no-auth takes no request that a proxy has forwarded", "use tokens", status=403)
-            route = self._routes.get(scope["path"])
+            route = find(self._routes, scope["path"])
             if route is None:
                 self._visit(scope, request_id)
                 raise Error("there is nothing here", "the server answers at /mcp", status=404)
@@ -262,11 +262,20 @@ class Http:
         """Address, its rate, host and origin: the caller's address and credential, or a refusal."""
         address = self.visit(scope, request_id)
         try:
-            credentials.refuse_in_url(scope["query_string"])
-            return address, None if self._parts.no_auth else credentials.token(scope["headers"])
+            if self._parts.no_auth:
+                credentials.refuse_in_url(scope["query_string"])
+                return address, None
+            text, rest = credentials.presented(scope, self._in_url(scope))
+            scope["in_url"], scope["query_string"] = rest != scope["query_string"] and text, rest
+            return address, text
         except (UnauthorizedError, UsageError) as problem:
             self._note_refused(problem, address, request_id)
             raise
+
+    def _in_url(self, scope: Scope) -> Sequence[bytes]:
+        """The names of a credential in this URL: none, unless the config says in so many words that one may stand
+        there. A head with one goes the ordinary way each time: what it says is that credential's (hot.py:Lane.of)."""
+        return credentials.IN_URL.get(scope["path"], ()) if self._parts.settings.auth.credentials_in_url else ()
 
     async def admit(self, scope: Scope, request_id: str) -> tuple[str | None, Principal]:
         """The caller's address and principal, or a refusal."""
@@ -310,7 +319,7 @@ class Http:
         if not self._parts.no_auth:
             address = self._parts.gatekeeper.address(headers, address)
         if scope.get("state", _NOTHING).get("visited", _NOBODY)[0] is not self:  # else it was counted on the hot lane
-            self._count(address, lambda: credentials.token(headers), request_id)
+            self._count(address, lambda: credentials.presented(scope, self._in_url(scope))[0], request_id)
         return address
 
     def _count(self, address: str | None, text: Callable[[], str | None], request_id: str) -> None:

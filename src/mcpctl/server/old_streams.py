@@ -50,7 +50,7 @@ class OldStreams:
         async def noting(message: Message) -> None:
             nonlocal more
             more = message.get("more_body", False) or message["type"] == "http.response.start"
-            await send(message)
+            await send(_with_credential(message, scope.get("in_url")))
 
         try:
             await self._sse(scope, receive, noting)
@@ -102,3 +102,12 @@ class OldStreams:
         for task in ended:
             task.cancel()
         return len(ended)
+
+
+def _with_credential(message: Message, text: str | None) -> Message:
+    """A message of a stream that was opened with a credential in the URL: the address that it names for posting has the
+    same one, since its client can send no header."""
+    body = message.get("body", b"")
+    if not text or not body.startswith(b"event: endpoint"):
+        return message
+    return {**message, "body": body.replace(b"?session_id=", b"?token=" + text.encode() + b"&session_id=", 1)}

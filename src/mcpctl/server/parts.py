@@ -8,7 +8,6 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import timedelta
 
 from mcpctl import __version__, control
 from mcpctl.audit import log as audit_log
@@ -20,12 +19,14 @@ from mcpctl.config_keys import Auth, Settings
 from mcpctl.errors import ConfigError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.guest_book import GuestBook
-from mcpctl.identity.sessions import PASSWORD, Rules, Sessions
+from mcpctl.identity.password_queue import Passwords
+from mcpctl.identity.sessions import Sessions, rules_of
 from mcpctl.identity.tokens import utcnow
 from mcpctl.identity.vouched import Visitors
 from mcpctl.keyring import Keyring, place
 from mcpctl.policy.access import Access
 from mcpctl.policy.limits import Limiter
+from mcpctl.policy.sign_ins import SignIns
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
@@ -33,6 +34,7 @@ from mcpctl.postgres.wire import large_blocks_apart
 from mcpctl.recorder import Recorder
 from mcpctl.server.live import Live, Place, Process
 from mcpctl.server.watch import Watch
+from mcpctl.signing_in import SigningIn
 from mcpctl.state import State
 
 log = logging.getLogger("mcpctl")
@@ -50,6 +52,8 @@ class Core:
     recorder: Recorder
     watch: Watch
     live: Live
+    signing_in: SigningIn | None = None
+    """Where users may sign in with a password."""
     quiet: bool = False
     """Whether its end is not the server's: another one has taken its place."""
 
@@ -135,7 +139,12 @@ async def running(
     watch.hear()
     live = Live(settings, process, authenticator, logins, pools, calls, recorder)
     watch.answers.add(live.answers())
-    core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live)
+    signing_in = passwords = None
+    if authenticator.sessions is not None and auth.sessions.enabled:
+        passwords = Passwords()
+        limits = SignIns(settings.limits.failed_sign_ins, process.counters)
+        signing_in = SigningIn(authenticator, authenticator.sessions, passwords, limits, recorder)
+    core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live, signing_in)
     tasks, begun = [], False
     pools.begin()
     try:
@@ -167,6 +176,8 @@ async def running(
         await durable.close()
         if authenticator.visitors is not None:
             await authenticator.visitors.close()
+        if passwords is not None:
+            passwords.close()
         authenticator.close()
         own.close()
         book.close()
@@ -174,11 +185,8 @@ async def running(
 
 def sign_in_sessions(auth: Auth, state: State) -> Sessions | None:
     """The sessions of an installation; None where nobody can sign in."""
-    if not auth.sessions.enabled:
-        return None
-    own = auth.sessions
-    rules = Rules(timedelta(seconds=own.lifetime), timedelta(seconds=own.idle), own.per_user)
-    return Sessions(state, {PASSWORD: rules})
+    rules = rules_of(auth)
+    return Sessions(state, rules) if rules else None
 
 
 def digest(settings: Settings) -> str:

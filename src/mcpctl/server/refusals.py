@@ -6,6 +6,7 @@ from time import monotonic
 from mcpctl.errors import Error, LimitedError, LockedError, UnauthorizedError
 from mcpctl.server import credentials, encoding
 from mcpctl.server.credentials import Gatekeeper
+from mcpctl.server.exchange import MethodError
 from mcpctl.server.held import TooMuchError
 
 log = logging.getLogger("mcpctl.http")
@@ -49,7 +50,7 @@ class Refusals:
         if isinstance(problem, LimitedError | TooMuchError) and problem.status == 429:
             headers.append((b"retry-after", str(problem.retry_after).encode()))
         if problem.status == 405:
-            headers.append((b"allow", b"POST" if path in ("/mcp", "/messages", "/messages/") else b"GET"))
+            headers.append((b"allow", _allowed(path, problem)))
         if problem.status in (400, 408, 413) or isinstance(problem, TooMuchError):
             headers.append((b"connection", b"close"))
         if problem.status >= 500:
@@ -79,6 +80,13 @@ class Refusals:
             return
         log.warning("request %s: %s%s", request_id, message, f" ({more} requests more before)" if more else "")
         self._said[message] = (monotonic(), 0)
+
+
+def _allowed(path: str, problem: Error) -> bytes:
+    """The methods that a path answers."""
+    if isinstance(problem, MethodError):
+        return problem.allow.encode()
+    return b"POST" if path in ("/mcp", "/messages", "/messages/") else b"GET"
 
 
 def failed(request_id: str) -> bytes:

@@ -10,7 +10,8 @@ from mcpctl.server.exchange import Receive, Scope, Send
 Route = Callable[[Scope, Receive, Send, str], Awaitable[None]]
 """Answers a request, whose id comes last. What it raises as an Error is told to the client by the app."""
 Routes = Mapping[str, Route]
-"""By path."""
+"""By path. One that ends with BELOW is for every name below it."""
+BELOW = "/*"
 
 
 class Host(Protocol):
@@ -39,6 +40,14 @@ class Host(Protocol):
 
 Addition = Callable[[Host], Routes]
 """Gives the app further routes."""
+
+
+def find(routes: Routes, path: str) -> Route | None:
+    """The route of a path."""
+    found = routes.get(path)
+    if found is None and not path.endswith(BELOW):
+        found = routes.get(path.rpartition("/")[0] + BELOW)
+    return found
 
 
 def know(scope: Scope, principal: Principal) -> None:

@@ -25,6 +25,7 @@ from mcpctl.calls import Request
 from mcpctl.errors import Error
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import utcnow
+from mcpctl.policy.access import Access
 from mcpctl.server import loop, metrics, protocol
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.door import Door, Visitor
@@ -37,6 +38,8 @@ from mcpctl.server.live import Place, Process
 from mcpctl.server.parts import Core, running
 from mcpctl.server.refusals import outside
 from mcpctl.server.reload import DRAIN, Alone, Read, Serving
+from mcpctl.server.routes import Addition
+from mcpctl.server.sign_in import SignIn
 from mcpctl.server.workers import Link, Supervisor, stopping
 from mcpctl.shared_counters import Counters
 
@@ -83,6 +86,8 @@ def serve(
         log.warning("Connection isolation: DISABLED (--no-auth: all share one pool)")
     else:
         log.info("Connection isolation: ENABLED (per-token database connections)")
+    if settings.auth.credentials_in_url:
+        log.warning("auth.credentials_in_url: tokens in URLs are taken; proxies and histories keep these")
 
     place = Place(f"{os.getpid()}-{secrets.token_hex(4)}", f"{url}/mcp", 0, settings.server.workers)
 
@@ -327,11 +332,21 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
             tls=listening.tls,
             sse=_old_clients(server, checked) if settings.server.sse else None,
             cancel_elsewhere=core.watch.cancel_elsewhere,
+            additions=_additions(core),
         )
     )
     core.watch.end_streams = app.end_streams
     async with manager.run():
         yield app
+
+
+def _additions(core: Core) -> list[Addition]:
+    """What is served beside MCP."""
+    found: list[Addition] = []
+    if core.signing_in is not None:
+        access = Access(core.settings.auth)
+        found.append(SignIn(core.signing_in, core.authenticator, access, core.recorder))
+    return found
 
 
 def _caller(context: protocol.Context) -> Caller:

@@ -14,8 +14,9 @@ from typing import Any
 from mcpctl import control
 from mcpctl.audit.log import EVENTS, FIELDS
 from mcpctl.calls import Calls
-from mcpctl.errors import ConfigError, Error, LockedError
+from mcpctl.errors import ConfigError, Error, LockedError, UnavailableError
 from mcpctl.identity.authenticate import LOCKED, Authenticator
+from mcpctl.identity.sessions import is_id
 from mcpctl.identity.tokens import EXPIRING, utcnow
 from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.own import Own
@@ -28,6 +29,8 @@ log = logging.getLogger("mcpctl.watch")
 TICK = 0.2
 """Seconds between two looks at the files; a request looks as well, so this bounds only what runs unattended."""
 _SWEEP = 5.0
+_SESSIONS = 60.0
+"""Seconds between two looks for sessions whose time was over while nobody used them."""
 RELOAD = 60.0
 """Seconds that a command may wait for a reload of the config."""
 _ASKED_FOR = 10.0
@@ -88,12 +91,25 @@ class Watch:
         self.was_cut(reason, done.queries, done.backends_left)
         if done.queries:
             self._recorder.note("query.cancelled", token=token or None, reason=f"{reason}: {done}")
-        if reason == "expired":
+        if reason == "expired" and is_id(token):
+            self._sweep_sessions()
+        elif reason == "expired":
             self._recorder.note("token.expired", token=token, reason=str(done))
         if not done.backends_left:  # a command that has caused it asks soon; whoever comes later has cut nothing
             seconds = 0.0 if reason == "expired" else _ASKED_FOR
             asyncio.get_running_loop().call_later(seconds, self._forget, token, asyncio.current_task())
         return done
+
+    def _sweep_sessions(self) -> None:
+        """End the sessions whose time is over: one line each, by whichever worker comes first."""
+        found = self._authenticator.sessions
+        if found is None:
+            return
+        with contextlib.suppress(UnavailableError):  # another worker writes: it is tried again
+            for session, why in found.sweep():
+                user = self._authenticator.person(session.user or "")
+                tenant = user.tenant if user is not None else None
+                self._recorder.note("session.closed", token=session.id, user=session.user, tenant=tenant, reason=why)
 
     def _forget(self, token: str, task: asyncio.Task[Cut] | None) -> None:
         if self._cuts.get(token) is task:
@@ -106,6 +122,7 @@ class Watch:
             group.create_task(self._keep_sweeping())
             if self._authenticator.visitors is not None:
                 group.create_task(self._keep_asking())
+            group.create_task(self._keep_sweeping_sessions())
 
     async def look_for_lock(self) -> None:
         """Where no files say who may come in, look for the lockdown alone, for ever."""
@@ -143,6 +160,14 @@ class Watch:
                 await self._authenticator.look_again()
             except Exception:
                 log.exception("asking the issuers failed; it is tried again")
+
+    async def _keep_sweeping_sessions(self) -> None:
+        while True:
+            try:
+                self._sweep_sessions()
+            except Exception:
+                log.exception("looking after the sessions failed; it is tried again")
+            await asyncio.sleep(_SESSIONS)
 
     def _look(self) -> None:
         self.hear()

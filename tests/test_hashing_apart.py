@@ -1,0 +1,152 @@
+"""Passwords are checked by a process of the lowest priority, which says what the library says, and leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import argon2
+import pytest
+from argon2.exceptions import VerificationError, VerifyMismatchError
+
+from mcpctl.errors import UnavailableError
+from mcpctl.identity import passwords
+from mcpctl.identity.hashing_apart import NICENESS, HashingApart
+from mcpctl.identity.password_queue import Passwords
+from site_of_mcpctl import eventually
+
+CHEAP = argon2.PasswordHasher(time_cost=2, memory_cost=2048, parallelism=4, hash_len=32, salt_len=16)
+HORSE = "correct horse battery"
+
+
+@pytest.fixture
+def apart() -> Iterator[HashingApart]:
+    found = HashingApart(CHEAP, niceness=0)
+    yield found
+    found.close()
+
+
+def pid(apart: HashingApart) -> int:
+    assert apart.child is not None
+    return apart.child.pid
+
+
+@pytest.mark.parametrize("right", [b"", b"\x00\n\xff", HORSE.encode(), "é".encode(), b"x" * 1024])
+def test_it_says_of_a_hash_what_the_library_says(apart: HashingApart, right: bytes) -> None:
+    stored = CHEAP.hash(right)
+    assert apart.verify(stored, right)
+    for other in (right + b"x", b"other"):
+        with pytest.raises(VerifyMismatchError):
+            apart.verify(stored, other)
+
+
+def test_the_profile_of_passwords_is_checked_by_the_queue() -> None:
+    async def checked() -> list[bool]:
+        queue = Passwords()
+        try:
+            stored = passwords.hashed(HORSE)
+            return [await queue.matches(*one) for one in ((stored, HORSE), (stored, "wrong"), (None, HORSE))]
+        finally:
+            queue.close()
+
+    assert asyncio.run(checked()) == [True, False, False]
+
+
+def test_nobodys_hash_has_the_profile_and_fits_nothing(apart: HashingApart) -> None:
+    found = apart.nobodys()
+    assert argon2.extract_parameters(found) == argon2.extract_parameters(CHEAP.hash("x"))
+    assert found != apart.nobodys()
+    for text in ("", "x", found):
+        with pytest.raises(VerifyMismatchError):
+            apart.verify(found, text)
+
+
+def test_one_process_checks_all_of_them_and_a_dead_one_is_replaced(apart: HashingApart) -> None:
+    stored = CHEAP.hash(HORSE)
+    assert apart.child is None, "who never signs in costs no process"
+    apart.verify(stored, HORSE)
+    first = pid(apart)
+    apart.verify(stored, HORSE)
+    assert pid(apart) == first
+    os.kill(first, 9)
+    with pytest.raises(VerificationError, match="has ended"):
+        apart.verify(stored, HORSE)
+    assert apart.verify(stored, HORSE)
+    assert pid(apart) != first
+
+
+def test_what_cannot_be_checked_is_no_wrong_password(apart: HashingApart) -> None:
+    huge = CHEAP.hash(HORSE).replace("m=2048", "m=4294967295")
+    with pytest.raises(VerificationError, match=r"[Mm]emory"):
+        apart.verify(huge, HORSE)
+    with pytest.raises(VerificationError):
+        apart.verify("no hash", HORSE)
+    assert apart.verify(CHEAP.hash(HORSE), HORSE), "the process has outlived it"
+
+
+def test_the_end_of_the_queue_ends_the_process_while_it_checks() -> None:
+    slow = argon2.PasswordHasher(time_cost=2000, memory_cost=2048, parallelism=1)
+    stored = CHEAP.hash(HORSE).replace("t=2,", "t=200000,")
+
+    async def ended() -> int:
+        apart = HashingApart(slow, niceness=0)
+        queue = Passwords(apart)
+        asked = asyncio.ensure_future(queue.matches(stored, HORSE))
+        async with asyncio.timeout(20):
+            while apart.child is None:
+                await asyncio.sleep(0.002)
+        number = pid(apart)
+        queue.close()
+        with pytest.raises(UnavailableError):
+            await asked
+        with pytest.raises(VerificationError, match="stops"):
+            apart.verify(stored, HORSE)
+        return number
+
+    begun = time.monotonic()
+    number = asyncio.run(ended())
+    assert time.monotonic() - begun < 15
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_it_has_the_lowest_priority_and_the_server_keeps_its_own_and_its_size() -> None:
+    apart, before = HashingApart(CHEAP), os.getpriority(os.PRIO_PROCESS, 0)
+    stored, sizes, over = CHEAP.hash(HORSE), set[int](), threading.Event()
+    try:
+        apart.verify(stored, HORSE)
+        assert os.getpriority(os.PRIO_PROCESS, pid(apart)) == NICENESS == 19
+        assert os.getpriority(os.PRIO_PROCESS, 0) == before < 19
+        file = os.open("/proc/self/statm", os.O_RDONLY)
+
+        def look() -> None:
+            while not over.is_set():
+                sizes.add(int(os.pread(file, 32, 0).split()[0]))
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            for _ in range(20):
+                apart.verify(stored, HORSE)
+        finally:
+            over.set()
+            thread.join()
+            os.close(file)
+        assert (max(sizes) - min(sizes)) * os.sysconf("SC_PAGE_SIZE") < 1 << 20
+    finally:
+        apart.close()
+
+
+def test_the_process_ends_with_the_pipe_to_it(apart: HashingApart) -> None:
+    apart.verify(CHEAP.hash(HORSE), HORSE)
+    child = apart.child
+    assert child is not None
+    assert child.stdin is not None
+    child.stdin.close()
+    assert eventually(lambda: child.poll() is not None)
+    assert child.returncode == 0
