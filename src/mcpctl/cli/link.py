@@ -60,7 +60,8 @@ def link(
     wanted = _link(found, issuer, subject)
     if wanted.issuer not in _issuers(found).values():
         known = ", ".join(found.auth.oidc) or "none"
-        raise NotFoundError(f"auth.oidc has no issuer {wanted.issuer}", f"there are: {known}; docs/identity-provider.md adds one")
+        hint = f"there are: {known}; docs/identity-provider.md adds one"
+        raise NotFoundError(f"auth.oidc has no issuer {wanted.issuer}", hint)
     ready_to_note(found)
     entry, changed = linking.link(users.user_file(found.auth.user_file), name, wanted)
     if changed:
@@ -107,7 +108,8 @@ def _link(found: "Settings", issuer: str | None, subject: str | None) -> "Link":
         from mcpctl.errors import NotFoundError
 
         known = ", ".join(found.auth.oidc) or "none"
-        raise NotFoundError(f"auth.oidc has no issuer {issuer}", f"there are: {known}; docs/identity-provider.md adds one")
+        hint = f"there are: {known}; docs/identity-provider.md adds one"
+        raise NotFoundError(f"auth.oidc has no issuer {issuer}", hint)
     try:
         return link_of(_issuers(found).get(issuer, issuer), subject)
     except ValueError as problem:

@@ -19,7 +19,8 @@ class Introspection:
 
     def __init__(self, config: Oidc, keys: IssuerKeys, fetcher: Fetcher) -> None:
         if config.introspection.client_id is None or config.introspection.client_secret_file is None:
-            raise ConfigError("introspection needs client_id and client_secret_file", "docs/identity-provider.md says how")
+            hint = "docs/identity-provider.md says how"
+            raise ConfigError("introspection needs client_id and client_secret_file", hint)
         self._issuer = config.issuer
         self._client = config.introspection.client_id
         self._secret = _secret(config.introspection.client_secret_file)
