@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from jwt import PyJWS
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from mcpctl.config_keys import Oidc
+from mcpctl.config_sign_in import Oidc
 from mcpctl.errors import UnauthorizedError
 from mcpctl.identity.claims import Outside
 from mcpctl.identity.oidc import Issuers

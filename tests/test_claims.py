@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from issuer import NOW
-from mcpctl.config_keys import Oidc
 from mcpctl.config_oidc import BUILT_IN_ROLES
+from mcpctl.config_sign_in import Oidc
 from mcpctl.errors import UnauthorizedError
 from mcpctl.identity import guests, users
 from mcpctl.identity.claims import Outside, at, outside

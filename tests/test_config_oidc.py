@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mcpctl import config
-from mcpctl.config_keys import Oidc
+from mcpctl.config_sign_in import Oidc
 from mcpctl.errors import ConfigError
 
 GOOD = "issuer: https://id.example.org/realms/shop, audience: mcpctl"

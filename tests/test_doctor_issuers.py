@@ -12,7 +12,8 @@ import pytest
 
 from issuer import Answer, Issuer, as_json, running
 from mcpctl import diagnosis
-from mcpctl.config_keys import Auth, Introspection, Settings
+from mcpctl.config_keys import Auth, Settings
+from mcpctl.config_sign_in import Introspection
 from mcpctl.diagnosis import FAIL, OK, WARN, Finding, Patient
 from mcpctl.identity import linking, tokens, users
 from mcpctl.identity.links import Link

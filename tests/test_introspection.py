@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from issuer import NOW, Answer, Clock, Issuer, as_json, refusal, rsa_key, running, signed, use, verify
-from mcpctl.config_keys import Introspection, Oidc
+from mcpctl.config_sign_in import Introspection, Oidc
 from mcpctl.errors import ConfigError, UnauthorizedError, UnavailableError
 from mcpctl.identity.oidc import Issuers
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed448
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from issuer import DISCOVERY, ED25519, P256, Answer, Clock, Issuer, as_json, ca_file, jwk, rsa_key, running, signed
-from mcpctl.config_keys import Oidc
+from mcpctl.config_sign_in import Oidc
 from mcpctl.errors import ConfigError, UnauthorizedError, UnavailableError
 from mcpctl.identity import jwks
 from mcpctl.identity.fetching import LIMIT, Fetcher

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from issuer import AUDIENCE, NOW, P256, coded, jwk, raw, rsa_key
-from mcpctl.config_keys import Oidc
+from mcpctl.config_sign_in import Oidc
 from mcpctl.errors import UnauthorizedError
 from mcpctl.identity import jwks, signed, strict_json
 from mcpctl.identity.claims import Outside, outside

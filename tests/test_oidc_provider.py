@@ -23,7 +23,7 @@ import httpx
 import pytest
 
 from clients import rig
-from mcpctl.config_keys import Introspection, Oidc
+from mcpctl.config_sign_in import Introspection, Oidc
 from mcpctl.errors import UnauthorizedError, UnavailableError
 from mcpctl.identity.claims import Outside
 from mcpctl.identity.oidc import Issuers

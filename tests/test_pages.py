@@ -15,6 +15,7 @@ from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
 from mcpctl.policy.roles import BUILT_IN
 from mcpctl.tools.table import TOOLS
+from test_reference import ROOT, blocks
 
 DOCS = Path(__file__).parent.parent / "docs"
 LISTED = "`read_only_users` at most"
@@ -112,3 +113,11 @@ def test_every_threat_of_the_table_has_a_wall_and_a_test_that_is_there() -> None
 def test_a_row_without_a_test_that_is_there_is_seen(row: str) -> None:
     table = f"\n## Threats, walls and tests\n\n| threat | what stands against it | test |\n|---|---|---|\n{row}\n"
     assert untested(threats(table))
+
+
+def test_the_readme_begins_with_make_targets_that_there_are() -> None:
+    first = blocks((ROOT / "README.md").read_text(encoding="utf-8"), "sh")[0]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert first.splitlines() == ["make demo", "make test"]
+    for line in first.splitlines():
+        assert re.search(rf"^{line.split()[1]}\b.*:", makefile, flags=re.MULTILINE), line

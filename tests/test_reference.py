@@ -23,7 +23,8 @@ from mcpctl import config, errors
 from mcpctl.audit import log as audit_log
 from mcpctl.cli import tree
 from mcpctl.cli.main import app
-from mcpctl.config_keys import Database, Oidc, Settings
+from mcpctl.config_keys import Database, Settings
+from mcpctl.config_sign_in import Oidc
 from mcpctl.errors import ConfigError
 from mcpctl.identity import tenants, tokens, users
 from mcpctl.identity.principal import Principal
@@ -47,6 +48,8 @@ NAMED = {
     "databases.shop.": "databases.NAME.",
     "auth.roles.shop-reports.": "auth.roles.NAME.",
     "auth.oidc.example.": "auth.oidc.NAME.",
+    "auth.oauth.clients.portal.": "auth.oauth.clients.NAME.",
+    "auth.oauth.scopes.shop-read.": "auth.oauth.scopes.NAME.",
 }
 """The entries of the example that only stand for others."""
 
@@ -171,14 +174,6 @@ def test_every_command_that_a_page_shows_is_a_real_one(path: Path) -> None:
             assert not word.startswith("-") or word in known, f"mcpctl {shlex.join(words)}: {word}"
 
 
-def test_the_readme_begins_with_make_targets_that_there_are() -> None:
-    first = blocks((ROOT / "README.md").read_text(encoding="utf-8"), "sh")[0]
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert first.splitlines() == ["make demo", "make test"]
-    for line in first.splitlines():
-        assert re.search(rf"^{line.split()[1]}\b.*:", makefile, flags=re.MULTILINE), line
-
-
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_link_to_a_file_leads_to_one(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text(encoding="utf-8")):
@@ -301,7 +296,7 @@ def test_the_example_has_every_key_with_its_default_and_no_other() -> None:
     assert found.keys() == KEYS.keys()
     for key, value in found.items():
         placeholder = key.removeprefix("databases.NAME.") in PLACEHOLDERS or key in NEEDED
-        if not placeholder and not key.startswith("auth.roles.NAME."):
+        if not placeholder and not re.match(r"auth\.(roles|oauth\.clients|oauth\.scopes)\.NAME\.", key):
             assert KEYS[key].metadata["read"](value) == default(key), key
 
 
@@ -319,10 +314,12 @@ def test_the_example_can_be_used_as_it_is(tmp_path: Path) -> None:
     usual = config._place(Settings(), file)
     place = {name: getattr(found.databases["shop"], name) for name in PLACEHOLDERS}
     issuer = Oidc(issuer=found.auth.oidc["example"].issuer, audience=("mcpctl",))
-    auth = dataclasses.replace(usual.auth, roles=found.auth.roles, oidc={"example": issuer})
+    oauth = dataclasses.replace(usual.auth.oauth, clients=found.auth.oauth.clients, scopes=found.auth.oauth.scopes)
+    auth = dataclasses.replace(usual.auth, roles=found.auth.roles, oidc={"example": issuer}, oauth=oauth)
     expected = dataclasses.replace(usual, source=file, auth=auth, databases={"shop": Database(**place)})
     assert found == expected
     assert [*found.auth.roles] == ["shop-reports"]
+    assert [*found.auth.oauth.clients, *found.auth.oauth.scopes] == ["portal", "shop-read"]
     assert not Access(found.auth).may(Principal("1", "u", "", roles=("shop-reports",)), "tools:whoami").allowed
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from authenticating import HERE, House, house
 from issuer import Answer, Issuer, as_json, running
-from mcpctl.config_keys import Auth, Introspection
+from mcpctl.config_keys import Auth
+from mcpctl.config_sign_in import Introspection
 from mcpctl.errors import NotFoundError, UnauthorizedError, UnavailableError
 from mcpctl.identity import guests, linking, tenants, users
 from mcpctl.identity.guest_book import GuestBook

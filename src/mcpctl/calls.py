@@ -19,6 +19,7 @@ from mcpctl.errors import (
     ForbiddenError,
     LimitedError,
     NotFoundError,
+    ScopeError,
     UnauthorizedError,
     UnavailableError,
     UsageError,
@@ -127,7 +128,7 @@ class Calls:
         self._pools = pools
         self._recorder = recorder
         self._answering = answering
-        self._reach = Reach(settings, self._access, logins, own)
+        self.reach = Reach(settings, self._access, logins, own)
         self._running: set[Running] = set()
         self._ways: dict[tuple[int, str, str | None, str | None], _Way] = {}
 
@@ -138,7 +139,7 @@ class Calls:
             tool
             for tool in TOOLS.values()
             if self._access.may(principal, tool.permission).allowed
-            and (tool.access == "read" or self._reach.databases(principal, tool.access))
+            and (tool.access == "read" or self.reach.databases(principal, tool.access))
             and (tool.own is None or self._brings(principal))
         ]
 
@@ -185,6 +186,8 @@ class Calls:
             event, outcome, reason = "tool.refused", "refused", told
             if not facts.uses and facts.tool in (GET.name, SET.name):
                 reason = self._tried(principal, arguments or {}, facts) + told
+            if isinstance(problem, ScopeError) and request.transport == "http":  # which tells the client to ask for it
+                raise
             return _failed(problem)
         except UnknownToolError:
             event, outcome, reason = "tool.refused", "refused", "there is no such tool"
@@ -233,7 +236,7 @@ class Calls:
     def _tried(self, principal: Principal, arguments: Mapping[str, Any], facts: Facts) -> str:
         """Note the database that a call meant which never came there, and say the setting, as far as each has the form
         of a name: what has not may be a connection string, or whatever the caller has sent."""
-        database, setting = arguments.get("database") or self._reach.default(principal), arguments.get("name")
+        database, setting = arguments.get("database") or self.reach.default(principal), arguments.get("name")
         if isinstance(database, str) and NAME.fullmatch(database):
             brought = principal.user is not None and self._own.has(principal.user, database)
             facts.values.setdefault("database", OWN + database if brought else database)
@@ -245,6 +248,7 @@ class Calls:
             raise UnknownToolError(f"Unknown tool: {name[:60]}")  # told the caller, and not logged: it may be anything
         decision = self._access.may(principal, tool.permission)
         if not decision.allowed:
+            self._access.check_scope(principal, tool.permission)
             raise ForbiddenError(f"{tool.name}: {decision.reason}", "whoami shows what you have")
         if tool.own is not None and principal.tenant is not None:
             raise ForbiddenError(f"{tool.name}: you belong to a tenant, whose users have its place alone")
@@ -257,7 +261,7 @@ class Calls:
     async def _run(self, tool: Tool, principal: Principal, arguments: Mapping[str, Any] | None, facts: Facts) -> Result:
         checked = tool.check(arguments)
         if tool.tell is not None:
-            return tool.tell(principal, self._reach.known(principal))
+            return tool.tell(principal, self.reach.known(principal))
         if tool.own is not None:
             return await self._run_own(tool, principal, checked, facts)
         if tool.ask is None:
@@ -270,8 +274,8 @@ class Calls:
                 return await self._ask(tool, way, checked, way.bounds, facts)
             if one is not None:
                 raise UsageError(f"{tool.name} takes database or databases, not both", "leave one of them out")
-            names = [self._reach.one(principal, name, tool.access) for name in dict.fromkeys(several)]
-            facts.values["database"] = ",".join(self._reach.shown(name) for name in names)
+            names = [self.reach.one(principal, name, tool.access) for name in dict.fromkeys(several)]
+            facts.values["database"] = ",".join(self.reach.shown(name) for name in names)
             facts.several = len(names) > 1
             return await self._ask_several(tool, principal, names, checked, facts)
         finally:
@@ -287,10 +291,10 @@ class Calls:
         known = self._ways.get(asked)
         if known is not None and not (principal.user is not None and self._own.has(principal.user, known.database)):
             return known
-        name = self._reach.one(principal, database, tool.access)
-        login = self._reach.login(principal, name, tool.access)
-        found = _Way(principal, name, self._reach.shown(name), login, self._bounds(login.settings, principal, address))
-        if name in self._settings.databases and (database is not None or self._reach.fixed(principal)):
+        name = self.reach.one(principal, database, tool.access)
+        login = self.reach.login(principal, name, tool.access)
+        found = _Way(principal, name, self.reach.shown(name), login, self._bounds(login.settings, principal, address))
+        if name in self._settings.databases and (database is not None or self.reach.fixed(principal)):
             if len(self._ways) >= _REMEMBERED:
                 self._ways.clear()
             self._ways[asked] = found  # the principal, so that its id stays its own
@@ -393,11 +397,9 @@ class Calls:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            facts.uses = {self._reach.shown(name): use for name, use in facts.uses.items()}
+            facts.uses = {self.reach.shown(name): use for name, use in facts.uses.items()}
         results = {name: self._still(principal, name, one) for name, one in zip(names, found, strict=True)}
-        failed = [
-            f"{self._reach.shown(name)}: {_noted(one)}" for name, one in results.items() if isinstance(one, Error)
-        ]
+        failed = [f"{self.reach.shown(name)}: {_noted(one)}" for name, one in results.items() if isinstance(one, Error)]
         facts.outcome = "ok" if not failed else "partial" if len(failed) < len(names) else "error"
         done = together(results)
         done.command = "; ".join(failed) or None

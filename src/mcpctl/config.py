@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
-from mcpctl import config_oidc, plain_yaml, private_file
+from mcpctl import config_oauth, config_oidc, plain_yaml, private_file
 from mcpctl.config_keys import Audit, Settings
 from mcpctl.config_values import Reader, is_loopback
 from mcpctl.errors import ConfigError, NotFoundError
@@ -383,6 +383,8 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
                 fault(f"auth.roles.{name}.permissions", str(problem))
     for key, text in config_oidc.faults(settings.auth):
         fault(f"auth.oidc.{key}", text)
+    for key, text in config_oauth.faults(settings, lambda one: check_permission(one, settings.databases)):
+        fault(f"auth.oauth.{key}", text)
     if sum(database.default for database in settings.databases.values()) > 1:
         fault("databases", "only one can be the default")
     for table in settings.canaries.tables:

@@ -4,54 +4,12 @@ This is the only list of them. `config.py` reads files by it, and a test holds `
 `docs/reference/config.md` to it.
 """
 
-from dataclasses import MISSING, FrozenInstanceError, dataclass, field, fields
+from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from mcpctl import config_values as values
-
-if TYPE_CHECKING:
-    from dataclasses import dataclass as keys
-else:
-
-    def keys(*, frozen):
-        """A frozen dataclass, whose functions are those of all and not written for each: that would take a quarter of
-        a short command's time."""
-
-        def made(cls):
-            cls.__init__, cls.__eq__, cls.__hash__ = _init, _equal, _hash
-            cls.__setattr__ = cls.__delattr__ = _refuse
-            return dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
-
-        return made
-
-    def _init(self, *values_in_order, **given):
-        given.update(zip((one.name for one in fields(self)), values_in_order, strict=False))
-        for one in fields(self):
-            if one.name not in given:
-                given[one.name] = one.default if one.default_factory is MISSING else one.default_factory()
-            vars(self)[one.name] = given.pop(one.name)
-        if given:
-            raise TypeError(f"{type(self).__name__} has no {', '.join(given)}")
-
-    def _equal(self, other):
-        return vars(self) == vars(other) if type(self) is type(other) else NotImplemented
-
-    def _hash(self):
-        return hash(tuple(vars(self).values()))
-
-    def _refuse(self, name, value=None):
-        raise FrozenInstanceError(f"{type(self).__name__}.{name} stays as it is")
-
-
-def setting(default: Any, read: values.Reader, doc: str) -> Any:
-    """A dataclass field that is a key of the config."""
-    return field(default=default, metadata={"read": read, "doc": doc})
-
-
-def section(cls: type, doc: str) -> Any:
-    """A dataclass field that is a section of the config."""
-    return field(default_factory=cls, metadata={"section": cls, "doc": doc})
+from mcpctl.config_schema import keys, section, setting
+from mcpctl.config_sign_in import Oauth, Oidc
 
 
 @keys(frozen=True)
@@ -123,60 +81,6 @@ class Sessions:
 
 
 @keys(frozen=True)
-class Introspection:
-    """auth.oidc.NAME.introspection"""
-
-    client_id: str | None = setting(None, values.optional(values.text), "our own client there; without one: off")
-    client_secret_file: Path | None = setting(
-        None, values.optional(values.path), "file with its secret and nothing else, 0600"
-    )
-    tokens: str = setting("opaque", values.choice("opaque", "jwt", "all"), "which tokens the issuer is asked about")
-    cache: float = setting(50.0, values.between(0, 60, "of 60s at most"), "how long an answer holds")
-
-
-@keys(frozen=True)
-class Oidc:
-    """auth.oidc.NAME"""
-
-    issuer: str | None = setting(None, values.optional(values.issuer), "its URL, to the letter as in its tokens")
-    audience: tuple[str, ...] = setting((), values.one_or_more, "what its tokens for us have in `aud`: one of these")
-    clients: tuple[str, ...] = setting(
-        (), values.one_or_more, "clients whose tokens are taken (`azp`); none: any, for tokens with our audience alone"
-    )
-    algorithms: tuple[str, ...] = setting(values.ALGORITHMS, values.algorithms, "how its tokens may be signed")
-    user_claim: str = setting("sub", values.choice("sub", "oid", "uid"), "which claim says whose a token is")
-    name_claim: str = setting(
-        "preferred_username", values.claim, "the claim that is shown to people, and decides nothing"
-    )
-    roles_claims: tuple[str, ...] = setting(("realm_access.roles",), values.claims, "where roles stand in its tokens")
-    roles: dict[str, str] = field(
-        default_factory=dict, metadata={"read": values.text_map, "map": True, "doc": "our role for a role of theirs"}
-    )
-    tenant_claim: str | None = setting(
-        None, values.optional(values.claim), "the claim that names the tenant, which every token then needs"
-    )
-    just_in_time: dict[str, str] = field(
-        default_factory=dict,
-        metadata={
-            "read": values.text_map,
-            "map": True,
-            "doc": "whose login roles and grants a person without a user has, by a role of theirs; none: nobody's",
-        },
-    )
-    jwks_cache: float = setting(
-        3600.0, values.between(60, 86400, "from 1m to 24h"), "how long its keys hold before they are fetched again"
-    )
-    clock_skew: float = setting(30.0, values.between(0, 300, "of 5m at most"), "how far its clock may be from ours")
-    ca_file: Path | None = setting(
-        None, values.optional(values.path), "CA in PEM that signed its certificate; default: the system's"
-    )
-    allow_http_loopback: bool = setting(
-        False, values.truth, "take an issuer on this machine over http; for tests alone"
-    )
-    introspection: Introspection = section(Introspection, "asking the issuer about tokens")
-
-
-@keys(frozen=True)
 class Auth:
     """auth"""
 
@@ -200,6 +104,7 @@ class Auth:
     oidc: dict[str, Oidc] = field(
         default_factory=dict, metadata={"named": Oidc, "doc": "issuers whose tokens are taken, by a name of your own"}
     )
+    oauth: Oauth = section(Oauth, "clients that users let in by themselves")
     credentials_in_url: bool = setting(
         False, values.truth, "also take a token or session as ?token=, ?api_key= or ?session_id=, where others log it"
     )

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from mcpctl.config_keys import Auth, Oidc
+from mcpctl.config_keys import Auth
+from mcpctl.config_sign_in import Oidc
 from mcpctl.config_values import is_loopback
 
 BUILT_IN_ROLES = ("mcp-admin", "mcp-developer", "mcp-tools", "mcp-user")

@@ -54,6 +54,21 @@ def session_lifetime(value: Any) -> float:
     return found
 
 
+def scope(value: Any) -> str:
+    """The name of a scope of one's own (RFC 6749, section 3.3: no space, quote or backslash)."""
+    if not isinstance(value, str) or not re.fullmatch(r"[a-z][a-z0-9:._-]{0,62}", value):
+        raise ValueError("a-z, then a-z 0-9 : . _ -, 63 at most")
+    return value
+
+
+def schemes(value: Any) -> tuple[str, ...]:
+    """A list of URI schemes of installed programs."""
+    found = texts(value)
+    if wrong := [one for one in found if not re.fullmatch(r"[a-z][a-z0-9+-]{2,30}", one)]:
+        raise ValueError(f"schemes such as cursor ({wrong[0]!r} is none)")
+    return found
+
+
 def sync(value: Any) -> float:
     """`answer`, which is 0, or a duration of 10 s at most."""
     try:

@@ -92,6 +92,14 @@ class ForbiddenError(Error):
     status = 403
 
 
+class ScopeError(ForbiddenError):
+    """Its user may have it, and only the client has not asked for it. `scopes` are those that it needs."""
+
+    def __init__(self, message: str, hint: str | None, scopes: tuple[str, ...]) -> None:
+        super().__init__(message, hint)
+        self.scopes = scopes
+
+
 class UnavailableError(Error):
     """Not now: a file is broken, the log cannot be written, the server is full or stopping."""
 

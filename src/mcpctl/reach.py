@@ -93,6 +93,8 @@ class Reach:
         if wanted is None:
             raise UsageError("there is no default database", "name one; list_databases shows those you may ask")
         named = NAME.fullmatch(wanted) is not None  # what is no name may be a connection string: it is not repeated
+        if named and wanted in self._settings.databases:
+            self._access.check_scope(principal, f"databases:{wanted}:{access}")
         if not named or not self._access.may(principal, f"databases:{wanted}:{access}").allowed:
             raise _none(name, wanted if named else None)
         try:

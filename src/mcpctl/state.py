@@ -48,7 +48,34 @@ CREATE TABLE guests (
   since REAL NOT NULL, seen REAL NOT NULL, disabled REAL
 ) WITHOUT ROWID
 """
-_STEPS = {2: _SINCE_2, 3: _SINCE_3, 4: _SINCE_4}
+_SINCE_5 = """
+CREATE TABLE oauth_clients (
+  id TEXT PRIMARY KEY, name TEXT NOT NULL, redirects TEXT NOT NULL, renews INTEGER NOT NULL, created REAL NOT NULL,
+  used REAL, address TEXT
+) WITHOUT ROWID;
+CREATE TABLE oauth_codes (
+  hash TEXT PRIMARY KEY, client TEXT NOT NULL, name TEXT NOT NULL, host TEXT, redirect TEXT NOT NULL,
+  challenge TEXT NOT NULL, scopes TEXT NOT NULL, resource TEXT NOT NULL, renews INTEGER NOT NULL, user TEXT NOT NULL,
+  mark TEXT NOT NULL, made REAL NOT NULL, ends REAL NOT NULL, used INTEGER NOT NULL DEFAULT 0, session TEXT
+) WITHOUT ROWID;
+CREATE TABLE oauth_connections (
+  session TEXT PRIMARY KEY, client TEXT NOT NULL, name TEXT NOT NULL, host TEXT, redirect TEXT NOT NULL,
+  scopes TEXT NOT NULL, resource TEXT NOT NULL, renews INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE oauth_refresh_tokens (
+  hash TEXT PRIMARY KEY, session TEXT NOT NULL, used INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE INDEX oauth_refresh_tokens_session ON oauth_refresh_tokens (session);
+CREATE TABLE oauth_consents (
+  user TEXT NOT NULL, client TEXT NOT NULL, redirect TEXT NOT NULL, scopes TEXT NOT NULL, made REAL NOT NULL,
+  PRIMARY KEY (user, client, redirect)
+) WITHOUT ROWID;
+CREATE TABLE browsers (
+  hash TEXT PRIMARY KEY, user TEXT NOT NULL, mark TEXT NOT NULL, made REAL NOT NULL, ends REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE form_keys (name TEXT PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID
+"""
+_STEPS = {2: _SINCE_2, 3: _SINCE_3, 4: _SINCE_4, 5: _SINCE_5}
 """What a store of an earlier form lacks, by the form that has it."""
 SCHEMA_VERSION = max(_STEPS)
 _RESTORE = (

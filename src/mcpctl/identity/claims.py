@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from mcpctl.config_keys import Oidc
 from mcpctl.config_oidc import BUILT_IN_ROLES
+from mcpctl.config_sign_in import Oidc
 from mcpctl.errors import UnauthorizedError
 
 _LONGEST = 255

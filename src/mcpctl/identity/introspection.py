@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 from mcpctl import private_file
-from mcpctl.config_keys import Oidc
+from mcpctl.config_sign_in import Oidc
 from mcpctl.errors import ConfigError, UnauthorizedError, UnavailableError
 from mcpctl.identity.fetching import Fetcher
 from mcpctl.identity.jwks import IssuerKeys

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from mcpctl.config_keys import Oidc
+from mcpctl.config_sign_in import Oidc
 from mcpctl.errors import ConfigError, Error, UnauthorizedError
 from mcpctl.identity import signed
 from mcpctl.identity.claims import Outside, outside

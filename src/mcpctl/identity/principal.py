@@ -20,7 +20,8 @@ class Principal:
     by database; `as_user` is whose login roles and grants they are, where it is no user itself; `within` is its
     tenant's place, beyond which it sees nothing; `closed` are the databases that other tenants keep it out of, with
     why. `edition` grows when its token's rights have become fewer, and `narrowed` by database when its user's have:
-    what was opened under an earlier edition is over, whatever else is equal.
+    what was opened under an earlier edition is over, whatever else is equal. `scoped`: its
+    permissions are those of OAuth scopes, and its client can ask for more.
     """
 
     token: str | None
@@ -38,6 +39,7 @@ class Principal:
     grants: Mapping[str, Grant] = field(default_factory=dict, compare=False)
     within: Tenant | None = None
     closed: Mapping[str, str] = field(default_factory=dict, compare=False)
+    scoped: bool = field(default=False, compare=False)
 
     def edition_in(self, database: str) -> int:
         """The edition of its rights in that database."""

@@ -12,13 +12,14 @@ import hashlib
 import json
 import re
 import secrets
+import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from mcpctl.config_keys import Auth
-from mcpctl.errors import UnavailableError
+from mcpctl.errors import NotFoundError, UnavailableError
 from mcpctl.identity import tokens
 from mcpctl.identity.tokens import Token
 from mcpctl.identity.users import rfc3339
@@ -107,10 +108,11 @@ class Rules(NamedTuple):
 
 def rules_of(auth: Auth) -> dict[str, Rules]:
     """The rules of each kind of session that the config lets anybody have."""
-    own = auth.sessions
-    if not own.enabled:
-        return {}
-    return {PASSWORD: Rules(timedelta(seconds=own.lifetime), timedelta(seconds=own.idle), own.per_user)}
+    found = {}
+    for kind, own in ((PASSWORD, auth.sessions), (OAUTH, auth.oauth)):
+        if own.enabled:
+            found[kind] = Rules(timedelta(seconds=own.lifetime), timedelta(seconds=own.idle), own.per_user)
+    return found
 
 
 def session_id(text: str) -> str | None:
@@ -253,9 +255,11 @@ class Sessions:
         permissions: tuple[str, ...] | None = None,
         client: str | None = None,
         address: str | None = None,
+        also: Callable[[sqlite3.Connection, str], None] = lambda connection, name: None,
     ) -> Opened:
         """Open a session for a user who has just shown who they are. `access`: how long its secret is good without a
-        renewal; None where it lives by being used. Raises UnavailableError where it cannot be written."""
+        renewal; None where it lives by being used. `also(connection, id)` is done with it, or nothing is. Raises
+        UnavailableError where it cannot be written."""
         rules, now = self._rules[kind], self._now()
         name = f"S{''.join(secrets.choice('0123456789abcdefghijklmnopqrstuvwxyz') for _ in range(7))}"
         text, stamp = secret(name), now.timestamp()
@@ -268,6 +272,7 @@ class Sessions:
         with self._state.change() as connection:
             (changed,) = connection.execute(_NEXT).fetchone()
             connection.execute(_NEW, (name, changed, *values))
+            also(connection, name)
             rows = connection.execute(_OF, (user, kind)).fetchall()
             living = [one for one in map(self._read, rows) if one.over_at > now]
             more = living[rules.most :]
@@ -275,13 +280,20 @@ class Sessions:
         self.look()
         return Opened(self.known[name], text, more)
 
-    def renew(self, session: Session, access: timedelta, overlap: timedelta) -> str:
+    def renew(
+        self,
+        session: Session,
+        access: timedelta,
+        overlap: timedelta,
+        also: Callable[[sqlite3.Connection], None] = lambda connection: None,
+    ) -> str:
         """A new secret for a session, good for `access`; the old one is taken for `overlap` more, so that what is on
-        its way arrives. Raises UnavailableError."""
+        its way arrives. `also(connection)` is done with it, or nothing is. Raises UnavailableError; NotFoundError where
+        the session has ended."""
         text, now = secret(session.id), self._now()
         with self._state.change() as connection:
             (changed,) = connection.execute(_NEXT).fetchone()
-            connection.execute(
+            done = connection.execute(
                 "UPDATE sessions SET changed = ?, before = hash, before_ends = ?, hash = ?, used = ?, access_ends = ? "
                 "WHERE id = ? AND NOT ended",
                 (
@@ -289,6 +301,9 @@ class Sessions:
                     session.id,
                 ),
             )  # fmt: skip
+            if not done.rowcount:
+                raise NotFoundError("the session has ended")
+            also(connection)
         self.look()
         return text
 

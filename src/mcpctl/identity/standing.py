@@ -15,7 +15,7 @@ from mcpctl.identity import tenants, tokens, users
 from mcpctl.identity.guest_book import GuestBook
 from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.principal import Principal
-from mcpctl.identity.sessions import Session, Sessions, mark_of
+from mcpctl.identity.sessions import OAUTH, Session, Sessions, mark_of
 from mcpctl.identity.tenants import Tenant
 from mcpctl.identity.tokens import Token
 from mcpctl.identity.users import EVERYWHERE
@@ -475,4 +475,9 @@ class Standing:
             tenant=user.tenant if user is not None else None,
             within=self._places.get(user.tenant or "") if user is not None else None,
             closed=tenants.closed(self._places, user),
+            scoped=isinstance(token, Session) and token.kind == OAUTH,
         )
+
+    def supposed(self, user: str, permissions: tuple[str, ...]) -> Principal:
+        """Who a client of that user's with these permissions would be. It opens nothing."""
+        return self._principal(Token("", user, "", self._now(), permissions=permissions))

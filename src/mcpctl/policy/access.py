@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from mcpctl.config import covers
 from mcpctl.config_keys import Auth
+from mcpctl.errors import ScopeError
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.users import Roles
 from mcpctl.policy import roles
+from mcpctl.policy.scopes import Scopes
 
 _REMEMBERED = 10_000
 
@@ -60,6 +62,7 @@ class Access:
         }
         self._admins = frozenset(auth.admin_users)
         self._readers = frozenset(auth.read_only_users)
+        self._scopes = Scopes(auth.oauth)
         self._decided: dict[tuple[int, str], tuple[Principal, Decision]] = {}
 
     def roles_of(self, principal: Principal) -> tuple[str, ...]:
@@ -113,6 +116,17 @@ class Access:
             decision = next((link for link in links if not link.allowed), links[-1])
             known = self._decided[asked] = principal, decision  # kept, so that no other has its id
         return known[1]
+
+    def check_scope(self, principal: Principal, *permissions: str) -> None:
+        """Raises ScopeError where only the scopes of its client keep a principal from having all of these."""
+        if not principal.scoped:
+            return
+        links = [link for one in permissions for link in self.chain(principal, one)[:-1]]
+        lacking = [one for one in permissions if not self._by_token(principal, one).allowed]
+        scopes = self._scopes.covering(permissions) if lacking and all(link.allowed for link in links) else ()
+        if scopes:
+            needed = " ".join(scopes)
+            raise ScopeError(f"this needs the scope {needed}", "have the client ask for it", scopes)
 
     def _by_role(self, principal: Principal, permission: str) -> Decision:
         held = self.roles_of(principal)

@@ -1,0 +1,356 @@
+"""What users have allowed OAuth clients: the code, the connection, its refresh tokens, its end.
+
+A connection is a session of the kind OAUTH (`sessions.py`), so that its access tokens open the door as any token does,
+and all that ends a session ends them. Here is what OAuth adds: each code and each refresh token is good once, and
+whoever shows one a second time ends the connection, since one of two who have it has stolen it (OAuth 2.1, sections
+4.1.3 and 4.3.1). There is no grace for an answer that was lost: a thief who is quicker than the client by a second
+would keep what he has. All secrets have 256 random bits, and are kept as SHA-256.
+"""
+
+import hashlib
+import json
+import re
+import secrets
+import sqlite3
+from base64 import urlsafe_b64encode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+from mcpctl.errors import Error, NotFoundError
+from mcpctl.identity import sessions, tokens
+from mcpctl.identity.oauth_clients import Client
+from mcpctl.identity.sessions import OAUTH, Session, Sessions, mark_of
+from mcpctl.identity.users import User
+from mcpctl.state import State
+
+CODE_LIFE = timedelta(seconds=60)
+"""OAuth 2.1, section 4.1.2 recommends ten minutes at most; a browser goes on by itself."""
+OVERLAP = timedelta(seconds=30)
+"""For which the access token before is taken, so that the calls that are on their way arrive."""
+_REFRESH = re.compile(r"mcr_(S[0-9a-z]{7})_[0-9A-Za-z]{43}_[0-9A-Za-z]{6}")
+_CODE = re.compile(r"[A-Za-z0-9_-]{43}")
+_VERIFIER = re.compile(r"[A-Za-z0-9._~-]{43,128}")
+_CHALLENGE = re.compile(r"[A-Za-z0-9_-]{43}")
+REMEMBERED = timedelta(days=90)
+"""For which a user is not asked again what they have allowed."""
+_KEPT = timedelta(days=1)
+"""For which a used code is known, so that its second use is noticed."""
+_CODE_COLUMNS = (
+    "client, name, host, redirect, challenge, scopes, resource, renews, user, mark, made, ends, used, session"
+)
+_CONNECTION = "session, client, name, host, redirect, scopes, resource, renews"
+People = Callable[[], Mapping[str, User]]
+
+
+class GrantError(Error):
+    """A code or a refresh token that opens nothing (RFC 6749, section 5.2: invalid_grant). `message` is for the log.
+    `ended`: the session that was ended for it."""
+
+    status = 400
+
+    def __init__(self, message: str, ended: Session | None = None) -> None:
+        super().__init__(message)
+        self.ended = ended
+
+
+class Allowed(NamedTuple):
+    """What a user has allowed. `mark`: `mark_of` their password; `challenge`: the client's, of PKCE."""
+
+    client: Client
+    redirect: str
+    challenge: str
+    scopes: tuple[str, ...]
+    resource: str
+    user: str
+    mark: str
+
+
+class Issued(NamedTuple):
+    """What a client gets: `refresh` is None for one that takes none. `ended`: the sessions that made room."""
+
+    session: Session
+    access: str
+    refresh: str | None
+    scopes: tuple[str, ...]
+    ended: Sequence[Session] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What a user has allowed, as it is now."""
+
+    session: Session
+    client: str
+    name: str
+    host: str | None
+    redirect: str
+    scopes: tuple[str, ...]
+    resource: str
+    renews: bool
+
+
+def stands(people: Mapping[str, User], name: str, mark: str, since: datetime) -> bool:
+    """Whether that user is still who signed in then: there, not disabled, and with the same password."""
+    user = people.get(name)
+    if user is None or user.disabled_at is not None or user.created_at > since:
+        return False
+    return secrets.compare_digest(mark_of(user.password), mark)
+
+
+def is_challenge(text: str) -> bool:
+    """Whether a text has the form of a code_challenge of the method S256 (RFC 7636, section 4.2)."""
+    return bool(_CHALLENGE.fullmatch(text))
+
+
+class Connections:
+    """The connections of an installation. `permissions` says what scopes allow, `access` how long a token is good."""
+
+    def __init__(
+        self,
+        state: State,
+        store: Sessions,
+        people: People,
+        permissions: Callable[[Sequence[str]], tuple[str, ...]],
+        access: timedelta,
+        now: Callable[[], datetime] = tokens.utcnow,
+    ) -> None:
+        self._state = state
+        self._sessions = store
+        self._people = people
+        self._permissions = permissions
+        self._now = now
+        self.access = access
+
+    # -- the code ------------------------------------------------------------------------------------------------------
+
+    def allow(self, allowed: Allowed) -> str:
+        """A code for a client that a user has just allowed. Raises UnavailableError where it cannot be written."""
+        code, now, client = secrets.token_urlsafe(32), self._now().timestamp(), allowed.client
+        values = (
+            _digest(code), client.id, client.name, client.host, allowed.redirect, allowed.challenge,
+            json.dumps(allowed.scopes), allowed.resource, client.renews, allowed.user, allowed.mark, now,
+            now + CODE_LIFE.total_seconds(),
+        )  # fmt: skip
+        with self._state.change() as connection:
+            connection.execute(
+                "INSERT INTO oauth_codes (hash, client, name, host, redirect, challenge, scopes, resource, renews, "
+                "user, mark, made, ends) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                values,
+            )
+        return code
+
+    def redeem(
+        self, code: str, client: str, redirect: str | None, verifier: str, resource: str | None, address: str | None
+    ) -> Issued:
+        """Open the connection that a code stands for. `redirect` and `resource` are compared where they are given.
+        GrantError for a code that is none, or not this client's; each is good once, for whoever shows it first."""
+        found = self._code(code)
+        if found["used"]:
+            raise self._shown_twice(found)
+        if problem := self._why_not(found, client, redirect, verifier, resource):
+            with self._state.change() as connection:
+                connection.execute("UPDATE oauth_codes SET used = 1 WHERE hash = ?", (_digest(code),))
+            raise GrantError(problem)
+        scopes = tuple(json.loads(found["scopes"]))
+        refresh: list[str] = []
+
+        def also(connection: sqlite3.Connection, name: str) -> None:
+            done = connection.execute(
+                "UPDATE oauth_codes SET used = 1, session = ? WHERE hash = ? AND NOT used", (name, _digest(code))
+            )
+            if not done.rowcount:
+                raise GrantError("the code is being redeemed by two at once")
+            connection.execute(
+                f"INSERT INTO oauth_connections ({_CONNECTION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                (name, *(found[key] for key in _CONNECTION.split(", ")[1:])),
+            )
+            if found["renews"]:
+                refresh.append(_keep(connection, name))
+
+        try:
+            opened = self._sessions.open(
+                found["user"], found["mark"], kind=OAUTH, access=self.access, permissions=self._permissions(scopes),
+                client=client, address=address, also=also,
+            )  # fmt: skip
+        except GrantError:
+            raise self._shown_twice(self._code(code)) from None
+        return Issued(opened.session, opened.text, refresh[0] if refresh else None, scopes, opened.ended)
+
+    def _code(self, code: str) -> dict[str, Any]:
+        sql = f"SELECT {_CODE_COLUMNS} FROM oauth_codes WHERE hash = ?"  # noqa: S608 - of constants
+        rows = self._state.rows(sql, (_digest(code),)) if _CODE.fullmatch(code) else []
+        if not rows:
+            raise GrantError("there is no such code")
+        return dict(zip(_CODE_COLUMNS.split(", "), rows[0], strict=True))
+
+    def _why_not(
+        self, found: Mapping[str, Any], client: str, redirect: str | None, verifier: str, resource: str | None
+    ) -> str | None:
+        if found["ends"] <= self._now().timestamp():
+            return "the code is too old"
+        if found["client"] != client:
+            return "the code is another client's"
+        if redirect is not None and redirect != found["redirect"]:
+            return "the code was sent to another redirect_uri"
+        if resource is not None and resource != found["resource"]:
+            return "the code is for another resource"
+        if not _fits(verifier, found["challenge"]):
+            return "the code_verifier is wrong"
+        if not stands(self._people(), found["user"], found["mark"], _time(found["made"])):
+            return "the user is gone, disabled, or has another password"
+        return None
+
+    def _shown_twice(self, found: Mapping[str, Any]) -> GrantError:
+        return GrantError("the code was shown twice", self._end_known(found["session"]))
+
+    # -- the connection ------------------------------------------------------------------------------------------------
+
+    def renew(self, refresh: str, client: str, resource: str | None, scopes: Sequence[str] | None) -> Issued:
+        """The next access token and the next refresh token. GrantError for one that opens nothing; whoever shows one
+        again ends the connection."""
+        name = session_of(refresh)
+        rows = self._state.rows("SELECT session, used FROM oauth_refresh_tokens WHERE hash = ?", (_digest(refresh),))
+        if name is None or not rows:
+            raise GrantError("there is no such refresh token")
+        found = self._connection(name)
+        if rows[0][1]:
+            raise GrantError("the refresh token was shown twice", self._end_known(name))
+        session = found.session if found is not None else None
+        if found is None or session is None or session.over_at <= self._now():
+            raise GrantError("the connection has ended")
+        if found.client != client:  # who has stolen it has no use for it, and its owner is warned
+            raise GrantError("the refresh token is another client's", self._end_known(name))
+        if not stands(self._people(), session.user or "", session.mark, session.created_at):
+            raise GrantError("the user is gone, disabled, or has another password", self._end_known(name))
+        if resource is not None and resource != found.resource:
+            raise GrantError("the refresh token is for another resource")
+        if scopes is not None and set(scopes) != set(found.scopes):
+            raise GrantError("the refresh token is for other scopes")
+        following: list[str] = []
+
+        def also(connection: sqlite3.Connection) -> None:
+            done = connection.execute(
+                "UPDATE oauth_refresh_tokens SET used = 1 WHERE hash = ? AND NOT used", (_digest(refresh),)
+            )
+            if not done.rowcount:
+                raise GrantError("the refresh token is being used by two at once")
+            following.append(_keep(connection, name))
+
+        try:
+            access = self._sessions.renew(session, self.access, OVERLAP, also)
+        except GrantError:
+            raise GrantError("the refresh token was shown twice", self._end_known(name)) from None
+        except NotFoundError:
+            raise GrantError("the connection has ended") from None
+        return Issued(self._sessions.known[name], access, following[0], found.scopes)
+
+    def revoke(self, text: str, client: str) -> Session | None:
+        """End the connection of an access or a refresh token, if it is that client's (RFC 7009); its session, if it had
+        not ended."""
+        name = sessions.session_id(text) or session_of(text)
+        found = self._connection(name) if name is not None else None
+        if name is None or found is None or found.client != client:
+            return None
+        now = self._now()
+        sql = "SELECT 1 FROM oauth_refresh_tokens WHERE hash = ? AND session = ?"
+        ours = found.session.is_current(text) or found.session.was_current(text, now)
+        return self._end_known(name) if ours or self._state.rows(sql, (_digest(text), name)) else None
+
+    def of(self, user: str) -> list[Connection]:
+        """What a user has allowed and is not over, the one that was used last first."""
+        own = [one for one in self._sessions.of(user) if one.kind == OAUTH]
+        return [found for one in own if (found := self._connection(one.id)) is not None]
+
+    def end(self, user: str, name: str) -> Connection | None:
+        """End a connection of that user's; None where there is none of that id."""
+        found = next((one for one in self.of(user) if one.session.id == name), None)
+        return found if found is not None and self._sessions.end([name]) else None
+
+    def _connection(self, name: str) -> Connection | None:
+        self._sessions.look()
+        session = self._sessions.known.get(name)
+        rows = self._state.rows(f"SELECT {_CONNECTION} FROM oauth_connections WHERE session = ?", (name,))  # noqa: S608
+        if session is None or not rows:
+            return None
+        _, client, title, host, redirect, scopes, resource, renews = rows[0]
+        return Connection(session, client, title, host, redirect, tuple(json.loads(scopes)), resource, bool(renews))
+
+    def _end_known(self, name: str | None) -> Session | None:
+        """End a session; what it was, if it had not ended."""
+        self._sessions.look()
+        session = self._sessions.known.get(name or "")
+        return session if session is not None and self._sessions.end([session.id]) else None
+
+    # -- consent that is remembered, and what is forgotten -------------------------------------------------------------
+
+    def remember(self, user: str, client: str, redirect: str, scopes: Sequence[str]) -> None:
+        """Note what a user has allowed a client, so that it need not be asked again."""
+        with self._state.change() as connection:
+            connection.execute(
+                "INSERT OR REPLACE INTO oauth_consents (user, client, redirect, scopes, made) VALUES (?, ?, ?, ?, ?)",
+                (user, client, redirect, json.dumps(list(scopes)), self._now().timestamp()),
+            )
+
+    def remembers(self, user: User, client: str, redirect: str, scopes: Sequence[str]) -> bool:
+        """Whether this user has allowed all of that, and not too long ago."""
+        rows = self._state.rows(
+            "SELECT scopes, made FROM oauth_consents WHERE user = ? AND client = ? AND redirect = ?",
+            (user.name, client, redirect),
+        )
+        if not rows or _time(rows[0][1]) < max(user.created_at, self._now() - REMEMBERED):
+            return False
+        return set(scopes) <= set(json.loads(rows[0][0]))
+
+    def forget(self, user: str, client: str) -> None:
+        """Ask that user again whether the client may."""
+        with self._state.change() as connection:
+            connection.execute("DELETE FROM oauth_consents WHERE user = ? AND client = ?", (user, client))
+
+    def sweep(self) -> None:
+        """Forget old codes and what belongs to sessions that are over; end those that can be renewed no more."""
+        self._sessions.look()
+        now = self._now()
+        over = [
+            name
+            for (name,) in self._state.rows("SELECT session FROM oauth_connections WHERE NOT renews")
+            if (one := self._sessions.known.get(name)) is not None and (one.expires_at or now) <= now
+        ]
+        self._sessions.end(over)
+        with self._state.change() as connection:
+            connection.execute("DELETE FROM oauth_codes WHERE ends < ?", ((now - _KEPT).timestamp(),))
+            connection.execute("DELETE FROM oauth_consents WHERE made < ?", ((now - REMEMBERED).timestamp(),))
+            for table in ("oauth_connections", "oauth_refresh_tokens"):
+                connection.execute(
+                    f"DELETE FROM {table} WHERE session NOT IN (SELECT id FROM sessions WHERE NOT ended)"  # noqa: S608
+                )
+
+
+def session_of(refresh: str) -> str | None:
+    """The session of a refresh token whose form and checksum are right; None for anything else."""
+    found = _REFRESH.fullmatch(refresh)
+    return found[1] if found is not None and tokens.signed(refresh[:-7]) == refresh else None
+
+
+def _keep(connection: sqlite3.Connection, name: str) -> str:
+    """A new refresh token of that session's."""
+    text = tokens.signed(f"mcr_{name}_{tokens.base62(secrets.randbits(256), 43)}")
+    connection.execute("INSERT INTO oauth_refresh_tokens (hash, session) VALUES (?, ?)", (_digest(text), name))
+    return text
+
+
+def _fits(verifier: str, challenge: str) -> bool:
+    """RFC 7636, section 4.6, by S256."""
+    if not _VERIFIER.fullmatch(verifier):
+        return False
+    made = urlsafe_b64encode(hashlib.sha256(verifier.encode("ascii")).digest()).rstrip(b"=").decode()
+    return secrets.compare_digest(made, challenge)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _time(stamp: float) -> datetime:
+    return datetime.fromtimestamp(stamp, UTC)

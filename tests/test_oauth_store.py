@@ -1,0 +1,240 @@
+"""Codes, connections and refresh tokens in the store: their times, two at once, and what is forgotten."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from mcpctl.config_sign_in import Oauth
+from mcpctl.errors import LimitedError, UnavailableError
+from mcpctl.identity import oauth
+from mcpctl.identity.browsers import Browsers
+from mcpctl.identity.oauth import Allowed, Connections, GrantError, Issued
+from mcpctl.identity.oauth_clients import Client, Clients
+from mcpctl.identity.sessions import OAUTH, Rules, Sessions, mark_of
+from mcpctl.identity.users import User
+from mcpctl.state import State
+
+START = datetime(2026, 11, 28, tzinfo=UTC)
+BACK, HERE = "http://127.0.0.1/back", "https://mcp.example/mcp"
+VERIFIER = "v" * 43
+CHALLENGE = base64.urlsafe_b64encode(hashlib.sha256(VERIFIER.encode()).digest()).rstrip(b"=").decode()
+APP = Client("client-1", "An app", (BACK,))
+RULES = {OAUTH: Rules(timedelta(days=90), timedelta(days=30), 20)}
+
+
+class Worker:
+    """One process's view of the store, with a clock of the test's."""
+
+    def __init__(self, path: Path, now: Callable[[], datetime], people: Mapping[str, User]) -> None:
+        self.state = State(path)
+        self.sessions = Sessions(self.state, RULES, now)
+        self.connections = Connections(
+            self.state, self.sessions, lambda: people, lambda names: tuple(names), timedelta(hours=1), now
+        )
+        self.browsers = Browsers(self.state, lambda: people, now)
+
+    def code(self, client: Client = APP) -> str:
+        return self.connections.allow(Allowed(client, BACK, CHALLENGE, ("mcp:read",), HERE, "alice", mark_of("hash")))
+
+    def redeem(self, code: str) -> Issued:
+        return self.connections.redeem(code, APP.id, BACK, VERIFIER, HERE, None)
+
+    def renew(self, refresh: str | None) -> Issued:
+        return self.connections.renew(refresh or "", APP.id, None, None)
+
+
+class House:
+    def __init__(self, folder: Path) -> None:
+        self.now = START
+        self.people = {"alice": User("alice", START, password="hash")}
+        self.one = Worker(folder / "state.db", lambda: self.now, self.people)
+        self.two = Worker(folder / "state.db", lambda: self.now, self.people)
+
+    def later(self, **time: float) -> None:
+        self.now += timedelta(**time)
+
+    def change(self, **fields: object) -> None:
+        self.people["alice"] = replace(self.people["alice"], **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    found = House(tmp_path)
+    yield found
+    found.one.state.close()
+    found.two.state.close()
+
+
+def test_a_code_is_good_for_a_minute(house: House) -> None:
+    code, late = house.one.code(), house.one.code()
+    house.later(seconds=59)
+    assert house.two.redeem(code).scopes == ("mcp:read",)
+    house.later(seconds=1)
+    with pytest.raises(GrantError, match="too old"):
+        house.two.redeem(late)
+
+
+def test_a_code_that_two_workers_take_at_once_opens_nothing(house: House) -> None:
+    code = house.one.code()
+    found = house.two.connections._code(code)  # which has read it before the other one
+    issued = house.one.redeem(code)
+    house.two.connections._code = lambda text: found  # type: ignore[method-assign]
+    with pytest.raises(GrantError, match="twice"):
+        house.two.redeem(code)
+    del house.two.connections._code
+    with pytest.raises(GrantError, match="twice"):
+        house.two.redeem(code)
+    with pytest.raises(GrantError):
+        house.one.renew(issued.refresh)
+
+
+def test_a_refresh_token_lives_as_long_as_its_connection_is_used(house: House) -> None:
+    issued = house.one.redeem(house.one.code())
+    for _ in range(3):
+        house.later(days=29)
+        issued = house.two.renew(issued.refresh)
+    house.later(days=3)
+    with pytest.raises(GrantError, match="ended"):
+        house.two.renew(issued.refresh)
+
+
+def test_a_connection_that_is_not_used_ends(house: House) -> None:
+    issued = house.one.redeem(house.one.code())
+    house.later(days=30)
+    with pytest.raises(GrantError, match="ended"):
+        house.two.renew(issued.refresh)
+
+
+def test_the_access_token_before_is_taken_for_a_moment(house: House) -> None:
+    first = house.one.redeem(house.one.code())
+    second = house.one.renew(first.refresh)
+    session = house.one.sessions.known[second.session.id]
+    assert session.is_current(second.access)
+    assert session.was_current(first.access, house.now)
+    assert not session.was_current(first.access, house.now + oauth.OVERLAP)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"password": "other"}, {"password": None}, {"disabled_at": START}, {"created_at": START + timedelta(1)}]
+)
+def test_whoever_is_no_longer_who_allowed_it_renews_nothing(house: House, changed: dict[str, object]) -> None:
+    issued, code = house.one.redeem(house.one.code()), house.one.code()
+    house.one.browsers.sign_in("c" * 43, "alice", mark_of("hash"))
+    assert house.two.browsers.user("c" * 43) is not None
+    house.change(**changed)
+    with pytest.raises(GrantError, match="the user is gone"):
+        house.two.renew(issued.refresh)
+    with pytest.raises(GrantError, match="the user is gone"):
+        house.two.redeem(code)
+    assert house.two.browsers.user("c" * 43) is None
+    assert house.two.connections.of("alice") == []
+
+
+def test_a_browser_is_signed_in_for_half_a_day(house: House) -> None:
+    house.one.browsers.sign_in("c" * 43, "alice", mark_of("hash"))
+    house.later(hours=11, minutes=59)
+    assert house.two.browsers.user("c" * 43) is not None
+    house.later(minutes=1)
+    assert house.two.browsers.user("c" * 43) is None
+
+
+def test_all_workers_make_forms_with_one_key(house: House) -> None:
+    assert house.one.browsers.key() == house.two.browsers.key()
+    assert len(house.one.browsers.key()) == 32
+
+
+def test_no_secret_is_in_the_store(house: House, tmp_path: Path) -> None:
+    code = house.one.code()
+    issued = house.one.redeem(code)
+    house.one.browsers.sign_in("c" * 43, "alice", mark_of("hash"))
+    house.one.state.close()
+    house.two.state.close()
+    written = b"".join(path.read_bytes() for path in tmp_path.glob("state.db*"))
+    assert APP.id.encode() in written
+    for secret in (code, issued.access, issued.refresh or "", "c" * 43, VERIFIER):
+        assert secret.encode() not in written
+
+
+def test_a_connection_without_refresh_tokens_ends_with_its_access_token(house: House) -> None:
+    once = replace(APP, renews=False)
+    issued = house.one.redeem(house.one.code(once))
+    assert issued.refresh is None
+    house.two.connections.sweep()
+    assert len(house.one.connections.of("alice")) == 1
+    house.later(hours=1)
+    house.two.connections.sweep()
+    assert house.one.connections.of("alice") == []
+
+
+def test_what_is_over_is_forgotten(house: House) -> None:
+    issued = house.one.redeem(house.one.code())
+    house.one.renew(issued.refresh)
+    house.one.connections.end("alice", issued.session.id)
+    house.later(days=2)
+    house.one.connections.sweep()
+    for table in ("oauth_codes", "oauth_connections", "oauth_refresh_tokens"):
+        assert house.one.state.rows(f"SELECT count(*) FROM {table}") == [(0,)]
+
+
+def test_consent_is_remembered_for_what_was_asked_for_and_not_for_ever(house: House) -> None:
+    store, alice = house.one.connections, house.people["alice"]
+    store.remember("alice", APP.id, BACK, ("mcp:read", "mcp:write"))
+    assert store.remembers(alice, APP.id, BACK, ("mcp:read",))
+    for client, place, scopes in ((APP.id, BACK, ("mcp:admin",)), (APP.id, f"{BACK}2", ()), ("other", BACK, ())):
+        assert not store.remembers(alice, client, place, scopes)
+    assert not store.remembers(replace(alice, created_at=START + timedelta(days=1)), APP.id, BACK, ())
+    house.later(days=91)
+    assert not store.remembers(alice, APP.id, BACK, ())
+    store.sweep()
+    assert house.one.state.rows("SELECT count(*) FROM oauth_consents") == [(0,)]
+
+
+# -- registered clients -----------------------------------------------------------------------------------------------
+
+SAID = {"redirect_uris": [BACK], "client_name": "An app"}
+
+
+def clients(house: House, **settings: int) -> Clients:
+    return Clients(house.one.state, Oauth(**settings), {}, lambda: house.now)
+
+
+def test_when_there_is_no_room_the_oldest_goes_that_nobody_has_allowed(house: House) -> None:
+    store = clients(house, registrations=2)
+    first, second = store.register(SAID, "a"), store.register(SAID, "b")
+    with pytest.raises(UnavailableError):  # a flow that has begun comes to its end
+        store.register(SAID, "c")
+    house.later(hours=1)
+    store.use(first.id)
+    third = store.register(SAID, "c")
+    assert [store.find(one.id) is not None for one in (first, second, third)] == [True, False, True]
+
+
+def test_an_address_registers_twenty_in_an_hour(house: House) -> None:
+    store = clients(house)
+    for _ in range(20):
+        store.register(SAID, "a")
+    with pytest.raises(LimitedError):
+        store.register(SAID, "a")
+    store.register(SAID, "b")
+    house.later(hours=1, seconds=1)
+    store.register(SAID, "a")
+
+
+def test_a_client_that_nobody_allows_is_forgotten_after_a_day(house: House) -> None:
+    store = clients(house)
+    unused, used = store.register(SAID, "a"), store.register(SAID, "a")
+    store.use(used.id)
+    house.later(days=2)
+    store.sweep()
+    assert store.find(unused.id) is None
+    assert store.find(used.id) == used
+    house.later(days=90)
+    store.sweep()
+    assert store.find(used.id) is None
