@@ -205,6 +205,12 @@ class Recorder:
             if not locked:  # the address last: see docs/monitoring.md
                 log.warning("Unauthorized: %s client=%s", reason, address or "-")
 
+    def of_stranger(self, event: str, **fields: Any) -> None:
+        """A line on what anybody can do as often as they like: as many as there is room for, the others counted."""
+        self._look()
+        if self._in_full(event, None):
+            self.note(event, **fields)
+
     def _in_full(self, event: str, token: str | None) -> bool:
         """Whether one more such line on a token may be written in full, of all workers together; counted where not."""
         if self._line(f"{event} {token}"):

@@ -40,8 +40,8 @@ MORE = "?"
 
 EVENTS = (
     "auth.ok", "auth.refused", "token.added", "token.revoked", "token.expired", "token.removed", "token.rotated",
-    "pool.opened", "pool.closed", "session.opened", "session.closed",
-    "query.cancelled", "tool.begun", "tool.called", "tool.refused",
+    "pool.opened", "pool.closed", "session.opened", "session.closed", "client.registered", "query.cancelled",
+    "tool.begun", "tool.called", "tool.refused",
     "user.added", "user.roles", "user.password",
     "user.removed",
     "user.disabled", "user.enabled", "user.linked", "user.unlinked", "tenant.added", "tenant.removed",

@@ -107,7 +107,7 @@ class Found:
     """What a head has said, but for its credential: the client's address, and the headers as both lanes see them.
     `most`: the bytes that a body may have. `routed`: see `Express.route`; None where nobody was let in with that head,
     so that all that is known is how to refuse. `credential`: whether it had one, None where nobody looks at it. `base`:
-    what clients call the server by, where it was asked for."""
+    what clients call the server by, where it was asked for. `more` are headers of each answer."""
 
     app: Again
     address: str | None
@@ -116,6 +116,7 @@ class Found:
     routed: Route | None = None
     credential: bool | None = None
     base: str | None = None
+    more: Sequence[tuple[bytes, bytes]] = ()
 
 
 class Apart:

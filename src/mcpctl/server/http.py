@@ -20,10 +20,12 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, LimitedError, LockedError, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
+from mcpctl.policy.scopes import Scopes
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.pools import reachable
 from mcpctl.recorder import Recorder
 from mcpctl.server import credentials, encoding, exchange, messages
+from mcpctl.server.cors import Cors
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.exchange import PIECE, App, Caller, Receive, Scope, Send
 from mcpctl.server.express import Call, Express
@@ -58,6 +60,7 @@ class Parts:
     cancel_elsewhere: Callable[[str | None, str | int, int], Awaitable[None]] | None = None
     express: Express | None = field(default_factory=Express)
     additions: Sequence[Addition] = ()
+    scopes: Scopes | None = None
 
 
 class Http:
@@ -70,7 +73,9 @@ class Http:
         self._parts = parts
         self._bodies = Bodies(parts.settings.limits.request_bytes)
         self._ready: tuple[float, bool] | None = None
-        self._refusals = Refusals(parts.settings.server.public_url, parts.gatekeeper, tls=parts.tls)
+        asked_for = parts.scopes.default if parts.scopes is not None else ()
+        self._refusals = Refusals(parts.settings.server.public_url, parts.gatekeeper, tls=parts.tls, scopes=asked_for)
+        self._cors = Cors(parts.settings.server.allowed_origins)
         self._asking = asyncio.Lock()
         self._ids = exchange.request_ids()
         self.looked = False
@@ -110,6 +115,10 @@ class Http:
     # -- /mcp ----------------------------------------------------------------------------------------------------
 
     async def _mcp(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+        if scope["method"] == "OPTIONS":
+            self.visit(scope, request_id)
+            if await self._cors.preflight(scope, send, request_id, b"POST"):
+                return
         address, text = self._presented(scope, request_id)
         try:
             principal = await self._known(text, address, request_id)
@@ -144,7 +153,8 @@ class Http:
         if routed is not None or not let_in:
             most = min(SMALL, parts.settings.limits.request_bytes)
             given = None if parts.no_auth else text is not None
-            scope["state"]["found"] = Found(self, address, credentials.without(headers), most, routed, given)
+            kept, more = credentials.without(headers), self._cors.headers(headers)
+            scope["state"]["found"] = Found(self, address, kept, most, routed, given, more=more)
 
     # -- the hot lane, see hot.py ---------------------------------------------------------------------------------
 
@@ -171,7 +181,7 @@ class Http:
                 answer = await self._guarded(principal, request, asking.gone, self._express(call, principal, request))
                 if answer is None:
                     return False
-                reply = Reply(*answer, request_id)
+                reply = Reply(*answer, request_id, found.more)
                 if len(reply.body) <= PIECE and not asking.flow.write_paused:
                     return asking.write(reply)
                 return await asking.write_long(reply, partial(self._may_leave, principal, request))
@@ -180,7 +190,7 @@ class Http:
         except Error as problem:
             found.base = found.base or self._refusals.base(found.headers)
             status, body, headers = self._refusals.answer(found.headers, "/mcp", problem, request_id, found.base)
-            reply = Reply(status, body, request_id, headers)
+            reply = Reply(status, body, request_id, [*headers, *found.more])
         except Exception:
             log.exception("request %s failed", request_id)
             reply = Reply(500, failed(request_id), request_id)
@@ -212,7 +222,11 @@ class Http:
             watcher.cancel()
         if found is not None:
             await exchange.answer(
-                send, *found[:2], request.id, found[2], wanted=lambda: self._may_leave(principal, request)
+                send,
+                *found[:2],
+                request.id,
+                [*found[2], *self._cors.headers(scope["headers"])],
+                wanted=lambda: self._may_leave(principal, request),
             )
 
     async def _guarded(
@@ -428,15 +442,20 @@ class Http:
 
     async def _metadata(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         """Protected resource metadata (RFC 9728)."""
-        exchange.only_get(scope)
         self._parts.gatekeeper.check(scope["headers"])
-        found = {
-            "resource": f"{self._refusals.base(scope['headers'])}/mcp",
+        if await self._cors.preflight(scope, send, request_id, b"GET"):
+            return
+        exchange.only_get(scope)
+        base = self._refusals.base(scope["headers"])
+        found: dict[str, Any] = {
+            "resource": f"{base}/mcp",
             "bearer_methods_supported": ["header"],
             "resource_name": "mcpctl",
         }
-        await exchange.answer(send, 200, encoding.encode(found), request_id)
+        if self._parts.scopes is not None:
+            found |= {"authorization_servers": [base], "scopes_supported": list(self._parts.scopes.names)}
+        await exchange.answer(send, 200, encoding.encode(found), request_id, self._cors.headers(scope["headers"]))
 
     async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
         status, body, headers = self._refusals.answer(scope["headers"], scope["path"], problem, request_id)
-        await exchange.answer(send, status, body, request_id, headers)
+        await exchange.answer(send, status, body, request_id, [*headers, *self._cors.headers(scope["headers"])])

@@ -52,6 +52,7 @@ class Core:
     recorder: Recorder
     watch: Watch
     live: Live
+    state: State
     signing_in: SigningIn | None = None
     """Where users may sign in with a password."""
     quiet: bool = False
@@ -140,11 +141,11 @@ async def running(
     live = Live(settings, process, authenticator, logins, pools, calls, recorder)
     watch.answers.add(live.answers())
     signing_in = passwords = None
-    if authenticator.sessions is not None and auth.sessions.enabled:
+    if authenticator.sessions is not None:
         passwords = Passwords()
         limits = SignIns(settings.limits.failed_sign_ins, process.counters)
         signing_in = SigningIn(authenticator, authenticator.sessions, passwords, limits, recorder)
-    core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live, signing_in)
+    core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live, own.state, signing_in)
     tasks, begun = [], False
     pools.begin()
     try:

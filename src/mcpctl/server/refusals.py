@@ -3,7 +3,7 @@
 import logging
 from time import monotonic
 
-from mcpctl.errors import Error, LimitedError, LockedError, UnauthorizedError
+from mcpctl.errors import Error, LimitedError, LockedError, ScopeError, UnauthorizedError
 from mcpctl.server import credentials, encoding
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.exchange import MethodError
@@ -20,12 +20,16 @@ _TOO_MANY_WRONG = encoding.rpc_error(_INVALID_REQUEST, "Too many wrong tokens fr
 
 
 class Refusals:
-    """The refusals of one app; `tls`: whether it is called by https."""
+    """The refusals of one app; `tls`: whether it is called by https. `scopes` are those that a client is told to ask
+    for, where it can."""
 
-    def __init__(self, public_url: str | None, gatekeeper: Gatekeeper, *, tls: bool) -> None:
+    def __init__(
+        self, public_url: str | None, gatekeeper: Gatekeeper, *, tls: bool, scopes: tuple[str, ...] = ()
+    ) -> None:
         self._public_url = public_url
         self._gatekeeper = gatekeeper
         self._tls = tls
+        self._scope = f', scope="{" ".join(scopes)}"' if scopes else ""
         self._said: dict[str, tuple[float, int]] = {}
 
     def base(self, headers: credentials.Headers) -> str:
@@ -46,6 +50,9 @@ class Refusals:
         if isinstance(problem, UnauthorizedError):
             return self._unauthorized(asked, problem, base)
         headers: list[tuple[bytes, bytes]] = []
+        if isinstance(problem, ScopeError):
+            more = f', error="insufficient_scope", scope="{" ".join(problem.scopes)}"'
+            headers.append(self._challenge(base or self.base(asked), more))
         message, hint = problem.message, problem.hint
         if isinstance(problem, LimitedError | TooMuchError) and problem.status == 429:
             headers.append((b"retry-after", str(problem.retry_after).encode()))
@@ -67,10 +74,14 @@ class Refusals:
         so it is made of what is there."""
         if problem.status == 429:
             return 429, _TOO_MANY_WRONG, [(b"retry-after", str(problem.retry_after).encode())]
-        where = f"{base or self.base(asked)}/.well-known/oauth-protected-resource/mcp"
         error = "" if problem.message == "no credential" else ', error="invalid_token"'
-        said = f'Bearer resource_metadata="{where}"{error}'.encode("latin-1", "replace")
-        return problem.status, _UNAUTHORIZED, [(b"www-authenticate", said)]
+        return problem.status, _UNAUTHORIZED, [self._challenge(base or self.base(asked), self._scope + error)]
+
+    @staticmethod
+    def _challenge(base: str, more: str) -> tuple[bytes, bytes]:
+        """What a client is asked for (RFC 6750, section 3; RFC 9728, section 5.1)."""
+        where = f"{base}/.well-known/oauth-protected-resource/mcp"
+        return b"www-authenticate", f'Bearer resource_metadata="{where}"{more}'.encode("latin-1", "replace")
 
     def _say(self, message: str, request_id: str) -> None:
         """Say in the server's log what is wrong with us: once a minute, however many ask."""

@@ -26,6 +26,7 @@ from mcpctl.errors import Error
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import utcnow
 from mcpctl.policy.access import Access
+from mcpctl.server import authorization as oauth
 from mcpctl.server import loop, metrics, protocol
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.door import Door, Visitor
@@ -319,6 +320,7 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
     gatekeeper = Gatekeeper.of(
         settings, settings.server.host, listening.port or settings.server.port, behind_proxy=listening.behind_proxy
     )
+    authorization = oauth.build(core)
     app = Http(
         Parts(
             settings=settings,
@@ -332,18 +334,24 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
             tls=listening.tls,
             sse=_old_clients(server, checked) if settings.server.sse else None,
             cancel_elsewhere=core.watch.cancel_elsewhere,
-            additions=_additions(core),
+            additions=[*_additions(core), *(authorization.additions if authorization is not None else ())],
+            scopes=authorization.scopes if authorization is not None else None,
         )
     )
     core.watch.end_streams = app.end_streams
-    async with manager.run():
-        yield app
+    swept = asyncio.create_task(authorization.sweep()) if authorization is not None else None
+    try:
+        async with manager.run():
+            yield app
+    finally:
+        if swept is not None:
+            swept.cancel()
 
 
 def _additions(core: Core) -> list[Addition]:
     """What is served beside MCP."""
     found: list[Addition] = []
-    if core.signing_in is not None:
+    if core.signing_in is not None and core.settings.auth.sessions.enabled:
         access = Access(core.settings.auth)
         found.append(SignIn(core.signing_in, core.authenticator, access, core.recorder))
     return found
