@@ -194,6 +194,18 @@ def test_behind_a_public_name_it_is_the_issuer_and_the_cookie_is_this_host_s_alo
     assert "Domain" not in cookie
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_metadata_names_ourselves_first_and_then_the_issuers_of_the_config(
+    make_site: MakeSite, newest_shop: Shop, ours: bool
+) -> None:
+    issuer = "https://id.example.org/realms/shop"
+    oidc = f"  oidc:\n    staff: {{issuer: {issuer}, audience: mcp}}\n"
+    site = make_site(newest_shop, extra=(ON if ours else "auth:\n") + oidc).start()
+    base = site.url.removesuffix("/mcp")
+    found = httpx.get(f"{base}/.well-known/oauth-protected-resource/mcp", trust_env=False).json()
+    assert found["authorization_servers"] == [*([base] if ours else []), issuer]
+
+
 def test_it_can_be_switched_on_and_off_while_the_server_runs(make_site: MakeSite, newest_shop: Shop) -> None:
     site = make_site(newest_shop, extra=ON)
     give_password(site, "alice")

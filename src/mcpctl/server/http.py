@@ -452,8 +452,12 @@ class Http:
             "bearer_methods_supported": ["header"],
             "resource_name": "mcpctl",
         }
+        servers = [one.issuer for one in self._parts.settings.auth.oidc.values()]
         if self._parts.scopes is not None:
-            found |= {"authorization_servers": [base], "scopes_supported": list(self._parts.scopes.names)}
+            found["scopes_supported"] = list(self._parts.scopes.names)
+            servers.insert(0, base)
+        if servers:
+            found["authorization_servers"] = servers
         await exchange.answer(send, 200, encoding.encode(found), request_id, self._cors.headers(scope["headers"]))
 
     async def _refuse(self, scope: Scope, send: Send, problem: Error, request_id: str) -> None:
