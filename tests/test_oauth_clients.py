@@ -162,7 +162,7 @@ def test_the_official_client_is_known_by_its_document(
     assert "/official.json" in described[0].asked
 
 
-@pytest.mark.skipif(not chromium.PROGRAM, reason="there is no Chromium on this machine")
+@pytest.mark.skipif(not chromium.PROGRAM, reason="there is no Chromium on this machine: apt install chromium")
 def test_somebody_types_the_password_into_a_browser_and_lets_the_official_client_in(
     served: Site, back: Callback
 ) -> None:

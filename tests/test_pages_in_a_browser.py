@@ -20,7 +20,9 @@ from mcpctl.server import forms
 from mcpctl.server.forms import Cookie, FormTokens
 from mcpctl.server.pages import Answer, Client, Pages, Scope
 
-pytestmark = pytest.mark.skipif(chromium.PROGRAM is None, reason="there is no Chromium here to look at the pages with")
+pytestmark = pytest.mark.skipif(
+    chromium.PROGRAM is None, reason="no Chromium to look at the pages with: apt install chromium"
+)
 PHONE, DESK = (390, 844), (1280, 800)
 BROWSER = "b" * 43
 CONTRAST = """
