@@ -87,7 +87,7 @@ def check(client: str) -> None:
     from mcpctl.errors import NotFoundError
 
     if client not in CLIENTS and client != "claude-desktop":
-        hint = f"there are {', '.join((*CLIENTS, 'claude-desktop'))}; ChatGPT connects with OAuth only"
+        hint = f"there are {', '.join((*CLIENTS, 'claude-desktop'))}; ChatGPT needs the URL alone, see docs/oauth.md"
         raise NotFoundError(f"there is no client {client[:40]!r} here", hint)
 
 
