@@ -20,6 +20,7 @@ from oauth_flow import ON, PASSWORD, Person, give_password
 from oauth_servers import Callback, Documents
 from site_of_mcpctl import UNLIMITED, Shop, Site
 
+BROWSER = pytest.mark.skipif(not chromium.PROGRAM, reason="there is no Chromium on this machine: apt install chromium")
 Decide = Callable[[str], None]
 """What somebody does with the URL that a client opens."""
 
@@ -162,7 +163,7 @@ def test_the_official_client_is_known_by_its_document(
     assert "/official.json" in described[0].asked
 
 
-@pytest.mark.skipif(not chromium.PROGRAM, reason="there is no Chromium on this machine: apt install chromium")
+@BROWSER
 def test_somebody_types_the_password_into_a_browser_and_lets_the_official_client_in(
     served: Site, back: Callback
 ) -> None:

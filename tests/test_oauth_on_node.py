@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,15 +10,17 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import httpx
 import pytest
 
+import chromium
 import oauth_servers
 from clients import rig
 from oauth_flow import ON, Person, give_password
 from site_of_mcpctl import Shop, Site
+from test_oauth_clients import BROWSER, by_http, in_chromium
 
 LISTED = '    clients:\n      conformance: {redirect_uris: ["http://127.0.0.1/callback"]}\n'
 SUITE = "@modelcontextprotocol/conformance/dist/index.js"
@@ -64,15 +67,18 @@ def _says(process: subprocess.Popen[str], pattern: str) -> str:
     raise AssertionError("".join(seen))
 
 
-def test_the_typescript_client_registers_calls_and_renews(served: Site, node: Path) -> None:
-    person = Person(served)
-    with _running(node, rig.HERE / "oauth.mjs") as process:
+@pytest.mark.parametrize("typed", [False, pytest.param(True, marks=BROWSER)], ids=["by forms", "in Chromium"])
+def test_the_typescript_client_registers_calls_renews_and_gives_back(served: Site, node: Path, typed: bool) -> None:
+    with contextlib.ExitStack() as stack:
+        back = stack.enter_context(oauth_servers.callback())
+        tab = stack.enter_context(chromium.browser()) if typed else None
+        process = stack.enter_context(_running(node, rig.HERE / "oauth.mjs"))
         assert process.stdin is not None
-        process.stdin.write(json.dumps({"url": served.url, "redirect": "http://127.0.0.1:41234/back"}) + "\n")
+        process.stdin.write(json.dumps({"url": served.url, "redirect": back.url}) + "\n")
         process.stdin.flush()
         opened = json.loads(_says(process, '"open"|"error"'))
-        page = person.send(person.asked(urlsplit(opened["open"]).query), answer="allow")
-        process.stdin.write(json.dumps({"query": urlsplit(page.leads_to).query}) + "\n")
+        (in_chromium(tab, "alice") if tab is not None else by_http(served, "alice"))(opened["open"])
+        process.stdin.write(json.dumps({"query": urlencode(back.told())}) + "\n")
         process.stdin.flush()
         found = json.loads(_says(process, '"client"|"error"'))
     assert "error" not in found, found
@@ -81,6 +87,7 @@ def test_the_typescript_client_registers_calls_and_renews(served: Site, node: Pa
     assert found["renewed"]
     assert "mcp:read" in found["scope"]
     assert found["result"]["structuredContent"]["rows"] == [[1]]
+    assert (found["revoked"], found["after"]) == (200, 401)
 
 
 @pytest.mark.parametrize("revision", ["2025-11-25", "2026-07-28"])

@@ -1,6 +1,6 @@
 // The TypeScript client 2.x goes through OAuth by itself. What to do comes as JSON on stdin: {"url", "redirect"}.
 // It writes a line {"open": URL}, waits for a line {"query"} with what the browser has brought, and says as JSON what
-// happened: {"client", "first", "renewed", "opened", "result"} or {"error"}.
+// happened: {"client", "opened", "renewed", "scope", "result", "revoked", "after"} or {"error"}.
 import { createInterface } from "node:readline";
 import { createRequire } from "node:module";
 
@@ -56,7 +56,12 @@ try {
   await again.callTool({ name: "whoami", arguments: {} });
   await again.close();
   const renewed = kept.tokens.access_token !== access;
-  write({ client: kept.client, opened: kept.opened, renewed, scope: kept.tokens.scope, result });
+  const { revocation_endpoint } = kept.discovery.authorizationServerMetadata;
+  const body = new URLSearchParams({ token: kept.tokens.refresh_token, client_id: kept.client.client_id });
+  const revoked = (await fetch(revocation_endpoint, { method: "POST", body })).status;
+  const headers = { authorization: `Bearer ${kept.tokens.access_token}` };
+  const after = (await fetch(wanted.url, { method: "POST", headers })).status;
+  write({ client: kept.client, opened: kept.opened, renewed, scope: kept.tokens.scope, result, revoked, after });
 } catch (error) {
   write({ error: String(error.stack ?? error) });
 }
