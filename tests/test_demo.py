@@ -94,6 +94,8 @@ def test_a_password_opens_a_session_in_the_demo_as_the_pages_say() -> None:
         done = subprocess.run(reload, capture_output=True, text=True, env=environment())
         assert done.returncode == 1
         assert "this server keeps the config that it was started with" in done.stderr
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
