@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -166,6 +168,30 @@ def test_a_code_is_entered_elsewhere_where_there_is_no_browser(protected: Protec
         assert is_hello(bridge.answer())
         assert bridge.close() == 0
     assert record(tmp_path)["tokens"]["refresh_token"]
+
+
+def test_who_enters_a_code_elsewhere_has_the_bridge_prove_that_it_asked_for_it(tmp_path: Path) -> None:
+    came: dict[str, httpx.QueryParams] = {}
+
+    def script(visitor: Visitor, seen: Seen) -> None:
+        if visitor.path in ("/device", "/token"):
+            came[visitor.path] = httpx.QueryParams(seen[2].decode())
+            code = {"device_code": "d", "user_code": "u", "verification_uri": "https://id.example.org/u"}
+            token = {"access_token": "t", "token_type": "Bearer"}
+            answer = {**code, "expires_in": 60, "interval": 0} if visitor.path == "/device" else token
+            visitor.reply(200, json.dumps(answer).encode())
+        elif visitor.path == "/mcp" and seen[1].get("authorization") == "Bearer t":
+            echo(visitor, seen)
+        else:
+            authorization({"device_authorization_endpoint": visitor.server.url.replace("/mcp", "/device")})(
+                visitor, seen
+            )
+
+    with bridged(script, tmp_path, "--device") as (_, bridge):
+        assert bridge.ask(modern("x"))["result"] == {}
+    digest = hashlib.sha256(came["/token"]["code_verifier"].encode()).digest()
+    assert came["/device"]["code_challenge_method"] == "S256"
+    assert came["/device"]["code_challenge"] == base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
 def test_sign_in_and_sign_out_without_a_client(node: Path, tmp_path: Path) -> None:

@@ -80,6 +80,24 @@ def test_the_printed_curl_line_answers_with_rows_and_ctrl_c_leaves_nothing(own_f
         assert not _running_in(str(header.parent))
 
 
+def test_a_password_opens_a_session_in_the_demo_as_the_pages_say() -> None:
+    with demo("--json") as process:
+        assert process.stdout is not None
+        facts = json.loads(process.stdout.readline())
+        password = "several words are a password"
+        given = [*COMMAND, "--config", facts["config"], "user", "passwd", "demo", "--password-file", "-"]
+        subprocess.run(given, input=password, text=True, check=True, capture_output=True, env=environment())
+        url = facts["url"].replace("/mcp", "/api/v1/auth")
+        answer = httpx.post(url, json={"user": "demo", "password": password}, trust_env=False, timeout=30)
+        assert answer.json()["user"] == "demo"
+        reload = [*COMMAND, "--config", facts["config"], "config", "reload"]
+        done = subprocess.run(reload, capture_output=True, text=True, env=environment())
+        assert done.returncode == 1
+        assert "this server keeps the config that it was started with" in done.stderr
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_json_says_where_everything_is_and_a_signal_ends_all_of_it(number: signal.Signals) -> None:
     with demo("--json") as process:

@@ -179,6 +179,8 @@ def test_a_guest_logs_in_as_the_user_made_for_their_role_and_is_disabled_alone(
             assert one.rows("select 1") == [[1]]
             site.run("user", "link", "bob", "--guest", name)
             assert one.call("whoami").json()["result"]["structuredContent"]["user"] == "bob"
+            [listed] = [line for line in site.run("user", "list").stdout.splitlines() if line.startswith(name)]
+            assert {"as bob", "linked"} <= set(listed.split("\t"))
         events = [line["event"] for line in site.audit()]
         assert ("user.disabled" in events, "user.enabled" in events, "user.linked" in events) == (True,) * 3
         assert site.run("user", "disable", "x-aaaaaaaaaaaaaaaaaaaa", check=False).returncode == 4

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mcpctl.cli import client_config
 from mcpctl.config_keys import Auth, Pool, Settings
 from mcpctl.identity.grants import ACCESSES
 from mcpctl.identity.principal import Principal
@@ -62,6 +63,24 @@ def test_the_pages_name_the_built_in_limits_that_the_code_has() -> None:
     assert f"`pool.max_per_user` connections ({Pool().max_per_user})" in text
     limits = Settings().limits
     assert f"{limits.max_rows} rows, {limits.max_bytes} bytes and {limits.statement_timeout:g} s a call" in text
+
+
+# -- clients ---------------------------------------------------------------------------------------------------------
+
+URL = "https://mcp.example.org/mcp"
+
+
+@pytest.mark.parametrize("client", [name for name in client_config.CLIENTS if name != "curl"])
+def test_the_page_on_clients_has_for_each_what_client_config_prints(client: str) -> None:
+    _, make = client_config.CLIENTS[client]
+    assert f"\n{make('mcpctl', URL)}\n```\n" in (DOCS / "clients.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_clients_has_the_bridge_as_client_config_prints_it_but_with_an_absolute_path() -> None:
+    printed = client_config.bridged("mcpctl", URL).replace(
+        '"mcpctl", "args"', '"/home/alice/mcpctl/bin/mcpctl", "args"'
+    )
+    assert f"\n{printed}\n```\n" in (DOCS / "clients.md").read_text(encoding="utf-8")
 
 
 # -- threats ---------------------------------------------------------------------------------------------------------

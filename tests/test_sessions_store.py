@@ -121,7 +121,7 @@ def test_what_one_worker_opens_uses_and_ends_the_others_know_at_once(house: Hous
     house.later(minutes=59)
     enter(house, text)
     assert other.sessions.end([session.id]) == [session.id]
-    assert refused(house, text).message == "no such token id"
+    assert refused(house, text).message == "no such session, or it has ended"
     assert house.ended == [{session.id: "signed out"}]
     assert not house.door.still_valid(first)
 
@@ -294,7 +294,7 @@ def test_sessions_of_a_kind_that_was_turned_off_open_nothing_and_are_ended_with_
     state = State(tmp_path / "state.db")
     less = Sessions(state, {PASSWORD: Rules()}, lambda: house.now)
     house.door.sessions = less
-    assert refused(house, text).message == "no such token id"
+    assert refused(house, text).message == "no such session, or it has ended"
     assert [one.id for one in less.all()] == [kept.id]
     assert {*less.records()} == {kept.id, gone.id}
     assert sorted(less.end_of("alice")) == sorted([kept.id, gone.id])

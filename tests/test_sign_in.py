@@ -134,6 +134,15 @@ def test_what_is_no_sign_in_is_read_as_none_and_not_repeated(body: bytes) -> Non
     assert "alice" not in caught.value.message + str(caught.value.hint)
 
 
+@pytest.mark.parametrize("key, body", [
+    ("password", b'{"user":"alice","password":null}'),
+    ("user", b'{"user":7,"password":"x"}'),
+])  # fmt: skip
+def test_a_sign_in_with_an_empty_variable_for_a_text_names_which_it_is(key: str, body: bytes) -> None:
+    with pytest.raises(routes.UsageError, match=f"^the {key} of the sign-in is no text$"):
+        routes.read(body)
+
+
 def test_a_malformed_sign_in_is_refused_before_anything_is_hashed(site: Site) -> None:
     right = json.dumps({"user": "alice", "password": PASSWORD})
     kind = {"Content-Type": "application/json"}

@@ -10,7 +10,13 @@ from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 import httpx2
-from mcp.client.auth import OAuthClientProvider, OAuthFlowError, OAuthRegistrationError, OAuthTokenError
+from mcp.client.auth import (
+    OAuthClientProvider,
+    OAuthFlowError,
+    OAuthRegistrationError,
+    OAuthTokenError,
+    PKCEParameters,
+)
 from mcp.shared.auth import (
     AuthorizationCodeResult,
     OAuthClientInformationFull,
@@ -269,11 +275,14 @@ class Flow:
         return show, came_back
 
     async def _by_device(self, endpoint: str, token_endpoint: str) -> httpx2.Request:
-        """Ask for a code, and tell the person where to enter it (RFC 8628, sections 3.1 and 3.2)."""
+        """Ask for a code, and tell the person where to enter it (RFC 8628, sections 3.1 and 3.2). The proof that we are
+        who asked (PKCE) goes along: Keycloak wants it of each client that has to have it in the browser."""
         context = self._provider.context
+        proof = PKCEParameters.generate()
+        challenge = {"code_challenge": proof.code_challenge, "code_challenge_method": "S256"}
         more = {"resource": context.get_resource_url()} if context.should_include_resource_param(None) else {}
         scope = {"scope": context.client_metadata.scope} if context.client_metadata.scope else {}
-        answer = await self._send(self._form(endpoint, {**scope, **more}))
+        answer = await self._send(self._form(endpoint, {**scope, **more, **challenge}))
         found = _object(answer)
         try:
             code, where, typed = (str(found[name]) for name in ("device_code", "verification_uri", "user_code"))
@@ -284,7 +293,8 @@ class Flow:
         self._say(
             f"to sign in, open {found.get('verification_uri_complete', where)} and enter or compare the code {typed}"
         )
-        return self._form(token_endpoint, {"grant_type": DEVICE, "device_code": code, **more})
+        shown = {"grant_type": DEVICE, "device_code": code, "code_verifier": proof.code_verifier}
+        return self._form(token_endpoint, {**shown, **more})
 
     async def _poll(self, outgoing: httpx2.Request) -> httpx2.Response:
         """Look until the person has allowed or refused it (RFC 8628, sections 3.4 and 3.5)."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _CONFIG = """\
 # Made by `mcpctl demo`; it goes away with the demo.
 server: {{port: {port}}}
+auth: {{sessions: {{enabled: true}}}}
 databases:
   shop:
     host: {host}

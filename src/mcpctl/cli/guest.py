@@ -66,11 +66,12 @@ def values(one: "Known") -> dict[str, Any]:
     }
 
 
-def row(one: "Known") -> tuple[Any, ...]:
-    """A guest in the table of users."""
+def row(one: "Known", linked: str | None) -> tuple[Any, ...]:
+    """A guest in the table of users; `linked` is the user who their identity is by now."""
     told = values(one)
     status = "active" if one.disabled_at is None else "disabled"
-    return (one.name, told["since"], "by issuer", None, f"as {one.as_user}", 0, status, one.shown)
+    return (one.name, told["since"], "by issuer", None, f"as {linked or one.as_user}", 0,
+            "linked" if linked else status, one.shown)  # fmt: skip
 
 
 def show(context: typer.Context, name: str, json: bool, config: Any) -> None:

@@ -103,7 +103,8 @@ def _link(found: "Settings", issuer: str | None, subject: str | None) -> "Link":
     from mcpctl.identity.links import link_of
 
     if issuer is None or subject is None:
-        raise UsageError("an identity is --issuer and --subject together", "both stand in its tokens: iss and sub")
+        hint = "both stand in its tokens: iss and sub; `mcpctl user link` takes --guest instead"
+        raise UsageError("an identity is --issuer and --subject together", hint)
     if "://" not in issuer and issuer not in found.auth.oidc:
         from mcpctl.errors import NotFoundError
 

@@ -174,7 +174,8 @@ def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption
         )
         for user in entries.values()
     ]
-    rows += [guest.row(one) for one in guest.known(found)]
+    linked = {(link.issuer, link.subject): user.name for user in entries.values() for link in user.links}
+    rows += [guest.row(one, linked.get((one.issuer, one.subject))) for one in guest.known(found)]
     output.put_table(["USER", "CREATED_AT", "ROLES", "TENANT", "GRANTS", "TOKENS", "STATUS", "NOTE"], rows)
 
 

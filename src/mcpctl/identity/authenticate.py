@@ -29,6 +29,11 @@ _LENGTH = 63
 """Characters of a token, and of a session's text."""
 
 
+def _unknown(name: str) -> str:
+    """Why an id of a right form opens nothing."""
+    return "no such session, or it has ended" if sessions.is_id(name) else "no such token id"
+
+
 class Authenticator(Standing):
     """Lets in whoever presents a credential that opens something, and remembers which texts have been verified against
     which entry.
@@ -142,7 +147,7 @@ class Authenticator(Standing):
             raise self._is_wrong("not one of our tokens: form or checksum is wrong", address)
         token = self._seen.get(name)
         if token is None:
-            raise self._is_wrong("no such token id", address, name)
+            raise self._is_wrong(_unknown(name), address, name)
         return await self._verify(token, text, address, self._digest(text))
 
     def _is_wrong(self, why: str, address: str | None, name: str | None = None) -> UnauthorizedError:
@@ -179,7 +184,7 @@ class Authenticator(Standing):
                 self._renew()
                 current = self._seen.get(token.id)
                 if current is None:
-                    raise self._is_wrong("no such token id", address, token.id)
+                    raise self._is_wrong(_unknown(token.id), address, token.id)
                 if principal := self._remembered(token.id, digest):
                     return principal
                 right = await self._compare(current, text)

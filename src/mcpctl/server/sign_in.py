@@ -174,8 +174,9 @@ def read(body: bytes) -> tuple[str, str]:
     if not isinstance(found, dict) or found.keys() != {"user", "password"}:
         raise wrong
     name, password = found["user"], found["password"]
-    if not isinstance(name, str) or not isinstance(password, str):
-        raise wrong
+    for key in ("user", "password"):
+        if not isinstance(found[key], str):
+            raise UsageError(f"the {key} of the sign-in is no text", _FORM)
     return name, password
 
 

@@ -267,7 +267,7 @@ class Watch:
 
     async def _reloaded(self, request: dict[str, Any]) -> dict[str, Any]:
         if self.reload is None:
-            return {"error": "this server reads no config again"}
+            return {"error": "this server keeps the config that it was started with"}
         outcome = await self.reload(str(request["id"]))
         return {"pid": os.getpid(), "ok": outcome.ok, "said": outcome.said, "hint": outcome.hint}
 

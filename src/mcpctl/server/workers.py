@@ -260,7 +260,7 @@ class Supervisor:
         old = self._listening
         try:
             if self._read is None:
-                raise Error("this server reads no config again", "restart it")
+                raise Error("this server keeps the config that it was started with", "restart it")
             with reload.whole():
                 new = reload.successor(old, self._read)
                 self._prepare(new)
