@@ -143,6 +143,18 @@ def test_the_sixth_session_of_a_user_ends_the_one_that_was_idle_longest(house: H
     assert others.session.id in store.sessions.known
 
 
+def test_who_signs_in_after_the_clock_was_set_back_is_signed_in(house: House, store: Store) -> None:
+    """The others were used in what is the future now."""
+    house.later(hours=1)
+    opened = [store.open() for _ in range(5)]
+    house.later(minutes=-10)
+    sixth = store.open()
+    assert len(sixth.ended) == 1
+    assert sixth.session.id not in [one.id for one in sixth.ended]
+    enter(house, sixth.text)
+    assert sum(one.session.id in store.sessions.known for one in opened) == 4
+
+
 def test_a_restart_keeps_sessions(house: House, store: Store, tmp_path: Path) -> None:
     session, text, _ = store.open()
     store.state.close()

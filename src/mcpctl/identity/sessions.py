@@ -269,11 +269,12 @@ class Sessions:
             (changed,) = connection.execute(_NEXT).fetchone()
             connection.execute(_NEW, (name, changed, *values))
             rows = connection.execute(_OF, (user, kind)).fetchall()
-            living = [one for one in map(self._read, rows) if one.over_at > now]
-            more = living[rules.most :]
+            theirs = {row[0]: self._read(row) for row in rows}
+            session = theirs.pop(name)  # whatever the clock says, and wherever it stood when the others were used
+            more = [one for one in theirs.values() if one.over_at > now][rules.most - 1 :]
             _end(connection, [one.id for one in more], stamp)
         self.look()
-        return Opened(self.known[name], text, more)
+        return Opened(session, text, more)
 
     def renew(self, session: Session, access: timedelta, overlap: timedelta) -> str:
         """A new secret for a session, good for `access`; the old one is taken for `overlap` more, so that what is on
