@@ -155,6 +155,19 @@ def test_who_signs_in_after_the_clock_was_set_back_is_signed_in(house: House, st
     assert sum(one.session.id in store.sessions.known for one in opened) == 4
 
 
+def test_the_door_remembers_no_more_of_sessions_that_are_over_than_it_has_room_for(
+    house: House, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcpctl.identity.standing._REMEMBERED", 5)
+    for _ in range(20):
+        one = store.open()
+        enter(house, one.text)
+        store.sessions.end([one.session.id])
+        refused(house, one.text)
+    door = house.door
+    assert max(map(len, (door._verifying, door._editions, door._gone, door._known, door._seen))) <= 5
+
+
 def test_a_restart_keeps_sessions(house: House, store: Store, tmp_path: Path) -> None:
     session, text, _ = store.open()
     store.state.close()
