@@ -396,6 +396,24 @@ def test_a_guest_who_never_came_cannot_be_disabled(site: Site) -> None:
         site.book.disable("x-nobody", datetime.now(UTC))
 
 
+def test_who_shows_many_tokens_ends_nothing_of_others(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcpctl.identity.vouched._MOST", 20)
+    users.add(site.house.users, "bob", None, site.house.now)
+    site.link("alice")
+    site.link("bob", "9a1c-bob")
+
+    async def work(_: Site) -> None:
+        found, door = await site.enter(site.token()), site.house.door
+        many = [await site.enter(site.token(sub="9a1c-bob", jti=f"number {number}")) for number in range(25)]
+        await door.look_again()
+        assert site.house.ended == []
+        assert door.still_valid(found)
+        assert door.still_valid(many[0])
+        assert await site.enter(site.token(sub="9a1c-bob", jti="number 0")) == many[0]
+
+    site.use(work)
+
+
 def test_looking_again_forgets_those_who_have_gone(site: Site) -> None:
     site.link("alice")
 
