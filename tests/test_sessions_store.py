@@ -98,6 +98,17 @@ def test_a_session_ends_after_its_lifetime_however_much_it_is_used(house: House,
     assert "expired" in refused(house, text).message
 
 
+def test_a_lifetime_that_the_config_has_shortened_holds_for_who_is_signed_in(house: House, store: Store) -> None:
+    text = store.open().text
+    house.door.sessions = Sessions(store.state, {PASSWORD: Rules(HOUR)}, lambda: house.now)
+    for _ in range(3):
+        house.later(minutes=19)
+        enter(house, text)
+    house.later(minutes=3)
+    assert refused(house, text).message == "the token is expired"
+    assert [why for _, why in house.door.sessions.sweep()] == ["its 1 h were over"]
+
+
 def test_use_is_noted_twice_a_minute_and_not_with_each_call(house: House, store: Store) -> None:
     _, text, _ = store.open()
     enter(house, text)

@@ -200,8 +200,8 @@ class Sessions:
 
     def _read(self, row: tuple[Any, ...]) -> Session:
         name, _, _, kind, user, hash_, mark, created, used, ends, access, before, until, names, may, client, at = row
-        used_at = _time(used)
-        over = min(_time(ends), used_at + self._rules[kind].idle)
+        used_at, rules = _time(used), self._rules[kind]
+        over = min(_time(ends), _time(created) + rules.lasts, used_at + rules.idle)  # the rules may be stricter by now
         return Session(
             id=name,
             user=user,
