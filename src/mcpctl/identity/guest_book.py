@@ -15,7 +15,7 @@ from mcpctl.state import SHORTLY, State, Version
 _NOTED = timedelta(hours=1)
 """How old the time of the last visit may be before it is noted again."""
 _MARK = "SELECT count(*), total(seen), count(disabled), total(disabled) FROM guests"
-"""Differs with each change of a guest, and costs a fraction of reading them all: others write into the store all day."""
+"""Differs with each change of a guest, and costs a fraction of reading them all: others write into it all day."""
 
 
 @dataclass(frozen=True, slots=True)
