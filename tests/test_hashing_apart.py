@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import argon2
 import pytest
@@ -54,6 +55,15 @@ def test_the_profile_of_passwords_is_checked_by_the_queue() -> None:
             queue.close()
 
     assert asyncio.run(checked()) == [True, False, False]
+
+
+def test_no_code_is_run_from_the_folder_that_the_server_was_started_in(
+    apart: HashingApart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "argon2.py").write_text("open('was_run', 'w')\nraise SystemExit\n")
+    monkeypatch.chdir(tmp_path)
+    assert apart.verify(CHEAP.hash(HORSE), HORSE)
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_nobodys_hash_has_the_profile_and_fits_nothing(apart: HashingApart) -> None:

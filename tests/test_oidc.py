@@ -127,6 +127,16 @@ def hs256(issuer: Issuer, key: bytes) -> str:
     return f"{text}.{coded(hmac.digest(key, text.encode(), hashlib.sha256))}"
 
 
+def test_a_token_that_happens_to_spell_what_begins_one_of_ours_is_its_issuers(issuer: Issuer, clock: Clock) -> None:
+    """A signature spells anything, and about one in 20,000 of RSA's spells that."""
+    header = {"alg": "RS256", "kid": "one"}
+    spelt = [issuer.claims(jti="x" * more, name="R*fqo\u0279)<::?") for more in range(1, 5)]
+    made = [raw(header, json.dumps(one, ensure_ascii=False).encode(), issuer.private) for one in spelt]
+    made = [one for one in made if "mcW_JuSk8Ojo_" in one]
+    assert made
+    assert verify(clock, issuer.config(), made[0]).subject == "5f0c-alice"
+
+
 def test_a_token_without_a_signature_is_refused_whatever_it_calls_that(issuer: Issuer, clock: Clock) -> None:
     body = coded(json.dumps(issuer.claims()).encode())
     for algorithm in ("none", "None", "NONE", "nOnE"):

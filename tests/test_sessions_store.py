@@ -98,6 +98,17 @@ def test_a_session_ends_after_its_lifetime_however_much_it_is_used(house: House,
     assert "expired" in refused(house, text).message
 
 
+def test_a_lifetime_that_the_config_has_shortened_holds_for_who_is_signed_in(house: House, store: Store) -> None:
+    text = store.open().text
+    house.door.sessions = Sessions(store.state, {PASSWORD: Rules(HOUR)}, lambda: house.now)
+    for _ in range(3):
+        house.later(minutes=19)
+        enter(house, text)
+    house.later(minutes=3)
+    assert refused(house, text).message == "the token is expired"
+    assert [why for _, why in house.door.sessions.sweep()] == ["its 1 h were over"]
+
+
 def test_use_is_noted_twice_a_minute_and_not_with_each_call(house: House, store: Store) -> None:
     _, text, _ = store.open()
     enter(house, text)
@@ -141,6 +152,31 @@ def test_the_sixth_session_of_a_user_ends_the_one_that_was_idle_longest(house: H
     for one in (*opened[:2], *opened[3:], sixth, kept):
         enter(house, one.text)
     assert others.session.id in store.sessions.known
+
+
+def test_who_signs_in_after_the_clock_was_set_back_is_signed_in(house: House, store: Store) -> None:
+    """The others were used in what is the future now."""
+    house.later(hours=1)
+    opened = [store.open() for _ in range(5)]
+    house.later(minutes=-10)
+    sixth = store.open()
+    assert len(sixth.ended) == 1
+    assert sixth.session.id not in [one.id for one in sixth.ended]
+    enter(house, sixth.text)
+    assert sum(one.session.id in store.sessions.known for one in opened) == 4
+
+
+def test_the_door_remembers_no_more_of_sessions_that_are_over_than_it_has_room_for(
+    house: House, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mcpctl.identity.standing._REMEMBERED", 5)
+    for _ in range(20):
+        one = store.open()
+        enter(house, one.text)
+        store.sessions.end([one.session.id])
+        refused(house, one.text)
+    door = house.door
+    assert max(map(len, (door._verifying, door._editions, door._gone, door._known, door._seen))) <= 5
 
 
 def test_a_restart_keeps_sessions(house: House, store: Store, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from command_line import on_a_terminal
+from mcpctl import config
+from mcpctl.cli import signed_in as cli
 from signed_in import ENABLED, PASSWORD, ask, events, hashed, session, sign_in
 from site_of_mcpctl import Shop, Site, eventually, in_background
 
@@ -190,6 +192,13 @@ def test_a_disabled_user_has_no_session_when_they_are_enabled_again(site: Site) 
     assert (signed_in(site), is_over(site, theirs)) == ([other], False)
     assert [line["token"] for line in events(site, "session.closed")] == [name]
     assert sign_in(site).status_code == 200
+
+
+def test_who_signs_in_while_they_are_being_disabled_is_signed_out_too(site: Site) -> None:
+    name, text = session(site)
+    found = config.load(site.config)
+    assert cli.end_theirs(found, "alice", []) == [name], "it was opened after the command had read which there are"
+    assert is_over(site, text)
 
 
 def test_a_removed_user_leaves_no_session_to_whoever_comes_under_that_name(site: Site) -> None:

@@ -140,6 +140,18 @@ def test_a_restored_file_is_the_one_that_is_read_from_then_on(state: State, tmp_
     state.close()
 
 
+def test_a_store_that_has_gone_is_not_made_anew_in_passing_by_whoever_knew_it(state: State) -> None:
+    """An empty one would say that no guest is disabled and no token blocked."""
+    add(state, "a")
+    for end in ("", "-wal", "-shm"):
+        state.path.with_name(f"{state.path.name}{end}").unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match="there is no"):
+        add(state, "b")
+    assert not state.path.exists()
+    add(State(state.path), "c")  # as a command or the next start does
+    assert names(state) == ["c"]
+
+
 def test_a_file_that_is_written_over_in_its_place_is_noticed(state: State) -> None:
     add(state, "a")
     assert names(state) == ["a"]

@@ -392,9 +392,48 @@ def test_while_nobody_can_say_who_is_disabled_no_guest_is_let_in(site: Site) -> 
     site.use(work, **GUESTS)
 
 
+def test_guests_are_read_again_when_something_of_them_has_changed_and_not_with_each_write(
+    site: Site, tmp_path: Path
+) -> None:
+    other = GuestBook(State(tmp_path / "state.db"), lambda: site.house.now)
+
+    async def work(_: Site) -> None:
+        name = (await site.enter(site.token())).user or ""
+        assert not site.book.look()
+        with other._state.change() as connection:
+            connection.execute("UPDATE session_changes SET last = last + 1")
+        assert not site.book.look()
+        for when in (site.house.now, None):
+            assert other.disable(name, when)
+            assert site.book.look()
+            assert site.book.known[name].disabled_at == when
+
+    users.add(site.house.users, "reader", None, site.house.now)
+    site.use(work, just_in_time={"mcp-user": "reader"})
+    other._state.close()
+
+
 def test_a_guest_who_never_came_cannot_be_disabled(site: Site) -> None:
     with pytest.raises(NotFoundError):
         site.book.disable("x-nobody", datetime.now(UTC))
+
+
+def test_who_shows_many_tokens_ends_nothing_of_others(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcpctl.identity.vouched._MOST", 20)
+    users.add(site.house.users, "bob", None, site.house.now)
+    site.link("alice")
+    site.link("bob", "9a1c-bob")
+
+    async def work(_: Site) -> None:
+        found, door = await site.enter(site.token()), site.house.door
+        many = [await site.enter(site.token(sub="9a1c-bob", jti=f"number {number}")) for number in range(25)]
+        await door.look_again()
+        assert site.house.ended == []
+        assert door.still_valid(found)
+        assert door.still_valid(many[0])
+        assert await site.enter(site.token(sub="9a1c-bob", jti="number 0")) == many[0]
+
+    site.use(work)
 
 
 def test_looking_again_forgets_those_who_have_gone(site: Site) -> None:

@@ -36,15 +36,24 @@ class SigningIn:
         user = await self.prove(name, text, address, request_id)
         opened = self.sessions.open(name, mark_of(user.password), address=address)
         where = {"user": name, "tenant": user.tenant, "client_ip": address, "request_id": request_id}
-        try:
-            self._recorder.call("session.opened", {"token": opened.session.id, **where, "transport": "http"})
-        except UnavailableError:
-            self.sessions.end([opened.session.id])
-            raise
         for one in opened.ended:
             self._recorder.note("session.closed", token=one.id, **where, transport="http", reason=MADE_ROOM)
-        self._door.look()  # what they had open ends before this is answered
+        try:
+            self._look_again(user, address, request_id)
+            self._recorder.call("session.opened", {"token": opened.session.id, **where, "transport": "http"})
+        except Error:
+            self.sessions.end([opened.session.id])
+            raise
         return opened
+
+    def _look_again(self, user: User, address: str | None, request_id: str) -> None:
+        """Look at the files now that the session is in the store, where whoever disables the user finds it: before,
+        it would have been neither refused nor ended. What made room has nothing open any more when this returns."""
+        self._door.look()
+        if why := self._why_not(user, self._door.person(user.name), address):
+            problem = UnauthorizedError(why, proven=True)
+            self._note(problem, user.name, address, request_id)
+            raise problem
 
     async def prove(self, name: str, text: str, address: str | None, request_id: str) -> User:
         """The user of that name and password. UnauthorizedError for all that is wrong with them, LimitedError (429)

@@ -80,7 +80,7 @@ _STEPS = {2: _SINCE_2, 3: _SINCE_3, 4: _SINCE_4, 5: _SINCE_5}
 SCHEMA_VERSION = max(_STEPS)
 _RESTORE = (
     "restore it from your backup; without one, stop the server, remove it with its -wal and -shm (databases that users "
-    "have brought are lost with it), then: mcpctl token unblock --all"
+    "have brought are lost with it, and guests who were disabled may come in again), then: mcpctl token unblock --all"
 )
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 """No room: what is there can still be believed."""
@@ -93,8 +93,8 @@ _holding = threading.Lock()
 
 
 class State:
-    """The store at `path`, opened when it is first needed and made where there is none, unless it `must_exist`. One
-    thread's."""
+    """The store at `path`, opened when it is first needed and made where there is none, unless it `must_exist` or was
+    there before. One thread's."""
 
     def __init__(self, path: Path, *, must_exist: bool = False) -> None:
         self.path = path
@@ -148,7 +148,7 @@ class State:
             return self._connection
         self.close()  # another file has taken its place: a backup was restored
         if not os.path.lexists(self.path):
-            if self.must_exist:
+            if self.must_exist or self._opened:  # an empty one would say that no token and no guest is kept out
                 raise self.missing()
             make(self.path)
         fd = _hold(self.path)
@@ -178,7 +178,8 @@ class State:
         """What is wrong where there is none, and has to be."""
         return ConfigError(
             f"there is no {self.path}, which says which tokens are blocked",
-            "restore it from your backup; where nothing is to be blocked: mcpctl token unblock --all",
+            "restore it from your backup; where no token is to be blocked and no guest disabled: mcpctl token unblock "
+            "--all",
         )
 
     def _check(self, connection: sqlite3.Connection) -> None:

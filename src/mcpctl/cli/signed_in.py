@@ -66,12 +66,13 @@ def end(found: "Settings", ids: Iterable[str]) -> list[str]:
 
 
 def end_theirs(found: "Settings", user: str, ids: list[str]) -> list[str]:
-    """End those of a user whom the server lets in no more. Where they cannot be written, a warning says what that
-    means."""
+    """End those of a user whom the server lets in no more, and what they have signed in for since these were read.
+    Where they cannot be written, a warning says what that means."""
     from mcpctl.errors import Error
 
     try:
-        return end(found, ids)
+        with store(found) as sessions:
+            return sessions.end(dict.fromkeys([*ids, *sessions.ids_of(user)]))
     except Error as problem:
         output.warn(
             f"the sessions of {user} open nothing now, but are not ended: {problem.message}",

@@ -6,6 +6,7 @@ refused ones from an address change what a refused one is answered, and nothing 
 """
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
 from collections.abc import Callable, Container
@@ -177,8 +178,9 @@ class Authenticator(Standing):
 
     async def _verify(self, token: Token, text: str, address: str | None, digest: bytes) -> Principal:
         """The principal of a text that is not remembered: one hash, one at a time for each token, so that what comes
-        at once costs one together."""
-        async with self._verifying.setdefault(token.id, asyncio.Lock()):
+        at once costs one together. A session's costs nothing, and leaves nothing behind: there is no end of them."""
+        dear = not isinstance(token, Session)
+        async with self._verifying.setdefault(token.id, asyncio.Lock()) if dear else contextlib.nullcontext():
             while True:
                 self._look_for_lock()
                 self._renew()

@@ -14,6 +14,8 @@ from mcpctl.state import SHORTLY, State, Version
 
 _NOTED = timedelta(hours=1)
 """How old the time of the last visit may be before it is noted again."""
+_MARK = "SELECT count(*), total(seen), count(disabled), total(disabled) FROM guests"
+"""Differs with each change of a guest, and costs a fraction of reading them all: others write into it all day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class GuestBook:
         self._state = state
         self._now = now
         self._version: Version | None = None
+        self._mark: object = None
         self.known: Mapping[str, Known] = {}
         """Them, by name, at the last look."""
 
@@ -50,18 +53,22 @@ class GuestBook:
         version = self._state.version()
         if version == self._version:
             return False
+        mark = (version[0], *self._state.rows(_MARK))
+        if mark == self._mark:
+            self._version = version
+            return False
         rows = self._state.rows(
             "SELECT name, issuer, subject, shown, as_user, since, seen, disabled FROM guests ORDER BY since"
         )
         self.known = {
             row[0]: Known(*row[:5], *(None if stamp is None else _time(stamp) for stamp in row[5:])) for row in rows
         }
-        self._version = version
+        self._version, self._mark = version, mark
         return True
 
     def forget(self) -> None:
         """Know nobody; the next look reads all."""
-        self._version, self.known = None, {}
+        self._version, self._mark, self.known = None, None, {}
 
     def note(self, guest: Vouched) -> None:
         """Note that a guest is here. Raises UnavailableError where one who is new cannot be noted: nobody could

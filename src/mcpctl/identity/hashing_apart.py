@@ -81,8 +81,8 @@ class HashingApart(argon2.PasswordHasher):
             raise VerificationError("the server stops")
         if self.child is None:
             try:
-                self.child = subprocess.Popen(
-                    [sys.executable, "-m", hashing_child.__name__, str(self._niceness)],
+                self.child = subprocess.Popen(  # -P: no code from the folder that the server was started in
+                    [sys.executable, "-P", "-m", hashing_child.__name__, str(self._niceness)],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 )  # fmt: skip
             except OSError as problem:

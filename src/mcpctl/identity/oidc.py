@@ -55,9 +55,11 @@ class Issuers:
 
     def takes(self, text: str) -> bool:
         """Whether such a text is for one of them to judge, and for nobody else."""
-        if not self._by_url or _OURS.search(text):
+        if not self._by_url:
             return False
-        return signed.is_jwt(text) or (self._for_opaque is not None and _OPAQUE.fullmatch(text) is not None)
+        if signed.is_jwt(text):  # its signature may spell anything; no issuer sees it that has not signed it
+            return True
+        return self._for_opaque is not None and _OPAQUE.fullmatch(text) is not None and not _OURS.search(text)
 
     def known(self, text: str) -> Outside | None:
         """Whom a text was found to stand for within the last minute; None where it has to be looked at."""

@@ -202,8 +202,8 @@ class Sessions:
 
     def _read(self, row: tuple[Any, ...]) -> Session:
         name, _, _, kind, user, hash_, mark, created, used, ends, access, before, until, names, may, client, at = row
-        used_at = _time(used)
-        over = min(_time(ends), used_at + self._rules[kind].idle)
+        used_at, rules = _time(used), self._rules[kind]
+        over = min(_time(ends), _time(created) + rules.lasts, used_at + rules.idle)  # the rules may be stricter by now
         return Session(
             id=name,
             user=user,
@@ -274,11 +274,12 @@ class Sessions:
             connection.execute(_NEW, (name, changed, *values))
             also(connection, name)
             rows = connection.execute(_OF, (user, kind)).fetchall()
-            living = [one for one in map(self._read, rows) if one.over_at > now]
-            more = living[rules.most :]
+            theirs = {row[0]: self._read(row) for row in rows}
+            session = theirs.pop(name)  # whatever the clock says, and wherever it stood when the others were used
+            more = [one for one in theirs.values() if one.over_at > now][rules.most - 1 :]
             _end(connection, [one.id for one in more], stamp)
         self.look()
-        return Opened(self.known[name], text, more)
+        return Opened(session, text, more)
 
     def renew(
         self,

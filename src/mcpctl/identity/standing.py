@@ -245,7 +245,7 @@ class Standing:
             self._seen[name] = new
         elif self._seen.pop(name, None) is not None and old is not None:
             while len(self._gone) >= _REMEMBERED:
-                del self._gone[next(iter(self._gone))]
+                self._forget(next(iter(self._gone)))
             self._gone[name] = old.user
         if old is None or new is old:
             return
@@ -257,6 +257,12 @@ class Standing:
             self._known.pop(name, None)  # another secret opens it from now on, and what it has open goes on
         elif name in self._known:  # its times or its note: the same secret still opens it
             self._known[name] = (self._known[name][0], self._principal(new))
+
+    def _forget(self, name: str) -> None:
+        """Forget one that is long gone. A token's id could come back; of sessions there is no end, and none does."""
+        del self._gone[name]
+        if self._is_beside(name) and name not in self._seen:
+            self._editions.pop(name, None)
 
     def check_lock(self) -> None:
         """Raises LockedError while the server is locked. What is open ends with the first look that finds it so; the

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _MOST = 2_000
 """Texts of which is remembered whom they stand for."""
+_EACH = 16
+"""Of these, how many of one entry."""
 _AT_ONCE = 8
 """Texts about which the issuers are asked at a time, beside requests."""
 Identity = tuple[str, str]
@@ -96,10 +98,21 @@ class Visitors:
         except UnauthorizedError as problem:
             self._texts.pop(text, None)
             raise UnauthorizedError(f"an outside token: {problem.message}") from None
+        self._remember(text, found.id)
+        return found
+
+    def _remember(self, text: str, name: str) -> None:
+        """Remember whom a text stands for. Whoever shows many has their own oldest forgotten, and not another's, of
+        whom nobody could then say that they are still vouched for."""
+        if self._texts.get(text) == name:
+            return
+        self._texts.pop(text, None)
+        theirs = [one for one, whose in self._texts.items() if whose == name]
+        for old in theirs[: max(0, len(theirs) - _EACH + 1)]:
+            del self._texts[old]
         while len(self._texts) >= _MOST:
             del self._texts[next(iter(self._texts))]
-        self._texts[text] = found.id
-        return found
+        self._texts[text] = name
 
     def _entry(self, found: Outside, now: datetime) -> Vouched:
         user, as_user = self.links.get((found.issuer, found.subject)), None
