@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from authenticating import HERE, House, house
+from authenticating import HERE, THERE, House, house
 from issuer import Answer, Issuer, as_json, running
 from mcpctl.config_keys import Auth
 from mcpctl.config_sign_in import Introspection
-from mcpctl.errors import NotFoundError, UnauthorizedError, UnavailableError
+from mcpctl.errors import LimitedError, NotFoundError, UnauthorizedError, UnavailableError
 from mcpctl.identity import guests, linking, tenants, users
 from mcpctl.identity.guest_book import GuestBook
 from mcpctl.identity.links import Link
@@ -277,6 +278,50 @@ def test_what_the_issuer_takes_away_ends_what_runs_within_its_minute(site: Site,
         await site.refused(OPAQUE)
 
     site.use(work, **introspected(site, tmp_path))
+
+
+def test_a_dead_token_is_asked_about_once_in_half_a_minute(site: Site, tmp_path: Path) -> None:
+    site.issuer.answers["/introspect"] = as_json({"active": False})
+
+    async def work(_: Site) -> None:
+        for _ in range(20):
+            await site.refused(OPAQUE)
+        assert site.issuer.count("/introspect") == 1
+        site.house.later(seconds=30)
+        await site.refused(OPAQUE)
+        assert site.issuer.count("/introspect") == 2
+
+    site.use(work, **introspected(site, tmp_path))
+
+
+def test_who_shows_much_garbage_at_a_slow_issuer_keeps_nobody_else_out(site: Site, tmp_path: Path) -> None:
+    site.link("alice")
+    gate = threading.Event()
+    good = site.issuer.claims(**_now(site))
+    site.issuer.about[OPAQUE] = {"active": True, **good}
+
+    async def work(_: Site) -> None:
+        site.issuer.answers["/introspect"] = as_json({"active": False}, gate=gate)
+        door = site.house.door
+        strangers = [asyncio.create_task(door.authenticate(f"garbage-number-{n:05}", HERE)) for n in range(64)]
+        while site.issuer.count("/introspect") < 8:
+            await asyncio.sleep(0.01)
+        told = [task.exception() for task in strangers if task.done()]
+        assert len(told) == 64 - 16
+        assert {type(one) for one in told} == {LimitedError}
+        other = asyncio.create_task(door.authenticate(OPAQUE, THERE))
+        await asyncio.sleep(0)
+        del site.issuer.answers["/introspect"]
+        gate.set()
+        assert (await other).user == "alice"
+        await asyncio.gather(*strangers, return_exceptions=True)
+
+    site.use(work, **introspected(site, tmp_path))
+
+
+def _now(site: Site) -> dict[str, int]:
+    seconds = int(site.house.now.timestamp())
+    return {"iat": seconds, "exp": seconds + 3600}
 
 
 def test_an_issuer_that_is_away_ends_nothing_that_runs_and_lets_nobody_new_in(site: Site, tmp_path: Path) -> None:

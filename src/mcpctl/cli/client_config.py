@@ -71,7 +71,7 @@ CLIENTS: dict[str, tuple[str, Callable[[str, str], str]]] = {
 
 def desktop(name: str, config: str) -> str:
     """What Claude Desktop starts on this machine; the token goes into `env`, in a file that is its user's alone."""
-    arguments = ["-m", "mcpctl", "serve", "--stdio", "--config", config]
+    arguments = ["-P", "-m", "mcpctl", "serve", "--stdio", "--config", config]
     entry = {"command": sys.executable, "args": arguments, "env": {"MCPCTL_TOKEN": PLACEHOLDER}}
     return json.dumps({"mcpServers": {name: entry}})
 

@@ -134,7 +134,7 @@ class Authenticator(Standing):
         """The id of the entry of whom a text stands for by its issuer's word."""
         visitors.know(self._people)
         try:
-            found = await visitors.verify(text, self._now())
+            found = await visitors.admit(text, address, self._now())
         except UnauthorizedError as problem:
             raise self._is_wrong(problem.message, address) from None
         self._look_for_lock()

@@ -145,7 +145,7 @@ def _made(name: str, config: Oidc, now: Callable[[], datetime], seconds: float) 
         fetcher = Fetcher(config.ca_file, http_on_loopback=config.allow_http_loopback, seconds=seconds)
         lifetime = timedelta(seconds=config.jwks_cache)
         keys = IssuerKeys(str(config.issuer), config.algorithms, lifetime, fetcher, now)
-        asked = Introspection(config, keys, fetcher) if config.introspection.client_id is not None else None
+        asked = Introspection(config, keys, fetcher, now) if config.introspection.client_id is not None else None
     except Error as problem:
         raise ConfigError(f"auth.oidc.{name}: {problem.message}", problem.hint) from None
     return _Issuer(name, config, keys, asked, fetcher)

@@ -6,12 +6,13 @@ fewer roles has another. It ends with the last of those that were shown.
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from mcpctl.errors import Error, UnauthorizedError
+from mcpctl.errors import Error, LimitedError, UnauthorizedError
 from mcpctl.identity import guests, links
 from mcpctl.identity.claims import Outside
 from mcpctl.identity.tokens import Token
@@ -24,6 +25,8 @@ _MOST = 2_000
 """Texts of which is remembered whom they stand for."""
 _EACH = 16
 """Of these, how many of one entry."""
+_EACH_ADDRESS = 16
+"""Texts from one address that are looked at at once, of the 64 that an issuer is asked about."""
 _AT_ONCE = 8
 """Texts about which the issuers are asked at a time, beside requests."""
 Identity = tuple[str, str]
@@ -78,6 +81,7 @@ class Visitors:
         self._issuers = issuers
         self._texts: dict[str, str] = {}
         self._people: Mapping[str, User] = {}
+        self._asking: Counter[str | None] = Counter()
         self.links: Mapping[Identity, str] = {}
         """Which user an identity is, by users.yaml."""
 
@@ -89,6 +93,20 @@ class Visitors:
     def takes(self, text: str) -> bool:
         """Whether such a text is for an issuer to judge."""
         return self._issuers.takes(text)
+
+    async def admit(self, text: str, address: str | None, now: datetime) -> Vouched:
+        """As `verify`, for a request from that address: it may have so many asked about at once, so that others' can
+        be asked about, too. LimitedError beyond that."""
+        if self._asking[address] >= _EACH_ADDRESS:
+            said = f"too many outside tokens from {address} are being looked at"
+            raise LimitedError(said, kind="address", name=address or "", limit="concurrent", retry_after=1)
+        self._asking[address] += 1
+        try:
+            return await self.verify(text, now)
+        finally:
+            self._asking[address] -= 1
+            if not self._asking[address]:
+                del self._asking[address]
 
     async def verify(self, text: str, now: datetime) -> Vouched:
         """Whom a text stands for. UnauthorizedError where nobody is; UnavailableError where its issuer cannot be
