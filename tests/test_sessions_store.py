@@ -98,8 +98,12 @@ def test_a_session_ends_after_its_lifetime_however_much_it_is_used(house: House,
     assert "expired" in refused(house, text).message
 
 
-def test_use_is_noted_twice_a_minute_and_not_with_each_call(house: House, store: Store) -> None:
-    _, text, _ = store.open()
+def test_use_is_noted_the_first_time_then_twice_a_minute_and_not_with_each_call(house: House, store: Store) -> None:
+    session, text, _ = store.open()
+    house.later(seconds=1)
+    enter(house, text)
+    store.sessions.look()
+    assert store.sessions.known[session.id].used_at > session.created_at
     enter(house, text)
     before = store.state.version()
     for _ in range(29):
