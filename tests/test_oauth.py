@@ -85,6 +85,7 @@ def test_the_page_says_who_asks_for_what_and_what_cannot_be_believed(served: Sit
     page = person.asked(app.asking(scope="mcp:write offline_access"))
     assert "Test client" in page.text
     assert "not verified" in page.text
+    assert "127.0.0.1:41234" in page.text
     assert "change and delete data" in page.text
     assert "shop" in page.text
     assert "<code>mcp:write</code>" in page.text
