@@ -52,7 +52,7 @@ def test_who_has_no_token_is_led_to_the_metadata_and_told_which_scope_to_ask_for
     assert found["authorization_response_iss_parameter_supported"] is True
     assert found["client_id_metadata_document_supported"] is True
     assert found["grant_types_supported"] == ["authorization_code", "refresh_token"]
-    assert found["scopes_supported"] == ["mcp:read", "mcp:write", "mcp:admin", "offline_access"]
+    assert found["scopes_supported"] == ["mcp:read", "offline_access"]
 
 
 def test_a_client_that_is_allowed_gets_tokens_that_call_renew_and_are_given_back(served: Site, app: App) -> None:
