@@ -7,7 +7,9 @@ import hashlib
 import html
 import re
 import secrets
+import sys
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -193,3 +195,9 @@ class Person:
         page = self.asked(query)
         assert "It could" in page.text, page.text
         return self.send(page, answer="allow").told
+
+
+if __name__ == "__main__":  # as a browser that a client opens: alice reads, allows, and is sent on
+    asked = urlsplit(sys.argv[1])
+    alice = Person(SimpleNamespace(url=f"{asked.scheme}://{asked.netloc}/mcp"))
+    httpx.get(alice.send(alice.asked(asked.query), answer="allow").leads_to, trust_env=False)

@@ -12,6 +12,7 @@ TOKEN = "1796000000.AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
 CLAUDE = Client("Claude", "https://claude.ai/api/mcp/auth_callback", "claude.ai")
 CODE = Client("Claude Code", "http://127.0.0.1:33418/callback")
 CURSOR = Client("Cursor", "cursor://anysphere.cursor-mcp/oauth/callback")
+PORTAL = Client("Reports portal", "https://reports.example.com/back", listed=True)
 STRANGER = Client("Claude", "https://mcp.example.net/callback")
 WORST_NAME = "<script>alert(1)</script>\"'&\u202egnp.exe\u2066\x00\x1b[31m" + "W" * 10_000
 WORST = Client(WORST_NAME, "https://" + "w" * 60 + "." + "x" * 60 + "." + "y" * 60 + ".example/back?a='b'&c=d")
@@ -48,6 +49,7 @@ def every(pages: Pages | None = None) -> dict[str, Answer]:
         "consent": made.consent(login, client=CLAUDE, user="anna", scopes=READING, databases=("sales", "warehouse-eu")),
         "consent-loopback": made.consent(login, client=CODE, user="anna", scopes=WRITING, databases=("sales",)),
         "consent-app": made.consent(login, client=CURSOR, user="anna", scopes=READING, databases=databases),
+        "consent-listed": made.consent(login, client=PORTAL, user="anna", scopes=READING, databases=("sales",)),
         "consent-stranger": made.consent(login, client=STRANGER, user="anna", scopes=READING, databases=()),
         "consent-worst": made.consent(
             login, client=WORST, user=WORST_NAME, scopes=WORST_SCOPES, databases=(WORST_NAME, "<i>", "d" * 63)

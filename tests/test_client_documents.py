@@ -168,6 +168,9 @@ def test_a_certificate_of_another_host_is_not_believed(served: tuple[Served, Pat
 def test_a_host_that_is_not_there_is_no_client(reader: Reader) -> None:
     reader.addresses = []
     assert reader.why_not("https://app.example.com/c.json") == "its host cannot be found"
+    with pytest.raises(DocumentError) as caught:
+        reader.find("https://app.example.com/c.json")
+    assert "auth.oauth.metadata_documents: false" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(

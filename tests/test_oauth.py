@@ -43,7 +43,7 @@ def test_who_has_no_token_is_led_to_the_metadata_and_told_which_scope_to_ask_for
     resource = httpx.get(challenge.split('"')[1], trust_env=False).json()
     assert resource["resource"] == served.url
     assert resource["authorization_servers"] == [base]
-    assert resource["scopes_supported"] == ["mcp:read", "mcp:write", "mcp:admin"]
+    assert resource["scopes_supported"] == ["mcp:read"], "what a client that asks for all of these asks the user for"
     assert httpx.get(f"{base}/.well-known/oauth-protected-resource", trust_env=False).json() == resource
     found = httpx.get(f"{base}/.well-known/oauth-authorization-server", trust_env=False).json()
     assert found == httpx.get(f"{base}/.well-known/oauth-authorization-server/mcp", trust_env=False).json()
@@ -52,7 +52,7 @@ def test_who_has_no_token_is_led_to_the_metadata_and_told_which_scope_to_ask_for
     assert found["authorization_response_iss_parameter_supported"] is True
     assert found["client_id_metadata_document_supported"] is True
     assert found["grant_types_supported"] == ["authorization_code", "refresh_token"]
-    assert "offline_access" in found["scopes_supported"]
+    assert found["scopes_supported"] == ["mcp:read", "offline_access"]
 
 
 def test_a_client_that_is_allowed_gets_tokens_that_call_renew_and_are_given_back(served: Site, app: App) -> None:
@@ -85,6 +85,7 @@ def test_the_page_says_who_asks_for_what_and_what_cannot_be_believed(served: Sit
     page = person.asked(app.asking(scope="mcp:write offline_access"))
     assert "Test client" in page.text
     assert "not verified" in page.text
+    assert "127.0.0.1:41234" in page.text
     assert "change and delete data" in page.text
     assert "shop" in page.text
     assert "<code>mcp:write</code>" in page.text

@@ -225,12 +225,38 @@ def test_a_user_sees_what_they_have_allowed_and_ends_it(make_site: MakeSite, new
     assert [(one["user"], one["reason"]) for one in closed] == [("alice", "its user has ended it")] * 3
 
 
+def test_a_connection_that_was_used_says_so_at_once(served: Site, app: App) -> None:
+    person = Person(served, "bob")
+    token = app.connected(person)["access_token"]
+    assert "never" in person.open("/connections").text
+    assert app.works(token)
+    said = person.open("/connections").text
+    assert "never" not in said
+
+
+def test_who_is_listed_by_the_config_is_the_administrators_word_and_nobody_is_warned_of_it(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    listed = '    clients:\n      portal: {title: Reports portal, redirect_uris: ["https://portal.example.org/back"]}\n'
+    site = make_site(newest_shop, extra=ON + listed)
+    give_password(site, "alice")
+    site.start()
+    app, person = App(site, unregistered=True), Person(site)
+    app.id, app.redirect = "portal", "https://portal.example.org/back"
+    page = person.asked(app.asking(redirect_uri=app.redirect))
+    assert "has set up" in page.text
+    assert "not verified" not in page.text
+    assert "Anybody can use that name" not in page.text
+    assert app.redeem(person.send(page, answer="allow").told["code"]).status_code == 200
+    assert "Set up by the administrator" in person.open("/connections").text
+
+
 def test_signing_out_leaves_the_clients_connected(served: Site, app: App) -> None:
     person = Person(served)
     token = app.connected(person)["access_token"]
     cookie = person.http.cookies["mcpctl"]
     page = person.send(person.open("/connections"), form=0)
-    assert "You are signed out here." in page.text
+    assert "You are signed out" in page.text
     person.http.cookies.set("mcpctl", cookie)
     assert 'name="password"' in person.open("/connections").text
     assert app.works(token)

@@ -118,6 +118,26 @@ def test_every_threat_of_the_table_has_a_wall_and_a_test_that_is_there() -> None
     assert untested(rows) == []
 
 
+def named(text: str) -> list[tuple[str, str]]:
+    """Each test that a text names: its file, and its name, which is empty where the file alone is named."""
+    return re.findall(r"\b(test_\w+\.py)(?:::(\w+))?", text)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.name)
+def test_each_test_that_a_page_names_is_there(page: Path) -> None:
+    for file, test in named(page.read_text(encoding="utf-8")):
+        assert (TESTS / file).is_file(), file
+        assert not test or test in _tests(file), f"{file}::{test}"
+
+
+def test_each_must_of_mcps_authorization_names_a_test() -> None:
+    lines = (DOCS / "oauth.md").read_text(encoding="utf-8").partition("| MUST | test |\n|---|---|\n")[2].splitlines()
+    assert len(lines) >= 15
+    for line in lines:
+        cell = line.strip("|").split("|")[1].strip()
+        assert cell == ", ".join(f"`{file}::{test}`" for file, test in named(cell) if test), line
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -331,7 +331,13 @@ def test_each_connection_can_be_ended_by_a_button_that_names_it_and_all_by_one()
     buttons = [(button.get("name"), button.get("value")) for button in page.all("button")]
     assert buttons == [(None, None), ("end", "c1"), ("end", "c2"), ("end", "c3"), ("end_all", "yes")]
     said = page.text("main")
-    for words in ("End Claude Code", "28 November 2026, 09:05 UTC, from 2001:db8:4006:812::200e", "never", "End all 3"):
+    for words in (
+        "End Claude Code",
+        "28 March 2026, 09:05 UTC, from 2001:db8:4006:812::200e",
+        "28 November 2026, 09:05 UTC",
+        "never",
+        "End all 3",
+    ):
         assert words in said
     assert "end_all" not in EVERY["connections-ended"].body.decode()
     assert "Nothing has access in your name" in Page(EVERY["connections-none"]).text("main")

@@ -109,8 +109,12 @@ def test_a_lifetime_that_the_config_has_shortened_holds_for_who_is_signed_in(hou
     assert [why for _, why in house.door.sessions.sweep()] == ["its 1 h were over"]
 
 
-def test_use_is_noted_twice_a_minute_and_not_with_each_call(house: House, store: Store) -> None:
-    _, text, _ = store.open()
+def test_use_is_noted_the_first_time_then_twice_a_minute_and_not_with_each_call(house: House, store: Store) -> None:
+    session, text, _ = store.open()
+    house.later(seconds=1)
+    enter(house, text)
+    store.sessions.look()
+    assert store.sessions.known[session.id].used_at > session.created_at
     enter(house, text)
     before = store.state.version()
     for _ in range(29):

@@ -44,6 +44,12 @@ _MAX_AGE = re.compile(r"(?:^|[,\s])(?:s-maxage|max-age)=\"?([0-9]{1,9})")
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
+_NO_WAY = (
+    "tell the administrator: this server has to reach the client's host; where it cannot, "
+    "auth.oauth.metadata_documents: false has clients register instead"
+)
+
+
 class DocumentError(Error):
     """A client's document is not there, or cannot be believed."""
 
@@ -95,7 +101,7 @@ class Documents:
             async with asyncio.timeout(SECONDS), self._turn:
                 return await self._fetch(url, host, port)
         except TimeoutError:
-            raise DocumentError(f"no answer within {SECONDS:g} s") from None
+            raise DocumentError(f"no answer within {SECONDS:g} s", _NO_WAY) from None
         finally:
             self._waiting -= 1
 
@@ -123,7 +129,7 @@ class Documents:
                 finally:
                     await answer.aclose()
             except (httpx2.HTTPError, httpx2.StreamError, OSError) as problem:
-                raise DocumentError(f"it cannot be read: {type(problem).__name__}") from None
+                raise DocumentError(f"it cannot be read: {type(problem).__name__}", _NO_WAY) from None
         found = _read(url, host, body, self._schemes)
         self._keep(url, found, answer.headers.get("cache-control", ""))
         return found
@@ -140,7 +146,7 @@ class Documents:
         except OSError:
             addresses = []
         if not addresses:
-            raise DocumentError("its host cannot be found")
+            raise DocumentError("its host cannot be found", _NO_WAY)
         named = [ipaddress.ip_address(one) for one in addresses]
         allowed = [any(one.version == net.version and one in net for net in self._allow) for one in named]
         if not all(ok or is_public(one) for ok, one in zip(allowed, named, strict=True)):

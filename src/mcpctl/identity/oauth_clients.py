@@ -76,6 +76,10 @@ class Clients:
         self._listed = listed
         self._now = now
 
+    def lists(self, name: str) -> bool:
+        """Whether the config names that client."""
+        return name in self._listed
+
     def find(self, name: str) -> Client | None:
         """The client of that id, if the config lists it or it has registered."""
         if (listed := self._listed.get(name)) is not None:

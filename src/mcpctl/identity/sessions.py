@@ -350,8 +350,9 @@ class Sessions:
         self.look()
 
     def is_due(self, session: Session) -> bool:
-        """Whether its use is to be noted."""
-        return self._now() - session.used_at >= self._rules[session.kind].noted
+        """Whether its use is to be noted: the first at once, so that nobody reads of one in use that it never was."""
+        first = session.used_at <= session.created_at
+        return first or self._now() - session.used_at >= self._rules[session.kind].noted
 
     def sweep(self) -> list[tuple[Session, str]]:
         """End the sessions whose time is over, and forget the records of those that ended long enough ago for everybody

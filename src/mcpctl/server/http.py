@@ -454,7 +454,8 @@ class Http:
         }
         servers = [one.issuer for one in self._parts.settings.auth.oidc.values()]
         if self._parts.scopes is not None:
-            found["scopes_supported"] = list(self._parts.scopes.names)
+            # not all that there are: many clients ask the user for whatever stands here (MCP, "Scope Minimization")
+            found["scopes_supported"] = list(self._parts.scopes.default)
             servers.insert(0, base)
         if servers:
             found["authorization_servers"] = servers

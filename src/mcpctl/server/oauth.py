@@ -113,7 +113,8 @@ class Endpoints:
             "authorization_endpoint": f"{issuer}/authorize",
             "token_endpoint": f"{issuer}/token",
             "revocation_endpoint": f"{issuer}/revoke",
-            "scopes_supported": [*self._parts.scopes.names, OFFLINE],
+            # not all that there are: Gemini CLI asks the user for whatever stands here
+            "scopes_supported": [*self._parts.scopes.default, OFFLINE],
             "response_types_supported": ["code"],
             "response_modes_supported": ["query"],
             "grant_types_supported": ["authorization_code", "refresh_token"],

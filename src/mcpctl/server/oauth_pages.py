@@ -15,7 +15,7 @@ from hashlib import sha256
 
 from mcpctl import redirect_uris
 from mcpctl.errors import Error, LimitedError, UnauthorizedError, UsageError
-from mcpctl.identity import oauth
+from mcpctl.identity import oauth, oauth_clients
 from mcpctl.identity.browsers import LIFE, Browsers
 from mcpctl.identity.oauth import Allowed
 from mcpctl.identity.sessions import mark_of
@@ -184,7 +184,7 @@ class SignInPages:
     def _refused(self, visit: _Visit, problem: RefusedError, *, known: bool) -> Answer:
         """A no, as the client hears it. A stranger is sent nowhere by itself that anybody may have registered: else a
         link to us would lead wherever its maker likes (RFC 9700, section 4.11.2)."""
-        client = pages.Client(problem.client.name, problem.redirect, problem.client.host)
+        client = _client(problem.client, problem.redirect)
         if visit.posts:
             return _pages(visit.origin).leaving(client, problem.url)
         if known or problem.client.proven or not redirect_uris.is_web(problem.redirect):
@@ -260,7 +260,7 @@ class SignInPages:
         if user is not None and visit.cookie is not None:
             self._tokens.check(found["form_token"], visit.cookie, f"sign-out {user.name}")
             self._browsers.sign_out(visit.cookie)
-        done = _pages(visit.origin).done("You are signed out here. Clients that you have allowed stay connected.")
+        done = _pages(visit.origin).done("You are signed out", "Clients that you have allowed stay connected.")
         done.headers.append(visit.jar.drop())
         return done
 
@@ -310,7 +310,7 @@ class SignInPages:
         session = one.session
         return pages.Connection(
             session.id,
-            pages.Client(one.name, one.redirect, one.host),
+            pages.Client(one.name, one.redirect, one.host, self._parts.clients.lists(one.client)),
             self._in_words(one.scopes),
             self._databases(user, session.permissions or ()),
             session.created_at,
@@ -344,7 +344,11 @@ def _may_be_remembered(wish: Asked) -> bool:
 
 
 def _page_client(wish: Asked) -> pages.Client:
-    return pages.Client(wish.client.name, wish.redirect, wish.client.host)
+    return _client(wish.client, wish.redirect)
+
+
+def _client(one: oauth_clients.Client, redirect: str) -> pages.Client:
+    return pages.Client(one.name, redirect, one.host, one.listed)
 
 
 def _title(one: oauth.Connection) -> str:

@@ -48,11 +48,13 @@ class Answer:
 @dataclass(frozen=True, slots=True)
 class Client:
     """Who asks. `name` is what it calls itself, `returns_to` its redirect URI. `host` is where it has proved to be at
-    home: where its metadata document was read (Client ID Metadata Documents); None if it has only said who it is."""
+    home: where its metadata document was read (Client ID Metadata Documents); None if it has only said who it is.
+    `listed`: this server's config names it, so that its name is the administrator's word."""
 
     name: str
     returns_to: str
     host: str | None = None
+    listed: bool = False
 
     @property
     def title(self) -> str:
@@ -92,7 +94,8 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What a user has allowed. `id` is sent back in the field `end`; `address` is where it was last used from."""
+    """What a user has allowed. `id` is sent back in the field `end`; `address` is where the client
+    asked for its tokens from."""
 
     id: str
     client: Client
@@ -160,9 +163,9 @@ class Pages:
         """One page for all that goes wrong. `what` and `to_do` are an Error's message and hint, fit for strangers."""
         return self._page("failed", status, {"what": what, "request_id": request_id, "to_do": to_do})
 
-    def done(self, what: str) -> Answer:
-        """Says what has been done, and that the window can be closed."""
-        return self._page("done", 200, {"what": what})
+    def done(self, what: str, more: str = "") -> Answer:
+        """Says what has been done, `more` about it, and that the window can be closed."""
+        return self._page("done", 200, {"what": what, "more": more})
 
     def leaving(self, client: Client, url: str) -> Answer:
         """Sends the browser to `url`, the client's redirect URI with its answer: at once, and by a link.
