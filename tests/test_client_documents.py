@@ -17,6 +17,7 @@ from mcpctl.config_values import Network
 from mcpctl.identity import client_documents
 from mcpctl.identity.client_documents import DocumentError, is_public
 from mcpctl.identity.oauth_clients import Client
+from mcpctl.server import loop
 from oauth_servers import Documents as Served
 
 HERE: tuple[Network, ...] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1"))
@@ -125,6 +126,13 @@ def test_an_address_that_is_not_public_is_never_asked(served: tuple[Served, Path
     assert reader.why_not(url) == "its host is not on the public network"
     assert len(served[0].asked) == before
     assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("host", ["a..example", f"{'a' * 64}.example", ".example", f"{'a.' * 200}example"])
+def test_a_host_whose_name_cannot_be_one_is_not_found(host: str) -> None:
+    for runner in (asyncio.run, loop.run):  # each looks names up in its own way
+        with pytest.raises(DocumentError, match=r"cannot be found"):
+            runner(client_documents.Documents().find(f"https://{host}/client.json"))
 
 
 @pytest.mark.parametrize("address", ["93.184.215.14", "8.8.8.8", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"])

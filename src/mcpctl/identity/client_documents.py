@@ -137,7 +137,7 @@ class Documents:
         """The address to connect to, if all that the host has are public."""
         try:
             addresses = await self._resolve(host, port)
-        except OSError:
+        except (OSError, UnicodeError):  # the second: a label that is empty or too long (RFC 1035, section 2.3.4)
             addresses = []
         if not addresses:
             raise DocumentError("its host cannot be found")
