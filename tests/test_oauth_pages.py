@@ -95,6 +95,15 @@ def test_prompt_login_asks_for_the_password_once_more(served: Site, app: App) ->
     assert "It could" in person.sign_in(page).text
 
 
+@pytest.mark.parametrize("prompt", ["select_account", "login select_account", "consent select_account"])
+def test_prompt_select_account_asks_who_it_is_once(served: Site, app: App, prompt: str) -> None:
+    person = Person(served)
+    person.asked(app.asking())
+    page = person.open(f"/authorize?{app.asking(prompt=prompt)}")
+    assert 'name="password"' in page.text
+    assert "It could" in person.sign_in(page).text
+
+
 def test_prompt_none_shows_nobody_a_page(served: Site, app: App) -> None:
     person = Person(served)
     assert person.open(f"/authorize?{app.asking(prompt='none')}").told["error"] == "login_required"
