@@ -183,11 +183,13 @@ class SignInPages:
 
     def _refused(self, visit: _Visit, problem: RefusedError, *, known: bool) -> Answer:
         """A no, as the client hears it. A stranger is sent nowhere by itself that anybody may have registered: else a
-        link to us would lead wherever its maker likes (RFC 9700, section 4.11.2)."""
+        link to us would lead wherever its maker likes (RFC 9700, section 4.11.2). Whoever has a host can put a document
+        there that names any place, so that it proves nothing here; nor does a form that another site has sent."""
         client = pages.Client(problem.client.name, problem.redirect, problem.client.host)
         if visit.posts:
+            forms.check_sender(visit.scope["headers"], visit.origin)
             return _pages(visit.origin).leaving(client, problem.url)
-        if known or problem.client.proven or not redirect_uris.is_web(problem.redirect):
+        if known or problem.client.listed or not redirect_uris.is_web(problem.redirect):
             return _redirect(problem.url, status=302)
         raise problem
 
