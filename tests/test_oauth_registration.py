@@ -194,6 +194,15 @@ def test_behind_a_public_name_it_is_the_issuer_and_the_cookie_is_this_host_s_alo
     assert "Domain" not in cookie
 
 
+def test_behind_a_proxy_it_does_not_guess_what_browsers_call_it_by(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(
+        newest_shop, extra=f"{ON}server: {{trusted_proxies: [127.0.0.1], allowed_hosts: [mcp.example.org]}}\n"
+    )
+    done = at.run("serve", "--port", "0", "--behind-proxy", check=False)
+    assert done.returncode == 3
+    assert "needs server.public_url" in done.stderr
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_the_metadata_names_ourselves_first_and_then_the_issuers_of_the_config(
     make_site: MakeSite, newest_shop: Shop, ours: bool
