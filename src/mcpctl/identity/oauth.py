@@ -244,7 +244,10 @@ class Connections:
             raise GrantError("the refresh token was shown twice", self._end_known(name)) from None
         except NotFoundError:
             raise GrantError("the connection has ended") from None
-        return Issued(self._sessions.known[name], access, following[0], found.scopes)
+        renewed = self._sessions.known.get(name)
+        if renewed is None:  # somebody has ended it meanwhile
+            raise GrantError("the connection has ended")
+        return Issued(renewed, access, following[0], found.scopes)
 
     def revoke(self, text: str, client: str) -> Session | None:
         """End the connection of an access or a refresh token, if it is that client's (RFC 7009); its session, if it had
@@ -319,7 +322,10 @@ class Connections:
         ]
         self._sessions.end(over)
         with self._state.change() as connection:
-            connection.execute("DELETE FROM oauth_codes WHERE ends < ?", ((now - _KEPT).timestamp(),))
+            connection.execute(
+                "DELETE FROM oauth_codes WHERE ends < ? OR (ends < ? AND session IS NULL)",
+                ((now - _KEPT).timestamp(), now.timestamp()),
+            )
             connection.execute("DELETE FROM oauth_consents WHERE made < ?", ((now - REMEMBERED).timestamp(),))
             for table in ("oauth_connections", "oauth_refresh_tokens"):
                 connection.execute(

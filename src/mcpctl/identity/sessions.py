@@ -273,12 +273,12 @@ class Sessions:
             (changed,) = connection.execute(_NEXT).fetchone()
             connection.execute(_NEW, (name, changed, *values))
             also(connection, name)
-            rows = connection.execute(_OF, (user, kind)).fetchall()
-            living = [one for one in map(self._read, rows) if one.over_at > now]
+            own = [self._read(row) for row in connection.execute(_OF, (user, kind))]
+            living = [one for one in own if one.over_at > now]
             more = living[rules.most :]
             _end(connection, [one.id for one in more], stamp)
-        self.look()
-        return Opened(self.known[name], text, more)
+        self.look()  # which may know already that somebody has ended it meanwhile
+        return Opened(next(one for one in own if one.id == name), text, more)
 
     def renew(
         self,
