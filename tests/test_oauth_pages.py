@@ -234,6 +234,39 @@ def test_a_user_sees_what_they_have_allowed_and_ends_it(make_site: MakeSite, new
     assert [(one["user"], one["reason"]) for one in closed] == [("alice", "its user has ended it")] * 3
 
 
+def test_who_is_disabled_or_whose_sessions_are_ended_is_signed_out_of_all_browsers(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop, extra=ON)
+    for name in ("alice", "bob"):
+        give_password(at, name)
+    at.start()
+    app, person, other = App(at), Person(at), Person(at, "bob")
+    for how in (("user", "disable", "alice"), ("session", "revoke", "--user", "alice"), ("session", "revoke", "--all")):
+        other.asked(app.asking())
+        code = person.allow(app.asking())["code"]
+        at.run(*how)
+        at.run("user", "enable", "alice")
+        assert 'name="password"' in person.open(f"/authorize?{app.asking()}").text, how
+        assert ('name="password"' in other.open(f"/authorize?{app.asking()}").text) == ("--all" in how)
+        assert app.redeem(code).json()["error"] == "invalid_grant"
+
+
+def test_a_client_whose_connection_the_operator_has_ended_asks_again(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(
+        newest_shop, extra=f"{ON}    clients: {{board: {{redirect_uris: ['https://board.example/back']}}}}\n"
+    )
+    give_password(at, "alice")
+    at.start()
+    app, person = App(at, unregistered=True), Person(at)
+    app.id, app.redirect = "board", "https://board.example/back"
+    app.redeem(person.allow(app.asking())["code"])
+    assert "code" in person.open(f"/authorize?{app.asking()}").told
+    (session,) = (one["token"] for one in at.audit() if one["event"] == "session.opened")
+    at.run("session", "revoke", session)
+    assert "It could" in person.open(f"/authorize?{app.asking()}").text
+
+
 def test_signing_out_leaves_the_clients_connected(served: Site, app: App) -> None:
     person = Person(served)
     token = app.connected(person)["access_token"]

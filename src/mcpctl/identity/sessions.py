@@ -315,6 +315,16 @@ class Sessions:
         with self._state.change() as connection:
             return _end(connection, ids, self._now().timestamp())
 
+    def ask_again(self, ids: Iterable[str]) -> None:
+        """Forget that the users of these sessions have allowed their clients: a connection that somebody else has ended
+        does not come back before its user was asked. Raises as `end`."""
+        ids = list(ids)
+        if not ids or not self._state.path.exists():
+            return
+        sql = "DELETE FROM oauth_consents WHERE (user, client) IN (SELECT user, client FROM sessions WHERE id = ?)"
+        with self._state.change() as connection:
+            connection.executemany(sql, [(name,) for name in ids])
+
     def records(self) -> dict[str, tuple[str, bool]]:
         """(whose, whether it has ended) of each that is remembered, of whatever kind, by id."""
         if not self._state.path.exists():
