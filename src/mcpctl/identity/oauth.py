@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
+from mcpctl.config import covers
 from mcpctl.errors import Error, NotFoundError
 from mcpctl.identity import sessions, tokens
 from mcpctl.identity.oauth_clients import Client
@@ -311,6 +312,23 @@ class Connections:
         with self._state.change() as connection:
             connection.execute("DELETE FROM oauth_consents WHERE user = ? AND client = ?", (user, client))
 
+    def fit(self, is_known: Callable[[str], bool]) -> list[Session]:
+        """Take from connections what their scopes allow no longer; none gets what its user was not asked for. End
+        those whose client is not known any more: these."""
+        self._sessions.look()
+        bounds, strangers = dict[str, tuple[str, ...]](), list[Session]()
+        for name, client, scopes in self._state.rows("SELECT session, client, scopes FROM oauth_connections"):
+            if (session := self._sessions.known.get(name)) is None:
+                continue
+            left = _common(session.permissions or (), self._permissions(json.loads(scopes)))
+            if not is_known(client):
+                strangers.append(session)
+            elif left != set(session.permissions or ()):
+                bounds[name] = tuple(sorted(left))
+        self._sessions.bound(bounds)
+        ended = self._sessions.end(one.id for one in strangers)
+        return [one for one in strangers if one.id in ended]
+
     def sweep(self) -> None:
         """Forget old codes and what belongs to sessions that are over; end those that can be renewed no more."""
         self._sessions.look()
@@ -331,6 +349,13 @@ class Connections:
                 connection.execute(
                     f"DELETE FROM {table} WHERE session NOT IN (SELECT id FROM sessions WHERE NOT ended)"  # noqa: S608
                 )
+
+
+def _common(given: Sequence[str], allowed: Sequence[str]) -> set[str]:
+    """The patterns that allow what both do."""
+    return {one for one in given if any(covers(other, one) for other in allowed)} | {
+        one for one in allowed if any(covers(other, one) for other in given)
+    }
 
 
 def session_of(refresh: str) -> str | None:

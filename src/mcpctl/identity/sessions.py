@@ -307,6 +307,16 @@ class Sessions:
         self.look()
         return text
 
+    def bound(self, permissions: Mapping[str, tuple[str, ...]]) -> None:
+        """Have sessions, by id, no other permissions than these from now on. Raises as `end`."""
+        if not permissions:
+            return
+        with self._state.change() as connection:
+            for name, found in permissions.items():
+                (changed,) = connection.execute(_NEXT).fetchone()
+                sql = "UPDATE sessions SET changed = ?, permissions = ? WHERE id = ? AND NOT ended"
+                connection.execute(sql, (changed, json.dumps(found), name))
+
     def end(self, ids: Iterable[str]) -> list[str]:
         """End sessions: the ids of those that had not ended yet. Raises UnavailableError where it cannot be written."""
         ids = list(ids)
