@@ -252,6 +252,24 @@ def test_who_is_disabled_or_whose_sessions_are_ended_is_signed_out_of_all_browse
         assert app.redeem(code).json()["error"] == "invalid_grant"
 
 
+def test_a_browser_is_signed_in_where_its_user_s_tenant_may_be_alone(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, extra=ON)
+    give_password(at, "alice")
+    at.run("tenant", "add", "acme", "--database", "shop", "--allow-ip", "127.0.0.0/8")
+    at.edit_user("alice", tenant="acme")
+    at.start()
+    app, person = App(at), Person(at)
+    asking = person.asked(app.asking())
+    assert "It could" in asking.text
+    assert person.open("/connections").status == 200
+    file = at.folder / "tenants.yaml"
+    file.write_text(file.read_text().replace("127.0.0.0/8", "10.0.0.0/8"))
+    for page in (person.open(f"/authorize?{app.asking()}"), person.send(asking, answer="allow")):
+        assert 'name="password"' in page.text
+    assert 'name="password"' in person.open("/connections").text
+    assert person.sign_in(person.open("/login")).status == 401
+
+
 def test_a_client_whose_connection_the_operator_has_ended_asks_again(make_site: MakeSite, newest_shop: Shop) -> None:
     at = make_site(
         newest_shop, extra=f"{ON}    clients: {{board: {{redirect_uris: ['https://board.example/back']}}}}\n"
