@@ -205,6 +205,18 @@ def test_a_link_to_us_leads_nobody_to_a_place_that_anybody_has_registered(served
     assert signed_in.open(f"/authorize?{stranger.asking(scope='none')}").told["error"] == "invalid_scope"
 
 
+def test_a_form_of_another_site_leads_nobody_to_such_a_place(served: Site) -> None:
+    stranger = App(served, unregistered=True)
+    stranger.redirect = "https://evil.example/back"
+    stranger.id = stranger.register().json()["client_id"]
+    for path in ("/authorize", "/login"):
+        answer = Person(served).http.post(
+            f"{path}?{stranger.asking(scope='none')}", data={"a": "b"}, headers={"Sec-Fetch-Site": "cross-site"}
+        )
+        assert answer.status_code == 403
+        assert "evil.example" not in answer.text
+
+
 # -- codes ------------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from mcp.shared.auth import AuthorizationCodeResult, OAuthClientInformationFull,
 
 import chromium
 import oauth_servers
-from oauth_flow import ON, PASSWORD, Person, give_password
+from oauth_flow import ON, PASSWORD, App, Person, give_password
 from oauth_servers import Callback, Documents
 from site_of_mcpctl import UNLIMITED, Shop, Site
 
@@ -173,3 +173,14 @@ def test_somebody_types_the_password_into_a_browser_and_lets_the_official_client
         base = served.url.removesuffix("/mcp")
         tab.go(f"{base}/connections")
         assert tab.run("document.querySelector('h1').textContent") == "My connections"
+
+
+def test_a_document_that_anybody_has_put_somewhere_makes_no_link_to_us_lead_there(
+    served: Site, described: tuple[Documents, Path]
+) -> None:
+    stranger = App(served, unregistered=True)
+    stranger.redirect = "https://evil.example/back"
+    stranger.id = described[0].client("/stranger.json", redirect_uris=[stranger.redirect])
+    page = Person(served).http.get(f"/authorize?{stranger.asking(scope='none')}")
+    assert page.status_code == 400
+    assert "location" not in page.headers

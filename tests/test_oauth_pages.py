@@ -95,6 +95,15 @@ def test_prompt_login_asks_for_the_password_once_more(served: Site, app: App) ->
     assert "It could" in person.sign_in(page).text
 
 
+@pytest.mark.parametrize("prompt", ["select_account", "login select_account", "consent select_account"])
+def test_prompt_select_account_asks_who_it_is_once(served: Site, app: App, prompt: str) -> None:
+    person = Person(served)
+    person.asked(app.asking())
+    page = person.open(f"/authorize?{app.asking(prompt=prompt)}")
+    assert 'name="password"' in page.text
+    assert "It could" in person.sign_in(page).text
+
+
 def test_prompt_none_shows_nobody_a_page(served: Site, app: App) -> None:
     person = Person(served)
     assert person.open(f"/authorize?{app.asking(prompt='none')}").told["error"] == "login_required"
@@ -249,6 +258,57 @@ def test_who_is_listed_by_the_config_is_the_administrators_word_and_nobody_is_wa
     assert "Anybody can use that name" not in page.text
     assert app.redeem(person.send(page, answer="allow").told["code"]).status_code == 200
     assert "Set up by the administrator" in person.open("/connections").text
+
+
+def test_who_is_disabled_or_whose_sessions_are_ended_is_signed_out_of_all_browsers(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    at = make_site(newest_shop, extra=ON)
+    for name in ("alice", "bob"):
+        give_password(at, name)
+    at.start()
+    app, person, other = App(at), Person(at), Person(at, "bob")
+    for how in (("user", "disable", "alice"), ("session", "revoke", "--user", "alice"), ("session", "revoke", "--all")):
+        other.asked(app.asking())
+        code = person.allow(app.asking())["code"]
+        at.run(*how)
+        at.run("user", "enable", "alice")
+        assert 'name="password"' in person.open(f"/authorize?{app.asking()}").text, how
+        assert ('name="password"' in other.open(f"/authorize?{app.asking()}").text) == ("--all" in how)
+        assert app.redeem(code).json()["error"] == "invalid_grant"
+
+
+def test_a_browser_is_signed_in_where_its_user_s_tenant_may_be_alone(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(newest_shop, extra=ON)
+    give_password(at, "alice")
+    at.run("tenant", "add", "acme", "--database", "shop", "--allow-ip", "127.0.0.0/8")
+    at.edit_user("alice", tenant="acme")
+    at.start()
+    app, person = App(at), Person(at)
+    asking = person.asked(app.asking())
+    assert "It could" in asking.text
+    assert person.open("/connections").status == 200
+    file = at.folder / "tenants.yaml"
+    file.write_text(file.read_text().replace("127.0.0.0/8", "10.0.0.0/8"))
+    for page in (person.open(f"/authorize?{app.asking()}"), person.send(asking, answer="allow")):
+        assert 'name="password"' in page.text
+    assert 'name="password"' in person.open("/connections").text
+    assert person.sign_in(person.open("/login")).status == 401
+
+
+def test_a_client_whose_connection_the_operator_has_ended_asks_again(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(
+        newest_shop, extra=f"{ON}    clients: {{board: {{redirect_uris: ['https://board.example/back']}}}}\n"
+    )
+    give_password(at, "alice")
+    at.start()
+    app, person = App(at, unregistered=True), Person(at)
+    app.id, app.redirect = "board", "https://board.example/back"
+    app.redeem(person.allow(app.asking())["code"])
+    assert "code" in person.open(f"/authorize?{app.asking()}").told
+    (session,) = (one["token"] for one in at.audit() if one["event"] == "session.opened")
+    at.run("session", "revoke", session)
+    assert "It could" in person.open(f"/authorize?{app.asking()}").text
 
 
 def test_signing_out_leaves_the_clients_connected(served: Site, app: App) -> None:

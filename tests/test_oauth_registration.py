@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from oauth_flow import ON, App, Person, give_password
-from site_of_mcpctl import Client, Shop, Site
+from site_of_mcpctl import Client, Shop, Site, eventually
 
 MakeSite = Callable[..., Site]
 
@@ -194,6 +194,15 @@ def test_behind_a_public_name_it_is_the_issuer_and_the_cookie_is_this_host_s_alo
     assert "Domain" not in cookie
 
 
+def test_behind_a_proxy_it_does_not_guess_what_browsers_call_it_by(make_site: MakeSite, newest_shop: Shop) -> None:
+    at = make_site(
+        newest_shop, extra=f"{ON}server: {{trusted_proxies: [127.0.0.1], allowed_hosts: [mcp.example.org]}}\n"
+    )
+    done = at.run("serve", "--port", "0", "--behind-proxy", check=False)
+    assert done.returncode == 3
+    assert "needs server.public_url" in done.stderr
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_the_metadata_names_ourselves_first_and_then_the_issuers_of_the_config(
     make_site: MakeSite, newest_shop: Shop, ours: bool
@@ -220,3 +229,36 @@ def test_it_can_be_switched_on_and_off_while_the_server_runs(make_site: MakeSite
     site.config.write_text(before)
     site.run("config", "reload")
     assert app.works(token)
+
+
+def test_what_the_config_takes_away_is_taken_from_connections_that_are_open(
+    make_site: MakeSite, newest_shop: Shop
+) -> None:
+    own = """    clients: {board: {redirect_uris: ["https://board.example/back"]}}
+    scopes: {desk: {permissions: ["tools:query_database", "tools:whoami", "databases:shop:read"]}}
+"""
+    at = make_site(newest_shop, extra=ON + own)
+    give_password(at, "alice")
+    at.start()
+    app = App(at, unregistered=True)
+    app.id, app.redirect = "board", "https://board.example/back"
+    token = app.connected(Person(at), scope="desk")["access_token"]
+    before = at.config.read_text()
+
+    def reloaded(old: str, new: str) -> None:
+        at.config.write_text(before.replace(old, new))
+        at.run("config", "reload")
+
+    with Client(at.url, token) as client:
+        assert client.rows("select 1") == [[1]]
+        reloaded('"tools:whoami", ', '"tools:whoami", "tools:get_schema_info", ')
+        assert client.call("get_schema_info").status_code == 403  # which nobody was asked for
+        assert client.rows("select 1") == [[1]]
+        reloaded('"tools:query_database", ', "")
+        assert eventually(lambda: client.call("query_database", {"query": "select 1"}).status_code == 403)
+        assert client.call("whoami").status_code == 200
+        reloaded("board: {", "other: {")
+        assert eventually(lambda: client.call("whoami").status_code == 401)
+    assert [one["reason"] for one in at.audit() if one["event"] == "session.closed"] == [
+        "its client board is not in the config any more"
+    ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,6 +94,43 @@ def test_a_code_that_two_workers_take_at_once_opens_nothing(house: House) -> Non
         house.two.redeem(code)
     with pytest.raises(GrantError):
         house.one.renew(issued.refresh)
+
+
+def _ended_meanwhile(house: House) -> None:
+    """From now on the other worker ends each connection before the first one has looked at it again."""
+    look = house.one.sessions.look
+
+    def late() -> None:
+        house.two.sessions.end_of("alice")
+        look()
+
+    house.one.sessions.look = late  # type: ignore[method-assign]
+
+
+def test_a_connection_that_somebody_ends_as_it_is_opened_or_renewed_opens_nothing(house: House) -> None:
+    issued, code = house.one.redeem(house.one.code()), house.one.code()
+    renew = house.one.sessions.renew
+
+    def renewed(*given: Any) -> str:
+        _ended_meanwhile(house)
+        return renew(*given)
+
+    house.one.sessions.renew = renewed  # type: ignore[method-assign]
+    with pytest.raises(GrantError, match="ended"):
+        house.one.renew(issued.refresh)
+    opened = house.one.redeem(code).session
+    assert house.two.sessions.changes()[opened.id] is None
+
+
+def test_a_code_that_nobody_has_fetched_is_forgotten_when_it_is_too_old(house: House) -> None:
+    house.one.code()
+    used = house.one.code()
+    house.one.redeem(used)
+    house.later(seconds=61)
+    house.one.connections.sweep()
+    assert house.one.state.rows("SELECT count(*) FROM oauth_codes") == [(1,)]
+    with pytest.raises(GrantError, match="twice"):
+        house.one.redeem(used)
 
 
 def test_a_refresh_token_lives_as_long_as_its_connection_is_used(house: House) -> None:

@@ -119,6 +119,8 @@ def revoke(
     found = settings(context, config, needs_log=False, forgiving=True)
     wanted, why, missing = list(dict.fromkeys(ids or ())), by_whom(context, reason), Failures()
     here = _signed_in(found, user, wanted, all_, missing)
+    if not ids:
+        signed_in.out_of_browsers(found, user)
     over = signed_in.end(found, here) if here else []  # first: for a token's id a server has to run
     note_all(found, [line for one in over for line in signed_in.closed([one], here[one], why)])
     tokens = [name for name in wanted if not signed_in.is_one(name)]

@@ -60,9 +60,24 @@ def of(found: "Settings", user: str) -> list[str]:
 
 
 def end(found: "Settings", ids: Iterable[str]) -> list[str]:
-    """End them for good; the ids of those that had not ended. Raises an Error where they cannot be written."""
+    """End them for good, and have their users asked again what a client may; the ids of those that had not ended.
+    Raises an Error where they cannot be written."""
+    ids = list(ids)
     with store(found) as sessions:
+        sessions.ask_again(ids)
         return sessions.end(ids)
+
+
+def out_of_browsers(found: "Settings", user: str | None) -> None:
+    """Sign a user out of all browsers, or (None) everybody. Raises an Error where that cannot be written."""
+    from mcpctl.identity import browsers
+    from mcpctl.state import State
+
+    state = State(found.server.state_file, must_exist=True)
+    try:
+        browsers.forget(state, user)
+    finally:
+        state.close()
 
 
 def end_theirs(found: "Settings", user: str, ids: list[str]) -> list[str]:
@@ -71,6 +86,7 @@ def end_theirs(found: "Settings", user: str, ids: list[str]) -> list[str]:
     from mcpctl.errors import Error
 
     try:
+        out_of_browsers(found, user)
         with store(found) as sessions:
             return sessions.end(dict.fromkeys([*ids, *sessions.ids_of(user)]))
     except Error as problem:

@@ -68,5 +68,15 @@ class Browsers:
             connection.execute("DELETE FROM browsers WHERE hash = ?", (_digest(cookie),))
 
 
+def forget(state: State, user: str | None) -> None:
+    """Sign a user out of all browsers, or (None) everybody: they sign in again, and are asked again what clients may.
+    What they have allowed, and no client has fetched yet, opens nothing. Raises UnavailableError."""
+    if not state.path.exists():
+        return
+    with state.change() as connection:
+        for table in ("browsers", "oauth_codes", "oauth_consents"):
+            connection.execute(f"DELETE FROM {table} WHERE ? IN (user, '')", (user or "",))  # noqa: S608 - of constants
+
+
 def _digest(cookie: str) -> str:
     return hashlib.sha256(cookie.encode()).hexdigest()

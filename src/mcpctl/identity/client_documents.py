@@ -7,14 +7,17 @@ has to be the host's. No redirect, no other port, a few KiB and seconds, and a f
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import re
 import socket
 import ssl
+import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -29,6 +32,8 @@ LARGEST = 16 << 10
 SECONDS = 5.0
 """For all of it, the resolving too."""
 AT_ONCE, WAITING = 16, 64
+LOOKUPS = 32
+"""Hosts that are being looked up at once, those too whom nobody waits for any more."""
 _SHORTEST, _LONGEST = timedelta(minutes=5), timedelta(hours=24)
 """How long a document is remembered, whatever its headers say: a flow asks for it several times, and we are not to be
 used to ask others a thousand times."""
@@ -42,6 +47,8 @@ _EMBEDDING = tuple(
 """IPv6 that leads to an IPv4 address which it holds (NAT64, 6to4, Teredo), or is out of use."""
 _MAX_AGE = re.compile(r"(?:^|[,\s])(?:s-maxage|max-age)=\"?([0-9]{1,9})")
 Resolve = Callable[[str, int], Awaitable[list[str]]]
+Look = Callable[..., Sequence[tuple[Any, ...]]]
+"""As socket.getaddrinfo."""
 
 
 _NO_WAY = (
@@ -81,7 +88,7 @@ class Documents:
         self._allow = allow
         self._schemes = schemes
         self._now = now
-        self._resolve = resolve or _addresses
+        self._resolve = resolve or Lookups()
         self._trusted = trusted
         self._turn = asyncio.Semaphore(AT_ONCE)
         self._waiting = 0
@@ -143,7 +150,7 @@ class Documents:
         """The address to connect to, if all that the host has are public."""
         try:
             addresses = await self._resolve(host, port)
-        except OSError:
+        except (OSError, UnicodeError):  # the second: a label that is empty or too long (RFC 1035, section 2.3.4)
             addresses = []
         if not addresses:
             raise DocumentError("its host cannot be found", _NO_WAY)
@@ -190,9 +197,42 @@ def _checked(url: str) -> tuple[str, int]:
     return host, port
 
 
-async def _addresses(host: str, port: int) -> list[str]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(one[4][0]) for one in found))
+class Lookups:
+    """Resolves hosts that strangers name, in threads of its own: a name server that never answers holds a thread for as
+    long as the system's resolver has patience, and the loop's own few are what databases' hosts are resolved in. The
+    threads are daemons, so that none of them keeps the process from its end."""
+
+    def __init__(self, look: Look = socket.getaddrinfo) -> None:
+        self._look = look
+        self.running = 0
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        """The addresses of a host. Raises OSError, UnicodeError, or DocumentError where there are too many."""
+        if self.running >= LOOKUPS:
+            raise DocumentError("too many hosts are being looked up", "try again in a moment")
+        answered: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        self.running += 1
+        threading.Thread(target=self._ask, args=(host, port, answered), name="client-host", daemon=True).start()
+        return await answered
+
+    def _ask(self, host: str, port: int, answered: "asyncio.Future[list[str]]") -> None:
+        found: list[str] | OSError | UnicodeError
+        try:
+            rows = self._look(host, port, type=socket.SOCK_STREAM)
+            found = list(dict.fromkeys(str(one[4][0]) for one in rows))
+        except (OSError, UnicodeError) as problem:
+            found = problem
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            answered.get_loop().call_soon_threadsafe(self._told, answered, found)
+
+    def _told(self, answered: "asyncio.Future[list[str]]", found: list[str] | OSError | UnicodeError) -> None:
+        self.running -= 1
+        if answered.done():  # who has asked has waited long enough
+            return
+        if isinstance(found, list):
+            answered.set_result(found)
+        else:
+            answered.set_exception(found)
 
 
 async def _body(answer: httpx2.Response) -> bytes:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
+from mcpctl.config import covers
 from mcpctl.errors import Error, NotFoundError
 from mcpctl.identity import sessions, tokens
 from mcpctl.identity.oauth_clients import Client
@@ -244,7 +245,10 @@ class Connections:
             raise GrantError("the refresh token was shown twice", self._end_known(name)) from None
         except NotFoundError:
             raise GrantError("the connection has ended") from None
-        return Issued(self._sessions.known[name], access, following[0], found.scopes)
+        renewed = self._sessions.known.get(name)
+        if renewed is None:  # somebody has ended it meanwhile
+            raise GrantError("the connection has ended")
+        return Issued(renewed, access, following[0], found.scopes)
 
     def revoke(self, text: str, client: str) -> Session | None:
         """End the connection of an access or a refresh token, if it is that client's (RFC 7009); its session, if it had
@@ -308,6 +312,23 @@ class Connections:
         with self._state.change() as connection:
             connection.execute("DELETE FROM oauth_consents WHERE user = ? AND client = ?", (user, client))
 
+    def fit(self, is_known: Callable[[str], bool]) -> list[Session]:
+        """Take from connections what their scopes allow no longer; none gets what its user was not asked for. End
+        those whose client is not known any more: these."""
+        self._sessions.look()
+        bounds, strangers = dict[str, tuple[str, ...]](), list[Session]()
+        for name, client, scopes in self._state.rows("SELECT session, client, scopes FROM oauth_connections"):
+            if (session := self._sessions.known.get(name)) is None:
+                continue
+            left = _common(session.permissions or (), self._permissions(json.loads(scopes)))
+            if not is_known(client):
+                strangers.append(session)
+            elif left != set(session.permissions or ()):
+                bounds[name] = tuple(sorted(left))
+        self._sessions.bound(bounds)
+        ended = self._sessions.end(one.id for one in strangers)
+        return [one for one in strangers if one.id in ended]
+
     def sweep(self) -> None:
         """Forget old codes and what belongs to sessions that are over; end those that can be renewed no more."""
         self._sessions.look()
@@ -319,12 +340,22 @@ class Connections:
         ]
         self._sessions.end(over)
         with self._state.change() as connection:
-            connection.execute("DELETE FROM oauth_codes WHERE ends < ?", ((now - _KEPT).timestamp(),))
+            connection.execute(
+                "DELETE FROM oauth_codes WHERE ends < ? OR (ends < ? AND session IS NULL)",
+                ((now - _KEPT).timestamp(), now.timestamp()),
+            )
             connection.execute("DELETE FROM oauth_consents WHERE made < ?", ((now - REMEMBERED).timestamp(),))
             for table in ("oauth_connections", "oauth_refresh_tokens"):
                 connection.execute(
                     f"DELETE FROM {table} WHERE session NOT IN (SELECT id FROM sessions WHERE NOT ended)"  # noqa: S608
                 )
+
+
+def _common(given: Sequence[str], allowed: Sequence[str]) -> set[str]:
+    """The patterns that allow what both do."""
+    return {one for one in given if any(covers(other, one) for other in allowed)} | {
+        one for one in allowed if any(covers(other, one) for other in given)
+    }
 
 
 def session_of(refresh: str) -> str | None:

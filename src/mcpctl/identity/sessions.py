@@ -308,6 +308,16 @@ class Sessions:
         self.look()
         return text
 
+    def bound(self, permissions: Mapping[str, tuple[str, ...]]) -> None:
+        """Have sessions, by id, no other permissions than these from now on. Raises as `end`."""
+        if not permissions:
+            return
+        with self._state.change() as connection:
+            for name, found in permissions.items():
+                (changed,) = connection.execute(_NEXT).fetchone()
+                sql = "UPDATE sessions SET changed = ?, permissions = ? WHERE id = ? AND NOT ended"
+                connection.execute(sql, (changed, json.dumps(found), name))
+
     def end(self, ids: Iterable[str]) -> list[str]:
         """End sessions: the ids of those that had not ended yet. Raises UnavailableError where it cannot be written."""
         ids = list(ids)
@@ -315,6 +325,16 @@ class Sessions:
             return []
         with self._state.change() as connection:
             return _end(connection, ids, self._now().timestamp())
+
+    def ask_again(self, ids: Iterable[str]) -> None:
+        """Forget that the users of these sessions have allowed their clients: a connection that somebody else has ended
+        does not come back before its user was asked. Raises as `end`."""
+        ids = list(ids)
+        if not ids or not self._state.path.exists():
+            return
+        sql = "DELETE FROM oauth_consents WHERE (user, client) IN (SELECT user, client FROM sessions WHERE id = ?)"
+        with self._state.change() as connection:
+            connection.executemany(sql, [(name,) for name in ids])
 
     def records(self) -> dict[str, tuple[str, bool]]:
         """(whose, whether it has ended) of each that is remembered, of whatever kind, by id."""

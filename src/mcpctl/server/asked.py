@@ -64,7 +64,7 @@ class Asked:
 
 
 def _kept_prompt(found: re.Match[str], prompt: frozenset[str]) -> str:
-    left = "+".join(sorted(prompt - {"login"}))
+    left = "+".join(sorted(prompt - {"login", "select_account"}))
     return f"{found[1]}prompt={left}" if left else ""
 
 

@@ -37,16 +37,19 @@ class Authorization(NamedTuple):
     parts: Parts
 
     async def sweep(self) -> None:
-        """Forget each minute what nobody needs any more, for ever."""
+        """Fit the connections to the config, and forget what nobody needs any more: now, and each minute."""
         while True:
-            await asyncio.sleep(_SWEEP)
             try:
+                for one in self.parts.connections.fit(self.parts.is_known):
+                    self.parts.closed(one, f"its client {one.client} is not in the config any more")
+                self.parts.door.look()
                 self.parts.connections.sweep()
                 self.parts.clients.sweep()
             except UnavailableError:
-                continue  # another worker writes
+                pass  # another worker writes
             except Exception:
                 log.exception("looking after the connections failed; it is tried again")
+            await asyncio.sleep(_SWEEP)
 
 
 def build(core: Core) -> Authorization | None:

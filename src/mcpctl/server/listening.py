@@ -41,6 +41,11 @@ class Listening:
         loopback = credentials.is_loopback(server.host)
         if self.behind_proxy and not server.trusted_proxies:
             raise ConfigError("--behind-proxy needs server.trusted_proxies", "name the proxy's address there")
+        if self.behind_proxy and server.public_url is None and self.settings.auth.oauth.enabled:
+            raise ConfigError(
+                "auth.oauth behind a proxy needs server.public_url, which clients are told, and cookies belong to",
+                "say there what browsers call the server by, such as https://mcp.example.org",
+            )
         if not loopback and not self.tls and not self.behind_proxy:
             raise ConfigError(
                 f"plain HTTP on {server.host} would send tokens and rows in clear",

@@ -69,6 +69,11 @@ class Parts:
                 raise Error(f"the client's document: {problem.message}", problem.hint, status=400) from None
         raise Error("there is no such client", "have the client register again", status=400)
 
+    def is_known(self, name: str) -> bool:
+        """Whether the config still lets that client be one."""
+        by_document = self.documents is not None and client_documents.is_url(name)
+        return by_document or self.clients.find(name) is not None
+
     def closed(self, session: Session | None, reason: str, **where: Any) -> None:
         """Note that a connection has ended, and end what it has open."""
         if session is not None:

@@ -19,6 +19,7 @@ from mcpctl.identity import oauth, oauth_clients
 from mcpctl.identity.browsers import LIFE, Browsers
 from mcpctl.identity.oauth import Allowed
 from mcpctl.identity.sessions import mark_of
+from mcpctl.identity.tokens import in_networks
 from mcpctl.identity.users import User
 from mcpctl.policy.scopes import OFFLINE
 from mcpctl.server import asked, forms, pages
@@ -118,7 +119,7 @@ class SignInPages:
     # -- /authorize ----------------------------------------------------------------------------------------------------
 
     async def _authorize(self, visit: _Visit) -> Answer:
-        user = self._browsers.user(visit.cookie)
+        user = self._user(visit)
         try:
             wish = await asked.read(visit.scope["query_string"], self._parts.client, self._parts.scopes, visit.origin)
             return await self._decided(visit, wish, user) if visit.posts else self._asked(visit, wish, user)
@@ -183,11 +184,13 @@ class SignInPages:
 
     def _refused(self, visit: _Visit, problem: RefusedError, *, known: bool) -> Answer:
         """A no, as the client hears it. A stranger is sent nowhere by itself that anybody may have registered: else a
-        link to us would lead wherever its maker likes (RFC 9700, section 4.11.2)."""
+        link to us would lead wherever its maker likes (RFC 9700, section 4.11.2). Whoever has a host can put a document
+        there that names any place, so that it proves nothing here; nor does a form that another site has sent."""
         client = _client(problem.client, problem.redirect)
         if visit.posts:
+            forms.check_sender(visit.scope["headers"], visit.origin)
             return _pages(visit.origin).leaving(client, problem.url)
-        if known or problem.client.proven or not redirect_uris.is_web(problem.redirect):
+        if known or problem.client.listed or not redirect_uris.is_web(problem.redirect):
             return _redirect(problem.url, status=302)
         raise problem
 
@@ -224,7 +227,7 @@ class SignInPages:
                 return self._refused(visit, problem, known=False)
             client = _page_client(wish)
         if not visit.posts:
-            if wish is None and self._browsers.user(visit.cookie) is not None:
+            if wish is None and self._user(visit) is not None:
                 return _redirect(CONNECTIONS, status=302)
             return self._sign_in(visit, client, purpose=self._of_query(visit))
         found = await self._form(visit, required=("form_token", "user", "password"))
@@ -256,7 +259,7 @@ class SignInPages:
     async def _logout(self, visit: _Visit) -> Answer:
         if not visit.posts:
             return _redirect(CONNECTIONS, status=302)
-        found, user = await self._form(visit, required=("form_token",)), self._browsers.user(visit.cookie)
+        found, user = await self._form(visit, required=("form_token",)), self._user(visit)
         if user is not None and visit.cookie is not None:
             self._tokens.check(found["form_token"], visit.cookie, f"sign-out {user.name}")
             self._browsers.sign_out(visit.cookie)
@@ -269,7 +272,7 @@ class SignInPages:
     async def _connections(self, visit: _Visit) -> Answer:
         if visit.query:
             raise UsageError("this page takes nothing in the URL", "open it without")
-        user = self._browsers.user(visit.cookie)
+        user = self._user(visit)
         if user is None:
             return _redirect(LOGIN, status=303) if visit.posts else _redirect(LOGIN, status=302)
         done = None
@@ -319,6 +322,14 @@ class SignInPages:
         )
 
     # -- parts of it ---------------------------------------------------------------------------------------------------
+
+    def _user(self, visit: _Visit) -> User | None:
+        """Who has signed in there, if they still may, and from that address."""
+        user = self._browsers.user(visit.cookie)
+        if user is None or user.tenant is None:
+            return user
+        place = self._parts.door.read().places.get(user.tenant)
+        return user if place is not None and in_networks(place.allow_ips, visit.address) else None
 
     def _in_words(self, scopes: Sequence[str]) -> list[pages.Scope]:
         known = self._parts.scopes

@@ -148,6 +148,7 @@ class SignIn:
         return [one for one in found if (user := self._door.person(one.user or "")) and user.tenant == principal.tenant]
 
     def _end_for(self, by: Principal, which: list[Session], address: str | None, request_id: str) -> list[str]:
+        self._sessions.ask_again(one.id for one in which)
         return self._end(which, f"ended over HTTP by {by.name}", address, request_id)
 
     def _end(self, which: list[Session], reason: str, address: str | None, request_id: str) -> list[str]:
