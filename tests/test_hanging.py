@@ -160,6 +160,7 @@ def test_what_is_slow_to_close_holds_no_expiry_up() -> None:
 
         def __init__(self) -> None:
             self.sweeping = False
+            self.visitors = self.sessions = None
             self.canaries = self
             self.lockdown = Lockdown(Path("/nowhere/tokens.yaml"))
             self.told = asyncio.Event()
