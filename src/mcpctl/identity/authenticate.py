@@ -124,6 +124,7 @@ class Authenticator(Standing):
                 self._due = token.expires_at
         if isinstance(token, Session) and self.sessions is not None:
             self.sessions.use(token)
+        # Each use of a canary is told; and whom an issuer vouches for is known by more than one text.
         if name not in self.canaries and name in self._known and not isinstance(token, Vouched):
             if len(self._let_in) >= _REMEMBERED:
                 self._let_in.clear()
