@@ -59,6 +59,14 @@ def newest_shop(newest: Binaries) -> Iterator[site.Shop]:
         yield found
 
 
+@pytest.fixture(scope="session")
+def lasting_shop(newest: Binaries) -> Iterator[site.Shop]:
+    """The shop of servers that serve the tests of several files: what they leave open is not counted by a test that
+    counts what its own server has left in `newest_shop`."""
+    with site.shop(newest) as found:
+        yield found
+
+
 @pytest.fixture(scope="session", params=_VERSIONS, ids=str)
 def login_shop(request: pytest.FixtureRequest) -> Iterator[site.Shop]:
     """The shop on clusters of their own, for login roles, which belong to a cluster: on TCP too, where pg_hba.conf
@@ -101,8 +109,8 @@ class Live:
 
 
 @pytest.fixture(scope="session")
-def live(newest_shop: site.Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    found = site.Site(tmp_path_factory.mktemp("live") / "site", newest_shop).start()
+def live(lasting_shop: site.Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    found = site.Site(tmp_path_factory.mktemp("live") / "site", lasting_shop).start()
     yield Live(found.url, found.token()[1], found.config)
     assert found.stop() in (0, -15)
 
@@ -121,8 +129,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def live_tls(newest_shop: site.Shop, certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    found = site.Site(tmp_path_factory.mktemp("live-tls") / "site", newest_shop)
+def live_tls(lasting_shop: site.Shop, certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    found = site.Site(tmp_path_factory.mktemp("live-tls") / "site", lasting_shop)
     found.start("--tls-cert", str(certificates / "cert.pem"), "--tls-key", str(certificates / "key.pem"))
     yield Live(found.url, found.token()[1], found.config, certificates / "ca.pem")
     assert found.stop() in (0, -15)
