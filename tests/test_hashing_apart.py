@@ -1,9 +1,12 @@
-"""Passwords are checked by a process of the lowest priority, which says what the library says, and leaves nothing."""
+"""Passwords are checked by processes that stand back, which say what the library says, and leave nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import select
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +19,8 @@ from argon2.exceptions import VerificationError, VerifyMismatchError
 
 from mcpctl.errors import UnavailableError
 from mcpctl.identity import passwords
-from mcpctl.identity.hashing_apart import NICENESS, HashingApart
+from mcpctl.identity.hashing_apart import HashingApart
+from mcpctl.identity.hashing_child import Share
 from mcpctl.identity.password_queue import Passwords
 from site_of_mcpctl import eventually
 
@@ -26,14 +30,19 @@ HORSE = "correct horse battery"
 
 @pytest.fixture
 def apart() -> Iterator[HashingApart]:
-    found = HashingApart(CHEAP, niceness=0)
+    found = HashingApart(CHEAP, (Share.EQUAL,))
     yield found
     found.close()
 
 
-def pid(apart: HashingApart) -> int:
-    assert apart.child is not None
-    return apart.child.pid
+def process(apart: HashingApart, share: Share = Share.EQUAL) -> subprocess.Popen[bytes]:
+    [found] = [child.process for child in apart.children if child.share is share]
+    assert found is not None
+    return found
+
+
+def pid(apart: HashingApart, share: Share = Share.EQUAL) -> int:
+    return process(apart, share).pid
 
 
 @pytest.mark.parametrize("right", [b"", b"\x00\n\xff", HORSE.encode(), "é".encode(), b"x" * 1024])
@@ -77,7 +86,7 @@ def test_nobodys_hash_has_the_profile_and_fits_nothing(apart: HashingApart) -> N
 
 def test_one_process_checks_all_of_them_and_a_dead_one_is_replaced(apart: HashingApart) -> None:
     stored = CHEAP.hash(HORSE)
-    assert apart.child is None, "who never signs in costs no process"
+    assert apart.children[0].process is None, "who never signs in costs no process"
     apart.verify(stored, HORSE)
     first = pid(apart)
     apart.verify(stored, HORSE)
@@ -103,11 +112,11 @@ def test_the_end_of_the_queue_ends_the_process_while_it_checks() -> None:
     stored = CHEAP.hash(HORSE).replace("t=2,", "t=200000,")
 
     async def ended() -> int:
-        apart = HashingApart(slow, niceness=0)
+        apart = HashingApart(slow, (Share.EQUAL,))
         queue = Passwords(apart)
         asked = asyncio.ensure_future(queue.matches(stored, HORSE))
         async with asyncio.timeout(20):
-            while apart.child is None:
+            while apart.children[0].process is None:
                 await asyncio.sleep(0.002)
         number = pid(apart)
         queue.close()
@@ -124,14 +133,17 @@ def test_the_end_of_the_queue_ends_the_process_while_it_checks() -> None:
         os.kill(number, 0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_it_has_the_lowest_priority_and_the_server_keeps_its_own_and_its_size() -> None:
-    apart, before = HashingApart(CHEAP), os.getpriority(os.PRIO_PROCESS, 0)
+@pytest.mark.skipif(sys.platform != "linux", reason="SCHED_IDLE and /proc are Linux's")
+def test_it_has_the_idle_time_of_one_processor_and_the_server_keeps_its_own_and_its_size() -> None:
+    apart, before = HashingApart(CHEAP), (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0))
     stored, sizes, over = CHEAP.hash(HORSE), set[int](), threading.Event()
     try:
         apart.verify(stored, HORSE)
-        assert os.getpriority(os.PRIO_PROCESS, pid(apart)) == NICENESS == 19
-        assert os.getpriority(os.PRIO_PROCESS, 0) == before < 19
+        idle = pid(apart, Share.IDLE)
+        assert os.sched_getscheduler(idle) == os.SCHED_IDLE
+        assert len(os.sched_getaffinity(idle)) == 1
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
+        assert (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)) == before
         file = os.open("/proc/self/statm", os.O_RDONLY)
 
         def look() -> None:
@@ -152,10 +164,60 @@ def test_it_has_the_lowest_priority_and_the_server_keeps_its_own_and_its_size() 
         apart.close()
 
 
+@pytest.fixture
+def starved() -> Iterator[HashingApart]:
+    """One whose first process is stopped, as one of idle time is on a machine that is always busy."""
+    found = HashingApart(CHEAP, (Share.EQUAL, Share.LOW), turn=30.0)
+    assert found.verify(CHEAP.hash(HORSE), HORSE)
+    found._turn = 0.05
+    os.kill(pid(found), signal.SIGSTOP)
+    yield found
+    found.close()
+
+
+def test_what_gets_no_idle_time_is_checked_with_the_lowest_priority(starved: HashingApart) -> None:
+    stored = CHEAP.hash(HORSE)
+    assert starved.verify(stored, HORSE)
+    assert os.getpriority(os.PRIO_PROCESS, pid(starved, Share.LOW)) == 19
+    with pytest.raises(VerifyMismatchError):
+        starved.verify(stored, "other")
+
+
+def test_an_answer_that_comes_too_late_is_no_answer_to_what_is_asked_next(starved: HashingApart) -> None:
+    """The first process would say "right" of the first password, while the third one is asked about."""
+    stored, first = CHEAP.hash(HORSE), pid(starved)
+    assert starved.verify(stored, HORSE)
+    assert starved.verify(stored, HORSE), "at once, and by the other one: the first one owes an answer"
+    os.kill(first, signal.SIGCONT)
+    assert eventually(lambda: select.select([process(starved).stdout], [], [], 0)[0])
+    os.kill(pid(starved, Share.LOW), signal.SIGSTOP)
+    starved._turn = 30.0
+    with pytest.raises(VerifyMismatchError):
+        starved.verify(stored, "other")
+    assert pid(starved) == first
+
+
+def test_one_that_dies_owing_an_answer_is_started_again(starved: HashingApart) -> None:
+    stored, first = CHEAP.hash(HORSE), pid(starved)
+    assert starved.verify(stored, HORSE)
+    os.kill(first, signal.SIGKILL)
+    process(starved).wait(10)
+    starved._turn = 30.0
+    os.kill(pid(starved, Share.LOW), signal.SIGSTOP)
+    assert starved.verify(stored, HORSE)
+    assert pid(starved) != first
+
+
+def test_none_of_several_is_left_when_it_is_closed(starved: HashingApart) -> None:
+    assert starved.verify(CHEAP.hash(HORSE), HORSE)
+    both = [process(starved), process(starved, Share.LOW)]
+    starved.close()
+    assert [one.returncode for one in both] == [-signal.SIGKILL] * 2
+
+
 def test_the_process_ends_with_the_pipe_to_it(apart: HashingApart) -> None:
     apart.verify(CHEAP.hash(HORSE), HORSE)
-    child = apart.child
-    assert child is not None
+    child = process(apart)
     assert child.stdin is not None
     child.stdin.close()
     assert eventually(lambda: child.poll() is not None)

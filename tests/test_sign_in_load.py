@@ -17,6 +17,7 @@ import timing
 from mcpctl import config
 from mcpctl.identity import passwords
 from mcpctl.identity.hashing_apart import HashingApart
+from mcpctl.identity.hashing_child import Share
 from mcpctl.identity.password_queue import Passwords
 from mcpctl.server import exchange, run
 from mcpctl.server.http import Http
@@ -48,7 +49,7 @@ async def app(site: Site) -> AsyncIterator[Http]:
     async with running(listening.settings, files=True) as core, run._app(listening, core) as found:
         assert core.signing_in is not None
         core.signing_in._passwords.close()
-        core.signing_in._passwords = Passwords(HashingApart(CHEAP, niceness=0))
+        core.signing_in._passwords = Passwords(HashingApart(CHEAP, (Share.EQUAL,)))
         try:
             yield found
         finally:
@@ -77,7 +78,9 @@ def cpu_of(app: Http) -> Callable[[], float]:
     """A clock of the CPU time that this process has had and the one that checks its passwords, which is there."""
     (sign_in,) = app._parts.additions
     hasher = sign_in._signing_in._passwords._hasher  # type: ignore[attr-defined]
-    child = hasher.child.pid
+    [one] = hasher.children
+    assert one.process is not None
+    child = one.process.pid
     number = ~child << 3 | 2  # clock_getcpuclockid(3), as Linux makes it: the process's scheduler clock
     return lambda: timing.cpu() + time.clock_gettime(number)
 
@@ -133,6 +136,6 @@ def test_a_storm_of_sign_ins_is_answered_takes_a_bounded_memory_and_leaves_calls
     seen = round_of(site, token, names, 1000 / 60, 3)
     assert seen.statuses.keys() <= {200, 429}, seen
     assert seen.statuses[200] >= 3, seen
-    assert seen.memory < 64 + 64, seen
+    assert seen.memory < 2 * (64 + 32), seen  # a second process takes over on a machine that is busy
     assert seen.longest < 30, seen
     assert seen.ratio > 0.3, seen  # how much it is on a machine of one's own, benchmarks/sign_in_storm.py says

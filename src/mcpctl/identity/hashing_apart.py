@@ -8,12 +8,15 @@ In the server's own process a hash would hold its calls up, on whatever thread i
   run (CPython, Python/ceval_gil.h, FORCE_SWITCHING). Where calls keep all processors busy that is the longer, the lower
   its priority is.
 
-A process of the lowest priority takes what processor time is left over, and its memory goes back to the system.
+A process beside it takes what processor time is left over, and its memory goes back to the system. On a machine that
+has none left over it would never answer. So what it has not answered within a second is asked of another one, which has
+the lowest priority, and always a little time; as long as the first one owes an answer, the other one is asked at once.
 """
 
 import base64
 import json
 import secrets
+import select
 import subprocess
 import sys
 import threading
@@ -23,23 +26,109 @@ import argon2
 from argon2.exceptions import VerificationError, VerifyMismatchError
 
 from mcpctl.identity import hashing_child
+from mcpctl.identity.hashing_child import Share
 
-NICENESS = 19
-"""The lowest priority that there is (setpriority(2))."""
 _PATIENCE = 5.0
-"""Seconds that the process has to end, which takes one hash at most."""
+"""Seconds that a process has to end, which takes one hash at most."""
+_TURN = 1.0
+"""Seconds that idle time alone has for a hash, which takes a third of that where nothing else is done."""
+
+
+class Child:
+    """A process that takes one share of the time. It is started with the first hash, and again when it has died."""
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self.owes = False
+        """Whether it was asked something that it has not answered."""
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, line: bytes) -> None:
+        """Raises VerificationError where it has ended, or cannot be started."""
+        pipe = self._running().stdin
+        if pipe is None:
+            raise TypeError("a process without a pipe")
+        try:
+            pipe.write(line)
+            pipe.flush()
+        except OSError:
+            raise self._ended() from None
+        self.owes = True
+
+    def answer(self, patience: float | None = None) -> bytes | None:
+        """What it says, or None where it has said nothing within so many seconds."""
+        pipe = self._running().stdout
+        if pipe is None:
+            raise TypeError("a process without a pipe")
+        if patience is not None and not select.select([pipe], [], [], patience)[0]:
+            return None
+        found = pipe.readline()
+        if not found.endswith(b"\n"):
+            raise self._ended()
+        self.owes = False
+        return found
+
+    def free(self) -> bool:
+        """Whether it owes nothing; what it says too late is no answer to anything any more. One that has died owing it
+        is started again."""
+        try:
+            return not self.owes or self.answer(patience=0) is not None
+        except VerificationError:
+            return True
+
+    def kill(self) -> None:
+        """End it, from any thread; who reads from it sees the end."""
+        if (process := self.process) is not None:
+            process.kill()
+
+    def end(self) -> None:
+        """End it, and close the pipes to it."""
+        process, self.process, self.owes = self.process, None, False
+        if process is None:
+            return
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:  # what was not sent is not
+                    continue
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:  # it dies as soon as the machine has time for that
+            return
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        if self.process is None:
+            try:
+                self.process = subprocess.Popen(  # -P: no code from the folder that the server was started in
+                    [sys.executable, "-P", "-m", hashing_child.__name__, self.share],
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                )  # fmt: skip
+            except OSError as problem:
+                raise VerificationError(f"no process can be started for it: {problem.strerror}") from None
+        return self.process
+
+    def _ended(self) -> VerificationError:
+        self.end()
+        return VerificationError("the process that checks passwords has ended")
 
 
 class HashingApart(argon2.PasswordHasher):
-    """Has hashes checked by a process, which is started with the first one, and again when it has died. `like` is the
-    profile of those that are made. For one thread at a time."""
+    """Has hashes checked by processes. `like` is the profile of those that are made; `shares`, which time they take:
+    the first one's, and if that does not come within `turn` seconds, the next one's. For one thread at a time."""
 
-    def __init__(self, like: argon2.PasswordHasher, niceness: int = NICENESS) -> None:
+    def __init__(
+        self,
+        like: argon2.PasswordHasher,
+        shares: tuple[Share, ...] = (Share.IDLE, Share.LOW) if sys.platform == "linux" else (Share.LOW,),
+        turn: float = _TURN,
+    ) -> None:
         super().__init__(like.time_cost, like.memory_cost, like.parallelism, like.hash_len, like.salt_len)
-        self._niceness = niceness
+        self.children = [Child(share) for share in shares]
+        self._turn = turn
         self._one = threading.Lock()
         self._over = False
-        self.child: subprocess.Popen[bytes] | None = None
 
     def nobodys(self) -> str:
         """A hash of the profile that no password fits. To make it costs no hash."""
@@ -61,54 +150,29 @@ class HashingApart(argon2.PasswordHasher):
         raise VerificationError(found.decode("utf-8", "replace").strip())
 
     def _ask(self, line: bytes) -> bytes:
-        child = self._running()
-        if child.stdin is None or child.stdout is None:
-            raise TypeError("a process without pipes")
-        try:
-            child.stdin.write(line)
-            child.stdin.flush()
-            found = child.stdout.readline()
-        except OSError:
-            found = b""
-        if not found.endswith(b"\n"):
-            self._end(child)
-            self.child = None
-            raise VerificationError("the process that checks passwords has ended")
+        *before, last = self.children
+        for child in before:
+            if child.free() and (found := self._answer(child, line, self._turn)) is not None:
+                return found
+        found = self._answer(last, line, None)
+        if found is None:
+            raise TypeError("an answer that was waited for without end")
         return found
 
-    def _running(self) -> "subprocess.Popen[bytes]":
+    def _answer(self, child: Child, line: bytes, patience: float | None) -> bytes | None:
         if self._over:
             raise VerificationError("the server stops")
-        if self.child is None:
-            try:
-                self.child = subprocess.Popen(  # -P: no code from the folder that the server was started in
-                    [sys.executable, "-P", "-m", hashing_child.__name__, str(self._niceness)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                )  # fmt: skip
-            except OSError as problem:
-                raise VerificationError(f"no process can be started for it: {problem.strerror}") from None
-        return self.child
+        child.ask(line)
+        return child.answer(patience)
 
     def close(self) -> None:
-        """End the process. Who still waits is told that nobody can say."""
+        """End the processes. Who still waits is told that nobody can say."""
         self._over = True
-        if (child := self.child) is not None:
+        for child in self.children:
             child.kill()
         with self._one:  # whoever waits for an answer has seen the end of it
-            if self.child is not None:
-                self._end(self.child)
-                self.child = None
-
-    @staticmethod
-    def _end(child: "subprocess.Popen[bytes]") -> None:
-        child.kill()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except OSError:  # what was not sent is not
-                    continue
-        child.wait(_PATIENCE)
+            for child in self.children:
+                child.end()
 
 
 def _encoded(data: bytes) -> str:

@@ -1,7 +1,7 @@
 """Passwords that the server's event loop wants checked: one after the other, behind everything else.
 
 A check takes 64 MiB and some 0.1 s of CPU on purpose, and strangers ask for it. So there is one at a time for each
-serving process, in a process of the lowest priority beside it (hashing_apart.py): calls take the processor first. Who
+serving process, in a process that stands back beside it (hashing_apart.py): calls take the processor first. Who
 would wait too long is told to come again, before anything is done for them.
 
 That a user is not there, or has no password, costs what a wrong password costs: a hash that nobody's password fits is
