@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -181,6 +182,23 @@ def test_what_gets_no_idle_time_is_checked_with_the_lowest_priority(starved: Has
     assert os.getpriority(os.PRIO_PROCESS, pid(starved, Share.LOW)) == 19
     with pytest.raises(VerifyMismatchError):
         starved.verify(stored, "other")
+
+
+def test_it_works_where_more_than_a_thousand_descriptors_are_open() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1200
+    if hard < wanted:
+        pytest.skip(f"this machine lets a process have {hard} descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1030)]
+    found = HashingApart(CHEAP, (Share.EQUAL, Share.LOW), turn=30.0)
+    try:
+        assert found.verify(CHEAP.hash(HORSE), HORSE)
+    finally:
+        found.close()
+        for one in held:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_answer_that_comes_too_late_is_no_answer_to_what_is_asked_next(starved: HashingApart) -> None:

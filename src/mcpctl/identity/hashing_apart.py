@@ -60,7 +60,7 @@ class Child:
         pipe = self._running().stdout
         if pipe is None:
             raise TypeError("a process without a pipe")
-        if patience is not None and not select.select([pipe], [], [], patience)[0]:
+        if patience is not None and not _readable(pipe.fileno(), patience):
             return None
         found = pipe.readline()
         if not found.endswith(b"\n"):
@@ -173,6 +173,14 @@ class HashingApart(argon2.PasswordHasher):
         with self._one:  # whoever waits for an answer has seen the end of it
             for child in self.children:
                 child.end()
+
+
+def _readable(descriptor: int, seconds: float) -> bool:
+    """Whether there is something to read, or an end, within so many seconds. Not by select(2), which knows no
+    descriptor beyond 1,023."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
 
 
 def _encoded(data: bytes) -> str:
