@@ -102,7 +102,7 @@ class Live:
 
 @pytest.fixture(scope="session")
 def live(newest_shop: site.Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    found = site.Site(tmp_path_factory.mktemp("live") / "site", newest_shop).start()
+    found = site.Site(tmp_path_factory.mktemp("live") / "site", newest_shop).start(anew=True)
     yield Live(found.url, found.token()[1], found.config)
     assert found.stop() in (0, -15)
 
@@ -123,7 +123,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def live_tls(newest_shop: site.Shop, certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     found = site.Site(tmp_path_factory.mktemp("live-tls") / "site", newest_shop)
-    found.start("--tls-cert", str(certificates / "cert.pem"), "--tls-key", str(certificates / "key.pem"))
+    found.start("--tls-cert", str(certificates / "cert.pem"), "--tls-key", str(certificates / "key.pem"), anew=True)
     yield Live(found.url, found.token()[1], found.config, certificates / "ca.pem")
     assert found.stop() in (0, -15)
 

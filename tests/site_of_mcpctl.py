@@ -125,7 +125,7 @@ class Site:
     ) -> None:
         self.folder = folder
         self.shop = shop
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | commands.Started | None = None
         self.url = ""
         self.limits = UNLIMITED
         self.stderr: list[str] = []
@@ -175,11 +175,17 @@ class Site:
             raise AssertionError(f"mcpctl {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
-    def start(self, *arguments: str, wait: bool = True, before: Sequence[str] = ()) -> Site:
-        self.process = subprocess.Popen(
-            [*before, *COMMAND, "--config", str(self.config), "serve", "--port", "0", *arguments],
-            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(**self.limits),
-        )  # fmt: skip
+    def start(self, *arguments: str, wait: bool = True, before: Sequence[str] = (), anew: bool = False) -> Site:
+        """`anew`: by a new interpreter, as an administrator starts it, which takes two seconds more; for who looks at
+        the process itself, at its memory, command line or environment."""
+        given = ["--config", str(self.config), "serve", "--port", "0", *arguments]
+        if anew or before:
+            self.process = subprocess.Popen(
+                [*before, *COMMAND, *given],
+                stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(**self.limits),
+            )  # fmt: skip
+        else:
+            self.process = _commands().start(given, environment(**self.limits))
         up = threading.Event()
 
         def read() -> None:

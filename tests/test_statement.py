@@ -305,7 +305,7 @@ def test_a_cell_of_a_gigabyte_and_ten_million_rows_cost_little_memory_and_nobody
     with site.shop(binaries or pg.supported()[-1], **options) as shop:
         lines = "limits: {statement_timeout: 60s}\n"
         database = f"    sslmode: verify-full\n    sslrootcert: {certificates / 'ca.pem'}\n" if way == "tls" else ""
-        at = make_site(shop, extra=lines, database=database, tcp=way != "socket").start()
+        at = make_site(shop, extra=lines, database=database, tcp=way != "socket").start(anew=True)
         with at.client(at.token()[1]) as a, at.client(at.token("bob")[1]) as b:
             assert a.rows("select ssl from pg_stat_ssl where pid = pg_backend_pid()") == [[way == "tls"]]
             assert httpx.get(f"{at.url.removesuffix('/mcp')}/ready").status_code == 200
@@ -333,7 +333,7 @@ def test_a_cell_of_a_gigabyte_and_ten_million_rows_cost_little_memory_and_nobody
 def test_a_large_value_of_any_kind_costs_little_memory_and_holds_nobody_up(
     make_site: MakeSite, newest_shop: Shop
 ) -> None:
-    at = make_site(newest_shop).start()
+    at = make_site(newest_shop).start(anew=True)
     with at.client(at.token()[1]) as a, at.client(at.token("bob")[1]) as b:
         for query, cut in (
             ("select ('[' || repeat('{},', 2500000) || '{}]')::json", True),
