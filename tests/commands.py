@@ -42,13 +42,18 @@ class Commands:
         self._process.wait(10)
 
     def run(
-        self, arguments: Sequence[str], input: bytes, environment: Mapping[str, str], timeout: float
+        self,
+        arguments: Sequence[str],
+        input: bytes,
+        environment: Mapping[str, str],
+        timeout: float,
+        cwd: str | os.PathLike[str] = "",
     ) -> subprocess.CompletedProcess[bytes]:
         """What subprocess.run answers, with all output captured."""
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             stdin.write(input)
             stdin.seek(0)
-            started = self._started(arguments, environment, stdin, out, err)
+            started = self._started(arguments, environment, cwd or os.getcwd(), stdin, out, err)
             try:
                 code = started.wait(timeout)
             except subprocess.TimeoutExpired:
@@ -61,13 +66,19 @@ class Commands:
         """What subprocess.Popen starts, without input, with our stdout and with a pipe of text as its stderr."""
         reading, writing = os.pipe()
         with open(os.devnull, "rb") as stdin, os.fdopen(writing, "wb") as err:
-            started = self._started(arguments, environment, stdin, 1, err)
+            started = self._started(arguments, environment, os.getcwd(), stdin, 1, err)
         started.stderr = os.fdopen(reading, encoding="utf-8")
         return started
 
-    def _started(self, arguments: Sequence[str], environment: Mapping[str, str], *standard: IO[bytes] | int) -> Started:
+    def _started(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        cwd: str | os.PathLike[str],
+        *standard: IO[bytes] | int,
+    ) -> Started:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        asked = {"arguments": [*arguments], "environment": dict(environment), "cwd": os.getcwd()}
+        asked = {"arguments": [*arguments], "environment": dict(environment), "cwd": os.fspath(cwd)}
         fds = [one if isinstance(one, int) else one.fileno() for one in standard]
         with theirs:
             socket.send_fds(self._socket, [json.dumps(asked).encode()], [theirs.fileno(), *fds])

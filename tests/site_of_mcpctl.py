@@ -280,11 +280,11 @@ def _commands() -> commands.Commands:
 
 
 def command(
-    *arguments: str, input: str | bytes | None = None, env: dict[str, str] | None = None
+    *arguments: str, input: str | bytes | None = None, env: dict[str, str] | None = None, cwd: str | Path = ""
 ) -> subprocess.CompletedProcess[str]:
     """mcpctl with these arguments, without a terminal."""
     given = input.encode() if isinstance(input, str) else input or b""
-    done = _commands().run(arguments, given, environment(**(env or {})), 60)
+    done = _commands().run(arguments, given, environment(**(env or {})), 60, cwd)
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
