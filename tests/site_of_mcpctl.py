@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,18 @@ import psycopg
 from psycopg import sql
 
 import commands
+import copied
 from mcpctl import private_file
 from mcpctl.cli import init
 from mcpctl.identity import tokens, users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.identity.grants import Grant
-from mcpctl.postgres import harden, hba
+from mcpctl.postgres import hba
 from mcpctl.postgres.embedded import Binaries, Cluster
 
 COMMAND = [sys.executable, "-m", "mcpctl"]
 READER = "shop_reader"
-PASSWORD = "reader's own secret"
+PASSWORD = copied.PASSWORD
 _MANY = {"rate": 100000, "burst": 100000, "concurrent": 1000, "failed_sign_ins": 100000}
 UNLIMITED = {f"MCPCTL_LIMITS__{name.upper()}": str(value) for name, value in _MANY.items()}
 """For the server of a site, which tests ask faster than people do."""
@@ -44,13 +44,8 @@ class Shop:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        with psycopg.connect(cluster.dsn, autocommit=True) as connection:
-            connection.execute("CREATE DATABASE shop")
-        with self.admin() as connection:
-            for name in ("shop.sql", "shop_reader.sql"):
-                connection.execute((files("mcpctl.cli") / name).read_bytes())
-            connection.execute(harden.script().encode())
-            connection.execute(sql.SQL("ALTER ROLE shop_reader PASSWORD {}").format(sql.Literal(PASSWORD)))
+        if not isinstance(cluster, copied.Copied):
+            copied.fill(cluster)
 
     def admin(self) -> psycopg.Connection[tuple[Any, ...]]:
         """A superuser's connection to the shop."""
@@ -103,7 +98,7 @@ def reload(cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def shop(binaries: Binaries, **options: Any) -> Iterator[Shop]:
-    with Cluster.start(binaries, **options) as cluster:
+    with copied.Copied.start(binaries, **options) as cluster:
         try:
             yield Shop(cluster)
         except BaseException:
