@@ -45,15 +45,16 @@ def run(
     *arguments: str,
     stdin: str | bytes | None = None,
     env: dict[str, str] | None = None,
+    cwd: str | Path = "",
     **more: Any,
 ) -> Done:
     """mcpctl with these arguments, without a terminal; `more` is for subprocess.run."""
     if not (more or any(name.startswith("PYTHON") for name in env or {})):  # which Python reads when it begins
-        done = command(*arguments, input=stdin, env=env)
+        done = command(*arguments, input=stdin, env=env, cwd=cwd)
     else:
         done = subprocess.run(
             [*COMMAND, *arguments], input=stdin or "", capture_output=True, timeout=60, text=True,
-            env=environment(**(env or {})), **more,
+            env=environment(**(env or {})), cwd=cwd or None, **more,
         )  # fmt: skip
     return Done(done.returncode, done.stdout, done.stderr)
 

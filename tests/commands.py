@@ -1,6 +1,7 @@
-"""mcpctl's commands, each in a process of its own that is forked from one which has imported everything already: an
-import takes most of a command's time, and thousands are run. `python -m mcpctl` itself is run by the tests of the
-command line (test_cli and others), and by every server."""
+"""mcpctl's commands and servers, each in a process of its own that is forked from one which has imported everything
+already: an import takes most of the time of a command and of a server's start, and thousands are run. `python -m
+mcpctl` itself is run by the tests of the command line (test_cli and others), of stdio, of the demo, and by the servers
+that are started `anew`."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ import importlib
 import json
 import os
 import pkgutil
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import IO, Any, NoReturn
@@ -39,25 +42,86 @@ class Commands:
         self._process.wait(10)
 
     def run(
-        self, arguments: Sequence[str], input: bytes, environment: Mapping[str, str], timeout: float
+        self,
+        arguments: Sequence[str],
+        input: bytes,
+        environment: Mapping[str, str],
+        timeout: float,
+        cwd: str | os.PathLike[str] = "",
     ) -> subprocess.CompletedProcess[bytes]:
         """What subprocess.run answers, with all output captured."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with ours, tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             stdin.write(input)
             stdin.seek(0)
-            asked = {"arguments": [*arguments], "environment": dict(environment), "cwd": os.getcwd()}
-            fds = [theirs.fileno(), stdin.fileno(), out.fileno(), err.fileno()]
-            with theirs:
-                socket.send_fds(self._socket, [json.dumps(asked).encode()], fds)
-            pid = int(ours.recv(64))
-            ours.settimeout(timeout)
+            started = self._started(arguments, environment, cwd or os.getcwd(), stdin, out, err)
             try:
-                code = int(ours.recv(64))
-            except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired([*arguments], timeout) from None
+                code = started.wait(timeout)
+            except subprocess.TimeoutExpired:
+                started.kill()
+                started.wait()
+                raise
             return subprocess.CompletedProcess([*arguments], code, _all_of(out), _all_of(err))
+
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str]) -> Started:
+        """What subprocess.Popen starts, without input, with our stdout and with a pipe of text as its stderr."""
+        reading, writing = os.pipe()
+        with open(os.devnull, "rb") as stdin, os.fdopen(writing, "wb") as err:
+            started = self._started(arguments, environment, os.getcwd(), stdin, 1, err)
+        started.stderr = os.fdopen(reading, encoding="utf-8")
+        return started
+
+    def _started(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        cwd: str | os.PathLike[str],
+        *standard: IO[bytes] | int,
+    ) -> Started:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        asked = {"arguments": [*arguments], "environment": dict(environment), "cwd": os.fspath(cwd)}
+        fds = [one if isinstance(one, int) else one.fileno() for one in standard]
+        with theirs:
+            socket.send_fds(self._socket, [json.dumps(asked).encode()], [theirs.fileno(), *fds])
+        return Started([*arguments], ours)
+
+
+class Started:
+    """A command that runs: of subprocess.Popen what the tests use."""
+
+    def __init__(self, arguments: list[str], told: socket.socket) -> None:
+        self.args = arguments
+        self.stderr: IO[str] | None = None
+        self.returncode: int | None = None
+        self._told = told
+        self._lock = threading.Lock()
+        self.pid = int(told.recv(64))
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, or a signal's number as a negative one."""
+        with self._lock:
+            if self.returncode is None:
+                if not select.select([self._told], [], [], timeout)[0]:
+                    assert timeout is not None
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                with self._told:
+                    self.returncode = int(self._told.recv(64))
+            return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def _all_of(file: IO[bytes]) -> bytes:

@@ -110,7 +110,7 @@ class Live:
 
 @pytest.fixture(scope="session")
 def live(lasting_shop: site.Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    found = site.Site(tmp_path_factory.mktemp("live") / "site", lasting_shop).start()
+    found = site.Site(tmp_path_factory.mktemp("live") / "site", lasting_shop).start(anew=True)
     yield Live(found.url, found.token()[1], found.config)
     assert found.stop() in (0, -15)
 
@@ -131,7 +131,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def live_tls(lasting_shop: site.Shop, certificates: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     found = site.Site(tmp_path_factory.mktemp("live-tls") / "site", lasting_shop)
-    found.start("--tls-cert", str(certificates / "cert.pem"), "--tls-key", str(certificates / "key.pem"))
+    found.start("--tls-cert", str(certificates / "cert.pem"), "--tls-key", str(certificates / "key.pem"), anew=True)
     yield Live(found.url, found.token()[1], found.config, certificates / "ca.pem")
     assert found.stop() in (0, -15)
 

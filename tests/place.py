@@ -13,6 +13,7 @@ from typing import Any
 import psycopg
 
 import site_of_mcpctl as site
+from copied import Copied
 from mcpctl import config
 from mcpctl.audit import log as audit_log
 from mcpctl.granting import Granting
@@ -180,7 +181,7 @@ class Place:
 
 @contextlib.contextmanager
 def place(folder: Path, binaries: Binaries, extra: str = "", **options: Any) -> Iterator[Place]:
-    with Cluster.start(binaries, **options) as cluster:
+    with Copied.start(binaries, **options) as cluster:
         try:
             yield Place(folder, cluster, extra)
         except BaseException:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,18 @@ import psycopg
 from psycopg import sql
 
 import commands
+import copied
 from mcpctl import private_file
 from mcpctl.cli import init
 from mcpctl.identity import tokens, users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.identity.grants import Grant
-from mcpctl.postgres import harden, hba
+from mcpctl.postgres import hba
 from mcpctl.postgres.embedded import Binaries, Cluster
 
 COMMAND = [sys.executable, "-m", "mcpctl"]
 READER = "shop_reader"
-PASSWORD = "reader's own secret"
+PASSWORD = copied.PASSWORD
 _MANY = {"rate": 100000, "burst": 100000, "concurrent": 1000, "failed_sign_ins": 100000}
 UNLIMITED = {f"MCPCTL_LIMITS__{name.upper()}": str(value) for name, value in _MANY.items()}
 """For the server of a site, which tests ask faster than people do."""
@@ -44,13 +44,8 @@ class Shop:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
-        with psycopg.connect(cluster.dsn, autocommit=True) as connection:
-            connection.execute("CREATE DATABASE shop")
-        with self.admin() as connection:
-            for name in ("shop.sql", "shop_reader.sql"):
-                connection.execute((files("mcpctl.cli") / name).read_bytes())
-            connection.execute(harden.script().encode())
-            connection.execute(sql.SQL("ALTER ROLE shop_reader PASSWORD {}").format(sql.Literal(PASSWORD)))
+        if not isinstance(cluster, copied.Copied):
+            copied.fill(cluster)
 
     def admin(self) -> psycopg.Connection[tuple[Any, ...]]:
         """A superuser's connection to the shop."""
@@ -103,7 +98,7 @@ def reload(cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def shop(binaries: Binaries, **options: Any) -> Iterator[Shop]:
-    with Cluster.start(binaries, **options) as cluster:
+    with copied.Copied.start(binaries, **options) as cluster:
         try:
             yield Shop(cluster)
         except BaseException:
@@ -125,7 +120,7 @@ class Site:
     ) -> None:
         self.folder = folder
         self.shop = shop
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | commands.Started | None = None
         self.url = ""
         self.limits = UNLIMITED
         self.stderr: list[str] = []
@@ -175,11 +170,17 @@ class Site:
             raise AssertionError(f"mcpctl {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
-    def start(self, *arguments: str, wait: bool = True, before: Sequence[str] = ()) -> Site:
-        self.process = subprocess.Popen(
-            [*before, *COMMAND, "--config", str(self.config), "serve", "--port", "0", *arguments],
-            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(**self.limits),
-        )  # fmt: skip
+    def start(self, *arguments: str, wait: bool = True, before: Sequence[str] = (), anew: bool = False) -> Site:
+        """`anew`: by a new interpreter, as an administrator starts it, which takes two seconds more; for who looks at
+        the process itself, at its memory, command line or environment."""
+        given = ["--config", str(self.config), "serve", "--port", "0", *arguments]
+        if anew or before:
+            self.process = subprocess.Popen(
+                [*before, *COMMAND, *given],
+                stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(**self.limits),
+            )  # fmt: skip
+        else:
+            self.process = _commands().start(given, environment(**self.limits))
         up = threading.Event()
 
         def read() -> None:
@@ -274,11 +275,11 @@ def _commands() -> commands.Commands:
 
 
 def command(
-    *arguments: str, input: str | bytes | None = None, env: dict[str, str] | None = None
+    *arguments: str, input: str | bytes | None = None, env: dict[str, str] | None = None, cwd: str | Path = ""
 ) -> subprocess.CompletedProcess[str]:
     """mcpctl with these arguments, without a terminal."""
     given = input.encode() if isinstance(input, str) else input or b""
-    done = _commands().run(arguments, given, environment(**(env or {})), 60)
+    done = _commands().run(arguments, given, environment(**(env or {})), 60, cwd)
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 

@@ -39,6 +39,8 @@ def promote(cluster: Cluster) -> None:
 def caught_up(primary: Cluster, other: Cluster) -> None:
     """Wait until the standby has all that the primary has written."""
     with psycopg.connect(primary.dsn, autocommit=True) as one, psycopg.connect(other.dsn, autocommit=True) as two:
+        one.execute("SET synchronous_commit = on")  # the clusters of tests commit without it, and flush a moment later
+        one.execute("SELECT pg_logical_emit_message(true, 'test', 'all before it is flushed with it')")
         [written] = one.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone() or ("",)
         eventually(
             lambda: two.execute("SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", [written]).fetchone() == (True,)

@@ -56,6 +56,8 @@ def protected(node: Path) -> Iterator[Protected]:
         yield server
 
 
+STARTS = 30.0
+"""Seconds that a bridge may take to start and to ask for a sign-in, on a machine with much else to do."""
 HELLO = modern("tools/call", 1, name="hello", arguments={"name": "Ann"})
 
 
@@ -335,7 +337,7 @@ def test_an_authorization_server_that_is_not_as_it_must_be_is_not_signed_in_at(
 def test_only_the_browser_that_brings_the_state_back_counts(tmp_path: Path) -> None:
     with bridged(authorization({}), tmp_path) as (_, bridge):
         bridge.send(modern("x"))
-        eventually(lambda: "redirect_uri=" in bridge.said)
+        eventually(lambda: "redirect_uri=" in bridge.said, STARTS)
         asked = dict(httpx.QueryParams(bridge.said.partition("?")[2].split()[0]))
         back = asked["redirect_uri"]
         assert asked["code_challenge_method"] == "S256"
@@ -352,7 +354,7 @@ def test_only_the_browser_that_brings_the_state_back_counts(tmp_path: Path) -> N
 
 def come_back(bridge: Bridge, **more: str) -> None:
     """What a browser brings back."""
-    eventually(lambda: "redirect_uri=" in bridge.said)
+    eventually(lambda: "redirect_uri=" in bridge.said, STARTS)
     asked = dict(httpx.QueryParams(bridge.said.rpartition("?")[2].split()[0]))
     given = {"state": asked["state"], "code": "c", **more}
     assert httpx.get(asked["redirect_uri"], params=given, trust_env=False).status_code == 200
@@ -385,7 +387,7 @@ def test_a_metadata_document_is_the_client_where_the_authorization_server_takes_
     script = authorization({"client_id_metadata_document_supported": True})
     with bridged(script, tmp_path, "--client-metadata-url", url) as (server, bridge):
         bridge.send(modern("x"))
-        eventually(lambda: "redirect_uri=" in bridge.said)
+        eventually(lambda: "redirect_uri=" in bridge.said, STARTS)
         assert httpx.QueryParams(bridge.said.partition("?")[2].split()[0])["client_id"] == url
     assert not [seen for seen in server.seen if b"redirect_uris" in seen[2]], "nothing was registered"
 
@@ -412,7 +414,7 @@ def test_a_call_that_needs_more_scope_asks_the_person_for_more(tmp_path: Path) -
     with bridged(script, tmp_path) as (_, bridge):
         bridge.send(modern("x"))
         come_back(bridge)
-        eventually(lambda: bridge.said.count("redirect_uri=") == 2)
+        eventually(lambda: bridge.said.count("redirect_uri=") == 2, STARTS)
         assert "scope=read+write" in bridge.said.rpartition("?")[2]
         come_back(bridge)
         assert bridge.answer()["result"] == {}
@@ -422,7 +424,7 @@ def test_a_call_that_needs_more_scope_asks_the_person_for_more(tmp_path: Path) -
 def test_a_sign_in_ends_with_stdin(tmp_path: Path) -> None:
     with bridged(authorization({}), tmp_path) as (_, bridge):
         bridge.send(modern("x"))
-        eventually(lambda: "redirect_uri=" in bridge.said)
+        eventually(lambda: "redirect_uri=" in bridge.said, STARTS)
         assert bridge.close(5) == 0
 
 

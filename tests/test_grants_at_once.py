@@ -11,7 +11,7 @@ import pytest
 import pg
 from mcpctl.errors import Error, NotFoundError
 from mcpctl.identity.grants import PENDING
-from mcpctl.postgres import administrator
+from mcpctl.postgres import administrator, roles
 from mcpctl.postgres.administrator import Administrator
 from place import Place, place
 from site_of_mcpctl import eventually, in_background
@@ -145,7 +145,11 @@ def test_no_lock_that_anybody_can_take_holds_a_superusers_grant_up(here: Place, 
 
 
 @pytest.mark.parametrize("who", ["superuser", "createrole"])
-def test_a_grant_whose_turn_does_not_come_says_why_and_changes_nothing(here: Place, user: str, who: str) -> None:
+def test_a_grant_whose_turn_does_not_come_says_why_and_changes_nothing(
+    here: Place, user: str, who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "lock_timeout = '10s'" in roles.TURN
+    monkeypatch.setattr(roles, "TURN", roles.TURN.replace("'10s'", "'500ms'"))
     here.do("CREATE ROLE dba LOGIN CREATEROLE PASSWORD 'dba'", "GRANT CONNECT ON DATABASE shop TO dba")
     dsn = here.dsns["shop"] if who == "superuser" else here.cluster.dsn_for("dba", "dba", "shop")
     asked = Administrator(here.who().login, dsn)

@@ -154,7 +154,9 @@ def test_what_a_busy_pool_has_to_spare_gives_way_to_a_call_that_waits(make_site:
         assert sleeper.result().status_code == 401
 
 
-def test_what_is_slow_to_close_holds_no_expiry_up() -> None:
+def test_what_is_slow_to_close_holds_no_expiry_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_SWEEP", 0.1)
+
     class Held:
         """An authenticator that sees a token expire once the pools are being swept; the pools never end that."""
 

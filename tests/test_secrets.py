@@ -180,7 +180,7 @@ def do_everything(session: Session) -> None:
     session.command("token", "add", "--user", "bob", "--expiry", "1d", "--out", str(out))
     written = session.keep("bob's token", out.read_text().strip(), "bob.token")
     # a server, calls, errors, a stranger
-    here.site.start("--workers", "2")
+    here.site.start("--workers", "2", anew=True)
     for token in (shown, written):
         calls(session, here.site.url, token, 200)
     stranger = session.keep("a stranger's token", shown[:20] + "x" * 10 + shown[30:])

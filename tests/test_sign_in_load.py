@@ -131,7 +131,7 @@ def test_a_storm_of_sign_ins_is_answered_takes_a_bounded_memory_and_leaves_calls
 ) -> None:
     site = make_site(newest_shop, extra=ENABLED)
     names = with_users(site, 10)
-    site.start()
+    site.start(anew=True)
     _, token = site.token()
     seen = round_of(site, token, names, 1000 / 60, 3)
     assert seen.statuses.keys() <= {200, 429}, seen

@@ -45,7 +45,7 @@ def test_three_hundred_large_heads_with_unfinished_bodies_cost_no_more_than_the_
     """Bodies hold 64 MiB at most, grown by an eighth while they are read. Each connection has a head of 16 KiB, what
     has been made of it, and twice what asyncio reads at once (256 KiB): on its way, and waiting for the app. That is
     254 MiB in all; without a budget the bodies alone would add 221 MiB, and more with each further connection."""
-    at = make_site(newest_shop).start()
+    at = make_site(newest_shop).start(anew=True)
     host, port = urlsplit(at.url).netloc.split(":")
     address = (host, int(port))
     tokens = [at.token()[1] for _ in range(6)]
