@@ -288,7 +288,7 @@ def test_a_refresh_token_that_another_client_shows_ends_the_connection(app: App,
 @pytest.mark.parametrize(
     ("changed", "error"),
     [
-        ({"scope": "mcp:read mcp:write"}, "invalid_grant"),
+        ({"scope": "mcp:read mcp:write"}, "invalid_scope"),
         ({"resource": "https://another.example/mcp"}, "invalid_target"),
         ({"refresh_token": ""}, "invalid_request"),
         ({"refresh_token": "mcr_S1234567_" + "A" * 43 + "_AAAAAA"}, "invalid_grant"),
@@ -301,6 +301,23 @@ def test_a_refresh_that_asks_for_other_things_is_refused_and_ends_nothing(
     assert app.refresh(tokens["refresh_token"], **changed).json()["error"] == error
     assert app.works(tokens["access_token"])
     assert app.refresh(tokens["refresh_token"]).status_code == 200
+
+
+def test_a_refresh_for_fewer_scopes_gives_what_these_allow_until_the_next(make_site: MakeSite, shop: Shop) -> None:
+    site = make_site(shop, extra=ON)
+    site.user("carol", "mcp-tools")
+    give_password(site, "carol")
+    site.start()
+    app = App(site)
+    tokens = app.connected(Person(site, "carol"), scope="mcp:write")
+    narrow = app.refresh(tokens["refresh_token"], scope="mcp:read").json()
+    assert narrow["scope"] == "mcp:read"  # which mcp:write allows, too
+    told = _raw_call(site, narrow["access_token"], "execute_statement", statement="select 1")
+    assert told.status_code == 403
+    assert 'error="insufficient_scope"' in told.headers["www-authenticate"]
+    wide = app.refresh(narrow["refresh_token"]).json()
+    assert wide["scope"] == "mcp:write"
+    assert _raw_call(site, wide["access_token"], "execute_statement", statement="select 1").status_code == 200
 
 
 def test_a_client_that_wants_no_refresh_token_gets_none(served: Site, person: Person) -> None:

@@ -75,7 +75,14 @@ CREATE TABLE browsers (
 ) WITHOUT ROWID;
 CREATE TABLE form_keys (name TEXT PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID
 """
-_STEPS = {2: _SINCE_2, 3: _SINCE_3, 4: _SINCE_4, 5: _SINCE_5}
+_SINCE_6 = """
+ALTER TABLE oauth_refresh_tokens ADD COLUMN number INTEGER NOT NULL DEFAULT 0;
+DROP INDEX oauth_refresh_tokens_session;
+CREATE INDEX oauth_refresh_tokens_number ON oauth_refresh_tokens (session, number);
+ALTER TABLE oauth_connections ADD COLUMN permissions TEXT NOT NULL DEFAULT '[]';
+UPDATE oauth_connections SET permissions = coalesce((SELECT permissions FROM sessions WHERE id = session), '[]')
+"""
+_STEPS = {2: _SINCE_2, 3: _SINCE_3, 4: _SINCE_4, 5: _SINCE_5, 6: _SINCE_6}
 """What a store of an earlier form lacks, by the form that has it."""
 SCHEMA_VERSION = max(_STEPS)
 _RESTORE = (

@@ -287,19 +287,20 @@ class Sessions:
         access: timedelta,
         overlap: timedelta,
         also: Callable[[sqlite3.Connection], None] = lambda connection: None,
+        permissions: tuple[str, ...] | None = None,
     ) -> str:
         """A new secret for a session, good for `access`; the old one is taken for `overlap` more, so that what is on
-        its way arrives. `also(connection)` is done with it, or nothing is. Raises UnavailableError; NotFoundError where
-        the session has ended."""
+        its way arrives. `permissions`: those that it has from now on; None: as before. `also(connection)` is done with
+        it, or nothing is. Raises UnavailableError; NotFoundError where the session has ended."""
         text, now = secret(session.id), self._now()
         with self._state.change() as connection:
             (changed,) = connection.execute(_NEXT).fetchone()
             done = connection.execute(
-                "UPDATE sessions SET changed = ?, before = hash, before_ends = ?, hash = ?, used = ?, access_ends = ? "
-                "WHERE id = ? AND NOT ended",
+                "UPDATE sessions SET changed = ?, before = hash, before_ends = ?, hash = ?, used = ?, access_ends = ?, "
+                "permissions = coalesce(?, permissions) WHERE id = ? AND NOT ended",
                 (
                     changed, (now + overlap).timestamp(), _digest(text), now.timestamp(), (now + access).timestamp(),
-                    session.id,
+                    None if permissions is None else json.dumps(permissions), session.id,
                 ),
             )  # fmt: skip
             if not done.rowcount:

@@ -31,6 +31,7 @@ from mcpctl.server.shown import shown
 log = logging.getLogger("mcpctl.oauth")
 METADATA = "/.well-known/oauth-authorization-server"
 _LARGEST = 16 << 10
+_TOO_MUCH = "the user was not asked for so much: ask for what was allowed, or for less"
 Answer = Callable[[Host, Scope, Receive, str | None, str], Awaitable[tuple[int, dict[str, Any] | None]]]
 
 
@@ -150,7 +151,8 @@ class Endpoints:
                 status, found = await answer(host, scope, receive, address, request_id)
             except GrantError as problem:
                 self._note(problem, address, request_id)
-                status, found = 400, _error("invalid_grant", "the grant opens nothing, or no longer")
+                told = _TOO_MUCH if problem.error == "invalid_scope" else "the grant opens nothing, or no longer"
+                status, found = 400, _error(problem.error, told)
             except Error as problem:
                 status, found, more = self._refused(problem, address, request_id)
                 headers += more

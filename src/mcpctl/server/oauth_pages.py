@@ -315,7 +315,7 @@ class SignInPages:
             session.id,
             pages.Client(one.name, one.redirect, one.host, self._parts.clients.lists(one.client)),
             self._in_words(one.scopes),
-            self._databases(user, session.permissions or ()),
+            self._databases(user, one.permissions),
             session.created_at,
             session.used_at if session.used_at > session.created_at else None,
             session.address,
