@@ -39,14 +39,14 @@ class Own:
     """The databases that users of one installation have brought. `pools` is None for a command, which has none open."""
 
     def __init__(
-        self, settings: Settings, keyring: Keyring, pools: Pools | None, ask: own_login.Resolve = own_login.resolve
+        self, settings: Settings, keyring: Keyring, pools: Pools | None, ask: own_login.Resolve | None = None
     ) -> None:
         self._settings = settings
         self._rules = settings.own_databases
         self._hosts = Hosts(self._rules.hosts)
         self._keyring = keyring
         self._pools = pools
-        self._ask = ask
+        self._ask = ask or own_login.Resolver()
         self._state = store(settings)
         self._people = users.user_file(settings.auth.user_file)
         self._rows = OwnDatabases(self._state, keyring, self._people)
