@@ -30,6 +30,8 @@ PASSWORD, OAUTH = "password", "oauth"
 _TEXT = re.compile(r"mcs_(S[0-9a-z]{7})_[0-9A-Za-z]{43}_[0-9A-Za-z]{6}")
 _KEPT = timedelta(hours=1)
 """For which the record of one that has ended stays, so that each worker sees that it did."""
+_HURRIED = timedelta(seconds=1)
+"""For which nobody's use is worth waiting, where the store was held when one was to be noted."""
 _FINEST, _COARSEST = timedelta(seconds=1), timedelta(seconds=30)
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _COLUMNS = (
@@ -158,6 +160,7 @@ class Sessions:
         self._version: object = None
         self._opened = 0
         self._last = 0
+        self._hurried = _EPOCH
         self._fresh: dict[str, Session | None] = {}
         self.known: dict[str, Session] = {}
         """Those that had not ended at the last look."""
@@ -355,18 +358,19 @@ class Sessions:
 
     def use(self, session: Session) -> None:
         """Note that a session is used, if that was noted long enough ago; if it cannot be noted now, the next use may.
-        Whoever holds the store is not waited for."""
+        Whoever holds the store is hardly waited for: calls go through here."""
         if not self.is_due(session):
             return
         now = self._now()
         try:
-            with self._state.change(SHORTLY) as connection:
+            with self._state.change(SHORTLY if now >= self._hurried else 0) as connection:
                 (changed,) = connection.execute(_NEXT).fetchone()
                 connection.execute(
                     "UPDATE sessions SET changed = ?, used = ? WHERE id = ? AND used < ? AND NOT ended",
                     (changed, now.timestamp(), session.id, now.timestamp()),
                 )
         except UnavailableError:
+            self._hurried = now + _HURRIED
             return
         self.look()
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_plus
 
-from mcpctl.errors import Error, LimitedError, UnavailableError, UsageError
+from mcpctl.errors import BusyError, Error, LimitedError, UnavailableError, UsageError
 from mcpctl.identity import client_documents, strict_json
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.client_documents import Documents
 from mcpctl.identity.oauth import Connections, GrantError, Issued
 from mcpctl.identity.oauth_clients import Client, Clients, MetadataError
 from mcpctl.identity.sessions import Session
+from mcpctl.in_turn import in_turn
 from mcpctl.policy.scopes import OFFLINE, Scopes
 from mcpctl.recorder import Recorder
 from mcpctl.server import credentials, encoding, exchange, parameters
@@ -177,7 +178,8 @@ class Endpoints:
         if problem.status >= 500:
             log.warning("request %s: %s", request_id, problem.message)
             busy = isinstance(problem, UnavailableError)
-            return 503, _error("temporarily_unavailable" if busy else "server_error", outside(problem)), []
+            after = [(b"retry-after", str(problem.retry_after).encode())] if isinstance(problem, BusyError) else []
+            return 503, _error("temporarily_unavailable" if busy else "server_error", outside(problem)), after
         return problem.status, _error("invalid_request", problem.message), []
 
     def _note(self, problem: GrantError, address: str | None, request_id: str) -> None:
@@ -198,7 +200,7 @@ class Endpoints:
     ) -> tuple[int, dict[str, Any]]:
         given, client = await self._form(host, scope, receive, address)
         self._parts.recorder.before_call()
-        kind, resource = given.get("grant_type"), given.get("resource")
+        kind, resource, connections = given.get("grant_type"), given.get("resource"), self._parts.connections
         ours = f"{host.base(scope)}/mcp"
         if resource is not None and not is_resource(resource, ours):
             raise RefusalError("invalid_target", f"resource is to be {ours}")
@@ -207,15 +209,15 @@ class Endpoints:
             for name in ("code", "code_verifier"):
                 if name not in given:
                     raise RefusalError("invalid_request", f"{name} is missing")
-            issued = self._parts.connections.redeem(
-                given["code"], client, given.get("redirect_uri"), given["code_verifier"], target, address
-            )
-            self._note_opened(issued, address, request_id)
+            code, back, verifier = given["code"], given.get("redirect_uri"), given["code_verifier"]
+            issued = await in_turn(lambda: connections.redeem(code, client, back, verifier, target, address))
+            await self._note_opened(issued, address, request_id)
         elif kind == "refresh_token":
             if "refresh_token" not in given:
                 raise RefusalError("invalid_request", "refresh_token is missing")
             scopes = given["scope"].split() if "scope" in given else None
-            issued = self._parts.connections.renew(given["refresh_token"], client, target, scopes)
+            refresh = given["refresh_token"]
+            issued = await in_turn(lambda: connections.renew(refresh, client, target, scopes))
         else:
             missing = "invalid_request" if kind is None else "unsupported_grant_type"
             raise RefusalError(missing, "grant_type is to be authorization_code or refresh_token")
@@ -231,14 +233,14 @@ class Endpoints:
         }
         return found if issued.refresh is None else {**found, "refresh_token": issued.refresh}
 
-    def _note_opened(self, issued: Issued, address: str | None, request_id: str) -> None:
+    async def _note_opened(self, issued: Issued, address: str | None, request_id: str) -> None:
         """One line for a new connection, without which it does not stay."""
         where = {"user": issued.session.user, "client_ip": address, "request_id": request_id, "transport": "http"}
         told = f"client {issued.session.client} with {' '.join(issued.scopes)}"
         try:
             self._parts.recorder.call("session.opened", {"token": issued.session.id, **where, "reason": told})
         except UnavailableError:
-            self._parts.connections.end(issued.session.user or "", issued.session.id)
+            await in_turn(lambda: self._parts.connections.end(issued.session.user or "", issued.session.id))
             raise
         for one in issued.ended:
             self._parts.closed(
@@ -253,7 +255,8 @@ class Endpoints:
         given, client = await self._form(host, scope, receive, address)
         if "token" not in given:
             raise RefusalError("invalid_request", "token is missing")
-        session = self._parts.connections.revoke(given["token"], client)
+        text = given["token"]
+        session = await in_turn(lambda: self._parts.connections.revoke(text, client))
         self._parts.closed(session, f"client {client} has given it back", client_ip=address, request_id=request_id)
         return 200, None
 
@@ -299,7 +302,7 @@ class Endpoints:
             said = strict_json.read(body)
         except ValueError as problem:
             raise MetadataError(f"the body {problem}") from None
-        client = self._parts.clients.register(said, address)
+        client = await in_turn(lambda: self._parts.clients.register(said, address))
         told = f"{client.id} calls itself {shown(client.name)!r}, answered at {shown(client.redirects[0], 200)}"
         self._parts.recorder.of_stranger(
             "client.registered", client_ip=address, request_id=request_id, transport="http", reason=told

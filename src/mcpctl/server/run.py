@@ -320,7 +320,7 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
     gatekeeper = Gatekeeper.of(
         settings, settings.server.host, listening.port or settings.server.port, behind_proxy=listening.behind_proxy
     )
-    authorization = oauth.build(core)
+    authorization = await oauth.build(core)
     app = Http(
         Parts(
             settings=settings,

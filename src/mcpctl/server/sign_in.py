@@ -13,6 +13,7 @@ from mcpctl.identity.principal import Principal
 from mcpctl.identity.sessions import Session
 from mcpctl.identity.standing import Standing
 from mcpctl.identity.users import rfc3339
+from mcpctl.in_turn import in_turn
 from mcpctl.policy.access import Access
 from mcpctl.recorder import Recorder
 from mcpctl.server import encoding, exchange
@@ -94,7 +95,7 @@ class SignIn:
         session = self._sessions.known.get(principal.token or "")
         if session is None:
             raise ForbiddenError("a token is no session, and does not sign out", "its administrator can revoke it")
-        self._end([session], "signed out", address, request_id)
+        await self._end([session], "signed out", address, request_id)
         await exchange.answer(send, 204, b"", request_id)
 
     # -- those of others -------------------------------------------------------------------------------------------
@@ -114,7 +115,7 @@ class SignIn:
         self._check(principal, "sessions:end", address, request_id)
         user = _user(scope, needed=True)
         theirs = [one for one in self._seen_by(principal) if one.user == user]
-        ended = self._end_for(principal, theirs, address, request_id)
+        ended = await self._end_for(principal, theirs, address, request_id)
         await exchange.answer(send, 200, encoding.encode({"ended": ended}), request_id)
 
     async def _one(self, host: Host, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
@@ -125,7 +126,7 @@ class SignIn:
         self._check(principal, "sessions:end", address, request_id)
         name = scope["path"].rpartition("/")[2]
         found = [one for one in self._seen_by(principal) if one.id == name and _ID.fullmatch(name)]
-        if not found or not self._end_for(principal, found, address, request_id):
+        if not found or not await self._end_for(principal, found, address, request_id):
             raise NotFoundError("there is no such session", f"GET {ADMIN} lists those that there are")
         await exchange.answer(send, 204, b"", request_id)
 
@@ -147,13 +148,15 @@ class SignIn:
             return found
         return [one for one in found if (user := self._door.person(one.user or "")) and user.tenant == principal.tenant]
 
-    def _end_for(self, by: Principal, which: list[Session], address: str | None, request_id: str) -> list[str]:
-        self._sessions.ask_again(one.id for one in which)
-        return self._end(which, f"ended over HTTP by {by.name}", address, request_id)
+    async def _end_for(self, by: Principal, which: list[Session], address: str | None, request_id: str) -> list[str]:
+        ids = [one.id for one in which]
+        await in_turn(lambda: self._sessions.ask_again(ids))
+        return await self._end(which, f"ended over HTTP by {by.name}", address, request_id)
 
-    def _end(self, which: list[Session], reason: str, address: str | None, request_id: str) -> list[str]:
+    async def _end(self, which: list[Session], reason: str, address: str | None, request_id: str) -> list[str]:
         """End sessions, and what they have open; the ids of those that had not ended yet."""
-        ended = self._sessions.end(one.id for one in which)
+        ids = [one.id for one in which]
+        ended = await in_turn(lambda: self._sessions.end(ids))
         of = {one.id: one.user for one in which}
         for name in ended:
             user = self._door.person(of[name] or "")
