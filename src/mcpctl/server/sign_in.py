@@ -4,6 +4,7 @@ who may see and end the sessions of others."""
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -30,10 +31,22 @@ _ID = re.compile(r"S[0-9a-z]{7}")
 
 
 class SignIn:
-    """The routes, for an app to take as one of its additions."""
+    """The routes, for an app to take as one of its additions. `passwords`: whether one becomes a session here; those
+    that users have let clients have are seen and ended in any case. `leave(user)` signs a user out of all browsers."""
 
-    def __init__(self, signing_in: SigningIn, door: Standing, access: Access, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        signing_in: SigningIn,
+        door: Standing,
+        access: Access,
+        recorder: Recorder,
+        leave: Callable[[str], None],
+        *,
+        passwords: bool,
+    ) -> None:
         self._signing_in = signing_in
+        self._leave = leave
+        self._passwords = passwords
         self._sessions = signing_in.sessions
         self._door = door
         self._access = access
@@ -48,7 +61,8 @@ class SignIn:
 
             return route
 
-        return {SIGN_IN: of(self._auth), ADMIN: of(self._several), f"{ADMIN}{BELOW}": of(self._one)}
+        found = {ADMIN: of(self._several), f"{ADMIN}{BELOW}": of(self._one)}
+        return found | ({SIGN_IN: of(self._auth)} if self._passwords else {})
 
     # -- one's own -------------------------------------------------------------------------------------------------
 
@@ -113,7 +127,9 @@ class SignIn:
             await exchange.answer(send, 200, encoding.encode({"sessions": shown}), request_id)
             return
         self._check(principal, "sessions:end", address, request_id)
-        user = _user(scope, needed=True)
+        user = _user(scope, needed=True) or ""
+        if self._may_know(principal, user):
+            await in_turn(lambda: self._leave(user))
         theirs = [one for one in self._seen_by(principal) if one.user == user]
         ended = await self._end_for(principal, theirs, address, request_id)
         await exchange.answer(send, 200, encoding.encode({"ended": ended}), request_id)
@@ -143,10 +159,13 @@ class SignIn:
 
     def _seen_by(self, principal: Principal) -> list[Session]:
         """The sessions that a principal may know of: of its own tenant's users alone, if it has one."""
-        found = self._sessions.all()
+        return [one for one in self._sessions.all() if self._may_know(principal, one.user or "")]
+
+    def _may_know(self, principal: Principal, name: str) -> bool:
         if principal.tenant is None:
-            return found
-        return [one for one in found if (user := self._door.person(one.user or "")) and user.tenant == principal.tenant]
+            return True
+        user = self._door.person(name)
+        return user is not None and user.tenant == principal.tenant
 
     async def _end_for(self, by: Principal, which: list[Session], address: str | None, request_id: str) -> list[str]:
         ids = [one.id for one in which]
