@@ -13,7 +13,7 @@ import json
 import re
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -157,6 +157,7 @@ class Sessions:
         self._state = state
         self._rules = rules
         self._now = now
+        self._kinds: Container[str] = rules
         self._version: object = None
         self._opened = 0
         self._last = 0
@@ -187,7 +188,8 @@ class Sessions:
         rows = self._state.rows(_SINCE, (last,))
         found: dict[str, Session | None] = {} if last else dict.fromkeys(self.known)
         for row in rows:
-            found[row[0]] = None if row[2] or row[3] not in self._rules else self._read(row)
+            there = not row[2] and row[3] in self._rules and row[3] in self._kinds
+            found[row[0]] = self._read(row) if there else None
             last = row[1]
         self._version, self._opened, self._last = version, version[0], last
         self._fresh |= found
@@ -202,6 +204,11 @@ class Sessions:
         self._version, self._opened, self._last = None, 0, 0
         self.known.clear()
         self._fresh.clear()
+
+    def only(self, kinds: Container[str]) -> None:
+        """Know from the next look on no sessions but those of these kinds: a config without the others has come into
+        force, and what they have open is not to end with its answer."""
+        self._kinds, self._version, self._last = kinds, None, 0
 
     def _read(self, row: tuple[Any, ...]) -> Session:
         name, _, _, kind, user, hash_, mark, created, used, ends, access, before, until, names, may, client, at = row
