@@ -24,6 +24,7 @@ from mcpctl.server import credentials, encoding, exchange, parameters
 from mcpctl.server.asked import is_resource
 from mcpctl.server.cors import Cors
 from mcpctl.server.exchange import MethodError, Receive, Scope, Send
+from mcpctl.server.noted import Noted
 from mcpctl.server.parameters import Parameters
 from mcpctl.server.refusals import outside
 from mcpctl.server.routes import Host, Route, Routes
@@ -90,6 +91,7 @@ class Endpoints:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._noted = Noted()
 
     def __call__(self, host: Host) -> Routes:
         """See routes.py:Addition."""
@@ -97,7 +99,7 @@ class Endpoints:
         found |= {"/token": self._post(host, self._token), "/revoke": self._post(host, self._revoke)}
         if self._parts.registration:
             found["/register"] = self._post(host, self._register)
-        return found
+        return {path: self._noted.watched(path, route) for path, route in found.items()}
 
     # -- what is there -------------------------------------------------------------------------------------------------
 
@@ -155,7 +157,7 @@ class Endpoints:
                 told = _TOO_MUCH if problem.error == "invalid_scope" else "the grant opens nothing, or no longer"
                 status, found = 400, _error(problem.error, told)
             except Error as problem:
-                status, found, more = self._refused(problem, address, request_id)
+                status, found, more = self._refused(scope["path"], problem, address, request_id)
                 headers += more
             body = encoding.encode(found) if found is not None else b""
             await exchange.answer(send, status, body, request_id, [(b"pragma", b"no-cache"), *headers])
@@ -163,14 +165,17 @@ class Endpoints:
         return route
 
     def _refused(
-        self, problem: Error, address: str | None, request_id: str
+        self, path: str, problem: Error, address: str | None, request_id: str
     ) -> tuple[int, dict[str, Any], list[tuple[bytes, bytes]]]:
         if isinstance(problem, RefusalError):
             if problem.inside is not None:
                 self._refuse_in_log(problem.inside, address, request_id)
+            else:
+                self._noted(path, problem, request_id)
             more = [(b"www-authenticate", b'Basic realm="mcpctl"')] if problem.status == 401 else []
             return problem.status, _error(problem.error, problem.message), more
         if isinstance(problem, MetadataError):
+            self._noted(path, problem, request_id)
             return 400, _error(problem.error, problem.message), []
         if isinstance(problem, LimitedError):
             after = [(b"retry-after", str(problem.retry_after).encode())]
@@ -180,6 +185,7 @@ class Endpoints:
             busy = isinstance(problem, UnavailableError)
             after = [(b"retry-after", str(problem.retry_after).encode())] if isinstance(problem, BusyError) else []
             return 503, _error("temporarily_unavailable" if busy else "server_error", outside(problem)), after
+        self._noted(path, problem, request_id)
         return problem.status, _error("invalid_request", problem.message), []
 
     def _note(self, problem: GrantError, address: str | None, request_id: str) -> None:

@@ -27,6 +27,7 @@ from mcpctl.server import asked, forms, pages
 from mcpctl.server.asked import Asked, RefusedError
 from mcpctl.server.exchange import MethodError, Receive, Scope, Send
 from mcpctl.server.forms import Cookie, FormTokens
+from mcpctl.server.noted import MALFORMED, Noted
 from mcpctl.server.oauth import Parts
 from mcpctl.server.pages import Answer, Form, Pages
 from mcpctl.server.refusals import outside
@@ -75,6 +76,7 @@ class SignInPages:
         self._tokens = tokens
         self._prove = prove
         self._databases = databases
+        self._noted = Noted()
 
     def __call__(self, host: Host) -> Routes:
         """See routes.py:Addition."""
@@ -97,6 +99,8 @@ class SignInPages:
                 visit = _Visit(scope, receive, host, address, request_id, origin, jar, cookie)
                 found = await answer(visit)
             except Error as problem:
+                if problem.status in MALFORMED:
+                    self._noted(scope["path"], problem, request_id)
                 found = self._failed(problem, origin, request_id)
             headers = [*found.headers, (b"x-request-id", request_id.encode())]
             await send({"type": "http.response.start", "status": found.status, "headers": headers})

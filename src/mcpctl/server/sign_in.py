@@ -19,6 +19,7 @@ from mcpctl.policy.access import Access
 from mcpctl.recorder import Recorder
 from mcpctl.server import encoding, exchange
 from mcpctl.server.exchange import MethodError, Receive, Scope, Send
+from mcpctl.server.noted import Noted
 from mcpctl.server.routes import BELOW, Host, Route, Routes, know
 from mcpctl.signing_in import SigningIn
 
@@ -62,7 +63,7 @@ class SignIn:
             return route
 
         found = {ADMIN: of(self._several), f"{ADMIN}{BELOW}": of(self._one)}
-        return found | ({SIGN_IN: of(self._auth)} if self._passwords else {})
+        return found | ({SIGN_IN: Noted().watched(SIGN_IN, of(self._auth))} if self._passwords else {})
 
     # -- one's own -------------------------------------------------------------------------------------------------
 
