@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import ssl
-import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 import oauth_servers
 from mcpctl.config_values import Network
+from mcpctl.errors import UnavailableError
 from mcpctl.identity import client_documents
 from mcpctl.identity.client_documents import DocumentError, is_public
 from mcpctl.identity.oauth_clients import Client
@@ -136,39 +136,12 @@ def test_a_host_whose_name_cannot_be_one_is_not_found(host: str) -> None:
             runner(client_documents.Documents().find(f"https://{host}/client.json"))
 
 
-def test_name_servers_that_never_answer_hold_up_nobody_else_and_are_bounded() -> None:
-    """The loop's own threads are what the databases' hosts are resolved in."""
-    answer, asked = threading.Event(), list[str]()
+def test_documents_are_no_clients_while_too_many_hosts_are_being_looked_up() -> None:
+    async def full(host: str, port: int) -> list[str]:
+        raise UnavailableError("too many hosts are being looked up", "try again in a moment")
 
-    def never(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
-        asked.append(host)
-        answer.wait(30)
-        raise OSError
-
-    async def come() -> None:
-        look = client_documents.Lookups(never)
-        waiting = [asyncio.create_task(look(f"host{n}.example", 443)) for n in range(client_documents.LOOKUPS)]
-        await asyncio.sleep(0)
-        with pytest.raises(DocumentError, match="too many"):
-            await look("one-more.example", 443)
-        async with asyncio.timeout(10):
-            assert await asyncio.get_running_loop().getaddrinfo("localhost", 80)
-        for one in waiting:
-            one.cancel()
-        with pytest.raises(DocumentError, match="too many"):  # nobody waits, and the thread is still there
-            await look("one-more.example", 443)
-        answer.set()
-        async with asyncio.timeout(10):
-            while look.running:
-                await asyncio.sleep(0.01)
-        with pytest.raises(OSError):
-            await look("one-more.example", 443)
-
-    try:
-        loop.run(come())
-    finally:
-        answer.set()
-    assert len(asked) == client_documents.LOOKUPS + 1
+    with pytest.raises(DocumentError, match="too many hosts"):
+        asyncio.run(client_documents.Documents(resolve=full).find("https://app.example/client.json"))
 
 
 @pytest.mark.parametrize("address", ["93.184.215.14", "8.8.8.8", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
 
+from mcpctl.server.reload import DRAIN
 from oauth_flow import BACK, ON, App, Page, Person, Pkce, give_password
-from site_of_mcpctl import Client, Shop, Site, eventually
+from site_of_mcpctl import Client, Shop, Site, eventually, in_background
 
 MakeSite = Callable[..., Site]
 
@@ -288,7 +290,7 @@ def test_a_refresh_token_that_another_client_shows_ends_the_connection(app: App,
 @pytest.mark.parametrize(
     ("changed", "error"),
     [
-        ({"scope": "mcp:read mcp:write"}, "invalid_grant"),
+        ({"scope": "mcp:read mcp:write"}, "invalid_scope"),
         ({"resource": "https://another.example/mcp"}, "invalid_target"),
         ({"refresh_token": ""}, "invalid_request"),
         ({"refresh_token": "mcr_S1234567_" + "A" * 43 + "_AAAAAA"}, "invalid_grant"),
@@ -301,6 +303,23 @@ def test_a_refresh_that_asks_for_other_things_is_refused_and_ends_nothing(
     assert app.refresh(tokens["refresh_token"], **changed).json()["error"] == error
     assert app.works(tokens["access_token"])
     assert app.refresh(tokens["refresh_token"]).status_code == 200
+
+
+def test_a_refresh_for_fewer_scopes_gives_what_these_allow_until_the_next(make_site: MakeSite, shop: Shop) -> None:
+    site = make_site(shop, extra=ON)
+    site.user("carol", "mcp-tools")
+    give_password(site, "carol")
+    site.start()
+    app = App(site)
+    tokens = app.connected(Person(site, "carol"), scope="mcp:write")
+    narrow = app.refresh(tokens["refresh_token"], scope="mcp:read").json()
+    assert narrow["scope"] == "mcp:read"  # which mcp:write allows, too
+    told = _raw_call(site, narrow["access_token"], "execute_statement", statement="select 1")
+    assert told.status_code == 403
+    assert 'error="insufficient_scope"' in told.headers["www-authenticate"]
+    wide = app.refresh(narrow["refresh_token"]).json()
+    assert wide["scope"] == "mcp:write"
+    assert _raw_call(site, wide["access_token"], "execute_statement", statement="select 1").status_code == 200
 
 
 def test_a_client_that_wants_no_refresh_token_gets_none(served: Site, person: Person) -> None:
@@ -390,6 +409,42 @@ def test_a_scope_gives_nothing_that_the_user_has_not(app: App, person: Person, s
     token = app.connected(person, scope="mcp:admin mcp:write")["access_token"]
     answer = _raw_call(served, token, "execute_statement", statement="select 1")
     assert answer.json()["result"]["isError"]
+
+
+# -- switched off -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_switched_off_by_a_reload_nothing_of_a_connection_runs_on_and_switched_on_it_is_as_it_was(
+    make_site: MakeSite, shop: Shop, workers: str
+) -> None:
+    site = make_site(shop, extra=ON)
+    give_password(site, "alice")
+    site.start("--workers", workers)
+    app = App(site)
+    tokens = app.connected(Person(site))
+    with Client(site.url, tokens["access_token"]) as client:
+        running = in_background(client.call, "query_database", {"query": "select pg_sleep(25)"})
+        eventually(lambda: shop.backends("query ~ 'pg_sleep' and state = 'active'"))
+        site.config.write_text(site.config.read_text().replace("enabled: true", "enabled: false"))
+        site.run("config", "reload")
+        begun = time.monotonic()
+        assert running.result(10).status_code == 401
+        eventually(lambda: not shop.backends("query ~ 'pg_sleep' and state = 'active'"))
+        took = time.monotonic() - begun
+    assert took < DRAIN / 2  # within a second, on a machine that has nothing else to do
+    assert not app.works(tokens["access_token"])
+    assert app.refresh(tokens["refresh_token"]).status_code == 404
+    site.config.write_text(site.config.read_text().replace("enabled: false", "enabled: true"))
+    site.run("config", "reload")
+    assert app.works(tokens["access_token"])
+    site.config.write_text(site.config.read_text().replace("enabled: true", "enabled: false"))
+    site.run("config", "reload")
+    assert "ended" in site.run("session", "revoke", "--all").stdout  # also while it is off
+    site.config.write_text(site.config.read_text().replace("enabled: false", "enabled: true"))
+    site.run("config", "reload")
+    assert not app.works(tokens["access_token"])
+    assert app.refresh(tokens["refresh_token"]).json()["error"] == "invalid_grant"
 
 
 # -- bodies and methods -----------------------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -41,14 +43,15 @@ class Worker:
         )
         self.browsers = Browsers(self.state, lambda: people, now)
 
-    def code(self, client: Client = APP) -> str:
-        return self.connections.allow(Allowed(client, BACK, CHALLENGE, ("mcp:read",), HERE, "alice", mark_of("hash")))
+    def code(self, client: Client = APP, *scopes: str) -> str:
+        wanted = scopes or ("mcp:read",)
+        return self.connections.allow(Allowed(client, BACK, CHALLENGE, wanted, HERE, "alice", mark_of("hash")))
 
     def redeem(self, code: str) -> Issued:
         return self.connections.redeem(code, APP.id, BACK, VERIFIER, HERE, None)
 
-    def renew(self, refresh: str | None) -> Issued:
-        return self.connections.renew(refresh or "", APP.id, None, None)
+    def renew(self, refresh: str | None, *scopes: str) -> Issued:
+        return self.connections.renew(refresh or "", APP.id, None, scopes or None)
 
 
 class House:
@@ -159,6 +162,69 @@ def test_the_access_token_before_is_taken_for_a_moment(house: House) -> None:
     assert not session.was_current(first.access, house.now + oauth.OVERLAP)
 
 
+def test_a_client_that_renews_all_the_time_does_not_fill_the_store(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oauth, "USED_KEPT", 4)
+    issued = [house.one.redeem(house.one.code())]
+    for _ in range(9):
+        issued.append(house.two.renew(issued[-1].refresh))
+    assert house.one.state.rows("SELECT count(*), sum(used) FROM oauth_refresh_tokens") == [(5, 4)]
+    with pytest.raises(GrantError, match="no such refresh token"):  # one that is forgotten opens nothing
+        house.one.renew(issued[0].refresh)
+    issued.append(house.one.renew(issued[-1].refresh))
+    with pytest.raises(GrantError, match="twice"):  # one that is known ends the connection, as ever
+        house.one.renew(issued[-5].refresh)
+    with pytest.raises(GrantError, match="ended"):
+        house.one.renew(issued[-1].refresh)
+
+
+def test_connections_of_a_store_of_the_form_before_go_on(house: House, tmp_path: Path) -> None:
+    first = house.one.redeem(house.one.code(APP, "mcp:read", "mcp:write"))
+    second = house.one.renew(first.refresh)
+    house.one.state.close()
+    with closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as connection:
+        for statement in (
+            "DROP INDEX oauth_refresh_tokens_number",
+            "ALTER TABLE oauth_refresh_tokens DROP COLUMN number",
+            "CREATE INDEX oauth_refresh_tokens_session ON oauth_refresh_tokens (session)",
+            "ALTER TABLE oauth_connections DROP COLUMN permissions",
+            "PRAGMA user_version = 5",
+        ):
+            connection.execute(statement)
+    third = house.one.renew(second.refresh)
+    assert third.session.permissions == ("mcp:read", "mcp:write")
+    with pytest.raises(GrantError, match="twice"):
+        house.one.renew(first.refresh)
+
+
+def test_a_renewal_for_fewer_scopes_narrows_the_access_token_and_nothing_else(house: House) -> None:
+    first = house.one.redeem(house.one.code(APP, "mcp:read", "mcp:write"))
+    narrow = house.two.renew(first.refresh, "mcp:read")
+    assert (narrow.scopes, narrow.session.permissions) == (("mcp:read",), ("mcp:read",))
+    assert house.one.connections.of("alice")[0].permissions == ("mcp:read", "mcp:write")
+    wide = house.one.renew(narrow.refresh)
+    assert (wide.scopes, wide.session.permissions) == (("mcp:read", "mcp:write"), ("mcp:read", "mcp:write"))
+
+
+def test_a_renewal_for_more_scopes_gets_nothing_and_ends_nothing(house: House) -> None:
+    first = house.one.redeem(house.one.code(APP, "mcp:read"))
+    for scopes in (("mcp:read", "mcp:write"), ("mcp:write",), ("",)):
+        with pytest.raises(GrantError) as problem:
+            house.two.renew(first.refresh, *scopes)
+        assert problem.value.error == "invalid_scope"
+    assert house.two.renew(first.refresh).scopes == ("mcp:read",)
+
+
+def test_what_the_config_took_from_a_scope_comes_back_with_no_renewal(house: House) -> None:
+    first = house.one.redeem(house.one.code(APP, "mcp:read", "mcp:write"))
+    allowed = {"mcp:read": "mcp:read"}
+    house.two.connections._permissions = lambda names: tuple(allowed[one] for one in names if one in allowed)
+    house.two.connections.fit(lambda client: True)
+    second = house.one.renew(first.refresh, "mcp:read")
+    assert house.one.renew(second.refresh).session.permissions == ("mcp:read",)
+
+
 @pytest.mark.parametrize(
     "changed", [{"password": "other"}, {"password": None}, {"disabled_at": START}, {"created_at": START + timedelta(1)}]
 )
@@ -252,6 +318,28 @@ def test_when_there_is_no_room_the_oldest_goes_that_nobody_has_allowed(house: Ho
     store.use(first.id)
     third = store.register(SAID, "c")
     assert [store.find(one.id) is not None for one in (first, second, third)] == [True, False, True]
+
+
+def test_where_all_clients_are_in_use_the_one_goes_that_was_allowed_longest_ago_and_is_connected_no_more(
+    house: House,
+) -> None:
+    store = clients(house, registrations=3)
+    first, second, third = (store.register(SAID, "a") for _ in range(3))
+    for one in (first, second, third):
+        house.later(minutes=1)
+        store.use(one.id)
+    code = house.one.code(first)
+    session = house.one.connections.redeem(code, first.id, BACK, VERIFIER, HERE, None).session
+    with pytest.raises(UnavailableError):  # all of them were allowed a moment ago
+        store.register(SAID, "b")
+    house.later(hours=1)
+    fourth = store.register(SAID, "b")
+    assert [store.find(one.id) is not None for one in (first, second, third, fourth)] == [True, False, True, True]
+    house.one.connections.end("alice", session.id)
+    store.use(third.id)
+    store.use(fourth.id)
+    store.register(SAID, "b")
+    assert store.find(first.id) is None
 
 
 def test_an_address_registers_twenty_in_an_hour(house: House) -> None:

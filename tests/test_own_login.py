@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mcpctl.config_keys import Database, OwnDatabases
 from mcpctl.errors import ConfigError, Error, ForbiddenError, UnavailableError, UsageError
 from mcpctl.identity.own_databases import OwnDatabase
 from mcpctl.keyring import Keyring
+from mcpctl.lookups import LOOKUPS, Lookups
 from mcpctl.postgres import own_login
 from mcpctl.postgres.own_login import Hosts, OwnLogin, Wanted
 
@@ -181,9 +183,39 @@ def test_where_names_alone_are_let_in_no_other_name_is_even_looked_up() -> None:
         asyncio.run(own_login.addresses(Wanted("other", 5432, "d", "u"), Hosts(["db.example.org"]), never))
 
 
-def test_the_system_s_resolver_is_asked_without_holding_anybody_up() -> None:
-    assert "127.0.0.1" in asyncio.run(own_login.resolve("localhost", 5432))
-    assert asyncio.run(own_login.resolve("no-such-host.invalid", 5432)) == []
+def test_the_system_s_resolver_is_asked() -> None:
+    async def ask(host: str) -> list[str]:
+        return await own_login.Resolver()(host, 5432)
+
+    assert "127.0.0.1" in asyncio.run(ask("localhost"))
+    assert asyncio.run(ask("no-such-host.invalid")) == []
+
+
+def test_names_whose_servers_never_answer_hold_up_no_other_look_up() -> None:
+    """The loop has five threads more than processors, in which the config's hosts are looked up."""
+    answer = threading.Event()
+
+    def hangs(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        answer.wait(30)
+        raise OSError
+
+    async def come() -> None:
+        resolver = own_login.Resolver(Lookups(hangs))
+        wanted, hosts = Wanted("db.example.org", 5432, "sales", "reader"), Hosts(["db.example.org"])
+        users = [asyncio.create_task(own_login.addresses(wanted, hosts, resolver)) for _ in range(LOOKUPS)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            assert await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+        with pytest.raises(UnavailableError, match="too many"):
+            await own_login.addresses(wanted, hosts, resolver)
+        answer.set()
+        found = await asyncio.gather(*users, return_exceptions=True)
+        assert {type(one) for one in found} == {ForbiddenError}
+
+    try:
+        asyncio.run(come())
+    finally:
+        answer.set()
 
 
 # -- what goes along --------------------------------------------------------------------------------------------------

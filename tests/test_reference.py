@@ -445,7 +445,8 @@ def test_the_reference_lists_exactly_the_routes_of_the_server() -> None:
     nothing: Any = None
     parts = Parts(Settings(), nothing, nothing, nothing, nothing, nothing, nothing)
     always = set(Http(parts)._routes)
-    sign_in = SignIn(SimpleNamespace(sessions=nothing), nothing, nothing, nothing)  # type: ignore[arg-type]
+    made: Any = SimpleNamespace(sessions=nothing)
+    sign_in = SignIn(made, nothing, nothing, nothing, nothing, passwords=True)
     everything = dataclasses.replace(parts, sse=lambda *_: nothing, additions=[sign_in])
     all_of_them = {path.replace(BELOW, "/ID") for path in Http(everything)._routes}
     found = {row[0].strip("`"): row[3] for row in rows(chapters(page("http.md"))["Endpoints"])}

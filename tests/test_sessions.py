@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import signed_in
 from command_line import on_a_terminal
 from site_of_mcpctl import Shop, Site, eventually, in_background
 
@@ -119,6 +120,32 @@ def test_without_a_server_there_are_no_sessions(newest_shop: Shop, make_site: Ca
         done = site.run("session", *arguments, check=False)
         assert (done.returncode, done.stdout) == (1, "")
         assert "mcpctl: error: no server runs" in done.stderr
+
+
+def test_a_terminal_of_80_columns_shows_each_session_in_one_line_and_no_id_or_user_is_cut(
+    newest_shop: Shop, make_site: Callable[..., Site]
+) -> None:
+    site = make_site(newest_shop, extra=signed_in.ENABLED)
+    longest = "somebody-whose-name-is-as-long0"
+    site.user(longest)
+    for user in ("alice", longest):
+        site.edit_user(user, password=signed_in.hashed())
+    site.start()
+
+    def shown() -> list[list[str]]:
+        found = on_a_terminal(["--config", str(site.config), "session", "list"], {"NO_COLOR": "1"}, width=80).out
+        assert max(len(line.rstrip()) for line in found.splitlines()) <= 80
+        return [line.split() for line in found.splitlines()]
+
+    (token, text), (name, _) = site.token(), signed_in.session(site)
+    with site.client(text) as client:
+        client.rows("select 1")
+        head, *rows = shown()
+        assert head == ["ID", "USER", "KIND", "LAST", "CALL", "RUNNING", "ADDRESSES"]
+        assert [row[:3] for row in rows] == [[token, "alice", "token"], [name, "alice", "password"]]
+        assert {row[-1] for row in rows} == {"127.0.0.1"}
+        name, _ = signed_in.session(site, longest)
+        assert [name, longest] in [row[:2] for row in shown()]
 
 
 def test_a_terminal_shows_a_table(site: Site) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+import oauth_flow
 from mcpctl.server import sign_in as routes
 from signed_in import ENABLED, FORMS, PASSWORD, ask, base, by, events, hashed, session, sign_in
 from site_of_mcpctl import Shop, Site, eventually, in_background
@@ -335,6 +336,27 @@ def test_an_administrator_sees_sessions_without_secrets_and_ends_them(site: Site
     assert [(line["token"], line["user"], line["reason"]) for line in closed] == [
         (one, "alice", "ended over HTTP by root") for one in (first, second)
     ]
+
+
+def test_where_only_clients_are_let_in_http_and_the_command_line_tell_the_same_of_them(
+    newest_shop: Shop, make_site: Make
+) -> None:
+    site = make_site(newest_shop, extra=oauth_flow.ON)
+    oauth_flow.give_password(site, "alice")
+    site.start()
+    root, app, person = admin(site), oauth_flow.App(site), oauth_flow.Person(site)
+    first, second = app.connected(person), app.connected(person)
+    ids = [one["access_token"].split("_")[1] for one in (second, first)]
+    told = ask(site, "GET", "/api/v1/admin/sessions", root).json()["sessions"]
+    assert told == json.loads(site.run("session", "list", "--json").stdout)["signed_in"]
+    assert [(one["id"], one["kind"], one["client"]) for one in told] == [(one, "oauth", app.id) for one in ids]
+    assert ask(site, "POST", "/api/v1/auth", None).status_code == 404
+    assert ask(site, "DELETE", f"/api/v1/admin/sessions/{ids[0]}", root).status_code == 204
+    assert not app.works(second["access_token"])
+    assert 'name="password"' not in person.open("/connections").text
+    assert ask(site, "DELETE", "/api/v1/admin/sessions?user=alice", root).json() == {"ended": [ids[1]]}
+    assert not app.works(first["access_token"])
+    assert 'name="password"' in person.open("/connections").text  # the browser, too, is to show it again
 
 
 @pytest.mark.parametrize(

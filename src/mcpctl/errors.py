@@ -106,6 +106,12 @@ class UnavailableError(Error):
     status = 503
 
 
+class BusyError(UnavailableError):
+    """Somebody else holds what was to be written, and nothing was done. `retry_after` in whole seconds."""
+
+    retry_after = 1
+
+
 class LimitedError(Error):
     """Too much of what is allowed. `kind` and `name` are whose limit it is, `limit` which one; `retry_after` in whole
     seconds."""

@@ -11,6 +11,7 @@ from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.password_queue import Passwords
 from mcpctl.identity.sessions import Opened, Sessions, mark_of
 from mcpctl.identity.users import User
+from mcpctl.in_turn import in_turn
 from mcpctl.policy.sign_ins import SignIns
 from mcpctl.recorder import Recorder
 
@@ -34,7 +35,8 @@ class SigningIn:
         its line in the audit log, cannot be written."""
         self._recorder.before_call()
         user = await self.prove(name, text, address, request_id)
-        opened = self.sessions.open(name, mark_of(user.password), address=address)
+        mark = mark_of(user.password)
+        opened = await in_turn(lambda: self.sessions.open(name, mark, address=address))
         where = {"user": name, "tenant": user.tenant, "client_ip": address, "request_id": request_id}
         for one in opened.ended:
             self._recorder.note("session.closed", token=one.id, **where, transport="http", reason=MADE_ROOM)
@@ -42,7 +44,7 @@ class SigningIn:
             self._look_again(user, address, request_id)
             self._recorder.call("session.opened", {"token": opened.session.id, **where, "transport": "http"})
         except Error:
-            self.sessions.end([opened.session.id])
+            await in_turn(lambda: self.sessions.end([opened.session.id]))
             raise
         return opened
 

@@ -2,7 +2,8 @@
 
 The file passes the rules of `private_file` before it is opened, and is made whole beside its place, so that nobody ever
 meets half of it. It is in WAL mode: readers and one writer do not wait for each other (sqlite.org/wal.html; it wants a
-disk of this machine). Each access is short, and waits a bounded time for another writer.
+disk of this machine). Each access is short, and waits a bounded time for another writer; an event loop does not wait
+for it here, but by `in_turn.py`.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import private_file
-from mcpctl.errors import ConfigError, UnavailableError
+from mcpctl.errors import BusyError, ConfigError, UnavailableError
 
 APPLICATION = 0x6D637063
 """PRAGMA application_id: the letters mcpc."""
@@ -75,7 +76,14 @@ CREATE TABLE browsers (
 ) WITHOUT ROWID;
 CREATE TABLE form_keys (name TEXT PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID
 """
-_STEPS = {2: _SINCE_2, 3: _SINCE_3, 4: _SINCE_4, 5: _SINCE_5}
+_SINCE_6 = """
+ALTER TABLE oauth_refresh_tokens ADD COLUMN number INTEGER NOT NULL DEFAULT 0;
+DROP INDEX oauth_refresh_tokens_session;
+CREATE INDEX oauth_refresh_tokens_number ON oauth_refresh_tokens (session, number);
+ALTER TABLE oauth_connections ADD COLUMN permissions TEXT NOT NULL DEFAULT '[]';
+UPDATE oauth_connections SET permissions = coalesce((SELECT permissions FROM sessions WHERE id = session), '[]')
+"""
+_STEPS = {2: _SINCE_2, 3: _SINCE_3, 4: _SINCE_4, 5: _SINCE_5, 6: _SINCE_6}
 """What a store of an earlier form lacks, by the form that has it."""
 SCHEMA_VERSION = max(_STEPS)
 _RESTORE = (
@@ -94,11 +102,13 @@ _holding = threading.Lock()
 
 class State:
     """The store at `path`, opened when it is first needed and made where there is none, unless it `must_exist` or was
-    there before. One thread's."""
+    there before. `patience`: seconds for which a change waits for another writer, who needs some milliseconds. One
+    thread's."""
 
-    def __init__(self, path: Path, *, must_exist: bool = False) -> None:
+    def __init__(self, path: Path, *, must_exist: bool = False, patience: float | None = None) -> None:
         self.path = path
         self.must_exist = must_exist
+        self._patience = _PATIENCE if patience is None else patience
         self._connection: sqlite3.Connection | None = None
         self._fd = -1
         self._opened = 0
@@ -119,11 +129,10 @@ class State:
     @contextlib.contextmanager
     def change(self, patience: float | None = None) -> Iterator[sqlite3.Connection]:
         """One transaction that others who write wait for; rolled back where the block fails. It waits `patience`
-        seconds for another writer."""
+        seconds for another writer. Raises BusyError where that is not enough, and nothing was done."""
         with self._told():
             connection = self._open()
-            connection.execute(f"PRAGMA busy_timeout = {round(1000 * (patience or _PATIENCE))}")
-            connection.execute("BEGIN IMMEDIATE")
+            self._begin(connection, self._patience if patience is None else patience)
             try:
                 yield connection
                 connection.execute("COMMIT")
@@ -132,6 +141,20 @@ class State:
                     connection.execute("ROLLBACK")
                 raise
             self._written += 1
+
+    def _begin(self, connection: sqlite3.Connection, patience: float) -> None:
+        connection.execute(f"PRAGMA busy_timeout = {round(1000 * patience)}")
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as problem:
+            if _is_busy(problem):
+                raise BusyError(*self._held()) from None
+            raise
+        finally:
+            connection.execute(f"PRAGMA busy_timeout = {round(1000 * max(self._patience, SHORTLY))}")
+
+    def _held(self) -> tuple[str, str]:
+        return f"{self.path} is held by another process", "try again in a moment"
 
     def close(self) -> None:
         """Close it, until it is needed again."""
@@ -153,7 +176,7 @@ class State:
             make(self.path)
         fd = _hold(self.path)
         try:
-            connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
+            connection = sqlite3.connect(self.path, timeout=max(self._patience, SHORTLY), isolation_level=None)
             try:
                 self._check(connection)
             except BaseException:
@@ -206,15 +229,19 @@ class State:
         try:
             yield
         except sqlite3.OperationalError as problem:
-            code = getattr(problem, "sqlite_errorcode", 0)
-            if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):  # an extended code ends with its plain one
-                raise UnavailableError(f"{self.path} is held by another process", "try again in a moment") from None
-            if code in _FULL:
+            if _is_busy(problem):
+                raise UnavailableError(*self._held()) from None
+            if getattr(problem, "sqlite_errorcode", 0) in _FULL:
                 raise UnavailableError(f"{self.path}: {problem}", "is the disk full?") from None
             hint = f"is it yours, and its disk in order? Else: {_RESTORE}"
             raise ConfigError(f"{self.path}: {problem}", hint) from None
         except sqlite3.DatabaseError as problem:
             raise ConfigError(f"{self.path}: {problem}", _RESTORE) from None
+
+
+def _is_busy(problem: sqlite3.OperationalError) -> bool:
+    code: int = getattr(problem, "sqlite_errorcode", 0)
+    return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)  # an extended code ends with its plain one
 
 
 def _hold(path: Path) -> int:

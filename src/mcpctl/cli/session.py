@@ -34,20 +34,29 @@ def list_(context: typer.Context, json: JsonOption = False, config: ConfigOption
     if json:
         output.put_json({"sessions": sessions, "signed_in": here, "silent": silent})
         return
-    head = [
-        "ID",
-        "USER",
-        "SINCE",
-        "LAST CALL",
-        "RUNNING",
-        "POOLS",
-        "BACKENDS",
-        "ADDRESSES",
-        "KIND",
-        "ENDS IN",
-        "CLIENT",
-    ]
-    output.put_table(head, _rows(sessions, here))
+    _put(_rows(sessions, here))
+
+
+_HEAD = (
+    "ID", "USER", "SINCE", "LAST CALL", "RUNNING", "POOLS", "BACKENDS", "ADDRESSES", "KIND", "ENDS IN", "CLIENT"
+)  # fmt: skip
+_FEW = (0, 1, 8, 3, 4, 7)
+"""What is shown of them where there is no room for all: whose they are, and whether to end them."""
+_NARROW = 120
+"""Columns of a terminal that have not."""
+
+
+def _put(rows: list[list[object]]) -> None:
+    """The table; neither an id nor a user is cut, since that is what one types next."""
+    import shutil
+    import sys
+
+    narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < _NARROW
+    shown = _FEW if narrow else range(len(_HEAD))
+    cells = [[row[at] for at in shown] for row in rows]
+    whole = [max((len(output.clean(row[at])) for row in cells), default=0) for at in (0, 1)]
+    words = [max(map(len, _HEAD[at].split())) for at in shown]
+    output.put_table([_HEAD[at] for at in shown], cells, [*map(max, whole, words), *words[2:]])
 
 
 def _rows(sessions: list[dict[str, Any]], here: list[dict[str, Any]]) -> list[list[object]]:

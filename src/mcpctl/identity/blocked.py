@@ -21,11 +21,12 @@ class Block:
         return f"since {self.at}: {self.reason}"
 
 
-def store(settings: Settings) -> State:
-    """The store of an installation. Where it has canaries nobody makes an empty one in passing: nobody could say then
-    who was blocked, and all would be let in."""
+def store(settings: Settings, patience: float | None = None) -> State:
+    """The store of an installation; `patience` as State's. Where it has canaries nobody makes an empty one in passing:
+    nobody could say then who was blocked, and all would be let in."""
     wanted = settings.canaries
-    return State(settings.server.state_file, must_exist=bool(wanted.tokens or wanted.tables))
+    there = bool(wanted.tokens or wanted.tables)
+    return State(settings.server.state_file, must_exist=there, patience=patience)
 
 
 class Blocked:

@@ -16,6 +16,7 @@ from mcpctl.state import State
 LIFE = timedelta(hours=12)
 """Somebody who works all day signs in once (NIST SP 800-63B-4, section 2.2.3: 24 h at most where that is enough)."""
 _KEY = 32
+_FORM_KEY = "SELECT key FROM form_keys WHERE name = 'form'"
 
 
 class Browsers:
@@ -33,10 +34,11 @@ class Browsers:
 
     def key(self) -> bytes:
         """The key that form tokens are made with: the same for all workers and after a restart."""
-        with self._state.change() as connection:
-            connection.execute("INSERT OR IGNORE INTO form_keys VALUES ('form', ?)", (secrets.token_bytes(_KEY),))
-            (key,) = connection.execute("SELECT key FROM form_keys WHERE name = 'form'").fetchone()
-        return bytes(key)
+        if not (rows := self._state.rows(_FORM_KEY)):
+            with self._state.change() as connection:
+                connection.execute("INSERT OR IGNORE INTO form_keys VALUES ('form', ?)", (secrets.token_bytes(_KEY),))
+                rows = connection.execute(_FORM_KEY).fetchall()
+        return bytes(rows[0][0])
 
     def sign_in(self, cookie: str, user: str, mark: str) -> None:
         """Note that this user has signed in where that cookie is, which must be a new one."""

@@ -7,33 +7,28 @@ has to be the host's. No redirect, no other port, a few KiB and seconds, and a f
 """
 
 import asyncio
-import contextlib
 import ipaddress
 import re
-import socket
 import ssl
-import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 
 from mcpctl.config_values import Network
-from mcpctl.errors import Error
+from mcpctl.errors import Error, UnavailableError
 from mcpctl.identity import oauth_clients, strict_json, tokens
 from mcpctl.identity.oauth_clients import Client
+from mcpctl.lookups import Lookups
 
 LARGEST = 16 << 10
 """Bytes. The draft recommends 5 KiB (section 8.7); ours has room for long lists of redirect URIs."""
 SECONDS = 5.0
 """For all of it, the resolving too."""
 AT_ONCE, WAITING = 16, 64
-LOOKUPS = 32
-"""Hosts that are being looked up at once, those too whom nobody waits for any more."""
 _SHORTEST, _LONGEST = timedelta(minutes=5), timedelta(hours=24)
 """How long a document is remembered, whatever its headers say: a flow asks for it several times, and we are not to be
 used to ask others a thousand times."""
@@ -47,9 +42,6 @@ _EMBEDDING = tuple(
 """IPv6 that leads to an IPv4 address which it holds (NAT64, 6to4, Teredo), or is out of use."""
 _MAX_AGE = re.compile(r"(?:^|[,\s])(?:s-maxage|max-age)=\"?([0-9]{1,9})")
 Resolve = Callable[[str, int], Awaitable[list[str]]]
-Look = Callable[..., Sequence[tuple[Any, ...]]]
-"""As socket.getaddrinfo."""
-
 
 _NO_WAY = (
     "tell the administrator: this server has to reach the client's host; where it cannot, "
@@ -150,6 +142,8 @@ class Documents:
         """The address to connect to, if all that the host has are public."""
         try:
             addresses = await self._resolve(host, port)
+        except UnavailableError as problem:
+            raise DocumentError(problem.message, problem.hint) from None
         except (OSError, UnicodeError):  # the second: a label that is empty or too long (RFC 1035, section 2.3.4)
             addresses = []
         if not addresses:
@@ -195,44 +189,6 @@ def _checked(url: str) -> tuple[str, int]:
     if host.endswith(".") or re.fullmatch(r"[0-9.]+|.*\.(0x)?[0-9a-f]*[0-9]", host):
         raise DocumentError("its client_id names no host, but an address")
     return host, port
-
-
-class Lookups:
-    """Resolves hosts that strangers name, in threads of its own: a name server that never answers holds a thread for as
-    long as the system's resolver has patience, and the loop's own few are what databases' hosts are resolved in. The
-    threads are daemons, so that none of them keeps the process from its end."""
-
-    def __init__(self, look: Look = socket.getaddrinfo) -> None:
-        self._look = look
-        self.running = 0
-
-    async def __call__(self, host: str, port: int) -> list[str]:
-        """The addresses of a host. Raises OSError, UnicodeError, or DocumentError where there are too many."""
-        if self.running >= LOOKUPS:
-            raise DocumentError("too many hosts are being looked up", "try again in a moment")
-        answered: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
-        self.running += 1
-        threading.Thread(target=self._ask, args=(host, port, answered), name="client-host", daemon=True).start()
-        return await answered
-
-    def _ask(self, host: str, port: int, answered: "asyncio.Future[list[str]]") -> None:
-        found: list[str] | OSError | UnicodeError
-        try:
-            rows = self._look(host, port, type=socket.SOCK_STREAM)
-            found = list(dict.fromkeys(str(one[4][0]) for one in rows))
-        except (OSError, UnicodeError) as problem:
-            found = problem
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            answered.get_loop().call_soon_threadsafe(self._told, answered, found)
-
-    def _told(self, answered: "asyncio.Future[list[str]]", found: list[str] | OSError | UnicodeError) -> None:
-        self.running -= 1
-        if answered.done():  # who has asked has waited long enough
-            return
-        if isinstance(found, list):
-            answered.set_result(found)
-        else:
-            answered.set_exception(found)
 
 
 async def _body(answer: httpx2.Response) -> bytes:

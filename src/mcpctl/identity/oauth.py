@@ -5,6 +5,10 @@ and all that ends a session ends them. Here is what OAuth adds: each code and ea
 whoever shows one a second time ends the connection, since one of two who have it has stolen it (OAuth 2.1, sections
 4.1.3 and 4.3.1). There is no grace for an answer that was lost: a thief who is quicker than the client by a second
 would keep what he has. All secrets have 256 random bits, and are kept as SHA-256.
+
+Of a connection's used refresh tokens the newest USED_KEPT are known, since a client that renews all the time would fill
+the disk. One that is older opens nothing either, but is taken for one that never was: nobody notices then that it was
+stolen, and the connection goes on (RFC 9700, section 4.14.2 has it end).
 """
 
 import hashlib
@@ -38,22 +42,25 @@ REMEMBERED = timedelta(days=90)
 """For which a user is not asked again what they have allowed."""
 _KEPT = timedelta(days=1)
 """For which a used code is known, so that its second use is noticed."""
+USED_KEPT = 2500
+"""Used refresh tokens that are known of a connection: 90 days of hourly renewals, the defaults, are 2,160."""
 _CODE_COLUMNS = (
     "client, name, host, redirect, challenge, scopes, resource, renews, user, mark, made, ends, used, session"
 )
-_CONNECTION = "session, client, name, host, redirect, scopes, resource, renews"
+_CONNECTION = "session, client, name, host, redirect, scopes, resource, renews, permissions"
 People = Callable[[], Mapping[str, User]]
 
 
 class GrantError(Error):
-    """A code or a refresh token that opens nothing (RFC 6749, section 5.2: invalid_grant). `message` is for the log.
-    `ended`: the session that was ended for it."""
+    """A code or a refresh token that opens nothing, or not that. `message` is for the log, `error` the code of RFC
+    6749, section 5.2. `ended`: the session that was ended for it."""
 
     status = 400
 
-    def __init__(self, message: str, ended: Session | None = None) -> None:
+    def __init__(self, message: str, ended: Session | None = None, *, error: str = "invalid_grant") -> None:
         super().__init__(message)
         self.ended = ended
+        self.error = error
 
 
 class Allowed(NamedTuple):
@@ -80,7 +87,8 @@ class Issued(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What a user has allowed, as it is now."""
+    """What a user has allowed, as it is now. `permissions` are those of all its `scopes`: its access token may have
+    fewer."""
 
     session: Session
     client: str
@@ -90,6 +98,7 @@ class Connection:
     scopes: tuple[str, ...]
     resource: str
     renews: bool
+    permissions: tuple[str, ...]
 
 
 def stands(people: Mapping[str, User], name: str, mark: str, since: datetime) -> bool:
@@ -155,6 +164,8 @@ class Connections:
                 connection.execute("UPDATE oauth_codes SET used = 1 WHERE hash = ?", (_digest(code),))
             raise GrantError(problem)
         scopes = tuple(json.loads(found["scopes"]))
+        permissions = self._permissions(scopes)
+        found["permissions"] = json.dumps(permissions)
         refresh: list[str] = []
 
         def also(connection: sqlite3.Connection, name: str) -> None:
@@ -164,7 +175,7 @@ class Connections:
             if not done.rowcount:
                 raise GrantError("the code is being redeemed by two at once")
             connection.execute(
-                f"INSERT INTO oauth_connections ({_CONNECTION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                f"INSERT INTO oauth_connections ({_CONNECTION}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
                 (name, *(found[key] for key in _CONNECTION.split(", ")[1:])),
             )
             if found["renews"]:
@@ -172,7 +183,7 @@ class Connections:
 
         try:
             opened = self._sessions.open(
-                found["user"], found["mark"], kind=OAUTH, access=self.access, permissions=self._permissions(scopes),
+                found["user"], found["mark"], kind=OAUTH, access=self.access, permissions=permissions,
                 client=client, address=address, also=also,
             )  # fmt: skip
         except GrantError:
@@ -209,8 +220,9 @@ class Connections:
     # -- the connection ------------------------------------------------------------------------------------------------
 
     def renew(self, refresh: str, client: str, resource: str | None, scopes: Sequence[str] | None) -> Issued:
-        """The next access token and the next refresh token. GrantError for one that opens nothing; whoever shows one
-        again ends the connection."""
+        """The next access token, for these of its scopes alone where some are named, and the next refresh token, which
+        keeps all (RFC 6749, section 6). GrantError for one that opens nothing, and where more is asked for; whoever
+        shows one again ends the connection."""
         name = session_of(refresh)
         rows = self._state.rows("SELECT session, used FROM oauth_refresh_tokens WHERE hash = ?", (_digest(refresh),))
         if name is None or not rows:
@@ -227,8 +239,7 @@ class Connections:
             raise GrantError("the user is gone, disabled, or has another password", self._end_known(name))
         if resource is not None and resource != found.resource:
             raise GrantError("the refresh token is for another resource")
-        if scopes is not None and set(scopes) != set(found.scopes):
-            raise GrantError("the refresh token is for other scopes")
+        given = found.scopes if scopes is None else self._narrower(found, scopes)
         following: list[str] = []
 
         def also(connection: sqlite3.Connection) -> None:
@@ -240,7 +251,7 @@ class Connections:
             following.append(_keep(connection, name))
 
         try:
-            access = self._sessions.renew(session, self.access, OVERLAP, also)
+            access = self._sessions.renew(session, self.access, OVERLAP, also, self._of_scopes(found, given))
         except GrantError:
             raise GrantError("the refresh token was shown twice", self._end_known(name)) from None
         except NotFoundError:
@@ -248,7 +259,23 @@ class Connections:
         renewed = self._sessions.known.get(name)
         if renewed is None:  # somebody has ended it meanwhile
             raise GrantError("the connection has ended")
-        return Issued(renewed, access, following[0], found.scopes)
+        return Issued(renewed, access, following[0], given)
+
+    def _narrower(self, found: Connection, scopes: Sequence[str]) -> tuple[str, ...]:
+        """These scopes, if the connection has each, or one that allows all that it does; else a GrantError."""
+        has = self._permissions(found.scopes)
+        for one in dict.fromkeys(scopes):
+            wants = self._permissions([one])
+            implied = bool(wants) and all(any(covers(its, want) for its in has) for want in wants)
+            if one not in found.scopes and not implied:
+                raise GrantError("the refresh token is for other scopes", error="invalid_scope")
+        return tuple(dict.fromkeys(scopes))
+
+    def _of_scopes(self, found: Connection, scopes: tuple[str, ...]) -> tuple[str, ...]:
+        """What these scopes of a connection allow; never what its user was not asked for."""
+        if scopes == found.scopes:
+            return found.permissions
+        return tuple(sorted(_common(found.permissions, self._permissions(scopes))))
 
     def revoke(self, text: str, client: str) -> Session | None:
         """End the connection of an access or a refresh token, if it is that client's (RFC 7009); its session, if it had
@@ -278,8 +305,11 @@ class Connections:
         rows = self._state.rows(f"SELECT {_CONNECTION} FROM oauth_connections WHERE session = ?", (name,))  # noqa: S608
         if session is None or not rows:
             return None
-        _, client, title, host, redirect, scopes, resource, renews = rows[0]
-        return Connection(session, client, title, host, redirect, tuple(json.loads(scopes)), resource, bool(renews))
+        _, client, title, host, redirect, scopes, resource, renews, permissions = rows[0]
+        return Connection(
+            session, client, title, host, redirect, tuple(json.loads(scopes)), resource, bool(renews),
+            tuple(json.loads(permissions)),
+        )  # fmt: skip
 
     def _end_known(self, name: str | None) -> Session | None:
         """End a session; what it was, if it had not ended."""
@@ -316,16 +346,24 @@ class Connections:
         """Take from connections what their scopes allow no longer; none gets what its user was not asked for. End
         those whose client is not known any more: these."""
         self._sessions.look()
-        bounds, strangers = dict[str, tuple[str, ...]](), list[Session]()
-        for name, client, scopes in self._state.rows("SELECT session, client, scopes FROM oauth_connections"):
+        bounds, kept, strangers = dict[str, tuple[str, ...]](), list[tuple[str, str]](), list[Session]()
+        sql = "SELECT session, client, scopes, permissions FROM oauth_connections"
+        for name, client, scopes, permissions in self._state.rows(sql):
             if (session := self._sessions.known.get(name)) is None:
                 continue
-            left = _common(session.permissions or (), self._permissions(json.loads(scopes)))
+            had, now = json.loads(permissions), session.permissions or ()
+            left = _common(had, self._permissions(json.loads(scopes)))
             if not is_known(client):
                 strangers.append(session)
-            elif left != set(session.permissions or ()):
-                bounds[name] = tuple(sorted(left))
+                continue
+            if left != set(had):
+                kept.append((json.dumps(sorted(left)), name))
+            if (rest := _common(now, tuple(left))) != set(now):
+                bounds[name] = tuple(sorted(rest))
         self._sessions.bound(bounds)
+        if kept:
+            with self._state.change() as connection:
+                connection.executemany("UPDATE oauth_connections SET permissions = ? WHERE session = ?", kept)
         ended = self._sessions.end(one.id for one in strangers)
         return [one for one in strangers if one.id in ended]
 
@@ -365,9 +403,14 @@ def session_of(refresh: str) -> str | None:
 
 
 def _keep(connection: sqlite3.Connection, name: str) -> str:
-    """A new refresh token of that session's."""
+    """A new refresh token of that session's; those used longest ago are forgotten, see USED_KEPT."""
     text = tokens.signed(f"mcr_{name}_{tokens.base62(secrets.randbits(256), 43)}")
-    connection.execute("INSERT INTO oauth_refresh_tokens (hash, session) VALUES (?, ?)", (_digest(text), name))
+    sql = "SELECT coalesce(max(number), 0) + 1 FROM oauth_refresh_tokens WHERE session = ?"
+    (number,) = connection.execute(sql, (name,)).fetchone()
+    sql = "INSERT INTO oauth_refresh_tokens (hash, session, number) VALUES (?, ?, ?)"
+    connection.execute(sql, (_digest(text), name, number))
+    sql = "DELETE FROM oauth_refresh_tokens WHERE session = ? AND used AND number < ?"
+    connection.execute(sql, (name, number - USED_KEPT))
     return text
 
 

@@ -2,7 +2,9 @@
 document of their own describes (`client_documents.py`).
 
 A client that registers proves nothing: anybody may use any name. So it is bounded how many there are and how many one
-address makes, who is never allowed by anybody goes first, and what it says of itself is shown as no more than that.
+address makes, and what it says of itself is shown as no more than that. Where there is no room, who was never allowed
+by anybody goes first, and then whoever was allowed longest ago and has no connection any more: else one user could fill
+all places for ever.
 """
 
 import json
@@ -27,9 +29,9 @@ PLACES = 20
 AN_HOUR = 20
 """Clients that one address (of IPv6, one /64) may register in an hour."""
 _UNUSED = timedelta(days=1)
-"""For which a client stays that nobody has allowed; the oldest goes sooner where there is no room, but a flow that has
-begun ends."""
+"""For which a client stays that nobody has allowed, unless there is no room."""
 _BEGUN = timedelta(minutes=15)
+"""For which it stays even so, so that a flow that has begun ends."""
 _FORGOTTEN = timedelta(days=90)
 """After which a client goes that nobody has a connection with any more."""
 _COLUMNS = "id, name, redirects, renews"
@@ -114,10 +116,12 @@ class Clients:
         (count,) = connection.execute("SELECT count(*) FROM oauth_clients").fetchone()
         if count < self._most:
             return
+        before = now - _BEGUN.total_seconds()
         gone = connection.execute(
-            "DELETE FROM oauth_clients WHERE id = (SELECT id FROM oauth_clients WHERE used IS NULL AND created < ? "
-            "ORDER BY created LIMIT 1)",
-            (now - _BEGUN.total_seconds(),),
+            "DELETE FROM oauth_clients WHERE id = (SELECT id FROM oauth_clients WHERE coalesce(used, created) < ? AND "
+            "(used IS NULL OR id NOT IN (SELECT client FROM oauth_connections WHERE session IN (SELECT id FROM "
+            "sessions WHERE NOT ended))) ORDER BY used IS NOT NULL, coalesce(used, created) LIMIT 1)",
+            (before,),
         )
         if not gone.rowcount:
             raise UnavailableError(f"there are {count} registered clients, as many as auth.oauth.registrations allows")

@@ -13,7 +13,7 @@ import json
 import re
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -30,6 +30,8 @@ PASSWORD, OAUTH = "password", "oauth"
 _TEXT = re.compile(r"mcs_(S[0-9a-z]{7})_[0-9A-Za-z]{43}_[0-9A-Za-z]{6}")
 _KEPT = timedelta(hours=1)
 """For which the record of one that has ended stays, so that each worker sees that it did."""
+_HURRIED = timedelta(seconds=1)
+"""For which nobody's use is worth waiting, where the store was held when one was to be noted."""
 _FINEST, _COARSEST = timedelta(seconds=1), timedelta(seconds=30)
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _COLUMNS = (
@@ -155,9 +157,11 @@ class Sessions:
         self._state = state
         self._rules = rules
         self._now = now
+        self._kinds: Container[str] = rules
         self._version: object = None
         self._opened = 0
         self._last = 0
+        self._hurried = _EPOCH
         self._fresh: dict[str, Session | None] = {}
         self.known: dict[str, Session] = {}
         """Those that had not ended at the last look."""
@@ -184,7 +188,8 @@ class Sessions:
         rows = self._state.rows(_SINCE, (last,))
         found: dict[str, Session | None] = {} if last else dict.fromkeys(self.known)
         for row in rows:
-            found[row[0]] = None if row[2] or row[3] not in self._rules else self._read(row)
+            there = not row[2] and row[3] in self._rules and row[3] in self._kinds
+            found[row[0]] = self._read(row) if there else None
             last = row[1]
         self._version, self._opened, self._last = version, version[0], last
         self._fresh |= found
@@ -199,6 +204,11 @@ class Sessions:
         self._version, self._opened, self._last = None, 0, 0
         self.known.clear()
         self._fresh.clear()
+
+    def only(self, kinds: Container[str]) -> None:
+        """Know from the next look on no sessions but those of these kinds: a config without the others has come into
+        force, and what they have open is not to end with its answer."""
+        self._kinds, self._version, self._last = kinds, None, 0
 
     def _read(self, row: tuple[Any, ...]) -> Session:
         name, _, _, kind, user, hash_, mark, created, used, ends, access, before, until, names, may, client, at = row
@@ -287,19 +297,20 @@ class Sessions:
         access: timedelta,
         overlap: timedelta,
         also: Callable[[sqlite3.Connection], None] = lambda connection: None,
+        permissions: tuple[str, ...] | None = None,
     ) -> str:
         """A new secret for a session, good for `access`; the old one is taken for `overlap` more, so that what is on
-        its way arrives. `also(connection)` is done with it, or nothing is. Raises UnavailableError; NotFoundError where
-        the session has ended."""
+        its way arrives. `permissions`: those that it has from now on; None: as before. `also(connection)` is done with
+        it, or nothing is. Raises UnavailableError; NotFoundError where the session has ended."""
         text, now = secret(session.id), self._now()
         with self._state.change() as connection:
             (changed,) = connection.execute(_NEXT).fetchone()
             done = connection.execute(
-                "UPDATE sessions SET changed = ?, before = hash, before_ends = ?, hash = ?, used = ?, access_ends = ? "
-                "WHERE id = ? AND NOT ended",
+                "UPDATE sessions SET changed = ?, before = hash, before_ends = ?, hash = ?, used = ?, access_ends = ?, "
+                "permissions = coalesce(?, permissions) WHERE id = ? AND NOT ended",
                 (
                     changed, (now + overlap).timestamp(), _digest(text), now.timestamp(), (now + access).timestamp(),
-                    session.id,
+                    None if permissions is None else json.dumps(permissions), session.id,
                 ),
             )  # fmt: skip
             if not done.rowcount:
@@ -354,18 +365,19 @@ class Sessions:
 
     def use(self, session: Session) -> None:
         """Note that a session is used, if that was noted long enough ago; if it cannot be noted now, the next use may.
-        Whoever holds the store is not waited for."""
+        Whoever holds the store is hardly waited for: calls go through here."""
         if not self.is_due(session):
             return
         now = self._now()
         try:
-            with self._state.change(SHORTLY) as connection:
+            with self._state.change(SHORTLY if now >= self._hurried else 0) as connection:
                 (changed,) = connection.execute(_NEXT).fetchone()
                 connection.execute(
                     "UPDATE sessions SET changed = ?, used = ? WHERE id = ? AND used < ? AND NOT ended",
                     (changed, now.timestamp(), session.id, now.timestamp()),
                 )
         except UnavailableError:
+            self._hurried = now + _HURRIED
             return
         self.look()
 

@@ -17,6 +17,7 @@ from mcpctl.errors import ConfigError, ConflictError, Error, ForbiddenError, Una
 from mcpctl.identity import users
 from mcpctl.identity.blocked import store
 from mcpctl.identity.own_databases import Key, OwnDatabase, OwnDatabases, check_name
+from mcpctl.in_turn import in_turn
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import own_login
 from mcpctl.postgres.cutting import Cut
@@ -39,15 +40,15 @@ class Own:
     """The databases that users of one installation have brought. `pools` is None for a command, which has none open."""
 
     def __init__(
-        self, settings: Settings, keyring: Keyring, pools: Pools | None, ask: own_login.Resolve = own_login.resolve
+        self, settings: Settings, keyring: Keyring, pools: Pools | None, ask: own_login.Resolve | None = None
     ) -> None:
         self._settings = settings
         self._rules = settings.own_databases
         self._hosts = Hosts(self._rules.hosts)
         self._keyring = keyring
         self._pools = pools
-        self._ask = ask
-        self._state = store(settings)
+        self._ask = ask or own_login.Resolver()
+        self._state = store(settings, None if pools is None else 0.0)
         self._people = users.user_file(settings.auth.user_file)
         self._rows = OwnDatabases(self._state, keyring, self._people)
         self._seen: Mapping[Key, OwnDatabase] = {}
@@ -188,7 +189,10 @@ class Own:
         finally:
             self._checking.discard(user)
         with self._told():
-            return self._rows.add(row, password, self._rules.most, users.sealed_in(self._people.current()))
+            return await in_turn(lambda: self._add(row, password))
+
+    def _add(self, row: OwnDatabase, password: str) -> OwnDatabase:
+        return self._rows.add(row, password, self._rules.most, users.sealed_in(self._people.current()))
 
     def check_name(self, user: str, name: str) -> None:
         """Raises UsageError or ConflictError for a name that cannot be, which counts as a try that failed: nobody asks
@@ -229,7 +233,7 @@ class Own:
         """Take one away and cut what this process has open of it; the other workers cut theirs within a moment. A
         command takes an earlier user's away, too."""
         with self._told():
-            row = self._rows.remove(user, name, whosever=self._pools is None)
+            row = await in_turn(lambda: self._rows.remove(user, name, whosever=self._pools is None))
         return row, await self.settle(user, name)
 
     def remove_all(self, user: str) -> list[str]:

@@ -5,14 +5,11 @@ every other keyword of libpq's that a variable of the environment could set is s
 Variables"). The host is resolved once, and only that address is ever connected to.
 """
 
-import asyncio
 import functools
 import ipaddress
 import os
-import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import psycopg
 from psycopg import AsyncConnection, pq
@@ -22,6 +19,7 @@ from mcpctl.config_keys import OwnDatabases
 from mcpctl.config_values import Network, host_name
 from mcpctl.errors import ConfigError, Error, ForbiddenError, UnavailableError, UsageError
 from mcpctl.identity.own_databases import OwnDatabase
+from mcpctl.lookups import Lookups
 from mcpctl.postgres.hba import GROUP
 from mcpctl.postgres.login import CONNECT_TIMEOUT, OWN, Login
 from mcpctl.postgres.terminator import bounded
@@ -153,19 +151,24 @@ def _within(inner: Network, outer: Network) -> bool:
     return False
 
 
-Resolve = Callable[[str, int], Any]
+Resolve = Callable[[str, int], Awaitable[list[str]]]
 
 
-async def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a host, as the system's resolver gives them; none where it knows none."""
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return []
-    return [str(address[0]) for *_, address in found]
+class Resolver:
+    """Asks the system's resolver for the hosts that users name, none of which may hold up the config's."""
+
+    def __init__(self, lookups: Lookups | None = None) -> None:
+        self._lookups = lookups or Lookups()
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        """The addresses of a host; none where it has none. UnavailableError where too many are being looked up."""
+        try:
+            return await self._lookups(host, port)
+        except (OSError, UnicodeError):
+            return []
 
 
-async def addresses(wanted: Wanted, hosts: Hosts, ask: Resolve = resolve) -> list[str]:
+async def addresses(wanted: Wanted, hosts: Hosts, ask: Resolve) -> list[str]:
     """The addresses that may be tried: of each family the first that the config lets in. ForbiddenError where there is
     none; it says the same of a host that there is not, so that nobody learns names of our network."""
     found: dict[int, str] = {}

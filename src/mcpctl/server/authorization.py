@@ -16,6 +16,7 @@ from mcpctl.identity.oauth import Connections
 from mcpctl.identity.oauth_clients import Client, Clients
 from mcpctl.identity.tokens import utcnow
 from mcpctl.identity.users import User
+from mcpctl.in_turn import in_turn
 from mcpctl.policy.scopes import Scopes
 from mcpctl.server.cors import Cors
 from mcpctl.server.forms import FormTokens
@@ -38,21 +39,22 @@ class Authorization(NamedTuple):
 
     async def sweep(self) -> None:
         """Fit the connections to the config, and forget what nobody needs any more: now, and each minute."""
+        connections = self.parts.connections
         while True:
             try:
-                for one in self.parts.connections.fit(self.parts.is_known):
+                for one in await in_turn(lambda: connections.fit(self.parts.is_known)):
                     self.parts.closed(one, f"its client {one.client} is not in the config any more")
                 self.parts.door.look()
-                self.parts.connections.sweep()
-                self.parts.clients.sweep()
-            except UnavailableError:
-                pass  # another worker writes
+                await in_turn(connections.sweep)
+                await in_turn(self.parts.clients.sweep)
+            except UnavailableError as problem:
+                log.warning("the connections were not looked after, it is tried again: %s", problem.message)
             except Exception:
                 log.exception("looking after the connections failed; it is tried again")
             await asyncio.sleep(_SWEEP)
 
 
-def build(core: Core) -> Authorization | None:
+async def build(core: Core) -> Authorization | None:
     """The authorization server of a process; None where the config has none. ConfigError where it cannot be."""
     settings, door, sessions = core.settings, core.authenticator, core.authenticator.sessions
     oauth = settings.auth.oauth
@@ -71,7 +73,9 @@ def build(core: Core) -> Authorization | None:
     def databases(user: User, permissions: Sequence[str]) -> list[str]:
         return core.calls.reach.databases(door.supposed(user.name, tuple(permissions)), "read")
 
-    pages = SignInPages(parts, browsers, FormTokens(browsers.key(), utcnow), core.signing_in.prove, databases)
+    pages = SignInPages(
+        parts, browsers, FormTokens(await in_turn(browsers.key), utcnow), core.signing_in.prove, databases
+    )
     return Authorization([Endpoints(parts), pages], scopes, parts)
 
 

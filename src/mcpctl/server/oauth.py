@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_plus
 
-from mcpctl.errors import Error, LimitedError, UnavailableError, UsageError
+from mcpctl.errors import BusyError, Error, LimitedError, UnavailableError, UsageError
 from mcpctl.identity import client_documents, strict_json
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.client_documents import Documents
 from mcpctl.identity.oauth import Connections, GrantError, Issued
 from mcpctl.identity.oauth_clients import Client, Clients, MetadataError
 from mcpctl.identity.sessions import Session
+from mcpctl.in_turn import in_turn
 from mcpctl.policy.scopes import OFFLINE, Scopes
 from mcpctl.recorder import Recorder
 from mcpctl.server import credentials, encoding, exchange, parameters
 from mcpctl.server.asked import is_resource
 from mcpctl.server.cors import Cors
 from mcpctl.server.exchange import MethodError, Receive, Scope, Send
+from mcpctl.server.noted import Noted
 from mcpctl.server.parameters import Parameters
 from mcpctl.server.refusals import outside
 from mcpctl.server.routes import Host, Route, Routes
@@ -31,6 +33,7 @@ from mcpctl.server.shown import shown
 log = logging.getLogger("mcpctl.oauth")
 METADATA = "/.well-known/oauth-authorization-server"
 _LARGEST = 16 << 10
+_TOO_MUCH = "the user was not asked for so much: ask for what was allowed, or for less"
 Answer = Callable[[Host, Scope, Receive, str | None, str], Awaitable[tuple[int, dict[str, Any] | None]]]
 
 
@@ -88,6 +91,7 @@ class Endpoints:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._noted = Noted()
 
     def __call__(self, host: Host) -> Routes:
         """See routes.py:Addition."""
@@ -95,7 +99,7 @@ class Endpoints:
         found |= {"/token": self._post(host, self._token), "/revoke": self._post(host, self._revoke)}
         if self._parts.registration:
             found["/register"] = self._post(host, self._register)
-        return found
+        return {path: self._noted.watched(path, route) for path, route in found.items()}
 
     # -- what is there -------------------------------------------------------------------------------------------------
 
@@ -150,9 +154,10 @@ class Endpoints:
                 status, found = await answer(host, scope, receive, address, request_id)
             except GrantError as problem:
                 self._note(problem, address, request_id)
-                status, found = 400, _error("invalid_grant", "the grant opens nothing, or no longer")
+                told = _TOO_MUCH if problem.error == "invalid_scope" else "the grant opens nothing, or no longer"
+                status, found = 400, _error(problem.error, told)
             except Error as problem:
-                status, found, more = self._refused(problem, address, request_id)
+                status, found, more = self._refused(scope["path"], problem, address, request_id)
                 headers += more
             body = encoding.encode(found) if found is not None else b""
             await exchange.answer(send, status, body, request_id, [(b"pragma", b"no-cache"), *headers])
@@ -160,14 +165,17 @@ class Endpoints:
         return route
 
     def _refused(
-        self, problem: Error, address: str | None, request_id: str
+        self, path: str, problem: Error, address: str | None, request_id: str
     ) -> tuple[int, dict[str, Any], list[tuple[bytes, bytes]]]:
         if isinstance(problem, RefusalError):
             if problem.inside is not None:
                 self._refuse_in_log(problem.inside, address, request_id)
+            else:
+                self._noted(path, problem, request_id)
             more = [(b"www-authenticate", b'Basic realm="mcpctl"')] if problem.status == 401 else []
             return problem.status, _error(problem.error, problem.message), more
         if isinstance(problem, MetadataError):
+            self._noted(path, problem, request_id)
             return 400, _error(problem.error, problem.message), []
         if isinstance(problem, LimitedError):
             after = [(b"retry-after", str(problem.retry_after).encode())]
@@ -175,7 +183,9 @@ class Endpoints:
         if problem.status >= 500:
             log.warning("request %s: %s", request_id, problem.message)
             busy = isinstance(problem, UnavailableError)
-            return 503, _error("temporarily_unavailable" if busy else "server_error", outside(problem)), []
+            after = [(b"retry-after", str(problem.retry_after).encode())] if isinstance(problem, BusyError) else []
+            return 503, _error("temporarily_unavailable" if busy else "server_error", outside(problem)), after
+        self._noted(path, problem, request_id)
         return problem.status, _error("invalid_request", problem.message), []
 
     def _note(self, problem: GrantError, address: str | None, request_id: str) -> None:
@@ -196,7 +206,7 @@ class Endpoints:
     ) -> tuple[int, dict[str, Any]]:
         given, client = await self._form(host, scope, receive, address)
         self._parts.recorder.before_call()
-        kind, resource = given.get("grant_type"), given.get("resource")
+        kind, resource, connections = given.get("grant_type"), given.get("resource"), self._parts.connections
         ours = f"{host.base(scope)}/mcp"
         if resource is not None and not is_resource(resource, ours):
             raise RefusalError("invalid_target", f"resource is to be {ours}")
@@ -205,15 +215,15 @@ class Endpoints:
             for name in ("code", "code_verifier"):
                 if name not in given:
                     raise RefusalError("invalid_request", f"{name} is missing")
-            issued = self._parts.connections.redeem(
-                given["code"], client, given.get("redirect_uri"), given["code_verifier"], target, address
-            )
-            self._note_opened(issued, address, request_id)
+            code, back, verifier = given["code"], given.get("redirect_uri"), given["code_verifier"]
+            issued = await in_turn(lambda: connections.redeem(code, client, back, verifier, target, address))
+            await self._note_opened(issued, address, request_id)
         elif kind == "refresh_token":
             if "refresh_token" not in given:
                 raise RefusalError("invalid_request", "refresh_token is missing")
             scopes = given["scope"].split() if "scope" in given else None
-            issued = self._parts.connections.renew(given["refresh_token"], client, target, scopes)
+            refresh = given["refresh_token"]
+            issued = await in_turn(lambda: connections.renew(refresh, client, target, scopes))
         else:
             missing = "invalid_request" if kind is None else "unsupported_grant_type"
             raise RefusalError(missing, "grant_type is to be authorization_code or refresh_token")
@@ -229,14 +239,14 @@ class Endpoints:
         }
         return found if issued.refresh is None else {**found, "refresh_token": issued.refresh}
 
-    def _note_opened(self, issued: Issued, address: str | None, request_id: str) -> None:
+    async def _note_opened(self, issued: Issued, address: str | None, request_id: str) -> None:
         """One line for a new connection, without which it does not stay."""
         where = {"user": issued.session.user, "client_ip": address, "request_id": request_id, "transport": "http"}
         told = f"client {issued.session.client} with {' '.join(issued.scopes)}"
         try:
             self._parts.recorder.call("session.opened", {"token": issued.session.id, **where, "reason": told})
         except UnavailableError:
-            self._parts.connections.end(issued.session.user or "", issued.session.id)
+            await in_turn(lambda: self._parts.connections.end(issued.session.user or "", issued.session.id))
             raise
         for one in issued.ended:
             self._parts.closed(
@@ -251,7 +261,8 @@ class Endpoints:
         given, client = await self._form(host, scope, receive, address)
         if "token" not in given:
             raise RefusalError("invalid_request", "token is missing")
-        session = self._parts.connections.revoke(given["token"], client)
+        text = given["token"]
+        session = await in_turn(lambda: self._parts.connections.revoke(text, client))
         self._parts.closed(session, f"client {client} has given it back", client_ip=address, request_id=request_id)
         return 200, None
 
@@ -297,7 +308,7 @@ class Endpoints:
             said = strict_json.read(body)
         except ValueError as problem:
             raise MetadataError(f"the body {problem}") from None
-        client = self._parts.clients.register(said, address)
+        client = await in_turn(lambda: self._parts.clients.register(said, address))
         told = f"{client.id} calls itself {shown(client.name)!r}, answered at {shown(client.redirects[0], 200)}"
         self._parts.recorder.of_stranger(
             "client.registered", client_ip=address, request_id=request_id, transport="http", reason=told

@@ -10,22 +10,24 @@ on the web, under any name (RFC 8252, section 8.6; RFC 6819, section 5.2.4.1): t
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 
 from mcpctl import redirect_uris
-from mcpctl.errors import Error, LimitedError, UnauthorizedError, UsageError
+from mcpctl.errors import BusyError, Error, LimitedError, UnauthorizedError, UsageError
 from mcpctl.identity import oauth, oauth_clients
 from mcpctl.identity.browsers import LIFE, Browsers
 from mcpctl.identity.oauth import Allowed
 from mcpctl.identity.sessions import mark_of
 from mcpctl.identity.tokens import in_networks
 from mcpctl.identity.users import User
+from mcpctl.in_turn import in_turn
 from mcpctl.policy.scopes import OFFLINE
 from mcpctl.server import asked, forms, pages
 from mcpctl.server.asked import Asked, RefusedError
 from mcpctl.server.exchange import MethodError, Receive, Scope, Send
 from mcpctl.server.forms import Cookie, FormTokens
+from mcpctl.server.noted import MALFORMED, Noted
 from mcpctl.server.oauth import Parts
 from mcpctl.server.pages import Answer, Form, Pages
 from mcpctl.server.refusals import outside
@@ -74,6 +76,7 @@ class SignInPages:
         self._tokens = tokens
         self._prove = prove
         self._databases = databases
+        self._noted = Noted()
 
     def __call__(self, host: Host) -> Routes:
         """See routes.py:Addition."""
@@ -96,6 +99,8 @@ class SignInPages:
                 visit = _Visit(scope, receive, host, address, request_id, origin, jar, cookie)
                 found = await answer(visit)
             except Error as problem:
+                if problem.status in MALFORMED:
+                    self._noted(scope["path"], problem, request_id)
                 found = self._failed(problem, origin, request_id)
             headers = [*found.headers, (b"x-request-id", request_id.encode())]
             await send({"type": "http.response.start", "status": found.status, "headers": headers})
@@ -110,7 +115,7 @@ class SignInPages:
             told = "Too many requests"
         hint = _sentence(problem.hint) if problem.hint and problem.status < 500 else None
         found = _pages(origin).failed(problem.status, _sentence(told), request_id, hint)
-        if isinstance(problem, LimitedError):
+        if isinstance(problem, LimitedError | BusyError):
             found.headers.append((b"retry-after", str(problem.retry_after).encode()))
         if isinstance(problem, MethodError):
             found.headers.append((b"allow", problem.allow.encode()))
@@ -122,11 +127,11 @@ class SignInPages:
         user = self._user(visit)
         try:
             wish = await asked.read(visit.scope["query_string"], self._parts.client, self._parts.scopes, visit.origin)
-            return await self._decided(visit, wish, user) if visit.posts else self._asked(visit, wish, user)
+            return await (self._decided(visit, wish, user) if visit.posts else self._asked(visit, wish, user))
         except RefusedError as problem:
             return self._refused(visit, problem, known=user is not None)
 
-    def _asked(self, visit: _Visit, wish: Asked, user: User | None) -> Answer:
+    async def _asked(self, visit: _Visit, wish: Asked, user: User | None) -> Answer:
         """The page that comes next, or the answer, if nobody has to be asked."""
         if user is None or "login" in wish.prompt or "select_account" in wish.prompt:
             if "none" in wish.prompt:
@@ -137,7 +142,7 @@ class SignInPages:
                 raise wish.refused("consent_required", "the user has to be asked")
             return self._consent(visit, wish, user)
         # no redirect: this may stand behind the sign-in's form, see pages.py
-        return _pages(visit.origin).leaving(_page_client(wish), wish.answer(code=self._code(wish, user)))
+        return _pages(visit.origin).leaving(_page_client(wish), wish.answer(code=await self._code(wish, user)))
 
     def _is_remembered(self, wish: Asked, user: User) -> bool:
         if "consent" in wish.prompt or not _may_be_remembered(wish):
@@ -163,24 +168,24 @@ class SignInPages:
         if found["answer"] != "allow":
             raise UsageError("the form says neither yes nor no", "open the page again, and send its form as it is")
         self._parts.recorder.before_call()
-        code = self._code(wish, user)
-        self._parts.clients.use(wish.client.id)
+        code = await self._code(wish, user)
+        await in_turn(lambda: self._parts.clients.use(wish.client.id))
         if _may_be_remembered(wish):
-            self._parts.connections.remember(user.name, wish.client.id, wish.redirect, wish.scopes)
+            remember = self._parts.connections.remember
+            await in_turn(lambda: remember(user.name, wish.client.id, wish.redirect, wish.scopes))
         return _pages(visit.origin).leaving(_page_client(wish), wish.answer(code=code))
 
-    def _code(self, wish: Asked, user: User) -> str:
-        return self._parts.connections.allow(
-            Allowed(
-                wish.client,
-                wish.redirect,
-                wish.challenge,
-                wish.scopes,
-                wish.resource,
-                user.name,
-                mark_of(user.password),
-            )
+    async def _code(self, wish: Asked, user: User) -> str:
+        allowed = Allowed(
+            wish.client,
+            wish.redirect,
+            wish.challenge,
+            wish.scopes,
+            wish.resource,
+            user.name,
+            mark_of(user.password),
         )
+        return await in_turn(lambda: self._parts.connections.allow(allowed))
 
     def _refused(self, visit: _Visit, problem: RefusedError, *, known: bool) -> Answer:
         """A no, as the client hears it. A stranger is sent nowhere by itself that anybody may have registered: else a
@@ -240,21 +245,26 @@ class SignInPages:
         except LimitedError as problem:
             after = problem.retry_after
             return self._sign_in(visit, client, purpose=self._of_query(visit), user=name, retry_after=after)
-        return self._signed_in(visit, user, f"{AUTHORIZE}?{wish.without_login}" if wish is not None else CONNECTIONS)
+        return await self._signed_in(
+            visit, user, f"{AUTHORIZE}?{wish.without_login}" if wish is not None else CONNECTIONS
+        )
 
-    def _signed_in(self, visit: _Visit, user: User, there: str) -> Answer:
+    async def _signed_in(self, visit: _Visit, user: User, there: str) -> Answer:
         """The browser has another cookie from now on: who has set the one before knows it no longer."""
-        if visit.cookie is not None:
-            self._browsers.sign_out(visit.cookie)
+        await self._sign_out(visit.cookie)
         where = {"client_ip": visit.address, "request_id": visit.request_id, "transport": "http"}
         self._parts.recorder.call(
             "auth.ok", {"user": user.name, "tenant": user.tenant, **where, "reason": "in a browser"}
         )
         cookie = forms.new_id()
-        self._browsers.sign_in(cookie, user.name, mark_of(user.password))
+        await in_turn(lambda: self._browsers.sign_in(cookie, user.name, mark_of(user.password)))
         found = _redirect(there, status=303)
         found.headers.append(visit.jar.set(cookie, LIFE))
         return found
+
+    async def _sign_out(self, cookie: str | None) -> None:
+        if cookie is not None:
+            await in_turn(lambda: self._browsers.sign_out(cookie))
 
     async def _logout(self, visit: _Visit) -> Answer:
         if not visit.posts:
@@ -262,7 +272,7 @@ class SignInPages:
         found, user = await self._form(visit, required=("form_token",)), self._user(visit)
         if user is not None and visit.cookie is not None:
             self._tokens.check(found["form_token"], visit.cookie, f"sign-out {user.name}")
-            self._browsers.sign_out(visit.cookie)
+            await self._sign_out(visit.cookie)
         done = _pages(visit.origin).done("You are signed out", "Clients that you have allowed stay connected.")
         done.headers.append(visit.jar.drop())
         return done
@@ -279,17 +289,20 @@ class SignInPages:
         if visit.posts:
             found = await self._form(visit, required=("form_token",), optional=("end", "end_all"))
             self._tokens.check(found["form_token"], visit.cookie, f"connections {user.name}")
-            done = self._end(visit, user, found)
+            done = await self._end(visit, user, found)
         return self._shown(visit, user, done)
 
-    def _end(self, visit: _Visit, user: User, found: dict[str, str]) -> str:
+    async def _end(self, visit: _Visit, user: User, found: dict[str, str]) -> str:
         """End one connection of the user's, or all; what was done."""
         connections = self._parts.connections
         every = [one.session.id for one in connections.of(user.name)]
         names = every if found.get("end_all") == "yes" else [found.get("end", "")]
-        ended = [one for one in (connections.end(user.name, name) for name in names) if one is not None]
-        for one in ended:
-            connections.forget(user.name, one.client)
+        ended = []
+        for name in names:
+            if (one := await in_turn(partial(connections.end, user.name, name))) is None:
+                continue
+            ended.append(one)
+            await in_turn(partial(connections.forget, user.name, one.client))
             self._parts.closed(
                 one.session, "its user has ended it", client_ip=visit.address, request_id=visit.request_id
             )
@@ -315,7 +328,7 @@ class SignInPages:
             session.id,
             pages.Client(one.name, one.redirect, one.host, self._parts.clients.lists(one.client)),
             self._in_words(one.scopes),
-            self._databases(user, session.permissions or ()),
+            self._databases(user, one.permissions),
             session.created_at,
             session.used_at if session.used_at > session.created_at else None,
             session.address,

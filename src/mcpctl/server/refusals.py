@@ -3,7 +3,7 @@
 import logging
 from time import monotonic
 
-from mcpctl.errors import Error, LimitedError, LockedError, ScopeError, UnauthorizedError
+from mcpctl.errors import BusyError, Error, LimitedError, LockedError, ScopeError, UnauthorizedError
 from mcpctl.server import credentials, encoding
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.exchange import MethodError
@@ -54,7 +54,9 @@ class Refusals:
             more = f', error="insufficient_scope", scope="{" ".join(problem.scopes)}"'
             headers.append(self._challenge(base or self.base(asked), more))
         message, hint = problem.message, problem.hint
-        if isinstance(problem, LimitedError | TooMuchError) and problem.status == 429:
+        if isinstance(problem, BusyError) or (
+            isinstance(problem, LimitedError | TooMuchError) and problem.status == 429
+        ):
             headers.append((b"retry-after", str(problem.retry_after).encode()))
         if problem.status == 405:
             headers.append((b"allow", _allowed(path, problem)))

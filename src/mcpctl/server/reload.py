@@ -17,6 +17,7 @@ from mcpctl import certificates
 from mcpctl.audit.log import AuditLog, read_key
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
+from mcpctl.identity.sessions import rules_of
 from mcpctl.identity.tokens import utcnow
 from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.listening import Listening
@@ -174,6 +175,8 @@ class Serving:
         old.in_force = False
         old.core.quiet = True
         old.core.pools.ends = RELOADED
+        if (signed_in := old.core.authenticator.sessions) is not None:
+            signed_in.only(rules_of(made.listening.settings.auth))
         self._take(made)
         if self.certificates is not None and pair is not None:
             self.certificates.note = made.core.recorder.note

@@ -23,6 +23,7 @@ from mcp.server.transport_security import TransportSecuritySettings
 from mcpctl import certificates
 from mcpctl.calls import Request
 from mcpctl.errors import Error
+from mcpctl.identity import browsers
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import utcnow
 from mcpctl.policy.access import Access
@@ -320,7 +321,7 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
     gatekeeper = Gatekeeper.of(
         settings, settings.server.host, listening.port or settings.server.port, behind_proxy=listening.behind_proxy
     )
-    authorization = oauth.build(core)
+    authorization = await oauth.build(core)
     app = Http(
         Parts(
             settings=settings,
@@ -351,9 +352,10 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
 def _additions(core: Core) -> list[Addition]:
     """What is served beside MCP."""
     found: list[Addition] = []
-    if core.signing_in is not None and core.settings.auth.sessions.enabled:
-        access = Access(core.settings.auth)
-        found.append(SignIn(core.signing_in, core.authenticator, access, core.recorder))
+    if core.signing_in is not None:
+        access, passwords = Access(core.settings.auth), core.settings.auth.sessions.enabled
+        leave = partial(browsers.forget, core.state)
+        found.append(SignIn(core.signing_in, core.authenticator, access, core.recorder, leave, passwords=passwords))
     return found
 
 

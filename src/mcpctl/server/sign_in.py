@@ -4,6 +4,7 @@ who may see and end the sessions of others."""
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -13,10 +14,12 @@ from mcpctl.identity.principal import Principal
 from mcpctl.identity.sessions import Session
 from mcpctl.identity.standing import Standing
 from mcpctl.identity.users import rfc3339
+from mcpctl.in_turn import in_turn
 from mcpctl.policy.access import Access
 from mcpctl.recorder import Recorder
 from mcpctl.server import encoding, exchange
 from mcpctl.server.exchange import MethodError, Receive, Scope, Send
+from mcpctl.server.noted import Noted
 from mcpctl.server.routes import BELOW, Host, Route, Routes, know
 from mcpctl.signing_in import SigningIn
 
@@ -29,10 +32,22 @@ _ID = re.compile(r"S[0-9a-z]{7}")
 
 
 class SignIn:
-    """The routes, for an app to take as one of its additions."""
+    """The routes, for an app to take as one of its additions. `passwords`: whether one becomes a session here; those
+    that users have let clients have are seen and ended in any case. `leave(user)` signs a user out of all browsers."""
 
-    def __init__(self, signing_in: SigningIn, door: Standing, access: Access, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        signing_in: SigningIn,
+        door: Standing,
+        access: Access,
+        recorder: Recorder,
+        leave: Callable[[str], None],
+        *,
+        passwords: bool,
+    ) -> None:
         self._signing_in = signing_in
+        self._leave = leave
+        self._passwords = passwords
         self._sessions = signing_in.sessions
         self._door = door
         self._access = access
@@ -47,7 +62,8 @@ class SignIn:
 
             return route
 
-        return {SIGN_IN: of(self._auth), ADMIN: of(self._several), f"{ADMIN}{BELOW}": of(self._one)}
+        found = {ADMIN: of(self._several), f"{ADMIN}{BELOW}": of(self._one)}
+        return found | ({SIGN_IN: Noted().watched(SIGN_IN, of(self._auth))} if self._passwords else {})
 
     # -- one's own -------------------------------------------------------------------------------------------------
 
@@ -94,7 +110,7 @@ class SignIn:
         session = self._sessions.known.get(principal.token or "")
         if session is None:
             raise ForbiddenError("a token is no session, and does not sign out", "its administrator can revoke it")
-        self._end([session], "signed out", address, request_id)
+        await self._end([session], "signed out", address, request_id)
         await exchange.answer(send, 204, b"", request_id)
 
     # -- those of others -------------------------------------------------------------------------------------------
@@ -112,9 +128,11 @@ class SignIn:
             await exchange.answer(send, 200, encoding.encode({"sessions": shown}), request_id)
             return
         self._check(principal, "sessions:end", address, request_id)
-        user = _user(scope, needed=True)
+        user = _user(scope, needed=True) or ""
+        if self._may_know(principal, user):
+            await in_turn(lambda: self._leave(user))
         theirs = [one for one in self._seen_by(principal) if one.user == user]
-        ended = self._end_for(principal, theirs, address, request_id)
+        ended = await self._end_for(principal, theirs, address, request_id)
         await exchange.answer(send, 200, encoding.encode({"ended": ended}), request_id)
 
     async def _one(self, host: Host, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
@@ -125,7 +143,7 @@ class SignIn:
         self._check(principal, "sessions:end", address, request_id)
         name = scope["path"].rpartition("/")[2]
         found = [one for one in self._seen_by(principal) if one.id == name and _ID.fullmatch(name)]
-        if not found or not self._end_for(principal, found, address, request_id):
+        if not found or not await self._end_for(principal, found, address, request_id):
             raise NotFoundError("there is no such session", f"GET {ADMIN} lists those that there are")
         await exchange.answer(send, 204, b"", request_id)
 
@@ -142,18 +160,23 @@ class SignIn:
 
     def _seen_by(self, principal: Principal) -> list[Session]:
         """The sessions that a principal may know of: of its own tenant's users alone, if it has one."""
-        found = self._sessions.all()
+        return [one for one in self._sessions.all() if self._may_know(principal, one.user or "")]
+
+    def _may_know(self, principal: Principal, name: str) -> bool:
         if principal.tenant is None:
-            return found
-        return [one for one in found if (user := self._door.person(one.user or "")) and user.tenant == principal.tenant]
+            return True
+        user = self._door.person(name)
+        return user is not None and user.tenant == principal.tenant
 
-    def _end_for(self, by: Principal, which: list[Session], address: str | None, request_id: str) -> list[str]:
-        self._sessions.ask_again(one.id for one in which)
-        return self._end(which, f"ended over HTTP by {by.name}", address, request_id)
+    async def _end_for(self, by: Principal, which: list[Session], address: str | None, request_id: str) -> list[str]:
+        ids = [one.id for one in which]
+        await in_turn(lambda: self._sessions.ask_again(ids))
+        return await self._end(which, f"ended over HTTP by {by.name}", address, request_id)
 
-    def _end(self, which: list[Session], reason: str, address: str | None, request_id: str) -> list[str]:
+    async def _end(self, which: list[Session], reason: str, address: str | None, request_id: str) -> list[str]:
         """End sessions, and what they have open; the ids of those that had not ended yet."""
-        ended = self._sessions.end(one.id for one in which)
+        ids = [one.id for one in which]
+        ended = await in_turn(lambda: self._sessions.end(ids))
         of = {one.id: one.user for one in which}
         for name in ended:
             user = self._door.person(of[name] or "")
