@@ -146,7 +146,7 @@ def stdio(at: site.Site, dsn: str, rounds: int) -> Iterator[str]:
 def idle(at: site.Site, shop: site.Shop, seconds: float) -> str:
     """The line of the table of an idle server."""
     write_tokens(at, 1_000)
-    at.start()
+    at.start(anew=True)
     assert at.process is not None
     pids = [at.process.pid, *_children(at.process.pid)]
     time.sleep(2)

@@ -131,7 +131,7 @@ def mcpctl(
     at.user(user)
     at.grant(user, "--schema", "public")
     texts = [at.token(user)[1] for _ in range(tokens)]
-    at.start("--workers", str(workers))
+    at.start("--workers", str(workers), anew=True)
     try:
         assert at.process is not None
         port = int(at.url.split(":")[2].split("/")[0])

@@ -50,7 +50,7 @@ def main() -> None:
         at = site.Site(Path(folder) / "site", shop, limits)
         at.limits = {}  # else the tests' own, which are none
         token, known = at.token()[1], at.token()[1]
-        at.start()
+        at.start(anew=True)
         try:
             ratios = [_round(at, token, known, asked) for _ in range(asked.rounds)]
         finally:

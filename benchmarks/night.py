@@ -328,7 +328,7 @@ def main() -> None:
         at.limits = {}  # else the tests' own, which are none
         write_pair(authority, at.folder)
         at.start("--tls-cert", str(at.folder / "tls.crt"), "--tls-key", str(at.folder / "tls.key"),
-                 "--workers", str(asked.workers))  # fmt: skip
+                 "--workers", str(asked.workers), anew=True)  # fmt: skip
         night = Night(at, authority, asked.clients, asked.tokens)
         try:
             asyncio.run(night.run(asked.minutes * 60))

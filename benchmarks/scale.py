@@ -61,7 +61,7 @@ class Town:
     def start(self, workers: int) -> float:
         """Start the server; seconds until it is ready."""
         begun = time.perf_counter()
-        self.at.start("--workers", str(workers))
+        self.at.start("--workers", str(workers), anew=True)
         return time.perf_counter() - begun
 
     @property

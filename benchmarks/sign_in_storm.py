@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, site.shop(pg.supported()[-1]) as shop:
         at = site.Site(Path(folder) / "site", shop, ENABLED)
         names = with_users(at, 50)
-        at.start("--workers", str(asked.workers))
+        at.start("--workers", str(asked.workers), anew=True)
         token = at.token()[1]
         try:
             for _ in range(asked.rounds):

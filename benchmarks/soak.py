@@ -161,7 +161,7 @@ def soak(seconds: float, clients: int, seed: int) -> tuple[Found, list[str]]:
     with tempfile.TemporaryDirectory() as folder, site.shop(pg.supported()[-1]) as shop:
         at = site.Site(Path(folder) / "site", shop, extra="limits: {statement_timeout: 1s}\n")
         _, token = at.token("bob")
-        inputs = seeds(at.start())
+        inputs = seeds(at.start(anew=True))
         host, port = at.url.split("/")[2].split(":")
         until = time.monotonic() + seconds
 

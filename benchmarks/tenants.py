@@ -42,7 +42,7 @@ def _measure(kind: str, calls: int, rounds: int) -> list[tuple[float, float]]:
     with tempfile.TemporaryDirectory() as folder, site.shop(pg.supported()[-1]) as shop:
         both = (two_tenants.ACME, two_tenants.WIDGETS)
         town = two_tenants.settle(Path(folder) / "apart", shop, kind, houses=both)
-        town.site.start()
+        town.site.start(anew=True)
         try:
             return two_tenants.cost(town, Path(folder) / "shared", calls, rounds)
         finally:
