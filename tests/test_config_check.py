@@ -143,7 +143,7 @@ def test_roots_commands_work_where_the_owner_of_the_files_cannot_read_mcpctl(tmp
             folder.chmod(0o755)
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
-    shutil.copytree(Path(mcpctl.__file__).parent, closed / "mcpctl", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(mcpctl.__file__).parent, closed / "mcpctl")
     home = Home(tmp_path / "home", "  mine: {host: /nonexistent, dbname: mine, roles: per_user}\n")
     for path in (home.folder, *home.folder.iterdir()):
         os.chown(path, 65534, 65534)
