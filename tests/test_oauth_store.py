@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -165,25 +166,43 @@ def test_the_access_token_before_is_taken_for_a_moment(house: House) -> None:
 def test_a_client_that_renews_all_the_time_does_not_fill_the_store(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(oauth, "USED_KEPT", 4)
+    monkeypatch.setattr(oauth, "MOST_RENEWALS", 9)
     issued = [house.one.redeem(house.one.code())]
     for _ in range(9):
         issued.append(house.two.renew(issued[-1].refresh))
-    assert house.one.state.rows("SELECT count(*), sum(used) FROM oauth_refresh_tokens") == [(5, 4)]
-    with pytest.raises(GrantError, match="no such refresh token"):  # one that is forgotten opens nothing
-        house.one.renew(issued[0].refresh)
-    issued.append(house.one.renew(issued[-1].refresh))
-    with pytest.raises(GrantError, match="twice"):  # one that is known ends the connection, as ever
-        house.one.renew(issued[-5].refresh)
-    with pytest.raises(GrantError, match="ended"):
+    with pytest.raises(GrantError, match="renewed 9 times") as refused:
         house.one.renew(issued[-1].refresh)
+    assert refused.value.ended is not None
+    with pytest.raises(GrantError, match="ended"):
+        house.two.renew(issued[-1].refresh)
 
 
-def test_connections_of_a_store_of_the_form_before_go_on(house: House, tmp_path: Path) -> None:
+def test_no_number_of_renewals_hides_that_a_refresh_token_was_stolen(house: House) -> None:
+    """Who has stolen it renews many times before its owner does once."""
+    stolen = house.one.redeem(house.one.code()).refresh
+    last = house.two.renew(stolen)
+    for _ in range(200):
+        last = house.two.renew(last.refresh)
+    with pytest.raises(GrantError, match="twice"):
+        house.one.renew(stolen)
+    with pytest.raises(GrantError, match="ended"):
+        house.two.renew(last.refresh)
+
+
+def test_a_narrowed_access_token_does_not_get_more_when_its_connection_does(house: House) -> None:
     first = house.one.redeem(house.one.code(APP, "mcp:read", "mcp:write"))
-    second = house.one.renew(first.refresh)
-    house.one.state.close()
-    with closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as connection:
+    narrow = house.one.renew(first.refresh, "mcp:read")
+    assert not narrow.session.was_current(first.access, house.now), "what is on its way has more than it is to have"
+    whole = house.one.renew(narrow.refresh)
+    assert whole.session.permissions == ("mcp:read", "mcp:write")
+    session = house.one.sessions.known[whole.session.id]
+    assert session.is_current(whole.access)
+    assert not session.was_current(narrow.access, house.now)
+
+
+def as_before(path: Path) -> None:
+    """Make a store one of form 5."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for statement in (
             "DROP INDEX oauth_refresh_tokens_number",
             "ALTER TABLE oauth_refresh_tokens DROP COLUMN number",
@@ -192,6 +211,31 @@ def test_connections_of_a_store_of_the_form_before_go_on(house: House, tmp_path:
             "PRAGMA user_version = 5",
         ):
             connection.execute(statement)
+
+
+def test_a_worker_waits_for_another_one_that_makes_the_form_a_newer_one(house: House, tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    issued = house.one.redeem(house.one.code())
+    house.one.state.close()
+    as_before(path)
+    with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        ends = threading.Timer(0.4, other.execute, ("COMMIT",))
+        ends.start()
+        store = State(path, patience=0)
+        try:
+            assert store.rows("SELECT session, permissions FROM oauth_connections") == [(issued.session.id, None)]
+        finally:
+            store.close()
+            ends.join()
+
+
+def test_connections_of_a_store_of_the_form_before_go_on(house: House, tmp_path: Path) -> None:
+    first = house.one.redeem(house.one.code(APP, "mcp:read", "mcp:write"))
+    second = house.one.renew(first.refresh)
+    house.one.state.close()
+    as_before(tmp_path / "state.db")
+    house.one.connections.fit(lambda client: True)
     third = house.one.renew(second.refresh)
     assert third.session.permissions == ("mcp:read", "mcp:write")
     with pytest.raises(GrantError, match="twice"):
@@ -340,6 +384,20 @@ def test_where_all_clients_are_in_use_the_one_goes_that_was_allowed_longest_ago_
     store.use(fourth.id)
     store.register(SAID, "b")
     assert store.find(first.id) is None
+
+
+def test_strangers_who_register_drive_out_nobody_whom_users_know(house: House) -> None:
+    store = clients(house, registrations=4)
+    known = store.register(SAID, "a")
+    store.use(known.id)
+    house.later(hours=1)
+    for number in range(3):
+        store.register(SAID, str(number))
+    with pytest.raises(UnavailableError):
+        store.register(SAID, "3")
+    house.later(hours=1)
+    store.register(SAID, "4")
+    assert store.find(known.id) is not None
 
 
 def test_an_address_registers_twenty_in_an_hour(house: House) -> None:

@@ -33,7 +33,12 @@ class Lookups:
             raise UnavailableError("too many hosts are being looked up", "try again in a moment")
         answered: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
         self.running += 1
-        threading.Thread(target=self._ask, args=(host, port, answered), name="lookup", daemon=True).start()
+        thread = threading.Thread(target=self._ask, args=(host, port, answered), name="lookup", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system gives no thread
+            self.running -= 1
+            raise UnavailableError("no host can be looked up now", "try again in a moment") from None
         return await answered
 
     def _ask(self, host: str, port: int, answered: "asyncio.Future[list[str]]") -> None:

@@ -80,8 +80,7 @@ _SINCE_6 = """
 ALTER TABLE oauth_refresh_tokens ADD COLUMN number INTEGER NOT NULL DEFAULT 0;
 DROP INDEX oauth_refresh_tokens_session;
 CREATE INDEX oauth_refresh_tokens_number ON oauth_refresh_tokens (session, number);
-ALTER TABLE oauth_connections ADD COLUMN permissions TEXT NOT NULL DEFAULT '[]';
-UPDATE oauth_connections SET permissions = coalesce((SELECT permissions FROM sessions WHERE id = session), '[]')
+ALTER TABLE oauth_connections ADD COLUMN permissions TEXT
 """
 _STEPS = {2: _SINCE_2, 3: _SINCE_3, 4: _SINCE_4, 5: _SINCE_5, 6: _SINCE_6}
 """What a store of an earlier form lacks, by the form that has it."""
@@ -143,7 +142,7 @@ class State:
             self._written += 1
 
     def _begin(self, connection: sqlite3.Connection, patience: float) -> None:
-        connection.execute(f"PRAGMA busy_timeout = {round(1000 * patience)}")
+        self._wait(connection, patience)
         try:
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as problem:
@@ -151,7 +150,11 @@ class State:
                 raise BusyError(*self._held()) from None
             raise
         finally:
-            connection.execute(f"PRAGMA busy_timeout = {round(1000 * max(self._patience, SHORTLY))}")
+            self._wait(connection, max(self._patience, SHORTLY))
+
+    @staticmethod
+    def _wait(connection: sqlite3.Connection, seconds: float) -> None:
+        connection.execute(f"PRAGMA busy_timeout = {round(1000 * seconds)}")
 
     def _held(self) -> tuple[str, str]:
         return f"{self.path} is held by another process", "try again in a moment"
@@ -176,9 +179,10 @@ class State:
             make(self.path)
         fd = _hold(self.path)
         try:
-            connection = sqlite3.connect(self.path, timeout=max(self._patience, SHORTLY), isolation_level=None)
+            connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
             try:
-                self._check(connection)
+                self._check(connection)  # another worker may be making its form a newer one
+                self._wait(connection, max(self._patience, SHORTLY))
             except BaseException:
                 connection.close()
                 raise

@@ -6,9 +6,9 @@ whoever shows one a second time ends the connection, since one of two who have i
 4.1.3 and 4.3.1). There is no grace for an answer that was lost: a thief who is quicker than the client by a second
 would keep what he has. All secrets have 256 random bits, and are kept as SHA-256.
 
-Of a connection's used refresh tokens the newest USED_KEPT are known, since a client that renews all the time would fill
-the disk. One that is older opens nothing either, but is taken for one that never was: nobody notices then that it was
-stolen, and the connection goes on (RFC 9700, section 4.14.2 has it end).
+All refresh tokens of a connection are known until it ends, used ones as well: if some were forgotten, whoever has
+stolen one would renew until it is, and nobody would notice (RFC 9700, section 4.14.2). So that a client which renews
+all the time does not fill the disk, a connection ends after MOST_RENEWALS of them, and its user is asked again.
 """
 
 import hashlib
@@ -42,8 +42,8 @@ REMEMBERED = timedelta(days=90)
 """For which a user is not asked again what they have allowed."""
 _KEPT = timedelta(days=1)
 """For which a used code is known, so that its second use is noticed."""
-USED_KEPT = 2500
-"""Used refresh tokens that are known of a connection: 90 days of hourly renewals, the defaults, are 2,160."""
+MOST_RENEWALS = 10_000
+"""Renewals of a connection: 90 days of hourly ones, the defaults, are 2,160."""
 _CODE_COLUMNS = (
     "client, name, host, redirect, challenge, scopes, resource, renews, user, mark, made, ends, used, session"
 )
@@ -224,15 +224,18 @@ class Connections:
         keeps all (RFC 6749, section 6). GrantError for one that opens nothing, and where more is asked for; whoever
         shows one again ends the connection."""
         name = session_of(refresh)
-        rows = self._state.rows("SELECT session, used FROM oauth_refresh_tokens WHERE hash = ?", (_digest(refresh),))
+        rows = self._state.rows("SELECT used, number FROM oauth_refresh_tokens WHERE hash = ?", (_digest(refresh),))
         if name is None or not rows:
             raise GrantError("there is no such refresh token")
         found = self._connection(name)
-        if rows[0][1]:
+        used, number = rows[0]
+        if used:
             raise GrantError("the refresh token was shown twice", self._end_known(name))
         session = found.session if found is not None else None
         if found is None or session is None or session.over_at <= self._now():
             raise GrantError("the connection has ended")
+        if number > MOST_RENEWALS:
+            raise GrantError(f"it was renewed {MOST_RENEWALS} times", self._end_known(name))
         if found.client != client:  # who has stolen it has no use for it, and its owner is warned
             raise GrantError("the refresh token is another client's", self._end_known(name))
         if not stands(self._people(), session.user or "", session.mark, session.created_at):
@@ -308,7 +311,7 @@ class Connections:
         _, client, title, host, redirect, scopes, resource, renews, permissions = rows[0]
         return Connection(
             session, client, title, host, redirect, tuple(json.loads(scopes)), resource, bool(renews),
-            tuple(json.loads(permissions)),
+            _kept(permissions, session),
         )  # fmt: skip
 
     def _end_known(self, name: str | None) -> Session | None:
@@ -351,7 +354,7 @@ class Connections:
         for name, client, scopes, permissions in self._state.rows(sql):
             if (session := self._sessions.known.get(name)) is None:
                 continue
-            had, now = json.loads(permissions), session.permissions or ()
+            had, now = _kept(permissions, session), session.permissions or ()
             left = _common(had, self._permissions(json.loads(scopes)))
             if not is_known(client):
                 strangers.append(session)
@@ -396,6 +399,11 @@ def _common(given: Sequence[str], allowed: Sequence[str]) -> set[str]:
     }
 
 
+def _kept(permissions: str | None, session: Session) -> tuple[str, ...]:
+    """Those of all scopes of a connection; what an earlier version has opened has not kept them apart."""
+    return (session.permissions or ()) if permissions is None else tuple(json.loads(permissions))
+
+
 def session_of(refresh: str) -> str | None:
     """The session of a refresh token whose form and checksum are right; None for anything else."""
     found = _REFRESH.fullmatch(refresh)
@@ -403,14 +411,12 @@ def session_of(refresh: str) -> str | None:
 
 
 def _keep(connection: sqlite3.Connection, name: str) -> str:
-    """A new refresh token of that session's; those used longest ago are forgotten, see USED_KEPT."""
+    """A new refresh token of that session's."""
     text = tokens.signed(f"mcr_{name}_{tokens.base62(secrets.randbits(256), 43)}")
     sql = "SELECT coalesce(max(number), 0) + 1 FROM oauth_refresh_tokens WHERE session = ?"
     (number,) = connection.execute(sql, (name,)).fetchone()
     sql = "INSERT INTO oauth_refresh_tokens (hash, session, number) VALUES (?, ?, ?)"
     connection.execute(sql, (_digest(text), name, number))
-    sql = "DELETE FROM oauth_refresh_tokens WHERE session = ? AND used AND number < ?"
-    connection.execute(sql, (name, number - USED_KEPT))
     return text
 
 

@@ -116,12 +116,14 @@ class Clients:
         (count,) = connection.execute("SELECT count(*) FROM oauth_clients").fetchone()
         if count < self._most:
             return
+        (strange,) = connection.execute("SELECT count(*) FROM oauth_clients WHERE used IS NULL").fetchone()
+        crowded = 2 * strange > self._most  # strangers who register do not drive out those whom users know
         before = now - _BEGUN.total_seconds()
         gone = connection.execute(
             "DELETE FROM oauth_clients WHERE id = (SELECT id FROM oauth_clients WHERE coalesce(used, created) < ? AND "
-            "(used IS NULL OR id NOT IN (SELECT client FROM oauth_connections WHERE session IN (SELECT id FROM "
-            "sessions WHERE NOT ended))) ORDER BY used IS NOT NULL, coalesce(used, created) LIMIT 1)",
-            (before,),
+            "(used IS NULL OR NOT ? AND id NOT IN (SELECT client FROM oauth_connections WHERE session IN (SELECT id "
+            "FROM sessions WHERE NOT ended))) ORDER BY used IS NOT NULL, coalesce(used, created) LIMIT 1)",
+            (before, crowded),
         )
         if not gone.rowcount:
             raise UnavailableError(f"there are {count} registered clients, as many as auth.oauth.registrations allows")

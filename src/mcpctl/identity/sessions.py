@@ -300,8 +300,11 @@ class Sessions:
         permissions: tuple[str, ...] | None = None,
     ) -> str:
         """A new secret for a session, good for `access`; the old one is taken for `overlap` more, so that what is on
-        its way arrives. `permissions`: those that it has from now on; None: as before. `also(connection)` is done with
+        its way arrives. `permissions`: those that it has from now on; None: as before. Where these are others, the old
+        one is taken no longer: it may be with somebody who was to have no more than it. `also(connection)` is done with
         it, or nothing is. Raises UnavailableError; NotFoundError where the session has ended."""
+        if permissions is not None and set(permissions) != set(session.permissions or ()):
+            overlap = timedelta(0)
         text, now = secret(session.id), self._now()
         with self._state.change() as connection:
             (changed,) = connection.execute(_NEXT).fetchone()

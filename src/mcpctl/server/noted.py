@@ -26,6 +26,8 @@ class Noted:
 
     def __call__(self, path: str, problem: Error, request_id: str) -> None:
         """Note what is wrong with a request at the route of that path. No message of ours repeats a secret."""
+        if len(self._said) >= _MOST:
+            self._said = {key: one for key, one in self._said.items() if self._now() - one[0] < _SAID_FOR}
         repeats = problem.status in (403, 421) and not isinstance(problem, ForbiddenError)  # its Origin, its Host
         alike = repeats or len(self._said) >= _MOST
         key = path, problem.status, "" if alike else problem.message

@@ -295,14 +295,14 @@ class SignInPages:
     async def _end(self, visit: _Visit, user: User, found: dict[str, str]) -> str:
         """End one connection of the user's, or all; what was done."""
         connections = self._parts.connections
-        every = [one.session.id for one in connections.of(user.name)]
-        names = every if found.get("end_all") == "yes" else [found.get("end", "")]
+        every = connections.of(user.name)
+        which = every if found.get("end_all") == "yes" else [one for one in every if one.session.id == found.get("end")]
         ended = []
-        for name in names:
-            if (one := await in_turn(partial(connections.end, user.name, name))) is None:
+        for known in which:  # the user is asked again also where the end does not come about, and so is tried again
+            await in_turn(partial(connections.forget, user.name, known.client))
+            if (one := await in_turn(partial(connections.end, user.name, known.session.id))) is None:
                 continue
             ended.append(one)
-            await in_turn(partial(connections.forget, user.name, one.client))
             self._parts.closed(
                 one.session, "its user has ended it", client_ip=visit.address, request_id=visit.request_id
             )

@@ -178,7 +178,7 @@ async def running(
         if authenticator.visitors is not None:
             await authenticator.visitors.close()
         if passwords is not None:
-            passwords.close()
+            await asyncio.to_thread(passwords.close)  # on a busy machine it takes a process seconds to die
         authenticator.close()
         own.close()
         book.close()
