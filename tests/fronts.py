@@ -141,7 +141,7 @@ def _caddy(front: Front, upstream: int, certificates: Path, changed: dict[str, s
     folder = front.log.parent
     changes = {
         "{\n\tservers {": "{\n\tadmin off\n\tauto_https disable_redirects\n\tservers {",
-        "mcp.example.org {": f"https://localhost:{front.port} {{\n"
+        "{$MCP_HOST:mcp.example.org} {": f"https://localhost:{front.port} {{\n"
         f"\tbind 127.0.0.1\n\ttls {certificates / 'cert.pem'} {certificates / 'key.pem'}",
         "127.0.0.1:8080": f"127.0.0.1:{upstream}",
         "/var/log/caddy/mcpctl.log": str(front.log),
