@@ -21,8 +21,6 @@ from mcpctl.private_file import Fingerprint
 
 PREFIX = "sealed:v1:"
 CREDENTIAL = "secret.key"
-_MODE = 0o440
-"""The mode of a systemd credential; a file of ours has no bit for its group."""
 
 
 def is_sealed(text: str) -> bool:
@@ -89,8 +87,8 @@ class Keyring:
         now = private_file.fingerprint(self.path)
         if now != self._fingerprint or now == private_file.ABSENT:
             try:
-                mode = _MODE if self.path.name == CREDENTIAL and self._is_credential() else 0o600
-                content = private_file.read(self.path, mode=mode, trusted_owner=0, limit=1 << 20)
+                rules = {"trusted_owner": 0, **private_file.rules(self.path)}
+                content = private_file.read(self.path, limit=1 << 20, **rules)
             except NotFoundError:
                 raise ConfigError(
                     f"there is no key file {self.path}, and something is sealed with it",
@@ -104,10 +102,6 @@ class Keyring:
     def ids(self) -> list[str]:
         """The ids of the keys that the file holds now; none where there is no file."""
         return [key_id(key) for key in self.keys()] if self.path.exists() else []
-
-    def _is_credential(self) -> bool:
-        folder = os.environ.get("CREDENTIALS_DIRECTORY")
-        return folder is not None and self.path.parent == Path(folder)
 
     def seal(self, text: str, beside: Iterable[tuple[str, str]] = ()) -> str:
         """The text, sealed with the newest key. ConfigError (exit 3) where another key has sealed what is `beside` it,
