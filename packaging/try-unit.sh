@@ -2,9 +2,10 @@
 # Tries the units of systemd/ under a real systemd, which is PID 1 of namespaces of its own: on a copy of this machine's
 # root that is gone afterwards, without its network. Nothing of the machine itself is changed.
 #
-#   sudo packaging/try-unit.sh [VENV]
+#   sudo packaging/try-unit.sh [VENV [DEB...]]
 #
-# VENV (.venv) has mcpctl's dependencies, for the Python of the system. Needs root, overlayfs, cgroup2, systemd, openssl,
+# VENV (.venv) has mcpctl's dependencies, for the Python of the system. DEB are packages of another systemd, which is
+# taken instead: systemd, libsystemd0 and libsystemd-shared of 253 or later try Type=notify-reload too. Needs root, overlayfs, cgroup2, systemd, openssl,
 # curl and PostgreSQL's server. Prints a line for each thing that it has seen, and exits 1 where one was not so.
 set -euo pipefail
 
@@ -19,10 +20,19 @@ die() {
 # -- the machine ------------------------------------------------------------------------------------------------------
 
 make_machine() { # becomes PID 1
-    local up=$work/up root=$work/root python packages
+    local up=$work/up root=$work/root layers=/ python packages deb folder
     mount -t tmpfs -o mode=755 tmpfs "$work"
-    mkdir -p "$up" "$work/w" "$root" "$work/none"
-    mount -t overlay -o "lowerdir=/,upperdir=$up,workdir=$work/w" overlay "$root"
+    mkdir -p "$up" "$work/w" "$root"
+    for deb in "$@"; do
+        dpkg -x "$deb" "$work/other"
+        layers=$work/other:/
+    done
+    for folder in bin sbin lib; do # where /bin is a link to usr/bin
+        [[ -L /$folder && -d $work/other/$folder ]] || continue
+        cp -a "$work/other/$folder/." "$work/other/usr/$folder"
+        rm -r "$work/other/$folder"
+    done
+    mount -t overlay -o "lowerdir=$layers,upperdir=$up,workdir=$work/w" overlay "$root"
     mount -t proc proc "$root/proc"
     mount --bind "$root/proc/sys" "$root/proc/sys"
     mount -o remount,bind,ro "$root/proc/sys"
@@ -56,7 +66,9 @@ make_machine() { # becomes PID 1
     printf '#!/opt/mcpctl/bin/python3\nfrom mcpctl.cli.main import run\nrun()\n' >"$root/opt/mcpctl/bin/mcpctl"
     chmod 755 "$root/opt/mcpctl/bin/mcpctl"
     ln -sf /opt/mcpctl/bin/mcpctl "$root/usr/bin/mcpctl"
-    chroot "$root" useradd --system --no-create-home --home-dir /var/lib/mcpctl --shell /usr/sbin/nologin mcpctl
+    install -m 644 "$here/systemd/sysusers.d/mcpctl.conf" "$root/usr/lib/sysusers.d/mcpctl.conf"
+    install -m 644 "$here/systemd/tmpfiles.d/mcpctl.conf" "$root/usr/lib/tmpfiles.d/mcpctl.conf"
+    chroot "$root" systemd-sysusers mcpctl.conf
     chroot "$root" useradd --create-home somebody
     install -m 644 "$here"/systemd/*.{service,socket,timer} "$root/etc/systemd/system"
     install -m 644 "$here"/systemd/mcpctl.service.d/*.example "$root/opt/mcpctl"
@@ -66,6 +78,7 @@ make_machine() { # becomes PID 1
     cd "$root"
     pivot_root . mnt
     umount -l /mnt
+    mount --make-rshared / # as PID 1 finds it elsewhere; credentials are handed over by it
     exec env -i container=try-unit PATH=/usr/sbin:/usr/bin:/sbin:/bin \
         /lib/systemd/systemd --unit=basic.target --log-target=journal --show-status=no >/dev/null 2>&1 </dev/null
 }
@@ -145,9 +158,8 @@ postgres() {
 }
 
 system_layout() {
-    install -d -o mcpctl -g mcpctl -m 700 /etc/mcpctl /var/lib/mcpctl /var/log/mcpctl /var/backups/mcpctl
-    install -d -o mcpctl -g mcpctl -m 700 /run/mcpctl
-    mcpctl init /etc/mcpctl >/dev/null 2>&1
+    systemd-tmpfiles --create mcpctl.conf
+    mcpctl init /etc/mcpctl
     rm -f /etc/mcpctl/state.db /etc/mcpctl/audit.jsonl*
     openssl req -x509 -newkey rsa:2048 -nodes -keyout /root/ca.key -subj /CN=try-unit -days 90 -out /root/ca.pem 2>/dev/null
     certificate
@@ -165,6 +177,7 @@ audit: {file: /var/log/mcpctl/audit.jsonl}
 databases:
   shop: {host: /run/postgresql, dbname: shop, user: shop_reader, password_file: shop.password}
 END
+    mcpctl config check
     mcpctl user add alice
     mcpctl token add --user alice --expiry 1d >/root/token
 }
@@ -317,7 +330,7 @@ try_oneshot() { # try_oneshot UNIT COMMAND
 
 if [[ ${1:-} == --within ]]; then
     case $2 in
-    machine) work=$3 venv=$4 make_machine ;;
+    machine) work=$3 venv=$4 make_machine "${@:5}" ;;
     checks) try_all ;;
     esac
     exit
@@ -352,7 +365,7 @@ mkdir "$group"
 (
     echo "$BASHPID" >"$group/cgroup.procs"
     exec unshare --mount --propagation private --pid --fork --kill-child --ipc --uts --net --cgroup \
-        "$0" --within machine "$work" "$venv"
+        "$0" --within machine "$work" "$venv" "${@:2}"
 ) &
 pid=$!
 within_machine() {

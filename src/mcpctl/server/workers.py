@@ -243,7 +243,9 @@ class Supervisor:
         missing = len(self._due) + sum(not one.up for one in self._workers)
         if self._ready is None and not self._over and self._serve_all == bool(missing):
             self._serve_all = not missing
-            self._systemd.status(f"{missing} workers are being started again" if missing else "")
+            all_of_them = self._listening.settings.server.workers
+            verb = "is" if missing == 1 else "are"
+            self._systemd.status(f"{missing} of {all_of_them} workers {verb} being started again" if missing else "")
 
     def _give_sign(self) -> None:
         """Tell systemd that the server answers: as long as each worker there is does, and there is one."""
