@@ -68,7 +68,7 @@ make_machine() { # becomes PID 1
     ln -sf /opt/mcpctl/bin/mcpctl "$root/usr/bin/mcpctl"
     install -m 644 "$here/systemd/sysusers.d/mcpctl.conf" "$root/usr/lib/sysusers.d/mcpctl.conf"
     install -m 644 "$here/systemd/tmpfiles.d/mcpctl.conf" "$root/usr/lib/tmpfiles.d/mcpctl.conf"
-    chroot "$root" systemd-sysusers mcpctl.conf
+    chroot "$root" systemd-sysusers mcpctl.conf >/dev/null 2>&1
     chroot "$root" useradd --create-home somebody
     install -m 644 "$here"/systemd/*.{service,socket,timer} "$root/etc/systemd/system"
     install -m 644 "$here"/systemd/mcpctl.service.d/*.example "$root/opt/mcpctl"
@@ -260,6 +260,10 @@ try_all() {
         systemctl restart mcpctl
         check "notify-reload: reload succeeds" timeout 30 systemctl reload mcpctl
         check "notify-reload: it has read its config" says "config read again"
+        sed -i 's/^  port: 8443/  prot: 8443/' /etc/mcpctl/config.yaml
+        check "notify-reload: systemctl succeeds also with a broken config" timeout 30 systemctl reload mcpctl
+        check "notify-reload: the status says so" says "config NOT read again"
+        sed -i 's/^  prot: 8443/  port: 8443/' /etc/mcpctl/config.yaml
     else
         say "not tried: Type=notify-reload, which systemd $version does not know"
     fi
@@ -309,6 +313,17 @@ try_credentials() {
     check "with root's own secrets as credentials it starts" timeout 60 systemctl start mcpctl
     is ActiveState active || journal
     check "serves the certificate, and logs in with the password" answers
+    printf '[Socket]\nListenStream=/run/shop-password.sock\nSocketMode=0600\nAccept=yes\n' \
+        >/etc/systemd/system/shop-password.socket
+    printf '[Service]\nExecStart=/usr/bin/cat /root/secrets/shop.password\nStandardOutput=socket\n' \
+        >/etc/systemd/system/shop-password@.service
+    sed -i 's,:/root/secrets/shop.password,:/run/shop-password.sock,' \
+        /etc/systemd/system/mcpctl.service.d/credentials.conf
+    systemctl daemon-reload
+    systemctl start shop-password.socket
+    check "with a password that a program says, over a socket, it starts" timeout 60 systemctl restart mcpctl
+    is ActiveState active || journal
+    check "and logs in with it" answers
     check "and cannot read root's copies" not within runuser -u mcpctl -- cat /root/secrets/key.pem
     rm /etc/systemd/system/mcpctl.service.d/credentials.conf
     mv /root/secrets/{shop.password,cert.pem,key.pem} /etc/mcpctl

@@ -73,6 +73,13 @@ def place(file: Path, environ: Mapping[str, str] = os.environ) -> Path:
     return credential if credential is not None and credential.exists() else file
 
 
+def rules(path: Path) -> dict[str, int]:
+    """What `private_file.read` takes for a file that may be a credential of systemd's (systemd.exec(5),
+    LoadCredential=): that is root's, and 0440. A file of ours has no bit for its group."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    return {"mode": 0o440, "trusted_owner": 0} if folder and path.parent == Path(folder) else {}
+
+
 class Keyring:
     """The keys of one file. A key that was once there still opens in this process, so that a rotation loses no call."""
 
@@ -87,8 +94,8 @@ class Keyring:
         now = private_file.fingerprint(self.path)
         if now != self._fingerprint or now == private_file.ABSENT:
             try:
-                rules = {"trusted_owner": 0, **private_file.rules(self.path)}
-                content = private_file.read(self.path, limit=1 << 20, **rules)
+                found_by = {"trusted_owner": 0, **rules(self.path)}
+                content = private_file.read(self.path, limit=1 << 20, **found_by)
             except NotFoundError:
                 raise ConfigError(
                     f"there is no key file {self.path}, and something is sealed with it",

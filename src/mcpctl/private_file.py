@@ -299,13 +299,6 @@ def read(path: Path, *, mode: int = 0o600, trusted_owner: int | None = None, lim
     return Content(data, _fingerprint(found))
 
 
-def rules(path: Path) -> dict[str, int]:
-    """What `read` takes for a file that may also be a credential of systemd's (systemd.exec(5), LoadCredential=), which
-    is root's, and 0440."""
-    folder = os.environ.get("CREDENTIALS_DIRECTORY")
-    return {"mode": 0o440, "trusted_owner": 0} if folder and path.parent == Path(folder) else {}
-
-
 def create(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Make a new private file, or refuse where there is one already (exit 5)."""
     try:

@@ -160,7 +160,7 @@ class Login:
     def _read_password(self, path: Path) -> str:
         try:
             text = (
-                private_file.read(path, limit=4096, **private_file.rules(path))
+                private_file.read(path, limit=4096, **keyring.rules(path))
                 .data.decode("utf-8", "replace")
                 .rstrip("\r\n")
             )
