@@ -118,6 +118,7 @@ main_pid() { property MainPID; }
 workers() { pgrep -P "$(main_pid)"; }
 within() { nsenter -t "$(main_pid)" -m -- "$@"; } # sees the files that the server sees
 read_only() { [[ $(within touch "$1/there" 2>&1) == *'Read-only file system'* ]]; }
+unreadable() { [[ $(within setpriv --reuid mcpctl --regid mcpctl --clear-groups cat "$1" 2>&1) == *'Permission denied'* ]]; }
 of_process() { grep -Eq "^$1:[[:space:]]*$2$" "/proc/$(main_pid)/status"; }
 drop_in() { # drop_in NAME: reads it from stdin
     mkdir -p /etc/systemd/system/mcpctl.service.d
@@ -324,7 +325,13 @@ try_credentials() {
     check "with a password that a program says, over a socket, it starts" timeout 60 systemctl restart mcpctl
     is ActiveState active || journal
     check "and logs in with it" answers
-    check "and cannot read root's copies" not within runuser -u mcpctl -- cat /root/secrets/key.pem
+    cp -r /etc/systemd/system/mcpctl.service.d /etc/systemd/system/mcpctl-check.service.d
+    sed -i '/^Watchdog/d' /etc/systemd/system/mcpctl-check.service.d/*
+    systemctl daemon-reload
+    check "the check is handed them, too" systemctl start mcpctl-check
+    check "and looks at the certificate" grep -q 'fit together' <(journalctl -u mcpctl-check --no-pager)
+    rm -r /etc/systemd/system/mcpctl-check.service.d
+    check "the server cannot read root's copies" unreadable /root/secrets/key.pem
     rm /etc/systemd/system/mcpctl.service.d/credentials.conf
     mv /root/secrets/{shop.password,cert.pem,key.pem} /etc/mcpctl
     chown mcpctl /etc/mcpctl/*.pem /etc/mcpctl/shop.password
