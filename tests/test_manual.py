@@ -126,20 +126,28 @@ def test_fish_completes_commands_and_options(share: Path, tmp_path: Path) -> Non
 def test_zsh_completes_at_the_first_tab(share: Path, tmp_path: Path) -> None:
     folder = share / "zsh" / "site-functions"
     begin = f"PS1=; fpath=({folder} $fpath); autoload -U compinit; compinit -u -d {tmp_path}/dump; echo be''gin\n"
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execve(shutil.which("zsh") or "zsh", ["zsh", "-f", "-i"], {"PATH": PATH, "TERM": "dumb", "HOME": "/"})
+    terminal, shells = pty.openpty()
+    shell = subprocess.Popen(
+        ["zsh", "-f", "-i"],
+        env={"PATH": PATH, "TERM": "dumb", "HOME": "/"},
+        stdin=shells,
+        stdout=shells,
+        stderr=shells,
+        start_new_session=True,
+    )
     try:
         os.write(terminal, begin.encode())
         assert read_until(terminal, "begin\r\n")
         os.write(terminal, b"mcpctl token rev\t")
         assert read_until(terminal, "revoke")
     finally:
+        shell.kill()
+        shell.wait()
+        os.close(shells)
         os.close(terminal)
-        os.waitpid(pid, 0)
 
 
-def read_until(terminal: int, wanted: str, seconds: float = 20) -> bool:
+def read_until(terminal: int, wanted: str, seconds: float = 60) -> bool:
     """Whether a terminal shows this in time."""
     shown, end = "", time.monotonic() + seconds
     while wanted not in shown:
