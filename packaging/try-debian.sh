@@ -363,6 +363,26 @@ refuses_an_installation_by_hand() {
   here rm -r /opt/mcpctl
 }
 
+tells_systemd() { # a bare system has none, so its two programs are ones that only note what they are asked
+  local program
+  here mkdir -p /run/systemd/system
+  for program in systemctl systemd-tmpfiles; do
+    if [ -e "$work/root/usr/bin/$program" ]; then mv "$work/root/usr/bin/$program" "$work/root/root/"; fi
+    printf '#!/bin/sh\necho "$*" >>/root/asked\n' >"$work/root/usr/bin/$program"
+    chmod 755 "$work/root/usr/bin/$program"
+  done
+  printf '#!/bin/sh\nexit 104\n' >"$work/root/usr/sbin/policy-rc.d"
+  apt install "/tmp/mcpctl-$old.deb"
+  cat "$work/root/root/asked"
+  refused grep 'start' "$work/root/root/asked"
+  apt install "/tmp/mcpctl-$new.deb"
+  grep -x 'try-restart mcpctl.service' "$work/root/root/asked"
+  refused grep '^stop' "$work/root/root/asked"
+  apt purge mcpctl
+  grep -x 'stop mcpctl.service' "$work/root/root/asked"
+  grep -x 'stop mcpctl-backup.timer' "$work/root/root/asked"
+}
+
 # -- the walk ---------------------------------------------------------------------------------------------------------
 
 old=$(sed -n 's/^version = "\(.*\)"$/\1/p' "$source_tree/pyproject.toml")
@@ -406,6 +426,8 @@ check "apt purge" purges
 check "nothing is left" nothing_is_left
 check "keep-on-purge keeps the log with its key, and the backups" keeps_what_was_asked_for
 check "an installation by hand in /opt/mcpctl is not mixed with ours" refuses_an_installation_by_hand
+
+check "systemd restarts on an upgrade what runs, and starts nothing" tells_systemd
 
 [ $failed = 0 ] && echo "all is well" || echo "something FAILED"
 exit $failed
