@@ -26,7 +26,7 @@ TOP = {
         "and what is still open in PostgreSQL.",
         "doctor",
     ),
-    "client-config": ("Print what a client's configuration needs to connect.", "client_config"),
+    "client-config": ("Print what a client's configuration needs to connect, or put it there.", "client_config"),
     "lockdown": ("Answer no more calls, on any worker and after a restart, until it is lifted.", "lockdown"),
     "can": (
         "Say whether a user may do something, and why: token, user, role, permission, grant, login role, PostgreSQL.",
