@@ -19,7 +19,7 @@ from mcpctl.errors import ConflictError, UsageError
 
 URL = "https://mcp.example.org/mcp"
 WRITTEN = ["claude-code", "claude-desktop", "cursor", "vscode", "codex", "gemini"]
-SECRET = "sk-another-server's-own"  # noqa: S105 - of a server beside ours
+SECRET = "sk-another-server's-own"
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def written(home: Path, client: str, *more: str) -> Done:
-    places = {name: "" for name in ("XDG_CONFIG_HOME", "CODEX_HOME", "CLAUDE_CONFIG_DIR", "SUDO_USER")}
+    places = dict.fromkeys(("XDG_CONFIG_HOME", "CODEX_HOME", "CLAUDE_CONFIG_DIR", "SUDO_USER"), "")
     return run("client-config", client, "--url", URL, "--write", *more, env={"HOME": str(home), **places}, cwd=home)
 
 
@@ -94,7 +94,8 @@ def test_toml_keeps_comments_and_other_tables_and_takes_the_old_entry_out(home: 
     ("client", "content"),
     [
         ("cursor", b'{"mcpServers": {'), ("cursor", b"[]"), ("cursor", b'{"mcpServers": 3}'), ("cursor", b"\xff\xfe{}"),
-        ("codex", b"[mcp_servers"), ("codex", b'mcp_servers = {mcpctl = {url = "old"}}\n'), ("codex", b"mcp_servers = 1\n"),
+        ("codex", b"[mcp_servers"), ("codex", b'mcp_servers = {mcpctl = {url = "old"}}\n'),
+        ("codex", b"mcp_servers = 1\n"),
         ("codex", b'text = """\n[mcp_servers.mcpctl]\n"""\n'), ("vscode", b'{"inputs": {}}'),
     ],
 )  # fmt: skip
@@ -191,10 +192,12 @@ print("ok")
 
 
 def test_what_a_desktop_runs_is_imported_without_the_modules_that_windows_lacks() -> None:
-    """Bridge, stdio server, client-config and what they load on their way; `serve --stdio` loads psycopg and the SDK."""
+    """Bridge, stdio server, client-config and what they load on their way."""
     names = [
-        "mcpctl.cli.main", "mcpctl.cli.connect", "mcpctl.cli.client_config", "mcpctl.cli.client_files", "mcpctl.cli.serve",
-        "mcpctl.bridge.pump", "mcpctl.bridge.remote", "mcpctl.bridge.sign_in", "mcpctl.bridge.kept", "mcpctl.bridge.flow",
+        "mcpctl.cli.main", "mcpctl.cli.connect", "mcpctl.cli.client_config", "mcpctl.cli.client_files",
+        "mcpctl.cli.serve",
+        "mcpctl.bridge.pump", "mcpctl.bridge.remote", "mcpctl.bridge.sign_in", "mcpctl.bridge.kept",
+        "mcpctl.bridge.flow",
         "mcpctl.bridge.browser", "mcpctl.server.stdio", "mcpctl.server.run", "mcpctl.server.protocol", "mcpctl.config",
         "mcpctl.cli.init", "mcpctl.cli.token", "mcpctl.cli.user",
     ]  # fmt: skip

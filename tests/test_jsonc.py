@@ -62,7 +62,8 @@ def test_any_json_is_read_as_json_reads_it(value: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("{", "line 1: a key"), ('{"a":1 "b":2}', "a comma or }"), ("[1", "a comma or ]"), ('{"a":1}x', "behind its end"),
+        ("{", "line 1: a key"), ('{"a":1 "b":2}', "a comma or }"), ("[1", "a comma or ]"),
+        ('{"a":1}x', "behind its end"),
         ('{"a":1,\n"a":2}', "line 2: the key 'a' stands there twice"), ("nul", "a value"), ("{a:1}", "double quotes"),
         ('{"a":NaN}', "a value"), ("[" * 5000, "too deeply"), ("/* x", "a value"), ('{"a":1,,}', "a key"),
         ("[]", "it is no object"), ('{"mcpServers": null}', "mcpServers is no object"), ('{"a" 1}', "a colon"),

@@ -1,10 +1,10 @@
-"""Builds the desktop bundle, dist/mcpctl-VERSION.mcpb, and with a place to publish it dist/server.json for the registry.
+"""Builds the desktop bundle, dist/mcpctl-VERSION.mcpb, and with a place to publish it the registry's dist/server.json.
 
     build.py [--namespace io.github.NAME --download URL]
 
-The bundle is a zip of the manifest, this source and a pyproject.toml with its dependencies, which the host installs with
-uv (MCPB manifest specification 0.4, "UV Runtime"): one file for macOS, Windows and Linux. The same source makes the same
-bytes. `--namespace` is yours in the registry, `--download` the folder's URL where the bundle will be.
+The bundle is a zip of the manifest, this source and a pyproject.toml with the dependencies of `mcpctl connect`, which
+the host installs with uv (MCPB manifest specification 0.4, "UV Runtime"): one file for macOS, Windows and Linux. The
+same source makes the same bytes. `--namespace` is yours in the registry, `--download` the folder of the bundle.
 """
 
 import argparse
@@ -23,6 +23,8 @@ ROOT = HERE.parent.parent
 SCHEMA = "https://static.modelcontextprotocol.io/schemas/2025-12-11/server.schema.json"
 _BEGINNING = (1980, 1, 1, 0, 0, 0)
 """The earliest time that a zip can hold."""
+NEEDED = ("cryptography", "httpx2", "mcp", "rich", "typer")
+"""What the bridge imports; the rest is the server's."""
 _NAMESPACE = re.compile(r"[a-zA-Z0-9-]+(\.[a-zA-Z0-9-]+)+")
 
 
@@ -36,7 +38,8 @@ def contents(about: Mapping[str, Any]) -> dict[str, bytes]:
     """Every file of the bundle by its name."""
     manifest = json.loads((HERE / "manifest.json").read_text(encoding="utf-8"))
     manifest["version"] = about["version"]
-    wanted = [*about["dependencies"], *about["optional-dependencies"]["keyring"]]
+    known = {re.match(r"[A-Za-z0-9_-]+", one)[0]: one for one in about["dependencies"]}  # type: ignore[index]
+    wanted = [*(known[name] for name in NEEDED), *about["optional-dependencies"]["keyring"]]
     listed = "".join(f"  {json.dumps(one)},\n" for one in wanted)
     pyproject = (
         f'[project]\nname = "mcpctl-bundle"\nversion = "{about["version"]}"\n'
@@ -106,7 +109,9 @@ def main() -> None:
     sys.stdout.write(f"{bundle}\n")
     if given.namespace is not None:
         told = bundle.with_name("server.json")
-        told.write_text(json.dumps(registry(bundle, given.namespace, given.download), indent=2) + "\n", encoding="utf-8")
+        told.write_text(
+            json.dumps(registry(bundle, given.namespace, given.download), indent=2) + "\n", encoding="utf-8"
+        )
         sys.stdout.write(f"{told}\n")
 
 

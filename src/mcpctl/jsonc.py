@@ -34,7 +34,7 @@ class Node:
 
 
 def parse(text: str) -> Node:
-    """The value that a text is; of one that holds nothing the empty object. ValueError, with its line, for any other."""
+    """The value that a text is; the empty object for one that holds nothing. ValueError, with its line, for others."""
     begin = _blank(text, 1 if text.startswith("\ufeff") else 0)
     if begin == len(text):
         return Node(begin, begin, {})

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mcpctl.config_values import is_loopback
 from mcpctl.errors import UsageError
 
 T = TypeVar("T")
@@ -157,6 +158,9 @@ def _check(given: Given) -> None:
         raise UsageError("--tls-cert and --behind-proxy exclude each other", "who has the certificate does the TLS")
     if (given.tls_cert or given.behind_proxy) and given.public_url is None:
         raise UsageError("--public-url is missing", "what clients call the server by, such as https://mcp.example.org")
+    if given.host is not None and not (given.tls_cert or given.behind_proxy) and not is_loopback(given.host):
+        hint = "say --tls-cert and --tls-key, or --behind-proxy, or leave --host out"
+        raise UsageError(f"plain HTTP on {given.host} would send tokens and rows in clear", hint)
     if given.user is None and (given.expiry or given.out):
         raise UsageError("--expiry and --out are for the token of --user", "say whose it is")
     if given.out is not None and given.expiry is None:
@@ -206,7 +210,9 @@ def _postgres(given: Given, asking: Asking | None, password_of: Callable[[str], 
 
 
 def _ask_roles(asking: Asking) -> str | None:
-    question = "shared: one login for all, for the quick start; per_user: one for each user, whom PostgreSQL tells apart"
+    question = (
+        "shared: one login for all, for the quick start; per_user: one for each user, whom PostgreSQL tells apart"
+    )
     return asking.text(question, "per_user", check=_roles)
 
 
@@ -214,12 +220,16 @@ def _listening(given: Given, asking: Asking | None) -> Listening:
     cert, key, proxies, url = given.tls_cert, given.tls_key, given.behind_proxy, given.public_url
     way = _TLS if cert else _PROXY if proxies else None
     if way is None and asking is not None and given.host is None:
-        question = "who connects: here (this machine alone), tls (others; a certificate here), proxy (others; through one)"
+        question = (
+            "who connects: here (this machine alone), tls (others; a certificate here), proxy (others; through one)"
+        )
         way = asking.text(question, _LOCAL, check=_way)
         if way == _TLS:
             cert, key = asking.text("its certificate in PEM", check=_file), asking.text("its key in PEM", check=_file)
         elif way == _PROXY:
-            proxies = tuple((asking.text("the proxy's address or network", "127.0.0.1", check=_network) or "").split(","))
+            proxies = tuple(
+                (asking.text("the proxy's address or network", "127.0.0.1", check=_network) or "").split(",")
+            )
         if way != _LOCAL and url is None:
             url = asking.text("what clients call the server by, such as https://mcp.example.org", check=_url)
     host = given.host or ("0.0.0.0" if way == _TLS else "127.0.0.1")  # noqa: S104 - it has TLS

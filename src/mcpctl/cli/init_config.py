@@ -7,13 +7,15 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mcpctl.cli.init_answers import LIFETIME, Answers, Listening, Postgres
+from mcpctl.cli.init_answers import LIFETIME, SOCKETS, Answers, Listening, Postgres
 from mcpctl.cli.init_layout import Layout
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Database
 
-_HEAD = "# mcpctl. Every key, its default and its meaning: docs/reference/config.md. After a change: mcpctl config check\n"
+_HEAD = (
+    "# mcpctl. Every key, its default and its meaning: docs/reference/config.md. After a change: mcpctl config check\n"
+)
 _NO_DATABASE = """\
 databases:
   # shop:
@@ -44,7 +46,9 @@ def _scalar(value: object) -> str:
 def _lines(section: str, values: dict[str, object], indent: str = "") -> str:
     """Keys and values below a section, without those that have none; nothing where none has one."""
     said = {key: value for key, value in values.items() if value is not None}
-    listed = "".join(f"{indent}  {key}: {value if key in _AS_IT_IS else _scalar(value)}\n" for key, value in said.items())
+    listed = "".join(
+        f"{indent}  {key}: {value if key in _AS_IT_IS else _scalar(value)}\n" for key, value in said.items()
+    )
     return f"{indent}{section}:\n{listed}" if listed else ""
 
 
@@ -141,6 +145,12 @@ def provider_steps(answers: Answers) -> list[str]:
     ]
 
 
+def _psql(postgres: Postgres) -> str:
+    where = ["-h", postgres.host] if postgres.host not in SOCKETS else []
+    where += ["-p", str(postgres.port)] if postgres.port not in (None, 5432) else []
+    return shlex.join(["psql", "-v", "ON_ERROR_STOP=1", *where, "-d", postgres.dbname])
+
+
 def steps(answers: Answers, layout: Layout, *, sql: bool, token: bool, flag: str) -> list[str]:
     """The commands that come next, in order; `flag` is what they need to find the config."""
     found: list[str] = []
@@ -148,8 +158,11 @@ def steps(answers: Answers, layout: Layout, *, sql: bool, token: bool, flag: str
         found.append(f"name your database: mcpctl database add shop --host H --user R --ask-password{flag}")
     elif sql:
         script = shlex.quote(str(layout.config / "roles.sql"))
-        name = shlex.quote(answers.postgres.dbname)
-        found.append(f"as a superuser of PostgreSQL, the login role: psql -v ON_ERROR_STOP=1 -d {name} < {script}")
+        found.append(f"as a superuser of PostgreSQL, the login role: {_psql(answers.postgres)} < {script}")
+    if sql and answers.postgres is not None and answers.postgres.roles == "per_user":
+        found.append(
+            f"see that PostgreSQL is as recorded: mcpctl grant diff{flag}   (pg_hba.conf: docs/users-and-grants.md)"
+        )
     if answers.postgres is not None:
         harden = f"mcpctl database harden {answers.postgres.name} --print-sql{flag}"
         found.append(f"as a superuser, dangerous functions away from PUBLIC: {harden}")
@@ -158,7 +171,10 @@ def steps(answers: Answers, layout: Layout, *, sql: bool, token: bool, flag: str
         found.append(f"mcpctl user add alice{flag}")
     if not token:
         found.append(f"mcpctl token add --user {answers.user or 'alice'} --expiry {LIFETIME}{flag}")
-    unit = any(Path(one, "mcpctl.service").exists() for one in ("/etc/systemd/system", "/lib/systemd/system"))
+    unit = any(
+        Path(one, "mcpctl.service").exists()
+        for one in ("/etc/systemd/system", "/lib/systemd/system", "/usr/lib/systemd/system")
+    )
     behind = " --behind-proxy" if answers.listening.proxies and answers.listening.host != "127.0.0.1" else ""
     service = layout.owner is not None and unit
     found.append("systemctl enable --now mcpctl" if service else f"mcpctl serve{behind}{flag}")

@@ -15,8 +15,8 @@ SERVICE = "mcpctl"
 
 @dataclass(frozen=True)
 class Layout:
-    """The folders of an installation. `owner` is (uid, gid) where root makes them for a service, and `None` where all is
-    in `config` and belongs to who runs this."""
+    """The folders of an installation. `owner` is (uid, gid) where root makes them for a service, and `None` where all
+    is in `config` and belongs to who runs this."""
 
     config: Path
     state: Path
@@ -67,8 +67,10 @@ def system(root: Path = Path("/")) -> Layout | None:
 
 def service(root: Path, owner: tuple[int, int]) -> Layout:
     """The layout of a service of that user."""
-    places = ("etc", "var/lib", "var/log", "run", "var/backups")
-    return Layout(*(root / one / SERVICE for one in places), owner=owner)
+    config, state, log, run, backups = (
+        root / one / SERVICE for one in ("etc", "var/lib", "var/log", "run", "var/backups")
+    )
+    return Layout(config, state, log, run, backups, owner)
 
 
 def _prepare(folder: Path, owner: tuple[int, int]) -> bool:

@@ -14,7 +14,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 TOP = {
     "demo": ("Try it: an embedded PostgreSQL with a small shop, a user, a token and a server on HTTP.", "demo"),
     "init": (
-        "Make the config, the audit key, and the empty token, user and tenant files, and say what comes next.",
+        "Make a new installation: config, keys, empty token, user and tenant files, and say what comes next.",
         "init",
     ),
     "serve": ("Serve MCP: over HTTP on 127.0.0.1:8080 without a flag, or on stdin and stdout.", "serve"),
