@@ -75,7 +75,7 @@ class Making:
         from mcpctl import reserve
 
         files: list[Path] = []
-        there_already = self.layout.config.exists()
+        there_already = os.path.lexists(self.layout.config)
         try:
             yield files
         except BaseException:
