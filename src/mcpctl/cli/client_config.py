@@ -116,7 +116,11 @@ class Writing:
         """What the flags ask for; the home is remembered before root is given up."""
         if not (write or file or dry):
             return None
-        return cls(file, dry, Path.home(), os.geteuid() if hasattr(os, "geteuid") else None)
+        try:
+            home = Path.home()
+        except RuntimeError:  # a uid without an entry in the password file, and no HOME
+            home = Path("/nonexistent")
+        return cls(file, dry, home, os.geteuid() if hasattr(os, "geteuid") else None)
 
     def merged(self, client: str, name: str, snippet: str) -> "ClientFile":
         """The client's file with the entry in it. UsageError where it would be another person's."""

@@ -94,6 +94,13 @@ class Answers:
 class Asking:
     """The person at the terminal. Questions go to stderr; `-` stands for nothing."""
 
+    def needed(self, question: str, default: str | None = None, *, check: Callable[[str], object] = str) -> str:
+        """An answer that there has to be."""
+        while True:
+            answer = self.text(question, default, check=check)
+            if answer:
+                return answer
+
     def text(self, question: str, default: str | None = None, *, check: Callable[[str], object] = str) -> str | None:
         """An answer, asked for again while `check` raises ValueError for it; None for -."""
         import typer
@@ -135,10 +142,14 @@ def answered(given: Given, asking: Asking | None, password_of: Callable[[str], s
     if asking is not None and user is None:
         user = asking.text("first user of mcpctl, - for none", _self(), check=_user_name)
     if asking is not None and user is not None and given.user is None and expiry is None:
-        expiry = asking.text(f"a token for {user}, shown once at the end: it is to last, - for none", LIFETIME)
+        expiry = asking.text(
+            f"a token for {user}, shown once at the end: it is to last, - for none", LIFETIME, check=_end
+        )
     issuer = given.issuer
     if asking is not None and issuer is None:
-        issuer = asking.text("an identity provider's URL (issuer) whose tokens are taken too, - for none", "-")
+        issuer = asking.text(
+            "an identity provider's URL (issuer) whose tokens are taken too, - for none", "-", check=_issuer
+        )
     return Answers(postgres, listening, user, expiry, given.out, issuer)
 
 
@@ -186,10 +197,10 @@ def _postgres(given: Given, asking: Asking | None, password_of: Callable[[str], 
         return None
     port = given.db_port
     if port is None and asking is not None and given.db_host is None:
-        port = int(asking.text("its port", "5432", check=_port) or 5432)
+        port = int(asking.needed("its port", "5432", check=_port))
     if given.db_name is None and asking is None:
         raise UsageError("--db-name is missing", "the database's name in PostgreSQL")
-    dbname = given.db_name or (asking and asking.text("the database's name there")) or ""
+    dbname = given.db_name or (asking.needed("the database's name there") if asking is not None else "")
     roles = _or_asked(given.roles, None if given.db_user else asking, _ask_roles, "shared")
     sslmode = given.db_sslmode
     if asking is not None and sslmode is None and not is_here(host):
@@ -223,15 +234,16 @@ def _listening(given: Given, asking: Asking | None) -> Listening:
         question = (
             "who connects: here (this machine alone), tls (others; a certificate here), proxy (others; through one)"
         )
-        way = asking.text(question, _LOCAL, check=_way)
+        way = asking.needed(question, _LOCAL, check=_way)
         if way == _TLS:
-            cert, key = asking.text("its certificate in PEM", check=_file), asking.text("its key in PEM", check=_file)
-        elif way == _PROXY:
-            proxies = tuple(
-                (asking.text("the proxy's address or network", "127.0.0.1", check=_network) or "").split(",")
+            cert, key = (
+                asking.needed("its certificate in PEM", check=_file),
+                asking.needed("its key in PEM", check=_file),
             )
+        elif way == _PROXY:
+            proxies = tuple(asking.needed("the proxy's address or network", "127.0.0.1", check=_network).split(","))
         if way != _LOCAL and url is None:
-            url = asking.text("what clients call the server by, such as https://mcp.example.org", check=_url)
+            url = asking.needed("what clients call the server by, such as https://mcp.example.org", check=_url)
     host = given.host or ("0.0.0.0" if way == _TLS else "127.0.0.1")  # noqa: S104 - it has TLS
     port = given.port or (8443 if way == _TLS else 8080)
     return Listening(host, port, cert, key, given.tls_chain, proxies, url)
@@ -291,6 +303,24 @@ def _network(text: str) -> Any:
     from mcpctl.config_values import network
 
     return [network(one.strip()) for one in text.split(",")]
+
+
+def _issuer(text: str) -> None:
+    if not text.startswith("https://"):
+        raise ValueError("a URL that begins with https://, as the provider's tokens have it")
+
+
+def _end(text: str) -> None:
+    from mcpctl.config_values import duration
+    from mcpctl.identity.tokens import parse_expiry, utcnow
+
+    now = utcnow()
+    try:
+        ends = parse_expiry(text, now)
+    except UsageError as problem:
+        raise ValueError(problem.hint) from None
+    if ends is None or (ends - now).total_seconds() > duration(LIFETIME):
+        raise ValueError(f"{LIFETIME} at most")
 
 
 def _url(text: str) -> Any:

@@ -112,10 +112,16 @@ def _database(postgres: Postgres) -> str:
         "user": postgres.user,
         "password_file": f"{postgres.name}.password" if postgres.password is not None else None,
         "sslmode": postgres.sslmode,
-        "sslrootcert": postgres.sslrootcert,
+        "sslrootcert": certificate(postgres),
         "roles": "per_user" if postgres.roles == "per_user" else None,
     }
     return "databases:\n" + _lines(postgres.name, values, "  ")
+
+
+def certificate(postgres: Postgres) -> str | None:
+    """The CA file of PostgreSQL's certificate, by its whole path; `system` is libpq's word for the system's."""
+    said = postgres.sslrootcert
+    return said if said in (None, "system") else str(Path(said).expanduser().absolute())
 
 
 def settings(postgres: Postgres) -> "Database":
@@ -128,7 +134,7 @@ def settings(postgres: Postgres) -> "Database":
         dbname=postgres.dbname,
         user=postgres.user,
         sslmode=postgres.sslmode,
-        sslrootcert=postgres.sslrootcert,
+        sslrootcert=certificate(postgres),
     )
 
 
