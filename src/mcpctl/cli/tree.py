@@ -14,7 +14,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 TOP = {
     "demo": ("Try it: an embedded PostgreSQL with a small shop, a user, a token and a server on HTTP.", "demo"),
     "init": (
-        "Make the config, the audit key, and the empty token, user and tenant files, and say what comes next.",
+        "Make a new installation: config, keys, empty token, user and tenant files, and say what comes next.",
         "init",
     ),
     "serve": ("Serve MCP: over HTTP on 127.0.0.1:8080 without a flag, or on stdin and stdout.", "serve"),
@@ -26,7 +26,7 @@ TOP = {
         "and what is still open in PostgreSQL.",
         "doctor",
     ),
-    "client-config": ("Print what a client's configuration needs to connect.", "client_config"),
+    "client-config": ("Print what a client's configuration needs to connect, or put it there.", "client_config"),
     "lockdown": ("Answer no more calls, on any worker and after a restart, until it is lifted.", "lockdown"),
     "can": (
         "Say whether a user may do something, and why: token, user, role, permission, grant, login role, PostgreSQL.",
