@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import __version__
-from mcpctl.calls import Calls, Running
+from mcpctl.calls import Calls
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
+from mcpctl.facts import Running
 from mcpctl.identity import tokens
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
