@@ -143,7 +143,7 @@ def test_a_key_ends_a_query_and_another_one_its_token(newest_shop: Shop, make_si
         os.write(screen.leader, b"q")
         assert screen.end() == 0
         assert screen.as_it_was
-    lines = {(line["event"], line["token"]): line for line in site.audit() if line["transport"] == "cli"}
+    lines = {(line["event"], line["token"]): line for line in site.audit() if line.get("transport") == "cli"}
     cut = lines["query.cancelled", alice]
     assert (cut["tool"], cut["database"], cut["user"]) == ("query_database", "shop", "alice")
     assert cut["reason"].startswith("one call was ended; mcpctl top; by ")

@@ -173,36 +173,30 @@ class Screen:
         return made
 
 
-class _ToldError(BaseException):
-    """A signal that ends the program."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
 def show(screen: Screen, interval: float) -> None:
     """Show it again and again, on the whole terminal, until q or Ctrl-C. A signal that ends it is raised again when the
     terminal is as it was, so that the exit status tells the truth."""
     from rich.console import Console
     from rich.live import Live
 
-    console = Console(highlight=False)
-    try:
-        with _signals() as woken, _keys():
-            screen.look()
-            with Live(screen.drawn(console.height), console=console, screen=True, auto_refresh=False) as live:
-                _run(screen, live, woken, interval, lambda: screen.drawn(console.height))
-    except _ToldError as told:
-        signal.signal(told.number, signal.SIG_DFL)
-        signal.raise_signal(told.number)
+    console, told = Console(highlight=False), list[int]()
+    with _signals(told) as woken, _keys():
+        screen.look()
+        with Live(screen.drawn(console.height), console=console, screen=True, auto_refresh=False) as live:
+            _run(screen, live, (woken, told), interval, lambda: screen.drawn(console.height))
+    for number in told[:1]:
+        signal.raise_signal(number)
 
 
-def _run(screen: Screen, live: Any, woken: int, interval: float, drawn: "Callable[[], RenderableType]") -> None:
+def _run(
+    screen: Screen, live: Any, told: tuple[int, list[int]], interval: float, drawn: "Callable[[], RenderableType]"
+) -> None:
+    woken, ends = told
     keys = [sys.stdin.fileno()] if sys.stdin is not None and sys.stdin.isatty() else []
-    while True:
+    while not ends:
         ready, _, _ = select.select([woken, *keys], [], [], interval)
         if woken in ready:
-            os.read(woken, 4096)  # another size
+            os.read(woken, 4096)  # another size, or the end
         pressed = [key for fd in ready if fd != woken for key in _pressed(fd)]
         if any(key in _ENDS for key in pressed):
             return
@@ -223,18 +217,21 @@ def _pressed(fd: int) -> list[bytes]:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[int]:
-    """What ends a program becomes an exception; a new size of the terminal can be read from the descriptor."""
+def _signals(told: list[int]) -> Iterator[int]:
+    """Signals that end a program are noted instead; the descriptor can be read when one has come, and when the terminal
+    has another size. A second one ends it where it is."""
 
-    def told(number: int, frame: FrameType | None) -> None:
-        raise _ToldError(number)
+    def note(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        if len(told) > 1:
+            raise KeyboardInterrupt
 
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = {signal.SIGWINCH: signal.signal(signal.SIGWINCH, lambda number, frame: None)}
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, told)
+            before[number] = signal.signal(number, note)
     woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     try:
         yield reading

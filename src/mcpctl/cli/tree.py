@@ -26,6 +26,10 @@ TOP = {
         "and what is still open in PostgreSQL.",
         "doctor",
     ),
+    "support-bundle": (
+        "Print what a report of a fault needs to say, without secrets, statements and names: read it, then send it.",
+        "support_bundle",
+    ),
     "client-config": ("Print what a client's configuration needs to connect.", "client_config"),
     "lockdown": ("Answer no more calls, on any worker and after a restart, until it is lifted.", "lockdown"),
     "can": (
