@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test bench soak lint clean
+.PHONY: demo test bench soak lint pictures clean
 
 demo: $(STAMP)
 	@exec $(BIN)/mcpctl demo --port $(or $(PORT),8080)
@@ -35,6 +35,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_reference.py
+
+# The pictures of the README and the docs, from a demo that runs. The one of the sign-in page takes Chromium.
+pictures: $(STAMP)
+	$(BIN)/python docs/images/make.py
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
