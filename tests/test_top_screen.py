@@ -219,6 +219,20 @@ def test_a_mark_never_moves_to_another_call_by_itself() -> None:
     assert ended == ["b", "tc"]
 
 
+def test_no_id_is_cut_however_long_the_statement_is() -> None:
+    from rich.console import Console
+
+    there = seen("a")
+    there.running[0] |= {"statement": "select " + "x" * 500, "token": "abcdefgh", "backend_pid": 4194304}
+    made = Screen(lambda: there, lambda call: "", lambda token: "", lambda: "", sql=True)
+    made.look()
+    made.press(b"j")
+    console = Console(width=70, height=20, record=True, file=io.StringIO())
+    console.print(made.drawn(70, 20))
+    (line,) = [line for line in console.export_text().splitlines() if line.startswith("> ")]
+    assert ("abcdefgh" in line, "4194304" in line, len(line) <= 70) == (True, True, True), line
+
+
 @pytest.mark.parametrize("room", [2, 5, 30])
 def test_the_marked_line_is_always_among_those_that_are_shown(room: int) -> None:
     from rich.console import Console
@@ -229,7 +243,7 @@ def test_the_marked_line_is_always_among_those_that_are_shown(room: int) -> None
     for _ in range(25):
         made.press(b"j")
     console = Console(width=100, height=room + 7, record=True, file=io.StringIO())
-    console.print(made.drawn(room + 7))
+    console.print(made.drawn(100, room + 7))
     text = console.export_text()
     assert len(text.splitlines()) <= room + 7
     assert [line for line in text.splitlines() if line.startswith("> ") and "t24" in line], json.dumps(text)

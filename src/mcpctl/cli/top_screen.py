@@ -34,6 +34,8 @@ KEYS = "j k or arrows: mark   x: end the query   X: revoke the token   q: quit"
 _KEY = re.compile(rb"\x1b[\[O][0-9;]*[A-Za-z~]|\x1b.?|[^\x1b]", re.DOTALL)
 _MOVES = {b"j": 1, b"\x1b[B": 1, b"\x1bOB": 1, b"k": -1, b"\x1b[A": -1, b"\x1bOA": -1}
 _ENDS = (b"q", b"Q", b"\x04", b"")
+_BETWEEN, _LEAST = 2, 6
+"""Columns of the screen between two of the table's, and how many the last of these has at least."""
 _AROUND = 7
 """Lines of the screen that are no call's and no token's."""
 
@@ -131,8 +133,8 @@ class Screen:
             done = f"NOT DONE: {problem.message}{f' ({problem.hint})' if problem.hint else ''}"
         return " ".join([done, *warned.getvalue().split()])
 
-    def drawn(self, height: int) -> "RenderableType":
-        """All of it, in so many lines."""
+    def drawn(self, width: int, height: int) -> "RenderableType":
+        """All of it, in so many columns and lines."""
         from rich.console import Group
         from rich.text import Text
 
@@ -150,26 +152,37 @@ class Screen:
                 [("call", one["id"]) for one in seen.running],
                 running_rows(seen.running, self._sql),
                 above,
+                width,
             ),
-            Text("\nin the last minute"),
-            self._table(USED, [("token", one["token"]) for one in seen.used], used_rows(seen.used), below),
+            Text("\nin the last minute", no_wrap=True, overflow="ellipsis"),
+            self._table(USED, [("token", one["token"]) for one in seen.used], used_rows(seen.used), below, width),
             Text(self._said or KEYS, no_wrap=True, overflow="ellipsis", style="bold" if self._said else ""),
         )
 
-    def _table(self, head: "tuple[str, ...] | list[str]", marks: list[Mark], rows: Rows, room: int) -> "Table":
+    def _table(
+        self, head: "tuple[str, ...] | list[str]", marks: list[Mark], rows: Rows, room: int, width: int
+    ) -> "Table":
         """So many of the lines, with the marked one among them."""
         from rich.table import Table
         from rich.text import Text
 
-        made = Table(box=None, pad_edge=False, expand=False)
-        for name in ("", *head):
-            made.add_column(name, overflow="ellipsis", no_wrap=True)
         at = marks.index(self._mark) if self._mark in marks else 0
         first = max(0, at - room + 1)
-        for mark, row in list(zip(marks, rows, strict=True))[first : first + room]:
+        shown = [(marks[one], [Text(output.clean(cell)) for cell in rows[one]]) for one in range(len(rows))]
+        shown = shown[first : first + room]
+        made = Table(box=None, pad_edge=False, expand=False)
+        made.add_column("", width=1, no_wrap=True)
+        left, fitting = width - 1, 0
+        for number, name in enumerate(head):  # from the left, each as wide as it wants to be: a cut id is of no use
+            wanted = max([len(name), *(row[number].cell_len for _, row in shown)])
+            left -= _BETWEEN
+            if left < min(wanted, _LEAST):
+                break
+            made.add_column(name, width=min(wanted, left), overflow="ellipsis", no_wrap=True)
+            left, fitting = left - wanted, number + 1
+        for mark, row in shown:
             here = mark == self._mark
-            cells = (Text(output.clean(cell)) for cell in row)
-            made.add_row(">" if here else " ", *cells, style="reverse" if here else None)
+            made.add_row(">" if here else " ", *row[:fitting], style="reverse" if here else None)
         return made
 
 
@@ -182,8 +195,8 @@ def show(screen: Screen, interval: float) -> None:
     console, told = Console(highlight=False), list[int]()
     with _signals(told) as woken, _keys():
         screen.look()
-        with Live(screen.drawn(console.height), console=console, screen=True, auto_refresh=False) as live:
-            _run(screen, live, (woken, told), interval, lambda: screen.drawn(console.height))
+        with Live(screen.drawn(*console.size), console=console, screen=True, auto_refresh=False) as live:
+            _run(screen, live, (woken, told), interval, lambda: screen.drawn(*console.size))
     for number in told[:1]:
         signal.raise_signal(number)
 
