@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: demo test bench soak lint mcpb clean
+.PHONY: demo test bench soak lint mcpb pictures clean
 
 demo: $(STAMP)
 	@exec $(BIN)/mcpctl demo --port $(or $(PORT),8080)
@@ -40,6 +40,10 @@ lint: $(STAMP)
 # The desktop bundle, dist/mcpctl-VERSION.mcpb. ARGS: where it is published, for the registry's server.json.
 mcpb: $(STAMP)
 	@$(BIN)/python packaging/mcpb/build.py $(ARGS)
+
+# The pictures of the README and the docs, from a demo that runs. The one of the sign-in page takes Chromium.
+pictures: $(STAMP)
+	$(BIN)/python docs/images/make.py
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -17,8 +17,9 @@ from mcpctl import config
 from mcpctl.audit.anchors import Anchors
 from mcpctl.audit.durable import Durable
 from mcpctl.audit.log import AuditLog
-from mcpctl.calls import Answer, Request
+from mcpctl.calls import Answer
 from mcpctl.errors import UnavailableError
+from mcpctl.facts import Request
 from mcpctl.server.parts import running
 from site_of_mcpctl import Shop, Site
 

@@ -16,9 +16,9 @@ import pytest
 
 import site_of_mcpctl as site
 from mcpctl import config
-from mcpctl.calls import Request
 from mcpctl.config_keys import Database, Pool
 from mcpctl.errors import UnavailableError
+from mcpctl.facts import Request
 from mcpctl.identity.principal import LOCAL
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import ping, token_pool

@@ -15,8 +15,8 @@ from mcpctl import config
 from mcpctl.audit import top
 from mcpctl.audit.log import AuditLog
 from mcpctl.audit.reading import Reading
-from mcpctl.calls import Request
 from mcpctl.errors import UnavailableError
+from mcpctl.facts import Request
 from mcpctl.identity import tokens, users
 from mcpctl.postgres import roles
 from mcpctl.server.parts import running

@@ -202,6 +202,7 @@ def do_everything(session: Session) -> None:
     doctor = session.command("doctor", "--json", code=1, MCPCTL_DATABASE_URL=f"postgresql://u:{quote(url, safe='')}@/x")
     session.doctor = json.loads(doctor)["findings"]  # type: ignore[attr-defined]
     session.command("config", "check")
+    session.command("support-bundle")
     # the end
     session.command("user", "disable", "alice", "--reason", "on leave")
     calls(session, here.site.url, shown, 401)

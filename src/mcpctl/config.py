@@ -38,7 +38,9 @@ _BUILT_IN = "mcp-"
 _OTHER_VARIABLES = {"MCPCTL_CONFIG", "MCPCTL_DATABASE_URL", "MCPCTL_TOKEN"}
 _OF_KUBERNETES = re.compile(r"MCPCTL_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
 """What Kubernetes puts into every container for a Service that is called mcpctl."""
-_MAY_HOLD_SECRETS = ("dsn", "service_dsn", "host", "hosts", "user", "dbname", "password_file", "public_url", "tokens")
+_MAY_HOLD_SECRETS = (
+    "dsn", "service_dsn", "endpoint", "host", "hosts", "user", "dbname", "password_file", "public_url", "tokens",
+)  # fmt: skip
 _INSTEAD_OF_DSN = ("host", "port", "dbname", "user", "sslmode", "sslrootcert", "sslcert", "sslkey")
 _NO_HOME = Path("/nonexistent")
 

@@ -345,7 +345,26 @@ class Canaries:
 class Log:
     """log"""
 
-    level: str = setting("info", values.choice("debug", "info", "warning", "error"), "how much goes to stderr")
+    level: str = setting("info", values.choice("debug", "info", "warning", "error"), "how much of it")
+    format: str = setting(
+        "auto",
+        values.choice("auto", "text", "json", "journald"),
+        "auto is journald where stderr is the journal, and text elsewhere",
+    )
+    file: Path | None = setting(None, values.optional(values.path), "a file instead of stderr, 0600")
+    sql_debug: bool = setting(
+        False, values.truth, "each statement that was run, as far as audit.statements lets it be kept"
+    )
+
+
+@keys(frozen=True)
+class Tracing:
+    """tracing"""
+
+    endpoint: str | None = setting(
+        None, values.optional(values.web_address), "where traces are sent, by OTLP over HTTP; off without one"
+    )
+    sample: float = setting(1.0, values.share, "which part of the calls, where the caller has not decided")
 
 
 @keys(frozen=True)
@@ -365,5 +384,6 @@ class Settings:
     metrics: Metrics = section(Metrics, "numbers for Prometheus")
     canaries: Canaries = section(Canaries, "what nobody should use, and who does is blocked")
     log: Log = section(Log, "the server's own messages")
+    tracing: Tracing = section(Tracing, "OpenTelemetry traces of calls")
     source: Path | None = None
     by_root: bool = False

@@ -119,6 +119,29 @@ def rate(value: Any) -> float:
     return float(value)
 
 
+def share(value: Any) -> float:
+    """A part of a whole."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError("a number from 0 to 1")
+    return float(value)
+
+
+def web_address(value: Any) -> str:
+    """An http or https URL, without a name and password in it."""
+    from urllib.parse import urlsplit
+
+    wrong = ValueError("a URL such as http://127.0.0.1:4318/v1/traces")
+    try:
+        parts = urlsplit(text(value))
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise wrong
+    except ValueError:
+        raise wrong from None
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a URL without a name and password: headers are for OTEL_EXPORTER_OTLP_HEADERS")
+    return str(value)
+
+
 def limited(value: Any) -> str:
     """Whose limits they are: a token's id, a user, a tenant, or a network in its one spelling."""
     if re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", value):

@@ -12,6 +12,8 @@ from mcpctl.errors import Error, LimitedError, UnavailableError
 from mcpctl.shared_counters import source
 
 log = logging.getLogger("mcpctl.audit")
+_calls = logging.getLogger("mcpctl.calls")
+_sql = logging.getLogger("mcpctl.sql")
 AGAIN = 3600.0
 """Seconds after which a credential's use from an address is noted once more."""
 MINUTE = 60.0
@@ -87,8 +89,11 @@ class Recorder:
         if len(self._late.lines) > LATE:
             self._lose(self._late.lines.popleft()[1]["happened_at"])
 
-    def call(self, event: str, fields: dict[str, Any]) -> None:
+    def call(self, event: str, fields: dict[str, Any], trace: str | None = None) -> None:
         """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
+        if _calls.isEnabledFor(logging.DEBUG):
+            where, ended, took = fields.get("database") or "-", fields.get("outcome"), fields.get("elapsed_ms")
+            _calls.debug("%s %s: %s: %s, %s ms", event, fields["tool"], where, ended, took, extra=_extra(fields, trace))
         if not self._write(event, fields):
             self._lose(self._audit.time())
             if self._refuse:
@@ -177,6 +182,13 @@ class Recorder:
             return {"statement": text}
         return {"statement_hmac": self._audit.statement_hmac(text)}
 
+    def ran(self, kept: Mapping[str, str], about: Mapping[str, Any], trace: str | None = None) -> None:
+        """Say in the server's log that a statement was run, as far as it is `kept`, where the config wants that."""
+        if _sql.isEnabledFor(logging.DEBUG):
+            hmac = kept.get("statement_hmac")
+            said = kept.get("statement") or (f"hmac {hmac}" if hmac else "(audit.statements: off)")
+            _sql.debug("request %s: %s", about["request_id"], said, extra=_extra(about, trace))
+
     def auth_ok(self, token: str | None, user: str | None, address: str | None, **fields: Any) -> None:
         """Once per credential and address (of IPv6, one /64) an hour. Of one that comes from ever new addresses most
         are counted, and each is noted with its next use that there is room for."""
@@ -203,7 +215,8 @@ class Recorder:
             if not self._write("auth.refused", {"client_ip": address, "reason": reason, **fields}):
                 self._lose(self._audit.time())
             if not locked:  # the address last: see docs/monitoring.md
-                log.warning("Unauthorized: %s client=%s", reason, address or "-")
+                extra = {"about": {"client_ip": address, **fields}}
+                log.warning("Unauthorized: %s client=%s", reason, address or "-", extra=extra)
 
     def of_stranger(self, event: str, **fields: Any) -> None:
         """A line on what anybody can do as often as they like: as many as there is room for, the others counted."""
@@ -280,6 +293,11 @@ class Recorder:
 
 def _lost(since: str, until: str, count: int) -> str:
     return f"{count} lines could not be written between {since} and {until}"
+
+
+def _extra(about: Mapping[str, Any], trace: str | None) -> dict[str, Any]:
+    """What a line of the server's log knows of its call; the audit line has no trace."""
+    return {"about": {**about, "trace_id": trace}}
 
 
 def _no_log() -> UnavailableError:

@@ -27,6 +27,10 @@ TOP = {
         "doctor",
     ),
     "client-config": ("Print what a client's configuration needs to connect, or put it there.", "client_config"),
+    "support-bundle": (
+        "Print what a report of a fault needs to say, without secrets, statements and names: read it, then send it.",
+        "support_bundle",
+    ),
     "lockdown": ("Answer no more calls, on any worker and after a restart, until it is lifted.", "lockdown"),
     "can": (
         "Say whether a user may do something, and why: token, user, role, permission, grant, login role, PostgreSQL.",

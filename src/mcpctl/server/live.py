@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import __version__
-from mcpctl.calls import Calls, Running
+from mcpctl.calls import Calls
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
+from mcpctl.facts import Running
 from mcpctl.identity import tokens
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
@@ -33,6 +34,9 @@ _REACHED_WITHIN, _REACHED_FOR = 1.0, 2.0
 """Seconds that a database has to answer in, and for which it is then not asked again."""
 _SHOWN = 10_000
 """Characters of a running statement that are told."""
+_ENDS_WITHIN = 1.5
+"""Seconds that a call has to end in: its query is cancelled, and its backend terminated where that is not enough."""
+STOPPED = "an administrator has ended this call; your token is still good"
 ENDED = "your session was ended by an administrator; your token is still good, so ask again"
 
 
@@ -115,6 +119,7 @@ class Live:
             "running": self._running,
             "sessions": self._sessions,
             "end_session": self._end_session,
+            "end_call": self._end_call,
             "metrics": self._counted,
         }
 
@@ -254,6 +259,14 @@ class Live:
         open_ = [pool.principal for pool in self._pools.all] + [one.principal for one in self._calls.running()]
         there = any(principal.token == token for principal in open_)
         return {"open": there, **values(await self._calls.end(token, ENDED))}
+
+    async def _end_call(self, request: Request) -> dict[str, Any]:
+        """End one call that runs here; `there` says whether one did, and `ended` whether it has, its query with it."""
+        one = self._calls.stop(str(request["id"]), STOPPED)
+        until = time.monotonic() + _ENDS_WITHIN
+        while one in (running := self._calls.running()) and time.monotonic() < until:  # noqa: ASYNC110 - so long at most
+            await asyncio.sleep(0.01)
+        return {"there": one is not None, "ended": one not in running}
 
     async def _counted(self, request: Request) -> dict[str, Any]:
         return {**asdict(self.place), "samples": self.samples()}
