@@ -6,8 +6,15 @@ from typing import Any
 from msgspec import Struct, field
 
 from mcpctl.audit.log import MORE
-from mcpctl.errors import LimitedError
+from mcpctl.errors import Error, ForbiddenError, LimitedError, ScopeError, UsageError
 from mcpctl.postgres.session import Session, Use
+
+_REFUSALS = ((ScopeError, "scope"), (ForbiddenError, "forbidden"), (UsageError, "arguments"))
+
+
+def refusal(problem: Error) -> str:
+    """The kind of a refusal of a call, one of four words: `not_a_question` is what reading tools do not run."""
+    return next((name for kind, name in _REFUSALS if isinstance(problem, kind)), "not_a_question")
 
 
 class Facts(Struct, eq=False):
@@ -22,6 +29,7 @@ class Facts(Struct, eq=False):
     client_ip: str | None = None
     seconds: float = 0.0
     limited: LimitedError | None = None
+    refusal: str | None = None
     base: Mapping[str, Any] = field(default_factory=dict)
 
     def session(self, session: Session, database: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mcpctl.audit.log import AuditLog
 from mcpctl.errors import Error, LimitedError, UnavailableError
+from mcpctl.metrics import REFUSED
 from mcpctl.shared_counters import source
 
 log = logging.getLogger("mcpctl.audit")
@@ -87,8 +88,11 @@ class Recorder:
         if len(self._late.lines) > LATE:
             self._lose(self._late.lines.popleft()[1]["happened_at"])
 
-    def call(self, event: str, fields: dict[str, Any]) -> None:
-        """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
+    def call(self, event: str, fields: dict[str, Any], refusal: str | None = None) -> None:
+        """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused.
+        `refusal`: the kind of a refused one, to be counted by."""
+        if refusal is not None:
+            self._count(REFUSED, {"reason": refusal}, None)
         if not self._write(event, fields):
             self._lose(self._audit.time())
             if self._refuse:
@@ -109,6 +113,11 @@ class Recorder:
         written = not self._failing
         self._count(event, fields, written)
         return written
+
+    @property
+    def waiting(self) -> int:
+        """How many lines are kept here until the log can be written, also those of which only the number is."""
+        return len(self._late.lines) + (self._late.lost[2] if self._late.lost else 0)
 
     @property
     def failing(self) -> bool:
@@ -236,6 +245,7 @@ class Recorder:
 
     def limited(self, problem: LimitedError, **fields: Any) -> None:
         """A known token's call that was too much: the first in full, of all workers together, the others counted."""
+        self._count(REFUSED, {"reason": "budget" if "." in problem.limit else problem.limit}, None)
         self._look()
         if self._line(f"tool.refused {fields.get('token')}"):
             self.note("tool.refused", **fields, outcome="limited", reason=problem.message)
