@@ -37,7 +37,7 @@ class Writer:
 
 def test_a_report_says_what_is_unusual_beside_as_long_a_time_before(home: Home) -> None:
     write, before = Writer(home), NOON - timedelta(days=7)
-    write(before, "usual000", 30)
+    write(before, "usual000", 110)
     write(before, "louder00", 25)
     write(before, "greedy00", 30, rows=100)
     write(before, "denied00", 25)
@@ -59,7 +59,7 @@ def test_a_report_says_what_is_unusual_beside_as_long_a_time_before(home: Home) 
         "first000": ["not used before"],
     }
     use = next(one for one in found["tokens"] if one["token"] == "usual000")
-    assert (use["calls"], use["before"]["calls"], use["user"], sum(use["hours"])) == (41, 30, "alice", 41)
+    assert (use["calls"], use["before"]["calls"], use["user"], sum(use["hours"])) == (41, 110, "alice", 41)
     assert found["refusals"] == {"you have no read access in 'shop'": 12, "more within a minute, counted": 12}
     assert found["events"]["token.rotated"] == 1
     assert not any(name.startswith("tool.") for name in found["events"])

@@ -329,6 +329,10 @@ def test_revocations_refusals_and_events_are_counted_where_they_happen(
     url, (name, token) = listener(site), site.token()
     with site.client(token) as client:
         client.rows("select 1")
+        assert "no question" in client.error("delete from customers")
+        client.error("select 1", database="globex")
+        client.call("query_database", {"qeury": "select 1"})
+        client.call("made_up")
         running = in_background(client.call, "query_database", {"query": "select pg_sleep(30)"})
         eventually(lambda: site.shop.backends("state = 'active'"))
         assert value(scrape(url), "mcpctl_calls_running") == 1
@@ -340,6 +344,18 @@ def test_revocations_refusals_and_events_are_counted_where_they_happen(
     assert value(series, "mcpctl_auth_refused_total", reason="revoked") == 1
     assert value(series, "mcpctl_calls_total", outcome="cut") == 1
     assert value(series, "mcpctl_events_total", event="pool.closed") == 1
+    refused = ("not_a_question", "forbidden", "arguments", "unknown_tool")
+    assert [value(series, "mcpctl_calls_refused_total", reason=reason) for reason in refused] == [1, 1, 1, 1]
+    assert value(series, "mcpctl_tokens", status="revoked") == 1
+    assert value(series, "mcpctl_tokens_by_days_left") == 0
+    assert value(series, "mcpctl_audit_waiting_lines") == 0
+    assert value(series, "mcpctl_audit_lag_seconds") < 60
+    told = {name.removesuffix("_total").removesuffix("_count") for name, _ in series}
+    assert {name for name in FAMILIES if name not in told} == {  # which need what did not happen here
+        "mcpctl_audit_failures", "mcpctl_connection_errors", "mcpctl_tenant_calls", "mcpctl_tenant_rows",
+        "mcpctl_tenant_call_seconds", "mcpctl_tls_cert_expiry_seconds", "mcpctl_token_next_expiry_seconds",
+        "mcpctl_pools", "mcpctl_pool_connections", "mcpctl_pool_waiting",
+    }  # fmt: skip
     assert value(series, "mcpctl_audit_failing") == 0
     assert abs(value(series, "mcpctl_audit_last_line_timestamp_seconds") - time.time()) < 60
 

@@ -17,7 +17,7 @@ TIMES = 5
 """From how many times as much on a use is unusual."""
 FEW_CALLS, FEW_ROWS, FEW_REFUSED = 100, 10_000, 10
 """Below so many nothing is unusual, since chance does as much."""
-ENOUGH = 20
+ENOUGH = 100
 """Calls before from which on the hours in which there were none say something."""
 _MOST_PLACES = 1000
 
