@@ -50,7 +50,7 @@ def by_token(reading: Reading) -> dict[str, Usage]:
         one = found.setdefault(line.token, Usage())
         one.add({"event": line.event, "time": line.time, "rows": line.rows, "reason": line.reason})
         if line.client_ip is not None and len(one.addresses) < _MOST:
-            one.addresses.add(_source(line.client_ip))
+            one.addresses.add(source(line.client_ip))
     return found
 
 
@@ -62,13 +62,14 @@ def shared(path: Path, now: datetime) -> dict[str, int]:
             if str(line.get("time", "~")) < since:
                 break
             if line.get("event") == "auth.ok" and "token" in line and "client_ip" in line:
-                found[str(line["token"])].add(_source(str(line["client_ip"])))
+                found[str(line["token"])].add(source(str(line["client_ip"])))
     except NotFoundError:  # nothing was written yet
         return {}
     return {token: len(places) for token, places in found.items() if len(places) >= MANY_ADDRESSES}
 
 
-def _source(address: str) -> str:
+def source(address: str) -> str:
+    """An address, or of IPv6 the network of the size that one customer has."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

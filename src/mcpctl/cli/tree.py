@@ -48,7 +48,7 @@ TOP = {
     "database": ("Add, list, test, harden and remove databases.", "database"),
     "grant": ("Compare what is recorded with what PostgreSQL has.", "grant"),
     "session": ("See who is signed in and what tokens have open in the running server, and end it.", "session"),
-    "audit": ("Read the audit log.", "audit", "audit_read", "audit_verify"),
+    "audit": ("Read the audit log.", "audit", "audit_read", "audit_report", "audit_verify"),
     "incident": ("Find out what somebody did.", "incident"),
     "key": ("Rotate the key that seals database passwords.", "key"),
     "config": ("Check the configuration, and have it read again.", "config"),
