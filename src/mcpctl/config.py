@@ -72,12 +72,17 @@ def find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
 
 
 def load(
-    path: Path | None = None, environ: Mapping[str, str] = os.environ, *, forgiven: list[str] | None = None
+    path: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    forgiven: list[str] | None = None,
+    at: Path | None = None,
 ) -> Settings:
     """Read and check the configuration, or raise ConfigError with every fault in it (exit 3).
 
     Where there is no file, `MCPCTL_DATABASE_URL` alone is enough; without either NotFoundError (exit 3). With
-    `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there.
+    `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there. With `at`
+    it is read as if it stood there.
     """
     source = find(path, environ)
     if source is None and not environ.get("MCPCTL_DATABASE_URL"):
@@ -97,7 +102,7 @@ def load(
     nameless: list[str] = []
     _add_environment(tree, environ, nameless)
     faults += nameless
-    settings = _checked(tree, source, faults)
+    settings = _checked(tree, at or source, faults)
     hint = "docs/reference/config.md says what each key takes; `mcpctl config check` tries again"
     if faults and forgiven is not None:
         forgiven += faults

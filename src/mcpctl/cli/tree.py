@@ -47,6 +47,10 @@ TOP = {
     "audit": ("Read the audit log.", "audit", "audit_read", "audit_verify"),
     "incident": ("Find out what somebody did.", "incident"),
     "key": ("Rotate the key that seals database passwords.", "key"),
+    "backup": (
+        "Back up config, tokens, users, keys, passwords, what the server remembers, and the audit log, while it runs.",
+        "backup",
+    ),
     "config": ("Check the configuration, and have it read again.", "config"),
 }
 """Name → its help's first sentence, its module, and the modules whose commands join it."""
