@@ -346,7 +346,9 @@ class Backup:
     """backup"""
 
     directory: Path | None = setting(
-        None, values.optional(values.path), "where `mcpctl backup` without a FILE writes to, 0700; none: a FILE is needed"
+        None,
+        values.optional(values.path),
+        "where `mcpctl backup` without a FILE writes to, 0700; none: a FILE is needed",
     )
     recipients: tuple[str, ...] = setting(
         (), values.recipients, "public keys (age1… or ssh-ed25519 …) that a backup is encrypted for"

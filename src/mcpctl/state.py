@@ -131,18 +131,20 @@ class State:
             return self._open().serialize()
 
     def is_alone(self) -> bool:
-        """Whether no other process has the file open; False also where that cannot be said."""
+        """Whether no other process has the file open."""
         self.close()
         connection = sqlite3.connect(self.path, timeout=0.2, isolation_level=None)
         try:
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # sqlite.org/wal.html, 6: needs the file for itself
             connection.execute("BEGIN EXCLUSIVE")
             connection.execute("ROLLBACK")
+        except sqlite3.OperationalError as problem:
+            return not _is_busy(problem)
+        except sqlite3.DatabaseError:  # it is none; whoever opens it says so
             return True
-        except sqlite3.DatabaseError:
-            return False
         finally:
             connection.close()
+        return True
 
     @contextlib.contextmanager
     def change(self, patience: float | None = None) -> Iterator[sqlite3.Connection]:

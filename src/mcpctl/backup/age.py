@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 from mcpctl.errors import ConfigError, Error, UsageError
 from mcpctl.private_file import not_written
@@ -110,7 +110,7 @@ def encrypting(to: Recipients | Passphrase, out: BinaryIO) -> Iterator[IO[bytes]
         return
     reading, writing = os.pipe()
     source = os.fdopen(reading, "rb")
-    work = _Beside(lambda: pyrage.encrypt_io(source, out, to.keys), source)
+    work = _Beside(lambda: pyrage.encrypt_io(source, cast(io.BufferedIOBase, out), to.keys), source)
     try:
         with os.fdopen(writing, "wb") as sink:
             yield sink
@@ -138,7 +138,7 @@ def decrypting(key: Identities | Passphrase, file: BinaryIO) -> Iterator[IO[byte
         return
     reading, writing = os.pipe()
     sink = os.fdopen(writing, "wb")
-    work = _Beside(lambda: pyrage.decrypt_io(file, sink, key.keys), sink)
+    work = _Beside(lambda: pyrage.decrypt_io(cast(io.BufferedIOBase, file), sink, key.keys), sink)
     try:
         with os.fdopen(reading, "rb") as source:
             yield source

@@ -40,7 +40,9 @@ def name(when: datetime) -> str:
     return f"mcpctl-{when.astimezone(UTC):%Y%m%dT%H%M%SZ}.tar.gz.age"
 
 
-def make(settings: Settings, to: age.Recipients | age.Passphrase, path: Path, now: datetime, about: tuple[str, str]) -> Made:
+def make(
+    settings: Settings, to: age.Recipients | age.Passphrase, path: Path, now: datetime, about: tuple[str, str]
+) -> Made:
     """Write a backup to `path`, where there is nothing yet (else ConflictError); `about` is (version, host)."""
     if os.path.lexists(path):
         raise ConflictError(f"{path} exists already", "it is left as it is; choose another name")

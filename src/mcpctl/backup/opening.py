@@ -77,7 +77,12 @@ class Backup:
 
 
 @contextlib.contextmanager
-def opened(file: BinaryIO, key: age.Identities | age.Passphrase, at: Callable[[Manifest], Path], near: Callable[[Settings], Path]) -> Iterator[Backup]:
+def opened(
+    file: BinaryIO,
+    key: age.Identities | age.Passphrase,
+    at: Callable[[Manifest], Path],
+    near: Callable[[Settings], Path],
+) -> Iterator[Backup]:
     """A backup, until the block ends. `at` says where its config is to stand, `near` the folder beside which the rest
     is unpacked: on the same disk, it need not be copied again. Raises ConfigError where it cannot be believed."""
     size = os.fstat(file.fileno()).st_size
@@ -105,7 +110,9 @@ def check_kinds(manifest: Manifest) -> None:
             raise archive.damaged(f"{entry.name} is too large")
 
 
-def _unpacked(reader: archive.Reader, at: Path, near: Callable[[Settings], Path], stack: contextlib.ExitStack) -> Backup:
+def _unpacked(
+    reader: archive.Reader, at: Path, near: Callable[[Settings], Path], stack: contextlib.ExitStack
+) -> Backup:
     files = reader.files()
     first, chunks = next(files)
     text = b"".join(chunks)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from mcpctl import private_file
@@ -23,7 +24,6 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, NotFoundError, NotWrittenError
 from mcpctl.identity import tenants, tokens, users
 from mcpctl.identity.blocked import store
-from datetime import UTC, datetime
 
 ANY_BEGINNING = datetime.max.replace(tzinfo=UTC)
 """As `kept_since`: old files of the log may have been removed on purpose."""

@@ -30,7 +30,9 @@ def backup(
     ] = None,
     passphrase_file: Annotated[
         str | None,
-        typer.Option("--passphrase-file", metavar="FILE", help="Encrypt with the passphrase in that file; - for stdin."),
+        typer.Option(
+            "--passphrase-file", metavar="FILE", help="Encrypt with the passphrase in that file; - for stdin."
+        ),
     ] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
@@ -38,7 +40,8 @@ def backup(
     """Back up config, tokens, users, keys, passwords, what the server remembers, and the audit log, while it runs.
 
     The file is encrypted for recipients, of the config or named here, or with a passphrase, which is asked for where
-    there is a terminal. Without one it is for recipients alone. In backup.directory what is older than backup.keep goes.
+    there is a terminal. Without one it is for recipients alone. In backup.directory what is older than backup.keep
+    goes.
 
     Example: mcpctl backup --recipient age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p
     """
@@ -91,9 +94,7 @@ def _has_terminal() -> bool:
     return True
 
 
-def _whom_for(
-    found: "Settings", named: list[tuple[str, str]], passphrase: str | None
-) -> "Recipients | Passphrase":
+def _whom_for(found: "Settings", named: list[tuple[str, str]], passphrase: str | None) -> "Recipients | Passphrase":
     from mcpctl.backup import age
     from mcpctl.errors import UsageError
 
@@ -127,7 +128,8 @@ def _checked(text: str) -> "Passphrase":
 
     if len(text) < age.LEAST:
         raise UsageError(
-            f"the passphrase has {len(text)} characters, and needs {age.LEAST}", "take several words that nobody guesses"
+            f"the passphrase has {len(text)} characters, and needs {age.LEAST}",
+            "take several words that nobody guesses",
         )
     return age.Passphrase(text)
 

@@ -51,6 +51,7 @@ TOP = {
         "Back up config, tokens, users, keys, passwords, what the server remembers, and the audit log, while it runs.",
         "backup",
     ),
+    "restore": ("Bring back what is in a backup, all of it or nothing, while no server runs.", "restore"),
     "config": ("Check the configuration, and have it read again.", "config"),
 }
 """Name → its help's first sentence, its module, and the modules whose commands join it."""
