@@ -26,6 +26,7 @@ _MOST_FILES = 10_000
 _RATIO = 100
 """How much smaller a log becomes at the very most: half of each line is a hash."""
 _NAME = re.compile(r"[!-.0-~][!-~]{0,98}")
+_MODE = re.compile(r"0[0-7]{3}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -189,7 +190,7 @@ def _manifest(data: bytes) -> Manifest:
 def _checked(entry: Entry) -> Entry:
     if not (_is_typed(entry) and _NAME.fullmatch(entry.name) and _SHA256.fullmatch(entry.sha256)):
         raise damaged("its manifest is not in order")
-    if entry.size < 0 or any(ord(letter) < 32 for letter in entry.path + entry.key):
+    if entry.size < 0 or not _MODE.fullmatch(entry.mode) or any(ord(letter) < 32 for letter in entry.path + entry.key):
         raise damaged("its manifest is not in order")
     return entry
 

@@ -52,6 +52,11 @@ class Backup:
     log: Report | None = None
     files: dict[tuple[str, str], Path] = field(default_factory=dict)
 
+    def mode(self, kind: str, key: str) -> int:
+        """The rights that such a file had, but no more than it may have."""
+        said = next((one.mode for one in self.manifest.files if (one.kind, one.key) == (kind, key)), "0600")
+        return int(said, 8) & contents.mode(kind) | 0o600
+
     @property
     def tokens(self) -> EntryFile[Token]:
         return tokens.token_file(self.files[contents.TOKENS, ""])

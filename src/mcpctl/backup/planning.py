@@ -145,7 +145,7 @@ def _plan_file(found: Backup, done: Plan, kind: str, key: str, place: Path, clea
     if os.path.lexists(place) and not cleared:
         done.lines.append((str(place), _kept(place, source)))
     elif source is not None:
-        done.steps.append(Step(PUT, str(source), str(place), contents.mode(kind)))
+        done.steps.append(Step(PUT, str(source), str(place), found.mode(kind, key)))
         done.lines.append((str(place), "comes from the backup"))
         if kind == contents.CONFIG:
             done.settings = found.settings

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from mcpctl import config, control
+from mcpctl import config, control, reserve
 from mcpctl.backup import contents, placing
 from mcpctl.backup.opening import STAGE, Backup
 from mcpctl.backup.placing import Journal, Step
@@ -111,6 +111,7 @@ def finish(journal: Journal, at: Path, now: datetime, note: Callable[[Settings, 
     settings = config.load(Path(journal.config))
     if journal.end_sessions:
         end_sessions(settings)
+    reserve.keep(settings.auth.token_file.parent)
     note(settings, journal.said)
     placing.end(at, journal)
 

@@ -133,8 +133,17 @@ def _read(kind: str, path: Path) -> bytes:
 def _of_bytes(kind: str, path: Path, data: bytes, key: str = "", name: str = "") -> File:
     digest = hashlib.sha256(data).hexdigest()
     name = name or _NAMES.get(kind, kind)
-    entry = Entry(name, kind, key, str(path), f"{contents.mode(kind):04o}", len(data), digest)
+    entry = Entry(name, kind, key, str(path), _mode(kind, path), len(data), digest)
     return File(entry, lambda: iter([data]))
+
+
+def _mode(kind: str, path: Path) -> str:
+    """The rights that it has, but no more than it may."""
+    try:
+        found = os.stat(path).st_mode & contents.mode(kind)
+    except OSError:  # it was moved away just now
+        found = 0o600
+    return f"{found | 0o600:04o}"
 
 
 _NAMES = {
@@ -190,7 +199,7 @@ def _of_part(part: Part, kind: str, key: str, name: str) -> File:
     for chunk in _raw(part):
         digest.update(chunk)
         size += len(chunk)
-    entry = Entry(name, kind, key, str(part.path), f"{contents.mode(kind):04o}", size, digest.hexdigest())
+    entry = Entry(name, kind, key, str(part.path), "0600", size, digest.hexdigest())
     return File(entry, lambda: _raw(part))
 
 

@@ -169,8 +169,9 @@ def _said(file: Path, found: "Backup", done: "Plan", revoke_all: bool) -> str:
 def _age(then: str, now: "datetime") -> str:
     from mcpctl.identity.users import read_time
 
-    hours = max(0, int((now - read_time(then, "made_at")).total_seconds() // 3600))
-    return f"{hours // 24} days and {hours % 24} hours" if hours >= 24 else f"{hours} hours"
+    minutes = max(0, int((now - read_time(then, "made_at")).total_seconds() // 60))
+    days, hours = divmod(minutes // 60, 24)
+    return f"{days} days and {hours} hours" if days else f"{hours} hours and {minutes % 60} minutes"
 
 
 def _tell(found: "Backup", done: "Plan", now: "datetime", *, json: bool, dry_run: bool, revoke_all: bool) -> None:

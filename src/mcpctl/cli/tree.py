@@ -52,6 +52,7 @@ TOP = {
         "backup",
     ),
     "restore": ("Bring back what is in a backup, all of it or nothing, while no server runs.", "restore"),
+    "import": ("Take over users and tokens of another server.", "import_"),
     "config": ("Check the configuration, and have it read again.", "config"),
 }
 """Name → its help's first sentence, its module, and the modules whose commands join it."""
