@@ -38,7 +38,9 @@ _BUILT_IN = "mcp-"
 _OTHER_VARIABLES = {"MCPCTL_CONFIG", "MCPCTL_DATABASE_URL", "MCPCTL_TOKEN"}
 _OF_KUBERNETES = re.compile(r"MCPCTL_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
 """What Kubernetes puts into every container for a Service that is called mcpctl."""
-_MAY_HOLD_SECRETS = ("dsn", "service_dsn", "host", "hosts", "user", "dbname", "password_file", "public_url", "tokens")
+_MAY_HOLD_SECRETS = (
+    "dsn", "service_dsn", "host", "hosts", "user", "dbname", "password_file", "public_url", "tokens", "recipients",
+)  # fmt: skip
 _INSTEAD_OF_DSN = ("host", "port", "dbname", "user", "sslmode", "sslrootcert", "sslcert", "sslkey")
 _NO_HOME = Path("/nonexistent")
 
@@ -79,9 +81,8 @@ def load(
     at: Path | None = None,
 ) -> Settings:
     """Read and check the configuration, or raise ConfigError with every fault in it (exit 3).
-
     Where there is no file, `MCPCTL_DATABASE_URL` alone is enough; without either NotFoundError (exit 3). With
-    `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there. With `at`
+    `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there. `at`: where
     it is read as if it stood there.
     """
     source = find(path, environ)

@@ -190,6 +190,8 @@ def _manifest(data: bytes) -> Manifest:
 def _checked(entry: Entry) -> Entry:
     if not (_is_typed(entry) and _NAME.fullmatch(entry.name) and _SHA256.fullmatch(entry.sha256)):
         raise damaged("its manifest is not in order")
+    if ".." in entry.name.split("/"):
+        raise damaged("a file in it has a name that leads elsewhere")
     if entry.size < 0 or not _MODE.fullmatch(entry.mode) or any(ord(letter) < 32 for letter in entry.path + entry.key):
         raise damaged("its manifest is not in order")
     return entry

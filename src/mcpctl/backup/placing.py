@@ -160,7 +160,7 @@ def carry_out(journal: Journal, since: str) -> None:
 def _do(step: Step) -> None:
     if step.do == DROP:
         Path(step.path).unlink(missing_ok=True)
-    elif os.path.lexists(step.path):  # else it was done already
+    elif os.path.lexists(step.path) and not (step.do == MOVE and os.path.lexists(step.to)):  # else it was done already
         Path(step.to).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.replace(step.path, step.to)
 

@@ -165,8 +165,8 @@ def _plan_secret(found: Backup, done: Plan, key: str, place: Path, again: Reseal
     if source is not None and (cleared or not os.path.lexists(place)):
         data = private_file.read(source).data
         text = data.decode("utf-8", "replace").strip()
-        if keyring.is_sealed(text):
-            source.write_bytes(again(text, f"the password of {key}").encode() + b"\n")
+        if keyring.is_sealed(text) and (sealed := again(text, f"the password of {key}")) != text:
+            source.write_bytes(sealed.encode() + b"\n")
     elif source is None and not os.path.lexists(place):
         done.warnings.append(f"{key}: {place} is neither here nor in the backup")
     _plan_file(found, done, contents.SECRET, key, place, cleared)
