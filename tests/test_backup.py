@@ -15,7 +15,7 @@ import pytest
 import kept
 from command_line import Home, on_a_terminal, run
 from mcpctl import private_file
-from mcpctl.backup import making
+from mcpctl.backup import age, making
 from mcpctl.errors import ConfigError
 from mcpctl.identity import tokens
 from site_of_mcpctl import in_background
@@ -133,6 +133,15 @@ def test_a_backup_waits_for_a_change_that_has_begun(tmp_path: Path) -> None:
         assert done.runs
     done.result()
     assert kept.parts(tmp_path / "b.age")[0].tokens == 1
+
+
+def test_what_cannot_be_written_is_no_backup() -> None:
+    """The library keeps what goes wrong at its end to itself: nobody is told of a backup that is not there."""
+    with open(os.open("/dev/full", os.O_WRONLY), "wb") as full:
+        to = age.recipients([kept.FOR], "here")
+        for size in (1, 10, 1 << 20):
+            with pytest.raises(OSError, match="No space"), age.encrypting(to, full.fileno()) as sink:
+                sink.write(b"x" * size)
 
 
 def test_a_folder_that_others_can_write_to_gets_no_backup(tmp_path: Path) -> None:

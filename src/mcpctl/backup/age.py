@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import IO, Any, BinaryIO, cast
 
 from mcpctl.errors import ConfigError, Error, UsageError
-from mcpctl.private_file import not_written
 
 MOST = 256 << 20
 """Bytes that may be encrypted with a passphrase."""
@@ -99,10 +98,12 @@ def needs_passphrase(file: BinaryIO) -> bool:
 
 
 @contextlib.contextmanager
-def encrypting(to: Recipients | Passphrase, out: BinaryIO) -> Iterator[IO[bytes]]:
-    """Where the plain bytes are written to; `out` has all of the encrypted ones when the block has ended."""
+def encrypting(to: Recipients | Passphrase, fd: int) -> Iterator[IO[bytes]]:
+    """Where the plain bytes are written to; the file has all of the encrypted ones when the block has ended. Raises
+    FullError, NotWrittenError where it could not be written whole."""
     import pyrage
 
+    out = _Written(fd)
     if isinstance(to, Passphrase):
         plain = _Bounded()
         yield plain
@@ -115,11 +116,40 @@ def encrypting(to: Recipients | Passphrase, out: BinaryIO) -> Iterator[IO[bytes]
         with os.fdopen(writing, "wb") as sink:
             yield sink
     except BrokenPipeError:
+        work.join()
+        out.check()
         work.check()
         raise
     finally:
         work.join()
+    out.check()
     work.check()
+
+
+class _Written(io.RawIOBase):
+    """Writes to a descriptor, and remembers what went wrong: the library says nothing of what fails at its end."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._failed: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(self._fd, left) :]
+        except OSError as problem:
+            self._failed = self._failed or problem
+            raise
+        return len(data)
+
+    def check(self) -> None:
+        """Raises what went wrong."""
+        if self._failed is not None:
+            raise self._failed
 
 
 @contextlib.contextmanager
@@ -189,7 +219,5 @@ class _Beside:
 
     def check(self) -> None:
         """Raises what went wrong."""
-        if isinstance(self.failed, OSError):
-            raise not_written(self.failed, f"the backup cannot be written: {self.failed.strerror or self.failed}")
         if self.failed is not None:
             raise Error(f"the backup cannot be encrypted: {self.failed}", "are all recipients right?")

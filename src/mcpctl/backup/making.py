@@ -55,7 +55,7 @@ def make(
             tuple(file.entry for file in found.files),
         )  # fmt: skip
         with _whole(path) as fd:
-            with open(fd, "wb", closefd=False) as out, age.encrypting(to, out) as sink:
+            with age.encrypting(to, fd) as sink:
                 archive.write(sink, manifest, (file.chunks() for file in found.files))
             os.fsync(fd)
             size, digest = _digest(fd)

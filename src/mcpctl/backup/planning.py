@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import keyring, private_file
+from mcpctl.audit import anchors
 from mcpctl.audit import log as audit_log
 from mcpctl.audit.parts import opened
 from mcpctl.backup import contents, merging
@@ -299,5 +300,19 @@ def _plan_log(found: Backup, done: Plan, now: datetime, cleared: bool) -> None:
         done.steps += [Step(PUT, str(one), f"{path}{end}") for end, one in theirs.items()]
         if theirs:
             done.lines.append((str(path), f"comes from the backup, up to line {found.manifest.seq}"))
+            _look_at_anchors(found, done, cleared)
         return
     done.lines.append((str(path), "stays: it goes on from the backup's" if done.since.known else "stays"))
+
+
+def _look_at_anchors(found: Backup, done: Plan, cleared: bool) -> None:
+    """Whether anchors, which are kept on another disk, know of lines that are lost."""
+    path = done.settings.audit.anchor_file
+    if path is None or cleared or not os.path.lexists(path):
+        return
+    far = max((one.seq for one in anchors.read_file(found.key, path)[0]), default=0)
+    if far > found.manifest.seq:
+        done.warnings.append(
+            f"{path} knows of lines up to {far}, which are lost with the log that was here: `mcpctl audit verify` will "
+            "say so until you keep that file elsewhere"
+        )

@@ -104,6 +104,7 @@ def take(settings: Settings, open_until: ExitStack) -> Snapshot:
         for kind in places.keys() - {contents.STATE, contents.ANCHORS}:
             with contextlib.suppress(NotFoundError):
                 small[kind] = _read(kind, places[kind])
+        anchors = _anchors(places.get(contents.ANCHORS), open_until)  # before the log: none is of a line beyond its end
         with log_held(settings.audit.file):
             opened = log_parts.opened(settings.audit.file, open_until, unread)
     found.key = read_key(settings.audit.key_file)
@@ -113,7 +114,7 @@ def take(settings: Settings, open_until: ExitStack) -> Snapshot:
     found.files = [_of_bytes(kind, places[kind], small[kind]) for kind in places if kind in small]
     found.missing = [path for kind, path in places.items() if kind not in {*small, contents.LOCKDOWN, contents.ANCHORS}]
     _add_secrets(found, settings)
-    _add_anchors(found, places.get(contents.ANCHORS), open_until)
+    found.files += [_of_part(one, contents.ANCHORS, "", "anchors") for one in anchors]
     _add_log(found, settings.audit.file, opened, unread)
     return found
 
@@ -162,15 +163,15 @@ def _add_secrets(found: Snapshot, settings: Settings) -> None:
         found.files.append(_of_bytes(contents.SECRET, path, data, key, f"secrets/{number:03d}"))
 
 
-def _add_anchors(found: Snapshot, path: Path | None, open_until: ExitStack) -> None:
+def _anchors(path: Path | None, open_until: ExitStack) -> list[Part]:
     if path is None:
-        return
+        return []
     try:
         fd = private_file.open_checked(path, os.O_RDONLY)
     except NotFoundError:
-        return
+        return []
     open_until.callback(os.close, fd)
-    found.files.append(_of_part(Part(path, fd, os.fstat(fd).st_size, False), contents.ANCHORS, "", "anchors"))
+    return [Part(path, fd, os.fstat(fd).st_size, False)]
 
 
 def _add_log(found: Snapshot, path: Path, opened: list[Part], unread: list[tuple[str, str]]) -> None:
