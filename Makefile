@@ -21,6 +21,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python benchmarks/flood.py
 	$(BIN)/python benchmarks/sign_in_storm.py
+	$(BIN)/python benchmarks/fronts.py --report benchmarks/fronts.md
 	$(BIN)/python benchmarks/scale.py
 
 # Half an hour: the HTTP surface under fuzzing, a bad night, and an audit log of a million lines.

@@ -273,7 +273,7 @@ def _secrets(patient: Patient) -> Iterator[Finding]:
             )  # fmt: skip
     for name, database in patient.settings.databases.items():
         for path in (database.password_file, database.service_password_file):
-            if path is None or not path.exists():
+            if path is None or not path.exists() or keyring.rules(path):  # a credential of systemd's is not in the open
                 continue
             text = private_file.read(path, limit=4096).data.decode("utf-8", "replace")
             if not keyring.is_sealed(text):
