@@ -40,6 +40,7 @@ _OF_KUBERNETES = re.compile(r"MCPCTL_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PO
 """What Kubernetes puts into every container for a Service that is called mcpctl."""
 _MAY_HOLD_SECRETS = (
     "dsn", "service_dsn", "endpoint", "host", "hosts", "user", "dbname", "password_file", "public_url", "tokens",
+    "recipients",
 )  # fmt: skip
 _INSTEAD_OF_DSN = ("host", "port", "dbname", "user", "sslmode", "sslrootcert", "sslcert", "sslkey")
 _NO_HOME = Path("/nonexistent")
@@ -74,12 +75,16 @@ def find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
 
 
 def load(
-    path: Path | None = None, environ: Mapping[str, str] = os.environ, *, forgiven: list[str] | None = None
+    path: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    forgiven: list[str] | None = None,
+    at: Path | None = None,
 ) -> Settings:
     """Read and check the configuration, or raise ConfigError with every fault in it (exit 3).
-
     Where there is no file, `MCPCTL_DATABASE_URL` alone is enough; without either NotFoundError (exit 3). With
-    `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there.
+    `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there. `at`: where
+    it is read as if it stood there.
     """
     source = find(path, environ)
     if source is None and not environ.get("MCPCTL_DATABASE_URL"):
@@ -99,7 +104,7 @@ def load(
     nameless: list[str] = []
     _add_environment(tree, environ, nameless)
     faults += nameless
-    settings = _checked(tree, source, faults)
+    settings = _checked(tree, at or source, faults)
     hint = "docs/reference/config.md says what each key takes; `mcpctl config check` tries again"
     if faults and forgiven is not None:
         forgiven += faults

@@ -342,6 +342,23 @@ class Canaries:
 
 
 @keys(frozen=True)
+class Backup:
+    """backup"""
+
+    directory: Path | None = setting(
+        None,
+        values.optional(values.path),
+        "where `mcpctl backup` without a FILE writes to, 0700; none: a FILE is needed",
+    )
+    recipients: tuple[str, ...] = setting(
+        (), values.recipients, "public keys (age1… or ssh-ed25519 …) that a backup is encrypted for"
+    )
+    keep: float = setting(
+        7 * 86400.0, values.positive_duration, "backups in `directory` that are older are removed after the next one"
+    )
+
+
+@keys(frozen=True)
 class Log:
     """log"""
 
@@ -383,6 +400,7 @@ class Settings:
     audit: Audit = section(Audit, "the log of who did what")
     metrics: Metrics = section(Metrics, "numbers for Prometheus")
     canaries: Canaries = section(Canaries, "what nobody should use, and who does is blocked")
+    backup: Backup = section(Backup, "copies of all of this, encrypted")
     log: Log = section(Log, "the server's own messages")
     tracing: Tracing = section(Tracing, "OpenTelemetry traces of calls")
     source: Path | None = None

@@ -193,6 +193,17 @@ def texts(value: Any) -> tuple[str, ...]:
     return tuple(text(item) for item in value)
 
 
+_RECIPIENT = re.compile(r"age1[02-9ac-hj-np-z]{50,}|ssh-(ed25519|rsa) [A-Za-z0-9+/=]{60,}( [!-~ ]{0,200})?")
+
+
+def recipients(value: Any) -> tuple[str, ...]:
+    """A list of public keys as age takes them. What is none is not repeated: it may be the private one."""
+    found = texts(value)
+    if not all(map(_RECIPIENT.fullmatch, found)):
+        raise ValueError("a list of age1… or ssh-ed25519 …, the public keys of who may open a backup")
+    return found
+
+
 def network(value: Any, *, scoped: bool = False) -> Network:
     """An address or a network in CIDR notation; `scoped`: also with a scope id, which is not looked at."""
     try:

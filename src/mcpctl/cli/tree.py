@@ -51,6 +51,12 @@ TOP = {
     "audit": ("Read the audit log.", "audit", "audit_read", "audit_report", "audit_verify"),
     "incident": ("Find out what somebody did.", "incident"),
     "key": ("Rotate the key that seals database passwords.", "key"),
+    "backup": (
+        "Back up config, tokens, users, keys, passwords, what the server remembers, and the audit log, while it runs.",
+        "backup",
+    ),
+    "restore": ("Bring back what is in a backup, all of it or nothing, while no server runs.", "restore"),
+    "import": ("Take over users and tokens of another server.", "import_"),
     "config": ("Check the configuration, and have it read again.", "config"),
 }
 """Name → its help's first sentence, its module, and the modules whose commands join it."""
