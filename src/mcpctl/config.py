@@ -72,12 +72,17 @@ def find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
 
 
 def load(
-    path: Path | None = None, environ: Mapping[str, str] = os.environ, *, forgiven: list[str] | None = None
+    path: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    forgiven: list[str] | None = None,
+    mode: int = 0o640,
 ) -> Settings:
     """Read and check the configuration, or raise ConfigError with every fault in it (exit 3).
 
     Where there is no file, `MCPCTL_DATABASE_URL` alone is enough; without either NotFoundError (exit 3). With
-    `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there.
+    `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there. `mode`: the
+    most that the file may have.
     """
     source = find(path, environ)
     if source is None and not environ.get("MCPCTL_DATABASE_URL"):
@@ -90,7 +95,7 @@ def load(
     data = None
     if source is not None:
         private_file.become_owner(source)
-        data = private_file.read(source, mode=0o640, trusted_owner=0, limit=4 << 20).data
+        data = private_file.read(source, mode=mode, trusted_owner=0, limit=4 << 20).data
     faults: list[str] = []
     tree = plain_yaml.parse(data, source, faults) if source and data else Branch({}, "the environment")
     unread = bool(faults)
