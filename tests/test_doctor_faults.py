@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import json
 import os
-import re
 import shutil
 import socket
 import threading
@@ -27,12 +25,11 @@ from mcpctl.audit import late
 from mcpctl.audit import log as audit_log
 from mcpctl.cli import init
 from mcpctl.diagnosis import mending
-from mcpctl.diagnosis.examine import examine
-from mcpctl.diagnosis.patient import FAIL, SKIP, WARN, Check, Finding, Patient
+from mcpctl.diagnosis.examine import elsewhere, examine, here
+from mcpctl.diagnosis.patient import FAIL, WARN, Finding, Patient
 from mcpctl.granting import Granting
-from mcpctl.identity import tenants, tokens, users
+from mcpctl.identity import tokens, users
 from mcpctl.identity.blocked import Block, Blocked, store
-from mcpctl.identity.lockdown import Lockdown
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import administrator
 from mcpctl.postgres.administrator import Administrator
@@ -57,6 +54,7 @@ class Ward:
         self.changes: dict[str, Any] = {}
         self.environ: Mapping[str, str] = {"SSL_CERT_FILE": str(folder / "ca.pem")}
         self.now: Callable[[], datetime] = tokens.utcnow
+        self.alone = False
 
     @property
     def settings(self) -> Any:
@@ -113,7 +111,11 @@ class Ward:
 
     def look(self) -> list[Finding]:
         patient = Patient(self.settings, self.dsns, None, self.now(), self.environ, units=())
-        return examine(replace(patient, **self.changes))
+        patient = replace(patient, **self.changes)
+        if self.alone:  # PostgreSQL, which takes most of the time, has nothing to do with it
+            bare = replace(patient, settings=replace(patient.settings, databases={}))
+            return [*(found := here(patient)), *elsewhere(bare, found)]
+        return examine(patient)
 
     def wrong(self) -> list[Finding]:
         return [one for one in self.look() if one.status in (WARN, FAIL) and one.name not in HERE_ALONE]
@@ -164,7 +166,9 @@ def _healthy(folder: Path, cluster: Cluster) -> Path:
     key = audit_log.read_key(folder / "audit.key")
     granting = Granting(ward.settings, Keyring(folder / "secret.key"), audit_log.installation(key))
     host = granting.logins.host("team")
-    granting.applied("alice", "team", lambda old: old.more("read", ("public.things",)), Administrator.of(ward.dsns, host))
+    granting.applied(
+        "alice", "team", lambda old: old.more("read", ("public.things",)), Administrator.of(ward.dsns, host)
+    )
     ward.token()
     ward.note("config.created")
     ward.note("server.started")
@@ -423,14 +427,25 @@ FAULTS: list[Any] = [
 def test_on_a_healthy_installation_it_says_nothing(ward: Ward) -> None:
     assert [(one.name, one.what) for one in ward.wrong()] == []
     looked = {one.name for one in ward.look() if one.status == "ok"}
-    assert looked >= {"modes", "disk", "files", "keys", "certificate", "versions", "users", "tokens", "audit", "database"}
+    assert looked >= {
+        "modes",
+        "disk",
+        "files",
+        "keys",
+        "certificate",
+        "versions",
+        "users",
+        "tokens",
+        "audit",
+        "database",
+    }
 
 
 @pytest.mark.parametrize(("name", "plant", "fixable"), FAULTS)
 def test_of_a_planted_fault_it_names_that_one_alone_and_what_to_do(
     ward: Ward, name: str, plant: Plant, fixable: bool
 ) -> None:
-    planted = plant(ward)
+    planted, ward.alone = plant(ward), name.partition(".")[0] not in ("database", "grants", "keys", "clock", "files")
     with planted if hasattr(planted, "__enter__") else contextlib.nullcontext():
         found = ward.wrong()
         assert {one.name for one in found} == {name}, [(one.name, one.what, one.hint) for one in found]

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
+from time import monotonic
 
 from mcpctl.diagnosis import (
     auditing,
@@ -28,11 +29,21 @@ Work = Callable[[], Iterator[Finding]]
 
 def examine(patient: Patient, early: Sequence[Finding] = (), patience: float = PATIENCE) -> list[Finding]:
     """Every finding of every check, after those that were made early. A check that cannot be made is a finding, too."""
+    found = here(patient, early, patience)
+    return list(dict.fromkeys([*found, *elsewhere(patient, found, patience)]))  # of several logins some are the same
+
+
+def here(patient: Patient, early: Sequence[Finding] = (), patience: float = PATIENCE) -> list[Finding]:
+    """What is found on this machine, without asking anybody."""
     found = list(_told(iter(early), ()))
-    for check, work in _here(patient):
-        found += _told(_run([(check, work)], patience), found)
-    found += _told(_run(list(_elsewhere(patient)), patience), found)
-    return list(dict.fromkeys(found))  # of several logins and users some are the same
+    for name, work in _HERE.items():
+        found += _told(_run([(Check(name), partial(work, patient))], patience), found)
+    return found
+
+
+def elsewhere(patient: Patient, before: Sequence[Finding] = (), patience: float = PATIENCE) -> list[Finding]:
+    """What is found by asking the server, the issuers and the databases, all at once."""
+    return list(_told(_run(list(_elsewhere(patient)), patience), before))
 
 
 def alone(now: datetime, early: Sequence[Finding]) -> list[Finding]:
@@ -60,11 +71,6 @@ _HERE: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "token-use": people.token_use,
     "audit": auditing.audit,
 }
-
-
-def _here(patient: Patient) -> Iterator[tuple[Check, Work]]:
-    for name, work in _HERE.items():
-        yield Check(name), partial(work, patient)
 
 
 def _elsewhere(patient: Patient) -> Iterator[tuple[Check, Work]]:
@@ -100,8 +106,9 @@ class _Running:
             hint = "look at what it names; where that is in order, it is a fault of mcpctl's: report it"
             self._found.append(self.check.fail(f"{self.check.kind}.broken", what, hint))
 
-    def found(self, patience: float) -> list[Finding]:
-        self._thread.join(patience)
+    def found(self, left: float, patience: float) -> list[Finding]:
+        """What it has found within the seconds that are left of those that it was given."""
+        self._thread.join(left)
         if not self._thread.is_alive():
             return self._found
         what = f"it took longer than {patience:.0f} seconds, and was left"
@@ -110,8 +117,9 @@ class _Running:
 
 
 def _run(checks: Sequence[tuple[Check, Work]], patience: float) -> Iterator[Finding]:
+    until = monotonic() + patience
     for one in [_Running(check, work) for check, work in checks]:
-        yield from one.found(patience)
+        yield from one.found(max(0.0, until - monotonic()), patience)
 
 
 def _told(found: Iterator[Finding], before: Sequence[Finding]) -> Iterator[Finding]:

@@ -23,7 +23,12 @@ def keys(patient: Patient) -> Iterator[Finding]:
     check, ring = Check("keys"), Keyring(patient.settings.keyring.file)
     with closing(store(patient.settings)) as state:
         everything = [item for store in rotation.stores(patient.settings, state) for item in store.sealed()]
-    rotation.check_opens(ring, everything)
+    try:
+        rotation.check_opens(ring, everything)
+    except Error as problem:  # whoever opens another of them meets it, too
+        hint = problem.hint or "restore the key file"
+        yield check.fail("keys.broken", problem.message, hint, cause=str(ring.path))
+        return
     if not ring.path.exists():
         what = f"there is no {ring.path}, and nothing is sealed"
         yield check.warn("keys.none", what, "`mcpctl key rotate` makes it")
