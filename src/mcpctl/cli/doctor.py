@@ -89,6 +89,7 @@ class _Visit:
     early: "list[Finding]" = field(default_factory=list)
     mended: "list[Mended]" = field(default_factory=list)
     unread: bool = False
+    pruned: bool = False
 
     def arrive(self, fix: bool) -> None:
         """Read what there is; what cannot be is a finding."""
@@ -143,6 +144,9 @@ class _Visit:
                 self.early.append(Check("config").broken(Error(f"{name}: {problem.strerror}", hint)))
                 return
             self.settings = found
+            self.pruned = forgiving
+            if forgiving:
+                self.early.append(Check("databases").skip("left out until the configuration is mended"))
             return
 
     def examine(self) -> "list[Finding]":
@@ -156,7 +160,9 @@ class _Visit:
         now = tokens.utcnow()
         if self.settings is None:
             return alone(now, self.early)
-        patient = Patient(self.settings, self.dsns, self.admin, now, os.environ, admin_unread=self.unread)
+        patient = Patient(
+            self.settings, self.dsns, self.admin, now, os.environ, admin_unread=self.unread, pruned=self.pruned
+        )
         return examine(patient, self.early)
 
     def mend(self, found: "list[Finding]") -> "list[Finding]":

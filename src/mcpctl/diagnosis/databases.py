@@ -8,9 +8,11 @@ from mcpctl.diagnosis.patient import Check, Finding, Patient, some
 from mcpctl.diagnosis.tenancy import canary_tables
 from mcpctl.errors import Error
 from mcpctl.identity import tenants
+from mcpctl.keyring import Keyring
 from mcpctl.postgres import administrator, arithmetic, harden, look, trial
 from mcpctl.postgres.administrator import Connection
 from mcpctl.postgres.login import Login, is_here
+from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.trial import About
 
 _SKEW, _FAR = 5.0, 60.0
@@ -20,7 +22,7 @@ _SKEW, _FAR = 5.0, 60.0
 def database(patient: Patient, check: Check) -> Iterator[Finding]:
     """The config's own logins there."""
     name = check.about or ""
-    for login in patient.granting().logins.own(name):
+    for login in Logins({name: patient.settings.databases[name]}, Keyring(patient.settings.keyring.file)).own(name):
         try:
             about = trial.log_in(login)
         except Error as problem:

@@ -37,6 +37,9 @@ def here(patient: Patient, early: Sequence[Finding] = (), patience: float = PATI
     """What is found on this machine, without asking anybody."""
     found = list(_told(iter(early), ()))
     for name, work in _HERE.items():
+        if patient.pruned and name in _BY_ALL_OF_IT:
+            found.append(Check(name).skip("left out until the configuration is mended"))
+            continue
         found += _told(_run([(Check(name), partial(work, patient))], patience), found)
     return found
 
@@ -57,7 +60,9 @@ _HERE: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "modes": modes.modes,
     "leftovers": modes.leftovers,
     "disk": machine.disk,
+    "lockdown": people.lockdown,
     "files": people.files,
+    "state": keys.state,
     "administrator": modes.admin_file,
     "keys": keys.keys,
     "own-databases": keys.own_databases,
@@ -71,6 +76,10 @@ _HERE: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "token-use": people.token_use,
     "audit": auditing.audit,
 }
+
+
+_BY_ALL_OF_IT = ("own-databases", "secrets", "certificate")
+"""What cannot be judged by a part of the configuration."""
 
 
 def _elsewhere(patient: Patient) -> Iterator[tuple[Check, Work]]:
@@ -128,8 +137,8 @@ def _told(found: Iterator[Finding], before: Sequence[Finding]) -> Iterator[Findi
     for one in found:
         first = next((before for cause, before in causes.items() if cause in one.what), None)
         if one.status == FAIL and first is not None and one.name.endswith((".broken", ".unreachable")):
-            what = f"left out, because of what is said of {first.check}: {first.what}"
-            yield Finding(one.name.partition(".")[0], one.check, SKIP, what, first.hint)
+            what = f"left out until this is mended: {first.what}"
+            yield Finding(one.name.partition(".")[0], one.check, SKIP, what)
             continue
         if one.status == FAIL and one.cause is not None:
             causes[one.cause] = one

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mcpctl import keyring, private_file, rotation
 from mcpctl.diagnosis.patient import Check, Finding, Patient
-from mcpctl.errors import Error
+from mcpctl.errors import Error, UnavailableError
 from mcpctl.identity import users
 from mcpctl.identity.blocked import store
 from mcpctl.identity.own_databases import OwnDatabases
@@ -38,6 +38,24 @@ def keys(patient: Patient) -> Iterator[Finding]:
     if old:
         what = "an old key is still there: a rotation was interrupted, or you have put it there"
         yield check.warn("keys.old", what, "mcpctl key rotate")
+
+
+def state(patient: Patient) -> Iterator[Finding]:
+    """Whether what the server itself remembers can be read, all of it."""
+    check, path = Check("state"), patient.settings.server.state_file
+    try:
+        with closing(store(patient.settings)) as found:
+            said = found.rows("PRAGMA quick_check(1)") if path.exists() else [("ok",)]
+    except UnavailableError:
+        raise  # somebody holds it, or the disk is full
+    except Error as problem:
+        yield check.fail("state.broken", problem.message, problem.hint or "restore it", cause=str(path))
+        return
+    if said != [("ok",)]:
+        hint = "stop the server, and restore it from your backup"
+        yield check.fail("state.broken", f"{path} is damaged: {said[0][0]}", hint, cause=str(path))
+    else:
+        yield check.ok(f"{path} is whole")
 
 
 def own_databases(patient: Patient) -> Iterator[Finding]:

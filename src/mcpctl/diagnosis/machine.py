@@ -43,7 +43,7 @@ def disk(patient: Patient) -> Iterator[Finding]:
         "the server's store": settings.server.state_file,
         "the tokens": settings.auth.token_file,
     }
-    said: set[tuple[object, ...]] = set()
+    said: dict[tuple[object, ...], str] = {}
     for what, path in wanted.items():
         folder = path.parent
         if not folder.is_dir():
@@ -52,10 +52,10 @@ def disk(patient: Patient) -> Iterator[Finding]:
         about = (folder.stat().st_dev, *(getattr(found, name) for name in ("f_bavail", "f_favail", "f_flag")))
         if about in said:
             continue
-        said.add(about)
+        said[about] = f"{found.f_bavail * found.f_frsize >> 20} MiB at {folder}"
         yield from _one_disk(check, found, what, folder, written=path is not settings.auth.token_file)
     if said:
-        yield check.ok(f"{len(said)} file systems were looked at")
+        yield check.ok(f"room: {', '.join(said.values())}")
 
 
 def _one_disk(check: Check, found: "os.statvfs_result", what: str, folder: Path, *, written: bool) -> Iterator[Finding]:

@@ -130,19 +130,26 @@ def _folder(check: Check, folder: Path) -> Iterator[Finding]:
         mend = Mend(f"mkdir -m 0700 {folder}", partial(_make, folder)) if folder.parent.is_dir() else None
         yield check.fail("modes.no-folder", f"there is no folder {folder}", f"install -d -m 0700 {named}", mend)
         return
+    if wrong := list(_open_folder(check, folder)):
+        yield from wrong
+        return
+    about = folder.stat()
+    if about.st_mode & 0o020 and about.st_uid == os.geteuid():
+        what = f"the group of {folder} (gid {about.st_gid}) can put other files in the place of those in it"
+        yield check.warn("modes.folder-group", what, f"look at what is in it, then: chmod g-w {named}")
+
+
+def _open_folder(check: Check, folder: Path) -> Iterator[Finding]:
+    """A folder that anybody may write to, or that is below one."""
     try:
         private_file.check_folder(folder)
     except ConfigError as problem:
         hint = f"others could put files there: look at what is in it, then: {problem.hint}"
         at = problem.message.partition(", which holds")[0]
-        yield check.fail("modes.folder", f"{at} can be written by others", hint, cause=f"{at}, which holds")
-        return
+        what = problem.message.replace(", which holds mcpctl's files,", "")
+        yield check.fail("modes.folder", what, hint, cause=f"{at}, which holds")
     except OSError:
         return  # whoever needs it says so
-    about = folder.stat()
-    if about.st_mode & 0o020 and about.st_uid == os.geteuid():
-        what = f"the group of {folder} (gid {about.st_gid}) can put other files in the place of those in it"
-        yield check.warn("modes.folder-group", what, f"look at what is in it, then: chmod g-w {named}")
 
 
 def _make(folder: Path) -> None:
@@ -212,6 +219,7 @@ def early(source: Path | None) -> Iterator[Finding]:
     """What is to be seen of the config and the administrator's file before either is read, and root is given up."""
     if source is None or not private_file.POSIX:
         return
+    yield from _open_folder(Check("modes"), source.parent)
     for path, most in ((source, CONFIG_MODE), (source.parent / administrator.FILE, _PRIVATE)):
         try:
             ours = path.lstat().st_uid == os.geteuid()

@@ -81,8 +81,9 @@ class Check:
 
 @dataclass
 class Patient:
-    """`dsns` are the administrator's, `admin` their file; `admin_unread`: it could not be read. `now` is when it began;
-    `disk` asks a file system for its room, as statvfs(3) does; `units` are the folders of systemd's units."""
+    """`dsns` are the administrator's, `admin` their file; `admin_unread`: it could not be read. `pruned`: of the
+    configuration no more is known than what an incident needs. `now` is when the visit began; `disk` asks a file system
+    for its room, as statvfs(3) does; `units` are the folders of systemd's units."""
 
     settings: Settings
     dsns: Mapping[str, str]
@@ -92,6 +93,7 @@ class Patient:
     disk: Callable[[Path], Any] | None = STATVFS
     units: tuple[Path, ...] = UNITS
     admin_unread: bool = False
+    pruned: bool = False
     begun: float = field(default_factory=monotonic)
 
     def present(self) -> datetime:

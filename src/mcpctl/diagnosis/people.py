@@ -5,6 +5,7 @@ from contextlib import closing
 
 from mcpctl.audit import usage
 from mcpctl.diagnosis.patient import Check, Finding, Patient, some
+from mcpctl.errors import Error
 from mcpctl.identity import passwords, tenants, tokens, users
 from mcpctl.identity.blocked import Blocked, store
 from mcpctl.identity.lockdown import Lockdown
@@ -13,14 +14,35 @@ from mcpctl.identity.tokens import Token
 from mcpctl.identity.users import User
 
 
-def files(patient: Patient) -> Iterator[Finding]:
-    """Whether the files can be read, and each name in one is known to the other."""
-    check, auth = Check("files"), patient.settings.auth
-    people, every = users.user_file(auth.user_file).current(), tokens.token_file(auth.token_file).current()
-    places = tenants.tenant_file(auth.tenant_file).current()
-    yield check.ok(f"{len(every)} tokens, {len(people)} users, {len(places)} tenants")
-    if (said := Lockdown(auth.token_file).said()) is not None:
+def lockdown(patient: Patient) -> Iterator[Finding]:
+    """Whether all calls are refused."""
+    if (said := Lockdown(patient.settings.auth.token_file).said()) is not None:
         yield Check("lockdown").fail("lockdown.on", said, "mcpctl lockdown --lift")
+
+
+def files(patient: Patient) -> Iterator[Finding]:
+    """Whether each file can be read, and each name in one is known to the others."""
+    check, auth = Check("files"), patient.settings.auth
+    who, what, where = (
+        users.user_file(auth.user_file),
+        tokens.token_file(auth.token_file),
+        tenants.tenant_file(auth.tenant_file),
+    )
+    broken = False
+    for read in (who.current, what.current, where.current):
+        try:
+            read()
+        except Error as problem:
+            broken = True
+            yield check.broken(problem)
+    if broken:
+        return
+    people, every, places = who.current(), what.current(), where.current()
+    yield check.ok(f"{len(every)} tokens, {len(people)} users, {len(places)} tenants")
+    if patient.pruned:
+        return
+    if not patient.settings.databases:
+        yield check.warn("files.no-database", "the config names no database", "mcpctl database add NAME …")
     yield from _members(check, patient, people, places)
     for key, stranger in users.listed_strangers(auth, people):
         hint = "mend the name in the config, or take it out: whoever is made a user by that name is on the list, too"
@@ -98,7 +120,9 @@ def every_token(patient: Patient) -> Iterator[Finding]:
         yield check.warn("tokens.old", f"older than a year: {some(old)}", hint)
     if orphans := [one.id for one, standing in found if standing == "blocked"]:
         yield check.warn("tokens.no-user", f"their user is gone: {some(orphans)}", f"mcpctl token revoke {orphans[0]}")
-    if lost := [one.id for one in living if one.databases and not set(one.databases) & settings.databases.keys()]:
+    known = settings.databases.keys()
+    lost = [one.id for one in living if one.databases and not set(one.databases) & known]
+    if lost and not patient.pruned:
         hint = f"mcpctl token revoke {lost[0]}"
         yield check.warn("tokens.no-database", f"for no database that there is: {some(lost)}", hint)
     yield from _blocked(check, patient, every)
