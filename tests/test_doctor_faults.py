@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -9,181 +10,31 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psycopg
 import pytest
 import trustme
 
-from copied import PASSWORD, Copied
-from mcpctl import config, keyring, private_file
+from copied import PASSWORD
+from mcpctl import keyring
 from mcpctl.audit import late
-from mcpctl.audit import log as audit_log
-from mcpctl.cli import init
 from mcpctl.diagnosis import mending
-from mcpctl.diagnosis.examine import elsewhere, examine, here
-from mcpctl.diagnosis.patient import FAIL, SKIP, WARN, Finding, Patient
-from mcpctl.granting import Granting
+from mcpctl.diagnosis.machine import UNIT
 from mcpctl.identity import tokens, users
 from mcpctl.identity.blocked import Block, Blocked, store
 from mcpctl.keyring import Keyring
 from mcpctl.postgres import administrator
-from mcpctl.postgres.administrator import Administrator
-from mcpctl.postgres.embedded import Binaries, Cluster
-from site_of_mcpctl import READER, Shop, command, keep_out, reload
+from site_of_mcpctl import READER, reload
+from ward import NAME, Plant, Ward, half_written
 
 ROOT = Path(__file__).parent.parent
-NAME = "mcp.example.org"
-END = datetime(2050, 1, 1, tzinfo=UTC)
-HERE_ALONE = {"program.root", "program.writable"}
-"""What is so wherever tests run."""
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
-
-
-class Ward:
-    """A healthy installation, and what would be different when the doctor comes."""
-
-    def __init__(self, folder: Path, cluster: Cluster, authority: trustme.CA) -> None:
-        self.folder, self.cluster, self.authority = folder, cluster, authority
-        self.config = folder / "config.yaml"
-        self.changes: dict[str, Any] = {}
-        self.environ: Mapping[str, str] = {"SSL_CERT_FILE": str(folder / "ca.pem")}
-        self.now: Callable[[], datetime] = tokens.utcnow
-        self.alone = False
-
-    @property
-    def settings(self) -> Any:
-        return config.load(self.config, {}, mode=0o644)
-
-    def file(self, name: str) -> Path:
-        return self.folder / name
-
-    def edit(self, name: str, before: str, after: str) -> None:
-        text = self.file(name).read_text()
-        assert before in text
-        self.file(name).write_text(text.replace(before, after, 1))
-
-    def add(self, text: str) -> None:
-        self.config.write_text(f"{self.config.read_text()}{text}\n")
-
-    def do(self, *statements: str, dbname: str = "shop") -> None:
-        dsn = self.cluster.dsn_for("postgres", self.cluster.superuser_password, dbname)
-        with psycopg.connect(dsn, autocommit=True) as connection:
-            for statement in statements:
-                connection.execute(statement.encode())
-
-    def log(self, now: Callable[[], datetime] = tokens.utcnow) -> audit_log.AuditLog:
-        key = audit_log.read_key(self.file("audit.key"))
-        return audit_log.AuditLog(self.file("audit.jsonl"), key, now, spare=self.folder)
-
-    def note(self, event: str, now: Callable[[], datetime] = tokens.utcnow, **fields: Any) -> None:
-        log = self.log(now)
-        log.append(event, transport="http", **fields)
-        log.close()
-
-    def token(self, age: int = 0, **fields: Any) -> str:
-        made = tokens.utcnow() - timedelta(days=age)
-        wanted = {"user": "alice", "expires_at": tokens.utcnow() + timedelta(days=80), **fields}
-        entry, _ = tokens.add(tokens.token_file(self.file("tokens.yaml")), tokens.Wanted(**wanted), made)
-        return entry.id
-
-    def grow_older(self, age: int) -> None:
-        """alice is as old as her token."""
-        with users.user_file(self.file("users.yaml")).edit() as entries:
-            entries["alice"] = replace(entries["alice"], created_at=tokens.utcnow() - timedelta(days=age + 1))
-
-    def certificate(self, *names: str, days: int = 400, authority: trustme.CA | None = None) -> None:
-        end = datetime.now(UTC) + timedelta(days=days) if days != 400 else END
-        issued = (authority or self.authority).issue_cert(*(names or (NAME,)), not_after=end)
-        issued.cert_chain_pems[0].write_to_path(self.file("cert.pem"))
-        issued.private_key_pem.write_to_path(self.file("key.pem"))
-        self.file("key.pem").chmod(0o600)
-
-    @property
-    def dsns(self) -> dict[str, str]:
-        file = self.file("admin.dsn")
-        return administrator.by_database(file, administrator.lines(file), self.settings)
-
-    def look(self) -> list[Finding]:
-        patient = Patient(self.settings, self.dsns, None, self.now(), self.environ, units=())
-        patient = replace(patient, **self.changes)
-        if self.alone:  # PostgreSQL, which takes most of the time, has nothing to do with it
-            bare = replace(patient, settings=replace(patient.settings, databases={}))
-            return [*(found := here(patient)), *elsewhere(bare, found)]
-        return examine(patient)
-
-    def wrong(self) -> list[Finding]:
-        return [one for one in self.look() if one.status in (WARN, FAIL) and one.name not in HERE_ALONE]
-
-
-@dataclass
-class Original:
-    """The healthy installation that all others are copies of."""
-
-    folder: Path
-    cluster: Cluster
-    authority: trustme.CA
-
-
-@pytest.fixture(scope="module")
-def original(newest: Binaries, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Original]:
-    with Copied.start(newest) as cluster:
-        Shop(cluster)
-        keep_out(cluster)
-        yield Original(_healthy(tmp_path_factory.mktemp("doctor") / "site", cluster), cluster, _AUTHORITY)
-
-
-_AUTHORITY = trustme.CA()
-
-
-def _healthy(folder: Path, cluster: Cluster) -> Path:
-    superuser = cluster.dsn_for("postgres", cluster.superuser_password, "shop")
-    with psycopg.connect(superuser, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE team")
-    here = f"host: {cluster.host}, port: {cluster.port}"
-    init.make(
-        folder,
-        f"server: {{public_url: https://{NAME}, tls: {{cert: cert.pem, key: key.pem}}}}\n"
-        "databases:\n"
-        f"  shop: {{{here}, dbname: shop, user: {READER}, password_file: shop.password, default: true}}\n"
-        f"  team: {{{here}, dbname: team, roles: per_user}}\n",
-    )
-    ward = Ward(folder, cluster, _AUTHORITY)
-    _AUTHORITY.cert_pem.write_to_path(folder / "ca.pem")
-    ward.certificate()
-    sealed = Keyring(folder / "secret.key").seal(PASSWORD)
-    private_file.create(folder / "shop.password", sealed.encode())
-    private_file.create(folder / "admin.dsn", f"{superuser}\n".encode())
-    people = users.user_file(folder / "users.yaml")
-    users.add(people, "alice", None, tokens.utcnow())
-    ward.do("CREATE TABLE things (id int)", dbname="team")
-    command("--config", str(folder / "config.yaml"), "database", "harden", "team", "--apply")
-    key = audit_log.read_key(folder / "audit.key")
-    granting = Granting(ward.settings, Keyring(folder / "secret.key"), audit_log.installation(key))
-    host = granting.logins.host("team")
-    granting.applied(
-        "alice", "team", lambda old: old.more("read", ("public.things",)), Administrator.of(ward.dsns, host)
-    )
-    ward.token()
-    ward.note("config.created")
-    ward.note("server.started")
-    return folder
-
-
-@pytest.fixture
-def ward(original: Original, tmp_path: Path) -> Ward:
-    shutil.copytree(original.folder, tmp_path / "site")
-    return Ward(tmp_path / "site", original.cluster, original.authority)
-
-
-Plant = Callable[[Ward], Any]
-"""Makes a fault, and answers what takes it away from PostgreSQL, if it is there."""
 
 
 def sql(fault: str, mend: str, dbname: str = "shop") -> Plant:
@@ -247,12 +98,6 @@ def shared_token(ward: Ward) -> None:
 def blocked_token(ward: Ward) -> None:
     with contextlib.closing(store(ward.settings)) as state:
         Blocked(state).block({ward.token(): Block("2026-01-01T00:00:00Z", "it was used")})
-
-
-def half_written(ward: Ward) -> None:
-    left = ward.file(".tokens.yaml.0123456789ab.tmp")
-    left.write_text("version: 1\n")
-    os.utime(left, (0, 0))
 
 
 def dead_socket(ward: Ward) -> None:
@@ -467,134 +312,21 @@ def test_of_a_planted_fault_it_names_that_one_alone_and_what_to_do(
             assert ward.wrong() == []
 
 
-# -- much at once, and the command itself ----------------------------------------------------------------------------
-
-
-def doctor(ward: Ward, *arguments: str, **environ: str) -> tuple[int, Any]:
-    """Exit code and answer of `mcpctl doctor --json`."""
-    done = command("--config", str(ward.config), "doctor", "--json", *arguments, env={**ward.environ, **environ})
-    return done.returncode, json.loads(done.stdout)
-
-
-def test_with_much_broken_at_once_each_is_told_once_and_the_rest_is_looked_at(ward: Ward) -> None:
-    ward.file("tokens.yaml").chmod(0o644)
-    ward.file("state.db").write_text("junk")
-    ward.file("lockdown").touch(0o600)
-    ward.file(".reserve").unlink()
-    ward.file("audit.key").write_text("junk")
-    ward.edit("config.yaml", f"user: {READER}", "user: nobody_of_us")
-    found = ward.wrong()
-    assert {one.name for one in found} == {
-        "modes.open", "state.broken", "lockdown.on", "leftovers.no-reserve", "audit.broken", "database.unreachable",
-    }  # fmt: skip
-    assert len(found) == 6
-
-
-def test_a_check_that_hangs_is_left_and_says_so(ward: Ward) -> None:
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen(1)
-        text = re.sub(r"databases:.*", "", ward.config.read_text(), flags=re.DOTALL)
-        ward.config.write_text(
-            f"{text}databases: {{mute: {{host: 127.0.0.1, port: {silent.getsockname()[1]}, user: u}}}}"
-        )
-        found = elsewhere(Patient(ward.settings, {}, None, ward.now(), ward.environ), patience=0.3)
-    assert [(one.name, one.status) for one in found if one.status != SKIP] == [("database.slow", FAIL)]
-
-
-def test_a_fault_of_a_check_is_told_as_one(ward: Ward) -> None:
-    ward.changes["disk"] = lambda path: 1 / 0
-    (found,) = ward.wrong()
-    assert (found.name, found.status) == ("disk.broken", FAIL)
-    assert "ZeroDivisionError" in found.what
-
-
-def test_the_command_says_it_as_documented_and_exits_one_where_something_is_wrong(ward: Ward) -> None:
-    code, told = doctor(ward)
-    assert (code, told["ok"], told["mended"]) == (0, True, [])
-    assert {one["status"] for one in told["checks"]} <= {"ok", "skipped", "warning"}
-    assert all(one.keys() == {"name", "check", "status", "message", "hint", "fixable"} for one in told["checks"])
-    ward.file("lockdown").touch(0o600)
-    code, told = doctor(ward)
-    assert (code, told["ok"]) == (1, False)
-    (locked,) = [one for one in told["checks"] if one["status"] == "failed"]
-    assert (locked["name"], locked["check"], locked["fixable"]) == ("lockdown.on", "lockdown", False)
-    assert locked["hint"] == "mcpctl lockdown --lift"
-
-
-def test_fix_mends_writes_down_what_it_did_and_a_second_one_has_nothing_to_do(ward: Ward) -> None:
-    for name in ("config.yaml", "admin.dsn", "tokens.yaml"):
-        ward.file(name).chmod(0o644)
-    half_written(ward)
-    code, told = doctor(ward)
-    assert code == 1
-    fixable = {one["message"].split(" ")[0] for one in told["checks"] if one["fixable"]}
-    assert {str(ward.file(name)) for name in ("config.yaml", "admin.dsn", "tokens.yaml")} <= fixable
-    code, told = doctor(ward, "--fix")
-    assert (code, told["ok"]) == (0, True)
-    assert sorted(one["name"] for one in told["mended"]) == ["leftovers.halves", *["modes.open"] * 3]
-    assert not any(one["problem"] for one in told["mended"])
-    lines = map(json.loads, ward.file("audit.jsonl").read_text().splitlines())
-    reasons = [line["reason"] for line in lines if line["event"] == "doctor.mended"]
-    assert len(reasons) == 4
-    assert any(f"chmod 0600 {ward.file('tokens.yaml')}; by " in one for one in reasons)
-    assert ward.config.stat().st_mode & 0o777 == 0o640
-    code, told = doctor(ward, "--fix")
-    assert (code, told["mended"]) == (0, [])
-
-
-def test_fix_trusts_nothing_that_others_could_have_written(ward: Ward) -> None:
-    users_file, tokens_file = ward.file("users.yaml"), ward.file("tokens.yaml")
-    users_file.chmod(0o662)
-    os.link(tokens_file, ward.file("another name"))
-    tokens_file.chmod(0o644)
-    code, told = doctor(ward, "--fix")
-    assert code == 1
-    assert users_file.stat().st_mode & 0o777 == 0o662
-    assert tokens_file.stat().st_mode & 0o777 == 0o644
-    assert [one["problem"] is None for one in told["mended"]] == [False]
-    assert "mended" not in ward.file("audit.jsonl").read_text()
-
-
-@pytest.mark.parametrize(
-    ("plant", "name"),
-    [
-        (lambda ward: ward.config.unlink(), "config.broken"),
-        (lambda ward: ward.config.write_text("a: ["), "config.broken"),
-        (lambda ward: ward.config.chmod(0o666), "modes.written"),
-        (lambda ward: ward.folder.chmod(0o777), "modes.folder"),
-        (lambda ward: ward.add("junk: 1"), "config.broken"),
-        (lambda ward: ward.file("admin.dsn").write_text("nonsense"), "administrator.broken"),
-        (lambda ward: ward.file("admin.dsn").chmod(0o666), "modes.written"),
-    ],
-)
-def test_what_cannot_be_read_at_all_is_told_and_does_not_stop_it(ward: Ward, plant: Plant, name: str) -> None:
-    plant(ward)
-    code, told = doctor(ward)
-    assert (code, told["ok"]) == (1, False)
-    assert [one["name"] for one in told["checks"] if one["status"] == "failed"] == [name]
-    assert [one for one in told["checks"] if one["name"] == "versions"]
-
-
-def test_of_a_server_that_runs_it_asks_what_a_client_would(ward: Ward, original: Original) -> None:
-    """With its own certificate; then that one is renewed, and calls are locked out."""
-    from site_of_mcpctl import UNLIMITED, _commands, environment
-
-    text = re.sub(r"server: .*\n", "server: {tls: {cert: cert.pem, key: key.pem}}\n", ward.config.read_text())
-    ward.config.write_text(text)
-    ward.certificate("127.0.0.1")
-    started = _commands().start(["--config", str(ward.config), "serve", "--port", "0"], environment(**UNLIMITED))
-    try:
-        assert started.stderr is not None
-        assert any(line.startswith("serving at https://") for line in started.stderr)
-        assert ward.wrong() == []
-        assert [one.what for one in ward.look() if "is up and ready" in one.what]
-        ward.environ = {}
-        assert {one.name for one in ward.wrong()} == {"certificate.chain", "server.tls"}
-        ward.environ = {"SSL_CERT_FILE": str(ward.file("ca.pem"))}
-        ward.file("lockdown").touch(0o600)
-        assert {one.name for one in ward.wrong()} == {"lockdown.on", "server.not-ready"}
-    finally:
-        started.kill()
-        started.wait()
-        started.stderr.close()
+def test_every_fault_has_its_line_in_the_documentation_and_no_other() -> None:
+    names = {
+        node.value
+        for path in (ROOT / "src" / "mcpctl" / "diagnosis").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if re.fullmatch(r"[a-z-]+\.[a-z-]+", node.value) and node.value not in (UNIT, administrator.FILE)
+    }
+    page = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
+    cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    table = {name for cell in cells for name in re.findall(r"`([a-z-]+\.[a-z-]+)`", cell)}
+    documented = {name for name in table if name != "issuer.unreachable"}
+    every_checks = (".broken", ".slow")
+    assert {one for one in documented if not one.endswith(every_checks)} == {
+        one for one in names if not one.endswith(every_checks)
+    }
+    fixable = {line.split("`")[1] for line in page.splitlines() if line.endswith("| yes |")}
+    assert fixable == {fault[0] for fault in FAULTS if isinstance(fault, tuple) and fault[2]}

@@ -12,11 +12,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
-from mcpctl import config_oauth, config_oidc, plain_yaml, private_file
+from mcpctl import config_oauth, config_oidc, config_profile, plain_yaml, private_file
 from mcpctl.config_keys import Audit, Settings
-from mcpctl.config_values import Reader, is_loopback
+from mcpctl.config_values import Reader, has_password, is_loopback
 from mcpctl.errors import ConfigError, NotFoundError
 from mcpctl.plain_yaml import Branch, Value
 
@@ -386,6 +385,8 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
                 check_permission(pattern, settings.databases)
             except ValueError as problem:
                 fault(f"auth.roles.{name}.permissions", str(problem))
+    for key, text in config_profile.faults(settings):
+        fault(key, text)
     for key, text in config_oidc.faults(settings.auth):
         fault(f"auth.oidc.{key}", text)
     for key, text in config_oauth.faults(settings, lambda one: check_permission(one, settings.databases)):
@@ -424,7 +425,7 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
             fault(f"{dotted}.settings", "needs roles: per_user, since a user changes them with a login of their own")
         for key, instead in (("dsn", "password_file"), ("service_dsn", "service_password_file")):
             text, place = getattr(database, key), f"{dotted}.{key}"
-            if text and not _where(tree, place).startswith("environment ") and _has_password(text):
+            if text and not _where(tree, place).startswith("environment ") and has_password(text):
                 fault(place, f"holds a password; put it into a 0600 file and name that in {instead}")
 
 
@@ -473,14 +474,6 @@ def _keys(tree: Branch, *names: str) -> set[str]:
     if not isinstance(found, Branch):
         return set()
     return {name for name, child in found.children.items() if isinstance(child, Branch) or child.value is not None}
-
-
-def _has_password(dsn: str) -> bool:
-    """As libpq reads it: in a URL's user part or query, or as a key. Also one that libpq would refuse."""
-    if re.match(r"[^:]*://", dsn):
-        names = [unquote(name) for name in re.findall(r"[?&]([^=&]*)=", dsn)]
-        return bool(re.match(r"[^:]*://[^@/:]*:[^@/]+@", dsn)) or not {"password", "sslpassword"}.isdisjoint(names)
-    return bool(re.search(r"password\s*=", dsn))
 
 
 def check_database(settings: Settings, name: str) -> None:

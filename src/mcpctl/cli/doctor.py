@@ -1,6 +1,6 @@
 """mcpctl doctor: is the installation healthy?"""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +26,14 @@ def doctor(
             "--fix", help="Mend what can be without giving a right or losing anything, and say so; then look again."
         ),
     ] = False,
+    token_file: Annotated[
+        str | None,
+        typer.Option(
+            "--token-file",
+            metavar="FILE",
+            help="Also make calls with the token in this file (- for stdin), through the server to each database.",
+        ),
+    ] = None,
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
@@ -35,7 +43,7 @@ def doctor(
 
     Example: mcpctl doctor --fix
     """
-    visit = _Visit(context, config)
+    visit = _Visit(context, config, _token(token_file))
     visit.arrive(fix)
     found = visit.examine()
     if fix:
@@ -51,6 +59,20 @@ def doctor(
         output.put_table(["STATUS", "CHECK", "WHAT", "WHAT TO DO"], shown)
     if not healthy:
         raise typer.Exit(1)
+
+
+def _token(file: str | None) -> str | None:
+    """The token, read before root is given up."""
+    from mcpctl.cli.common import read_secret
+    from mcpctl.errors import UsageError
+    from mcpctl.identity import tokens
+
+    if file is None:
+        return None
+    text = read_secret(file).decode("utf-8", "replace").strip()
+    if tokens.token_id(text) is None:
+        raise UsageError(f"--token-file {file} holds no token of mcpctl's", "the token that `token add` printed")
+    return text
 
 
 def _as_json(healthy: bool, found: "list[Finding]", mended: "list[Mended]") -> dict[str, Any]:
@@ -83,6 +105,7 @@ class _Visit:
 
     context: typer.Context
     config: "Path | None"
+    token: str | None = field(default=None, repr=False)
     settings: "Settings | None" = None
     admin: "Path | None" = None
     dsns: dict[str, str] = field(default_factory=dict)
@@ -160,9 +183,8 @@ class _Visit:
         now = tokens.utcnow()
         if self.settings is None:
             return alone(now, self.early)
-        patient = Patient(
-            self.settings, self.dsns, self.admin, now, os.environ, admin_unread=self.unread, pruned=self.pruned
-        )
+        patient = Patient(self.settings, self.dsns, self.admin, now, os.environ)
+        patient = replace(patient, admin_unread=self.unread, pruned=self.pruned, token=self.token)
         return examine(patient, self.early)
 
     def mend(self, found: "list[Finding]") -> "list[Finding]":

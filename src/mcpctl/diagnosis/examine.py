@@ -8,6 +8,7 @@ from time import monotonic
 
 from mcpctl.diagnosis import (
     auditing,
+    calling,
     certificate,
     databases,
     grants,
@@ -84,6 +85,8 @@ _BY_ALL_OF_IT = ("own-databases", "secrets", "certificate")
 
 def _elsewhere(patient: Patient) -> Iterator[tuple[Check, Work]]:
     yield Check("server"), partial(server.server, patient)
+    if patient.token is not None:
+        yield Check("calls"), partial(calling.calls, patient, patient.token)
     yield Check("tenants"), partial(tenancy.second_names, patient)
     for name in patient.settings.auth.oidc:
         check = Check("issuer", name)

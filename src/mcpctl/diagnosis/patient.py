@@ -82,8 +82,9 @@ class Check:
 @dataclass
 class Patient:
     """`dsns` are the administrator's, `admin` their file; `admin_unread`: it could not be read. `pruned`: of the
-    configuration no more is known than what an incident needs. `now` is when the visit began; `disk` asks a file system
-    for its room, as statvfs(3) does; `units` are the folders of systemd's units."""
+    configuration no more is known than what an incident needs. With a `token` of somebody's calls are made. `now` is
+    when the visit began; `disk` asks a file system for its room, as statvfs(3) does; `units` are the folders of
+    systemd's units."""
 
     settings: Settings
     dsns: Mapping[str, str]
@@ -94,6 +95,7 @@ class Patient:
     units: tuple[Path, ...] = UNITS
     admin_unread: bool = False
     pruned: bool = False
+    token: str | None = field(default=None, repr=False)
     begun: float = field(default_factory=monotonic)
 
     def present(self) -> datetime:

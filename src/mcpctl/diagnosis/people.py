@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 
 from mcpctl.audit import usage
+from mcpctl.config_profile import PRODUCTION
 from mcpctl.diagnosis.patient import Check, Finding, Patient, some
 from mcpctl.errors import Error
 from mcpctl.identity import passwords, tenants, tokens, users
@@ -109,8 +110,9 @@ def every_token(patient: Patient) -> Iterator[Finding]:
     living = [one for one, standing in found if standing in ("active", "expiring", "disabled")]
     yield check.ok(f"{len(living)} are alive")
     if never := [one.id for one in living if one.expires_at is None]:
+        found_so = check.fail if settings.server.profile == PRODUCTION else check.warn
         hint = f"mcpctl token rotate {never[0]} --expiry 90d"
-        yield check.warn("tokens.never-expire", f"never expire: {some(never)}", hint)
+        yield found_so("tokens.never-expire", f"never expire: {some(never)}", hint)
     if soon := [one for one, standing in found if standing == "expiring"]:
         named = some(f"{one.id} on {one.expires_at:%Y-%m-%d}" for one in soon)
         hint = f"for who needs it longer: mcpctl token rotate {soon[0].id} --expiry 90d --overlap 24h"

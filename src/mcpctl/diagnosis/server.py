@@ -4,6 +4,7 @@ import http.client
 import json
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -12,26 +13,35 @@ from mcpctl import certificates, control
 from mcpctl.diagnosis.patient import Check, Finding, Patient, short, some
 
 _SECONDS = 5.0
-_ENOUGH = 4096
+_ENOUGH = 1 << 20
 Answer = Mapping[str, Any]
 
 
 def server(patient: Patient) -> Iterator[Finding]:
     """Each of its processes, by the control sockets, and then the door, as who has no token."""
-    check, settings = Check("server"), patient.settings
-    folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
-    asked = control.ask_each(folder, {"do": "status"})
-    if silent := [str(pid) for pid, one in asked if "error" in one]:
+    check = Check("server")
+    told = control.ask_each(folder_of(patient), {"do": "status"})
+    if silent := [str(pid) for pid, one in told if "error" in one]:
         what = f"processes of the server do not answer: {some(silent)}"
         yield check.fail("server.silent", what, f"`ps -p {silent[0]}` shows it; where it hangs: kill -9 {silent[0]}")
-    answers = [one for _, one in asked if "error" not in one]
-    if not asked:
+    answers = [one for _, one in told if "error" not in one]
+    if not told:
         yield check.skip("no server runs on these files", "mcpctl serve, or: systemctl start mcpctl")
     if not answers:
         return
     yield from _itself(check, patient, answers)
-    for url in sorted({str(one["url"]) for one in answers if one.get("url")}):
-        yield from _door(check, patient, urlsplit(url))
+    for url in urls(answers):
+        yield from _door(check, patient, url)
+
+
+def urls(answers: Sequence[Answer]) -> list[SplitResult]:
+    """Where clients reach what has answered so."""
+    return [urlsplit(url) for url in sorted({str(one["url"]) for one in answers if one.get("url")})]
+
+
+def folder_of(patient: Patient) -> Path:
+    """Where its control sockets are."""
+    return control.folder_of(patient.settings.server.runtime_dir, patient.settings.auth.token_file)
 
 
 def _itself(check: Check, patient: Patient, answers: Sequence[Answer]) -> Iterator[Finding]:
@@ -64,8 +74,8 @@ def _door(check: Check, patient: Patient, url: SplitResult) -> Iterator[Finding]
         yield check.skip(f"{told} wants a certificate of who asks, and the doctor has none")
         return
     try:
-        status, _ = _asked(patient, url, "/health")
-        ready, body = _asked(patient, url, "/ready")
+        status, _ = asked(patient, url, "/health")
+        ready, body = asked(patient, url, "/ready")
     except ssl.SSLCertVerificationError as problem:
         what = f"a client refuses {told}: {problem.verify_message}"
         hint = "see `openssl s_client`; where the CA is your own, into this machine's CAs (or SSL_CERT_FILE)"
@@ -85,8 +95,15 @@ def _door(check: Check, patient: Patient, url: SplitResult) -> Iterator[Finding]
         yield check.ok(f"{told} is up and ready, by mcpctl {mcpctl.__version__}")
 
 
-def _asked(patient: Patient, url: SplitResult, path: str) -> tuple[int, bytes]:
-    context = None
+def asked(
+    patient: Patient,
+    url: SplitResult,
+    path: str,
+    body: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> tuple[int, bytes]:
+    """Status and beginning of an answer, to a POST where there is a body; its certificate and name are checked. Raises
+    OSError, HTTPException or ValueError where there is none in some seconds."""
     if url.scheme == "https":
         context = ssl.create_default_context()
         if more := patient.environ.get("SSL_CERT_FILE"):
@@ -97,7 +114,7 @@ def _asked(patient: Patient, url: SplitResult, path: str) -> tuple[int, bytes]:
     else:
         made = http.client.HTTPConnection(url.hostname or "", url.port, timeout=_SECONDS)
     try:
-        made.request("GET", path, headers={"Accept": "application/json"})
+        made.request("POST" if body else "GET", path, body, {"Accept": "application/json", **(headers or {})})
         answer = made.getresponse()
         return answer.status, answer.read(_ENOUGH)
     finally:
