@@ -17,6 +17,9 @@ import site_of_mcpctl as site
 from mcpctl import private_file
 from mcpctl.identity import entry_file, tokens
 from mcpctl.postgres.embedded import Binaries
+from ward import original, ward
+
+__all__ = ["original", "ward"]  # fixtures of the doctor's tests
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN

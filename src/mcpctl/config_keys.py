@@ -53,6 +53,11 @@ class Server:
     sse: bool = setting(
         False, values.truth, "also serve /sse and /messages, for clients of before 2025-03; one worker only"
     )
+    profile: str = setting(
+        "development",
+        values.choice("development", "production"),
+        "production refuses to start without HTTPS, tokens that end, and what else is only for trying",
+    )
     runtime_dir: Path | None = setting(
         None, values.optional(values.path), "folder of the control sockets; default: that of token_file"
     )

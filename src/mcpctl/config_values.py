@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from mcpctl import dangerous_settings
 
@@ -419,3 +420,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def has_password(dsn: str) -> bool:
+    """As libpq reads it: in a URL's user part or query, or as a key. Also one that libpq would refuse."""
+    if re.match(r"[^:]*://", dsn):
+        names = [unquote(name) for name in re.findall(r"[?&]([^=&]*)=", dsn)]
+        return bool(re.match(r"[^:]*://[^@/:]*:[^@/]+@", dsn)) or not {"password", "sslpassword"}.isdisjoint(names)
+    return bool(re.search(r"password\s*=", dsn))
