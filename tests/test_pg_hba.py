@@ -13,7 +13,6 @@ import trustme
 
 import pg
 import site_of_mcpctl as site
-from copied import Copied
 from mcpctl.errors import Error
 from mcpctl.postgres import administrator, hba
 from mcpctl.postgres.embedded import Cluster
@@ -29,7 +28,7 @@ EVERYBODY = "host all all all scram-sha-256"
 def cluster(request: pytest.FixtureRequest, certificates: Path) -> Iterator[Cluster]:
     ssl = None if request.param.bundled else (certificates / "cert.pem", certificates / "key.pem")  # built without TLS
     listen = {"listen_addresses": "127.0.0.1,::1"}
-    with Copied.start(request.param, tcp=True, ssl=ssl, settings=listen) as found:
+    with Cluster.start(request.param, tcp=True, ssl=ssl, settings=listen) as found:
         with psycopg.connect(found.dsn, autocommit=True) as connection:
             connection.execute("CREATE ROLE mcp_logins")
             connection.execute(f"CREATE ROLE mcp_alice_w LOGIN PASSWORD '{KNOWN}' IN ROLE mcp_logins")
