@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# Tests start mcpctl some thousand times: it is not compiled anew each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test bench soak lint mcpb pictures clean
 
@@ -26,6 +28,7 @@ bench: $(STAMP)
 
 # Half an hour: the HTTP surface under fuzzing, a bad night, and an audit log of a million lines.
 soak: $(STAMP)
+	ISOLATION_CALLS=20000 LOAD_SECONDS=12 $(BIN)/python -m pytest -q tests/test_tenant_isolation.py tests/test_pools_of_users.py
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 	$(BIN)/python benchmarks/night.py $(ARGS)
 	$(BIN)/python benchmarks/audit.py

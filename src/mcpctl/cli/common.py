@@ -169,7 +169,7 @@ def import_before(path: Path) -> None:
         return
     names = [*_LAZY, "mcpctl.server.tls", "mcpctl.server.credentials"]
     names += [module.name for module in pkgutil.walk_packages(mcpctl.__path__, "mcpctl.")]
-    apart = ("mcpctl.__main__", "mcpctl.postgres.embedded", "mcpctl.server.")
+    apart = ("mcpctl.__main__", "mcpctl.postgres.embedded", "mcpctl.server.", "mcpctl.bridge.")
     for name in names:
         if name in names[: len(_LAZY) + 2] or not name.startswith(apart):
             import_module(name)
