@@ -244,11 +244,12 @@ def _server(settings: "Settings") -> Iterator[str]:
 def _doctor(files: Files) -> Iterator[str]:
     import os
 
-    from mcpctl import diagnosis
+    from mcpctl.diagnosis.examine import examine
+    from mcpctl.diagnosis.patient import Patient
     from mcpctl.identity import tokens
 
-    patient = diagnosis.Patient(files.settings, files.dsns, files.admin, tokens.utcnow(), os.environ)
-    for one in diagnosis.examine(patient):
+    patient = Patient(files.settings, files.dsns, files.admin, tokens.utcnow(), os.environ)
+    for one in examine(patient):
         yield " ".join(f"{one.status}: {one.check}: {one.what}".split())
 
 
