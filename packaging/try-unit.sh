@@ -136,6 +136,12 @@ answers() {
     said=$(ask 'select 6 * 7 as answer' "${1:-8443}") || return
     [[ $said == *'"rows":[[42]]'* ]] || { echo "$said" && return 1; }
 }
+signs_in() {
+    local said
+    said=$(curl -sS --max-time 20 --cacert /root/ca.pem https://localhost:8443/api/v1/auth \
+        -H 'Content-Type: application/json' -d '{"user":"alice","password":"a long one for this trial"}') || return
+    [[ $said == *'"session_id":"mcs_'* ]] || { echo "$said" && return 1; }
+}
 certificate() { # issues another one
     openssl req -newkey rsa:2048 -nodes -keyout /root/key.pem -subj /CN=localhost -out /root/request.pem 2>/dev/null
     openssl x509 -req -in /root/request.pem -CA /root/ca.pem -CAkey /root/ca.key -CAcreateserial -days 90 \
@@ -174,12 +180,14 @@ server:
   tls: {cert: cert.pem, key: key.pem}
   runtime_dir: /run/mcpctl
   state_file: /var/lib/mcpctl/state.db
+auth: {sessions: {enabled: true}}
 audit: {file: /var/log/mcpctl/audit.jsonl}
 databases:
   shop: {host: /run/postgresql, dbname: shop, user: shop_reader, password_file: shop.password}
 END
     mcpctl config check
     mcpctl user add alice
+    echo 'a long one for this trial' | mcpctl user passwd alice --password-file -
     mcpctl token add --user alice --expiry 1d >/root/token
 }
 
@@ -213,6 +221,7 @@ try_all() {
     check "/tmp is its own" test "$(within ls -A /tmp && echo none)" = none
     check "it answers a call" answers
     check "and has written it down" grep -q tool.called /var/log/mcpctl/audit.jsonl
+    check "a password is checked, in a process of its own" signs_in
     check "the journal has its messages" grep -q 'serving at' <(journalctl -u mcpctl --no-pager)
 
     before=$(property WatchdogTimestampMonotonic)
