@@ -162,10 +162,7 @@ pages_and_completion() {
   as_nobody bash -c "$words"
 }
 
-make_files() {
-  here mcpctl init
-  here mcpctl config check
-}
+make_files() { here mcpctl init; }
 
 free_port() {
   here /opt/mcpctl/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
@@ -190,6 +187,7 @@ start_postgres() {
 name_database() {
   here mcpctl database add shop --host 127.0.0.1 --port "$(kept postgres_port)" --dbname shop --user shop_reader \
     --password-file /root/shop.password
+  here mcpctl config check
   here mcpctl database test
 }
 
