@@ -356,7 +356,7 @@ keeps_what_was_asked_for() {
   here touch /etc/mcpctl/keep-on-purge
   apt purge mcpctl
   left
-  here sh -c 'ls /var/log/mcpctl/purged-*/audit.key /var/log/mcpctl/purged-*/audit.jsonl /var/backups/mcpctl/a.tar.gz.age'
+  here sh -c 'ls /var/log/mcpctl/purged-*/audit.key /var/log/mcpctl/purged-*/audit.jsonl /var/backups/mcpctl/purged-*/a.tar.gz.age'
   mode_of 700 root:root /var/log/mcpctl
   [ ! -e "$work/root/etc/mcpctl" ]
   [ ! -e "$work/root/var/lib/mcpctl" ]
@@ -364,6 +364,10 @@ keeps_what_was_asked_for() {
   here mcpctl init
   log_is_whole
   apt purge mcpctl
+  # a later purge leaves what an earlier one kept, and that alone
+  here sh -c 'ls /var/log/mcpctl/purged-*/audit.key /var/backups/mcpctl/purged-*/a.tar.gz.age'
+  [ "$(here sh -c 'ls /var/log/mcpctl /var/backups/mcpctl' | grep -vc purged- )" = 3 ] # two heads and a blank line
+  rm -r "$work/root/var/log/mcpctl" "$work/root/var/backups/mcpctl"
   nothing_is_left
 }
 
