@@ -29,7 +29,7 @@ from mcpctl.errors import ConfigError, ConflictError
 from mcpctl.identity import sessions, tenants, tokens, users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.keyring import Keyring
-from mcpctl.state import State
+from mcpctl.state import APPLICATION, State
 
 _ENTRIES = (contents.TOKENS, contents.USERS, contents.TENANTS)
 
@@ -231,12 +231,27 @@ def _plan_state(found: Backup, done: Plan, again: Reseal, cleared: bool) -> None
     place, store = done.settings.server.state_file, found.state
     if store is None or (os.path.lexists(place) and not cleared):
         if os.path.lexists(place):
+            _check_store(place)
             done.lines.append((str(place), "stays"))
         return
     with closing(store):
         _narrow(store, done.since, again)
     done.steps += [Step(DROP, f"{place}{end}") for end in ("-wal", "-shm")]
     _plan_file(found, done, contents.STATE, "", place, True)
+
+
+def _check_store(place: Path) -> None:
+    """What stays has to be one. It is only looked at, whatever its form."""
+    try:
+        with closing(sqlite3.connect(f"{place.absolute().as_uri()}?mode=ro", uri=True)) as found:
+            ours = found.execute("PRAGMA application_id").fetchone() == (APPLICATION,)
+    except sqlite3.DatabaseError:
+        ours = False
+    if not ours:
+        raise ConfigError(
+            f"{place} is not a store of mcpctl's, and nothing was changed",
+            f"move it away, with {place.name}-wal and {place.name}-shm: then it comes from the backup",
+        )
 
 
 def _narrow(store: State, since: Since, again: Reseal) -> None:
