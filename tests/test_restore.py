@@ -298,6 +298,7 @@ HOSTILE: dict[str, Change] = {
     "no tokens": lambda said, files: (replace(said, files=said.files[:1] + said.files[2:]), files[:1] + files[2:]),
     "a mode with setuid": _entry(0, mode="4755"),
     "more tokens than it says": lambda said, files: (replace(said, tokens=9), files),
+    "another installation's name": lambda said, files: (replace(said, installation="0" * 12), files),
     "a log that ends elsewhere": lambda said, files: (replace(said, seq=said.seq + 1), files),
     "a log that was changed": _content("log", lambda data: data.replace(b"alice", b"mallo")),
     "tokens that are none": _content("tokens", lambda data: b"version: 1\ntokens: {x: &a [*a]}\n"),
@@ -325,7 +326,7 @@ def test_a_hostile_backup_changes_nothing(home: Home, tmp_path: Path) -> None:
         assert not other.folder.exists() or other.files() == {}, what
 
 
-def test_no_link_and_no_bomb_is_unpacked(home: Home, tmp_path: Path) -> None:
+def test_no_link_and_no_bomb_is_unpacked_and_nothing_that_the_manifest_does_not_say(home: Home, tmp_path: Path) -> None:
     before, outside = home.files(), tmp_path / "outside"
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as made:
@@ -347,6 +348,14 @@ def test_no_link_and_no_bomb_is_unpacked(home: Home, tmp_path: Path) -> None:
     head = tarfile.TarInfo("manifest.json")
     head.size = len(said)
     bombs.append(gzip.compress(head.tobuf(tarfile.GNU_FORMAT) + said.ljust(-(-len(said) // 512) * 512, b"\0")))
+    good = gzip.decompress(kept.plain(kept.made(home, tmp_path / "b.age")))
+    before = home.files()
+    assert b"mcp-tools" in good
+    bombs += [
+        gzip.compress(good.replace(b"mcp-tools", b"mcp-admin")),
+        gzip.compress(good + b"x"),
+        gzip.compress(good)[:-4],
+    ]
     for bomb in bombs:
         done = kept.restored(home, kept.sealed(tmp_path / "bomb.age", bomb))
         assert done.code == 3, done.err

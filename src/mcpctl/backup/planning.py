@@ -242,11 +242,9 @@ def _plan_state(found: Backup, done: Plan, again: Reseal, cleared: bool) -> None
 
 def _check_store(place: Path) -> None:
     """What stays has to be one. It is only looked at, whatever its form."""
-    try:
-        with closing(sqlite3.connect(f"{place.absolute().as_uri()}?mode=ro", uri=True)) as found:
-            ours = found.execute("PRAGMA application_id").fetchone() == (APPLICATION,)
-    except sqlite3.DatabaseError:
-        ours = False
+    with open(private_file.open_checked(place, os.O_RDONLY), "rb") as file:
+        head = file.read(72)  # sqlite.org/fileformat.html, 1.3
+    ours = head.startswith(b"SQLite format 3\0") and head[68:] == APPLICATION.to_bytes(4, "big")
     if not ours:
         raise ConfigError(
             f"{place} is not a store of mcpctl's, and nothing was changed",
