@@ -55,9 +55,11 @@ def serve(
     hangup = Hangup()  # before all that takes long: who sends it means the config as it is then
     found = settings(context, config)
     _check_that_python_can_be_read()
-    from mcpctl.server.logs import set_up
+    from mcpctl.server import logs, tracing
 
-    set_up(found.log.level)
+    logs.check(found)
+    tracing.check(found.tracing)
+    logs.set_up(found.log)
     if host is not None and not host.strip():
         raise UsageError("--host is empty", "name an address, such as 127.0.0.1, or leave it out")
     over_http = (host, port, tls_cert, tls_key, tls_chain, workers)

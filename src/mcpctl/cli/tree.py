@@ -14,7 +14,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 TOP = {
     "demo": ("Try it: an embedded PostgreSQL with a small shop, a user, a token and a server on HTTP.", "demo"),
     "init": (
-        "Make the config, the audit key, and the empty token, user and tenant files, and say what comes next.",
+        "Make a new installation: config, keys, empty token, user and tenant files, and say what comes next.",
         "init",
     ),
     "serve": ("Serve MCP: over HTTP on 127.0.0.1:8080 without a flag, or on stdin and stdout.", "serve"),
@@ -26,7 +26,11 @@ TOP = {
         "and what is still open in PostgreSQL.",
         "doctor",
     ),
-    "client-config": ("Print what a client's configuration needs to connect.", "client_config"),
+    "client-config": ("Print what a client's configuration needs to connect, or put it there.", "client_config"),
+    "support-bundle": (
+        "Print what a report of a fault needs to say, without secrets, statements and names: read it, then send it.",
+        "support_bundle",
+    ),
     "lockdown": ("Answer no more calls, on any worker and after a restart, until it is lifted.", "lockdown"),
     "can": (
         "Say whether a user may do something, and why: token, user, role, permission, grant, login role, PostgreSQL.",
@@ -44,7 +48,7 @@ TOP = {
     "database": ("Add, list, test, harden and remove databases.", "database"),
     "grant": ("Compare what is recorded with what PostgreSQL has.", "grant"),
     "session": ("See who is signed in and what tokens have open in the running server, and end it.", "session"),
-    "audit": ("Read the audit log.", "audit", "audit_read", "audit_verify"),
+    "audit": ("Read the audit log.", "audit", "audit_read", "audit_report", "audit_verify"),
     "incident": ("Find out what somebody did.", "incident"),
     "key": ("Rotate the key that seals database passwords.", "key"),
     "backup": (

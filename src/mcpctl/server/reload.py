@@ -19,6 +19,7 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.identity.sessions import rules_of
 from mcpctl.identity.tokens import utcnow
+from mcpctl.server import logs, tracing
 from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.listening import Listening
 from mcpctl.server.notify import Notifier
@@ -189,7 +190,7 @@ class Serving:
     def _take(self, made: _Generation) -> None:
         self._current = made
         made.core.watch.reload = self.reload
-        logging.getLogger("mcpctl").setLevel(made.listening.settings.log.level.upper())
+        logs.change(made.listening.settings.log)
         self._applied(made.listening)
 
     async def _retire(self, old: _Generation) -> None:
@@ -229,6 +230,8 @@ def successor(old: Listening, read: Read) -> Listening:
     """What the config says now, checked as at the start. Raises Error where it cannot come into force."""
     new = read()
     new.check()
+    logs.check(new.settings)
+    tracing.check(new.settings.tracing)
     old.check_successor(new)
     if new.settings.audit != old.settings.audit:  # else every call would be refused from now on
         with _book(new.settings) as book:

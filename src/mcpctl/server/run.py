@@ -21,8 +21,8 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
 
 from mcpctl import certificates
-from mcpctl.calls import Request
 from mcpctl.errors import Error
+from mcpctl.facts import Request
 from mcpctl.identity import browsers
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import utcnow
@@ -328,7 +328,7 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
         _caller(context).problem = problem
         return outside(problem)
 
-    server = protocol.build(core.calls, who, failed)
+    server = protocol.build(core.calls, who, failed, core.call)
     # The gatekeeper has checked Host and Origin for both lanes before the SDK sees a request.
     checked = TransportSecuritySettings(enable_dns_rebinding_protection=False)
     manager = StreamableHTTPSessionManager(
@@ -357,6 +357,7 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
             cancel_elsewhere=core.watch.cancel_elsewhere,
             additions=[*_additions(core), *(authorization.additions if authorization is not None else ())],
             scopes=authorization.scopes if authorization is not None else None,
+            traced=core.call if core.traced else None,
         )
     )
     core.watch.end_streams = app.end_streams

@@ -21,7 +21,7 @@ from typing import Any
 
 from mcpctl.certificates import Pair
 from mcpctl.errors import ConfigError, Error
-from mcpctl.server import loop, reload
+from mcpctl.server import logs, loop, reload
 from mcpctl.server.hangup import Hangup
 from mcpctl.server.listening import Listening
 from mcpctl.server.notify import Notifier
@@ -311,7 +311,7 @@ class Supervisor:
         for worker in self._workers:
             worker.send("commit")
         self._listening = replace(new, pair=self._listening.pair)
-        logging.getLogger("mcpctl").setLevel(new.settings.log.level.upper())
+        logs.change(new.settings.log)
         return reload.settled(old, new)
 
     def _prepare(self, new: Listening) -> None:
