@@ -210,8 +210,15 @@ def _differ(found: Any, usual: Any, before: str) -> Iterator[str]:
         elif "named" in one.metadata:
             for number, entry in enumerate(value.values(), 1):
                 yield from _differ(entry, one.metadata["named"](), f"{name}.{number}.")
-        elif value != getattr(usual, one.name):
+        elif not _is(value, getattr(usual, one.name)):
             yield f"{name}: {_shown(value, one.name)}"
+
+
+def _is(value: Any, usual: Any) -> bool:
+    """Whether it is the default; a path is, in whatever folder the config stands."""
+    if isinstance(value, Path) and isinstance(usual, Path):
+        return value.name == usual.name
+    return bool(value == usual)
 
 
 def _shown(value: Any, name: str) -> str:
