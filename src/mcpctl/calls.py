@@ -24,7 +24,7 @@ from mcpctl.errors import (
     UnavailableError,
     UsageError,
 )
-from mcpctl.facts import Facts, Request, Running, noted
+from mcpctl.facts import Facts, Request, Running, noted, refusal
 from mcpctl.identity.own_databases import check_name
 from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
@@ -161,14 +161,14 @@ class Calls:
             return _failed(problem)
         except (UsageError, ForbiddenError, NotAQuestionError) as problem:
             told = noted(problem) if isinstance(problem, UnknownArgumentError) else problem.message
-            event, outcome, reason = "tool.refused", "refused", told
+            event, outcome, reason, facts.refusal = "tool.refused", "refused", told, refusal(problem)
             if not facts.uses and facts.tool in (GET.name, SET.name):
                 reason = self._tried(principal, arguments or {}, facts) + told
             if isinstance(problem, ScopeError) and request.transport == "http":  # which tells the client to ask for it
                 raise
             return _failed(problem)
         except UnknownToolError:
-            event, outcome, reason = "tool.refused", "refused", "there is no such tool"
+            event, outcome, reason, facts.refusal = "tool.refused", "refused", "there is no such tool", "unknown_tool"
             raise
         except UnauthorizedError as problem:
             event, outcome, reason = "tool.refused", "cut", problem.message
@@ -198,7 +198,7 @@ class Calls:
             else:
                 try:
                     facts.values.update(elapsed_ms=elapsed(begun), outcome=outcome, reason=facts.reason(reason))
-                    self._recorder.call(event, {**base, **facts.values}, facts.trace)
+                    self._recorder.call(event, {**base, **facts.values}, facts.trace, facts.refusal)
                 finally:
                     self._charge(principal, facts)
             if self._answering is not None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from mcpctl import dangerous_settings
 
@@ -191,6 +192,17 @@ def texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise ValueError("a list of texts")  # noqa: TRY004
     return tuple(text(item) for item in value)
+
+
+_RECIPIENT = re.compile(r"age1[02-9ac-hj-np-z]{50,}|ssh-(ed25519|rsa) [A-Za-z0-9+/=]{60,}( [!-~ ]{0,200})?")
+
+
+def recipients(value: Any) -> tuple[str, ...]:
+    """A list of public keys as age takes them. What is none is not repeated: it may be the private one."""
+    found = texts(value)
+    if not all(map(_RECIPIENT.fullmatch, found)):
+        raise ValueError("a list of age1… or ssh-ed25519 …, the public keys of who may open a backup")
+    return found
 
 
 def network(value: Any, *, scoped: bool = False) -> Network:
@@ -408,3 +420,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def has_password(dsn: str) -> bool:
+    """As libpq reads it: in a URL's user part or query, or as a key. Also one that libpq would refuse."""
+    if re.match(r"[^:]*://", dsn):
+        names = [unquote(name) for name in re.findall(r"[?&]([^=&]*)=", dsn)]
+        return bool(re.match(r"[^:]*://[^@/:]*:[^@/]+@", dsn)) or not {"password", "sslpassword"}.isdisjoint(names)
+    return bool(re.search(r"password\s*=", dsn))

@@ -10,12 +10,19 @@ from typing import Any
 from msgspec import Struct, field
 
 from mcpctl.audit.log import MORE
-from mcpctl.errors import Error, LimitedError
+from mcpctl.errors import Error, ForbiddenError, LimitedError, ScopeError, UsageError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.catalog import NothingThereError
 from mcpctl.postgres.said import StatementError
 from mcpctl.postgres.session import Session, Use
 from mcpctl.tools.definition import UnknownArgumentError
+
+_REFUSALS = ((ScopeError, "scope"), (ForbiddenError, "forbidden"), (UsageError, "arguments"))
+
+
+def refusal(problem: Error) -> str:
+    """The kind of a refusal of a call, one of four words: `not_a_question` is what reading tools do not run."""
+    return next((name for kind, name in _REFUSALS if isinstance(problem, kind)), "not_a_question")
 
 
 class Facts(Struct, eq=False):
@@ -31,6 +38,7 @@ class Facts(Struct, eq=False):
     client_ip: str | None = None
     seconds: float = 0.0
     limited: LimitedError | None = None
+    refusal: str | None = None
     base: Mapping[str, Any] = field(default_factory=dict)
     trace: str | None = None
     stopped: str | None = None

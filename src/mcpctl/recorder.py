@@ -9,6 +9,7 @@ from typing import Any
 
 from mcpctl.audit.log import AuditLog
 from mcpctl.errors import Error, LimitedError, UnavailableError
+from mcpctl.metrics import REFUSED
 from mcpctl.shared_counters import source
 
 log = logging.getLogger("mcpctl.audit")
@@ -89,11 +90,14 @@ class Recorder:
         if len(self._late.lines) > LATE:
             self._lose(self._late.lines.popleft()[1]["happened_at"])
 
-    def call(self, event: str, fields: dict[str, Any], trace: str | None = None) -> None:
-        """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
+    def call(self, event: str, fields: dict[str, Any], trace: str | None = None, refusal: str | None = None) -> None:
+        """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused.
+        `refusal`: the kind of a refused one, to be counted by."""
         if _calls.isEnabledFor(logging.DEBUG):
             where, ended, took = fields.get("database") or "-", fields.get("outcome"), fields.get("elapsed_ms")
             _calls.debug("%s %s: %s: %s, %s ms", event, fields["tool"], where, ended, took, extra=_extra(fields, trace))
+        if refusal is not None:
+            self._count(REFUSED, {"reason": refusal}, None)
         if not self._write(event, fields):
             self._lose(self._audit.time())
             if self._refuse:
@@ -114,6 +118,11 @@ class Recorder:
         written = not self._failing
         self._count(event, fields, written)
         return written
+
+    @property
+    def waiting(self) -> int:
+        """How many lines are kept here until the log can be written, also those of which only the number is."""
+        return len(self._late.lines) + (self._late.lost[2] if self._late.lost else 0)
 
     @property
     def failing(self) -> bool:
@@ -249,6 +258,7 @@ class Recorder:
 
     def limited(self, problem: LimitedError, **fields: Any) -> None:
         """A known token's call that was too much: the first in full, of all workers together, the others counted."""
+        self._count(REFUSED, {"reason": "budget" if "." in problem.limit else problem.limit}, None)
         self._look()
         if self._line(f"tool.refused {fields.get('token')}"):
             self.note("tool.refused", **fields, outcome="limited", reason=problem.message)

@@ -14,7 +14,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 TOP = {
     "demo": ("Try it: an embedded PostgreSQL with a small shop, a user, a token and a server on HTTP.", "demo"),
     "init": (
-        "Make the config, the audit key, and the empty token, user and tenant files, and say what comes next.",
+        "Make a new installation: config, keys, empty token, user and tenant files, and say what comes next.",
         "init",
     ),
     "serve": ("Serve MCP: over HTTP on 127.0.0.1:8080 without a flag, or on stdin and stdout.", "serve"),
@@ -26,11 +26,11 @@ TOP = {
         "and what is still open in PostgreSQL.",
         "doctor",
     ),
+    "client-config": ("Print what a client's configuration needs to connect, or put it there.", "client_config"),
     "support-bundle": (
         "Print what a report of a fault needs to say, without secrets, statements and names: read it, then send it.",
         "support_bundle",
     ),
-    "client-config": ("Print what a client's configuration needs to connect.", "client_config"),
     "lockdown": ("Answer no more calls, on any worker and after a restart, until it is lifted.", "lockdown"),
     "can": (
         "Say whether a user may do something, and why: token, user, role, permission, grant, login role, PostgreSQL.",
@@ -48,9 +48,15 @@ TOP = {
     "database": ("Add, list, test, harden and remove databases.", "database"),
     "grant": ("Compare what is recorded with what PostgreSQL has.", "grant"),
     "session": ("See who is signed in and what tokens have open in the running server, and end it.", "session"),
-    "audit": ("Read the audit log.", "audit", "audit_read", "audit_verify"),
+    "audit": ("Read the audit log.", "audit", "audit_read", "audit_report", "audit_verify"),
     "incident": ("Find out what somebody did.", "incident"),
     "key": ("Rotate the key that seals database passwords.", "key"),
+    "backup": (
+        "Back up config, tokens, users, keys, passwords, what the server remembers, and the audit log, while it runs.",
+        "backup",
+    ),
+    "restore": ("Bring back what is in a backup, all of it or nothing, while no server runs.", "restore"),
+    "import": ("Take over users and tokens of another server.", "import_"),
     "config": ("Check the configuration, and have it read again.", "config"),
 }
 """Name → its help's first sentence, its module, and the modules whose commands join it."""

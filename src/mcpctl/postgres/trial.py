@@ -80,6 +80,18 @@ def log_in(login: Login) -> About:
     return About(row[0], row[1], row[2], bool(row[3]), row[6], (monotonic() - begun) * 1000, (row[4], row[5]), pooled)
 
 
+def answers(login: Login) -> None:
+    """See that a PostgreSQL is where a login leads, whether it would let the login in or not (libpq, PQping). Raises an
+    Error where none answers, or none that can be believed."""
+    conninfo = make_conninfo(login.dsn(), client_encoding="UTF8")
+    if psycopg.pq.PGconn.ping(conninfo.encode()) == psycopg.pq.Ping.OK:
+        return
+    try:
+        psycopg.connect(conninfo, application_name="mcpctl test").close()
+    except psycopg.Error as problem:
+        raise Error(f"{login.name}: {reason(problem)}", "is PostgreSQL there, and does it take connections?") from None
+
+
 def _pid(connection: psycopg.Connection[Any]) -> int:
     return int((connection.execute("SELECT pg_catalog.pg_backend_pid()").fetchone() or (0,))[0])
 

@@ -144,7 +144,7 @@ async def running(
     watch.answers.add({"audit_end": durable.end})
     watch.was_cut = metrics.cut
     watch.hear()
-    live = Live(settings, process, authenticator, logins, pools, calls, recorder)
+    live = Live(settings, process, authenticator, logins, pools, calls, recorder, durable.lag)
     watch.answers.add(live.answers())
     signing_in = passwords = None
     if authenticator.sessions is not None:
