@@ -43,7 +43,7 @@ def doctor(
 
     Example: mcpctl doctor --fix
     """
-    visit = _Visit(context, config, _token(token_file))
+    visit = Visit(context, config, _token(token_file))
     visit.arrive(fix)
     found = visit.examine()
     if fix:
@@ -108,7 +108,7 @@ def _as_json(healthy: bool, found: "list[Finding]", mended: "list[Mended]") -> d
 
 
 @dataclass
-class _Visit:
+class Visit:
     """The installation, as far as it can be read. Root looks at its own files first, and then becomes the owner of the
     others, as every command does."""
 
