@@ -191,8 +191,7 @@ def _postgres(given: Given, asking: Asking | None, password_of: Callable[[str], 
 
     host = given.db_host
     if host is None and asking is not None:
-        usual = next((one for one in SOCKETS if Path(one, ".s.PGSQL.5432").exists()), "localhost")
-        host = asking.text("PostgreSQL: host, address, or folder of its socket, - to name it later", usual)
+        host = asking.text("PostgreSQL: host, address, or folder of its socket, - to name it later", "localhost")
     if host is None:
         return None
     port = given.db_port

@@ -151,10 +151,17 @@ def provider_steps(answers: Answers) -> list[str]:
     ]
 
 
-def _psql(postgres: Postgres) -> str:
-    where = ["-h", postgres.host] if postgres.host not in SOCKETS else []
+def _superuser(postgres: Postgres, script: Path, *, service: bool) -> str:
+    """How a superuser runs a script there: on this machine as the system's user postgres, whom PostgreSQL knows."""
+    from mcpctl.postgres.login import is_here
+
+    here = is_here(postgres.host)
+    where = [] if here and not (postgres.host[0] == "/" and postgres.host not in SOCKETS) else ["-h", postgres.host]
     where += ["-p", str(postgres.port)] if postgres.port not in (None, 5432) else []
-    return shlex.join(["psql", "-v", "ON_ERROR_STOP=1", *where, "-d", postgres.dbname])
+    command = shlex.join(["psql", "-v", "ON_ERROR_STOP=1", *where, *([] if here else ["-U", "postgres"])])
+    command = f"{'sudo -u postgres ' if here else ''}{command} -d {shlex.quote(postgres.dbname)}"
+    file = shlex.quote(str(script))
+    return f"sudo cat {file} | {command}" if service else f"{command} < {file}"
 
 
 def steps(answers: Answers, layout: Layout, *, sql: bool, token: bool, flag: str) -> list[str]:
@@ -163,8 +170,11 @@ def steps(answers: Answers, layout: Layout, *, sql: bool, token: bool, flag: str
     if answers.postgres is None:
         found.append(f"name your database: mcpctl database add shop --host H --user R --ask-password{flag}")
     elif sql:
-        script = shlex.quote(str(layout.config / "roles.sql"))
-        found.append(f"as a superuser of PostgreSQL, the login role: {_psql(answers.postgres)} < {script}")
+        run = _superuser(answers.postgres, layout.config / "roles.sql", service=layout.owner is not None)
+        found.append(f"as a superuser of PostgreSQL, the login role: {run}")
+        if answers.postgres.host.startswith("/") and answers.postgres.user:
+            line = f"local  {answers.postgres.dbname}  {answers.postgres.user}  scram-sha-256"
+            found.append(f"in pg_hba.conf, where a line `local all all peer` is, before that: {line}")
     if sql and answers.postgres is not None and answers.postgres.roles == "per_user":
         found.append(
             f"see that PostgreSQL is as recorded: mcpctl grant diff{flag}   (pg_hba.conf: docs/users-and-grants.md)"
