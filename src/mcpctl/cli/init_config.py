@@ -151,17 +151,15 @@ def provider_steps(answers: Answers) -> list[str]:
     ]
 
 
-def _superuser(postgres: Postgres, script: Path, *, service: bool) -> str:
-    """How a superuser runs a script there: on this machine as the system's user postgres, whom PostgreSQL knows."""
+def _psql(postgres: Postgres) -> str:
+    """How a superuser gets in: on this machine as the system's user postgres, whom PostgreSQL knows."""
     from mcpctl.postgres.login import is_here
 
     here = is_here(postgres.host)
     where = [] if here and not (postgres.host[0] == "/" and postgres.host not in SOCKETS) else ["-h", postgres.host]
     where += ["-p", str(postgres.port)] if postgres.port not in (None, 5432) else []
     command = shlex.join(["psql", "-v", "ON_ERROR_STOP=1", *where, *([] if here else ["-U", "postgres"])])
-    command = f"{'sudo -u postgres ' if here else ''}{command} -d {shlex.quote(postgres.dbname)}"
-    file = shlex.quote(str(script))
-    return f"sudo cat {file} | {command}" if service else f"{command} < {file}"
+    return f"{'sudo -u postgres ' if here else ''}{command} -d {shlex.quote(postgres.dbname)}"
 
 
 def steps(answers: Answers, layout: Layout, *, sql: bool, token: bool, flag: str) -> list[str]:
@@ -170,7 +168,8 @@ def steps(answers: Answers, layout: Layout, *, sql: bool, token: bool, flag: str
     if answers.postgres is None:
         found.append(f"name your database: mcpctl database add shop --host H --user R --ask-password{flag}")
     elif sql:
-        run = _superuser(answers.postgres, layout.config / "roles.sql", service=layout.owner is not None)
+        script, psql = shlex.quote(str(layout.config / "roles.sql")), _psql(answers.postgres)
+        run = f"{psql} < {script}" if layout.owner is None else f"sudo cat {script} | {psql}"
         found.append(f"as a superuser of PostgreSQL, the login role: {run}")
         if answers.postgres.host.startswith("/") and answers.postgres.user:
             line = f"local  {answers.postgres.dbname}  {answers.postgres.user}  scram-sha-256"
@@ -181,7 +180,7 @@ def steps(answers: Answers, layout: Layout, *, sql: bool, token: bool, flag: str
         )
     if answers.postgres is not None:
         harden = f"mcpctl database harden {answers.postgres.name} --print-sql{flag}"
-        found.append(f"as a superuser, dangerous functions away from PUBLIC: {harden}")
+        found.append(f"dangerous functions away from PUBLIC: {harden} | {_psql(answers.postgres)}")
     found.append(f"mcpctl config check{flag} && mcpctl doctor{flag}")
     if answers.user is None:
         found.append(f"mcpctl user add alice{flag}")
