@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+# Tests start mcpctl some thousand times: it is not compiled anew each time.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test bench soak lint mcpb clean
+.PHONY: demo test bench soak lint mcpb pictures clean
 
 demo: $(STAMP)
 	@exec $(BIN)/mcpctl demo --port $(or $(PORT),8080)
@@ -21,10 +23,12 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/audit.py
 	$(BIN)/python benchmarks/flood.py
 	$(BIN)/python benchmarks/sign_in_storm.py
+	$(BIN)/python benchmarks/fronts.py --report benchmarks/fronts.md
 	$(BIN)/python benchmarks/scale.py
 
 # Half an hour: the HTTP surface under fuzzing, a bad night, and an audit log of a million lines.
 soak: $(STAMP)
+	ISOLATION_CALLS=20000 LOAD_SECONDS=12 $(BIN)/python -m pytest -q tests/test_tenant_isolation.py tests/test_pools_of_users.py
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 	$(BIN)/python benchmarks/night.py $(ARGS)
 	$(BIN)/python benchmarks/audit.py
@@ -39,6 +43,10 @@ lint: $(STAMP)
 # The desktop bundle, dist/mcpctl-VERSION.mcpb. ARGS: where it is published, for the registry's server.json.
 mcpb: $(STAMP)
 	@$(BIN)/python packaging/mcpb/build.py $(ARGS)
+
+# The pictures of the README and the docs, from a demo that runs. The one of the sign-in page takes Chromium.
+pictures: $(STAMP)
+	$(BIN)/python docs/images/make.py
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -48,12 +48,13 @@ class Commands:
         environment: Mapping[str, str],
         timeout: float,
         cwd: str | os.PathLike[str] = "",
+        user: tuple[int, int] | None = None,
     ) -> subprocess.CompletedProcess[bytes]:
-        """What subprocess.run answers, with all output captured."""
+        """What subprocess.run answers, with all output captured. `user`: whose uid and gid it has, without groups."""
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             stdin.write(input)
             stdin.seek(0)
-            started = self._started(arguments, environment, cwd or os.getcwd(), stdin, out, err)
+            started = self._started(arguments, environment, cwd or os.getcwd(), stdin, out, err, user=user)
             try:
                 code = started.wait(timeout)
             except subprocess.TimeoutExpired:
@@ -70,15 +71,28 @@ class Commands:
         started.stderr = os.fdopen(reading, encoding="utf-8")
         return started
 
+    def talk(self, arguments: Sequence[str], environment: Mapping[str, str]) -> Started:
+        """What subprocess.Popen starts with pipes of bytes as its stdin, stdout and stderr."""
+        (stdin, ours), (out_of, stdout), (err_of, stderr) = (os.pipe() for _ in range(3))
+        try:
+            started = self._started(arguments, environment, os.getcwd(), stdin, stdout, stderr)
+        finally:
+            for fd in (stdin, stdout, stderr):
+                os.close(fd)
+        started.stdin = os.fdopen(ours, "wb")
+        started.stdout, started.errors = os.fdopen(out_of, "rb"), os.fdopen(err_of, "rb")
+        return started
+
     def _started(
         self,
         arguments: Sequence[str],
         environment: Mapping[str, str],
         cwd: str | os.PathLike[str],
         *standard: IO[bytes] | int,
+        user: tuple[int, int] | None = None,
     ) -> Started:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        asked = {"arguments": [*arguments], "environment": dict(environment), "cwd": os.fspath(cwd)}
+        asked = {"arguments": [*arguments], "environment": dict(environment), "cwd": os.fspath(cwd), "user": user}
         fds = [one if isinstance(one, int) else one.fileno() for one in standard]
         with theirs:
             socket.send_fds(self._socket, [json.dumps(asked).encode()], [theirs.fileno(), *fds])
@@ -91,6 +105,9 @@ class Started:
     def __init__(self, arguments: list[str], told: socket.socket) -> None:
         self.args = arguments
         self.stderr: IO[str] | None = None
+        self.stdin: IO[bytes] | None = None
+        self.stdout: IO[bytes] | None = None
+        self.errors: IO[bytes] | None = None
         self.returncode: int | None = None
         self._told = told
         self._lock = threading.Lock()
@@ -135,34 +152,57 @@ def _import_all() -> None:
     for found in pkgutil.walk_packages(mcpctl.__path__, "mcpctl."):
         if not found.name.endswith("__main__"):
             importlib.import_module(found.name)
+    from mcpctl.cli.common import _LAZY
+
+    for name in _LAZY:
+        importlib.import_module(name)
 
 
 def _serve(asked: socket.socket) -> None:
+    """Start what is asked for, and tell of each its pid and then its exit code."""
     _import_all()
     gc.freeze()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for who waits for a command
+    ended, noted = os.pipe()
+    os.set_blocking(noted, False)
+    signal.set_wakeup_fd(noted)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    running: dict[int, int] = {}
     while True:
-        message, fds, _, _ = socket.recv_fds(asked, 1 << 20, 4)
-        if not message:
+        ready, _, _ = select.select([asked, ended], [], [])
+        if ended in ready:
+            os.read(ended, 4096)
+            _tell_of_the_ended(running)
+        if asked in ready:
+            message, fds, _, _ = socket.recv_fds(asked, 1 << 20, 4)
+            if not message:
+                return
+            answer, *standard = fds
+            if (pid := os.fork()) == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                asked.close()
+                for fd in (ended, noted, answer, *running.values()):
+                    os.close(fd)
+                _run(json.loads(message), standard)
+            running[pid] = answer
+            _tell(answer, pid)
+            for fd in standard:
+                os.close(fd)
+
+
+def _tell_of_the_ended(running: dict[int, int]) -> None:
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
             return
-        if os.fork() == 0:
-            asked.close()
-            _wait(json.loads(message), fds)
-        for fd in fds:
-            os.close(fd)
-
-
-def _wait(asked: dict[str, Any], fds: list[int]) -> NoReturn:
-    """Run a command in a further process, and tell its pid and then its exit code."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    answer, *standard = fds
-    pid = os.fork()
-    if pid == 0:
+        answer = running.pop(pid)
+        _tell(answer, os.waitstatus_to_exitcode(status))
         os.close(answer)
-        _run(asked, standard)
-    os.write(answer, str(pid).encode())
-    os.write(answer, str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
-    os._exit(0)
+
+
+def _tell(answer: int, number: int) -> None:
+    with contextlib.suppress(OSError):  # whoever asked has gone
+        os.write(answer, str(number).encode())
 
 
 def _run(asked: dict[str, Any], standard: list[int]) -> NoReturn:
@@ -171,9 +211,16 @@ def _run(asked: dict[str, Any], standard: list[int]) -> NoReturn:
     for number, fd in enumerate(standard):
         os.dup2(fd, number)
         os.close(fd)
+    sys.stdin = os.fdopen(0, closefd=False)  # what the interpreter has made of others knows what they can
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     os.environ.clear()
     os.environ.update(asked["environment"])
     os.chdir(asked["cwd"])
+    if asked["user"]:
+        os.setgroups([])
+        os.setgid(asked["user"][1])
+        os.setuid(asked["user"][0])
     sys.argv = ["mcpctl", *asked["arguments"]]
     code: Any = 1
     try:

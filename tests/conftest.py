@@ -17,6 +17,9 @@ import site_of_mcpctl as site
 from mcpctl import private_file
 from mcpctl.identity import entry_file, tokens
 from mcpctl.postgres.embedded import Binaries
+from ward import original, ward
+
+__all__ = ["original", "ward"]  # fixtures of the doctor's tests
 
 if (
     signal.getsignal(signal.SIGINT) is signal.SIG_IGN
@@ -30,6 +33,20 @@ hypothesis.settings.register_profile(
     "mcpctl", deadline=None, database=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("mcpctl")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked `newest` does not run on the oldest PostgreSQL as well."""
+    out = [item for item in items if item.get_closest_marker("newest") and _is_on_an_older_one(item)]
+    config.hook.pytest_deselected(items=out)
+    left_out = set(out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def _is_on_an_older_one(item: pytest.Item) -> bool:
+    given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    parts = [part for value in given for part in (value if isinstance(value, tuple) else (value,))]
+    return any(isinstance(part, Binaries) and part != _VERSIONS[-1] for part in parts)
 
 
 @pytest.fixture

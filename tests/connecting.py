@@ -25,7 +25,8 @@ from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context
 
 from clients import rig
-from site_of_mcpctl import COMMAND, command, environment, eventually
+from commands import Started
+from site_of_mcpctl import command, environment, eventually, starter
 
 META = {"io.modelcontextprotocol/protocolVersion": "2026-07-28", "io.modelcontextprotocol/clientCapabilities": {}}
 ROBOT = Path(__file__).parent / "clients" / "robot.py"
@@ -57,13 +58,19 @@ def at_home(folder: Path, **env: str) -> dict[str, str]:
 
 
 class Bridge:
-    """`mcpctl connect` as a client has it: a process with pipes."""
+    """`mcpctl connect` as a client has it: a process with pipes. `before`: what a new interpreter runs instead of
+    mcpctl; else it is forked, and `test_clients` and others start it anew."""
 
     def __init__(self, folder: Path, *arguments: str, before: list[str] | None = None, **env: str) -> None:
-        self.process = subprocess.Popen(
-            [*(before or COMMAND), "connect", *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=at_home(folder, **env),
-        )  # fmt: skip
+        given, environment = ["connect", *arguments], at_home(folder, **env)
+        self.process: subprocess.Popen[bytes] | Started
+        if before:
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen([*before, *given], stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+            self._errors = self.process.stderr
+        else:
+            self.process = starter().talk(given, environment)
+            self._errors = self.process.errors
         self.stderr: list[str] = []
         self._came: queue.Queue[bytes] = queue.Queue()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._hear)]
@@ -76,8 +83,8 @@ class Bridge:
             self._came.put(line)
 
     def _hear(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+        assert self._errors is not None
+        for line in self._errors:
             self.stderr.append(line.decode())
 
     @property
@@ -132,7 +139,7 @@ class Bridge:
         self.process.wait()
         for thread in self._threads:
             thread.join(5)
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+        for pipe in (self.process.stdin, self.process.stdout, self._errors):
             assert pipe is not None
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()

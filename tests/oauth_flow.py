@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import httpx
 
 from mcpctl.identity import passwords
-from site_of_mcpctl import Client, Site
+from site_of_mcpctl import Client, Site, authorities
 
 PASSWORD = "four words that nobody guesses"
 ON = "auth:\n  oauth:\n    enabled: true\n"
@@ -35,7 +35,8 @@ class Web:
         self.cookies = httpx.Cookies()
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
-        with httpx.Client(base_url=self.base, trust_env=False, timeout=30, cookies=self.cookies) as client:
+        known: dict[str, Any] = {"verify": authorities(), "cookies": self.cookies}
+        with httpx.Client(base_url=self.base, trust_env=False, timeout=30, **known) as client:
             answer = client.request(method, path, **more)
             self.cookies = client.cookies
         return answer
@@ -200,4 +201,4 @@ class Person:
 if __name__ == "__main__":  # as a browser that a client opens: alice reads, allows, and is sent on
     asked = urlsplit(sys.argv[1])
     alice = Person(SimpleNamespace(url=f"{asked.scheme}://{asked.netloc}/mcp"))
-    httpx.get(alice.send(alice.asked(asked.query), answer="allow").leads_to, trust_env=False)
+    httpx.get(alice.send(alice.asked(asked.query), answer="allow").leads_to, trust_env=False, verify=authorities())

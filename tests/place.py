@@ -157,6 +157,9 @@ class Place:
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
 
+    def close(self) -> None:
+        self.shop.close()
+
     @contextlib.contextmanager
     def held_up(self) -> Iterator[None]:
         """Whoever sets default privileges in the shop waits, in the middle of its transaction, until this ends."""
@@ -183,7 +186,8 @@ class Place:
 def place(folder: Path, binaries: Binaries, extra: str = "", **options: Any) -> Iterator[Place]:
     with Copied.start(binaries, **options) as cluster:
         try:
-            yield Place(folder, cluster, extra)
+            with contextlib.closing(Place(folder, cluster, extra)) as found:
+                yield found
         except BaseException:
             print(cluster.log()[-4000:])
             raise

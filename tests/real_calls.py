@@ -7,8 +7,8 @@ from pathlib import Path
 
 import site_of_mcpctl as site
 from mcpctl import config
-from mcpctl.calls import Request
 from mcpctl.errors import UnauthorizedError
+from mcpctl.facts import Request
 from mcpctl.identity import tokens
 from mcpctl.rights import Answer, Question, Rights
 from mcpctl.server.parts import Core, running

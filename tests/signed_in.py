@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from mcpctl.identity import passwords
-from site_of_mcpctl import Client, Site
+from site_of_mcpctl import Client, Site, visit
 
 PASSWORD = "correct horse battery staple"
 ENABLED = "auth:\n  sessions: {enabled: true}\n"
@@ -29,7 +29,7 @@ def base(site: Site) -> str:
 def sign_in(site: Site, user: str = "alice", password: str = PASSWORD, **more: Any) -> httpx.Response:
     body = json.dumps({"user": user, "password": password})
     more = more or {"content": body, "headers": {"Content-Type": "application/json"}}
-    return httpx.post(f"{base(site)}/api/v1/auth", timeout=60, trust_env=False, **more)
+    return visit("POST", f"{base(site)}/api/v1/auth", timeout=60, **more)
 
 
 def session(site: Site, user: str = "alice", password: str = PASSWORD) -> tuple[str, str]:
@@ -42,7 +42,7 @@ def session(site: Site, user: str = "alice", password: str = PASSWORD) -> tuple[
 
 def ask(site: Site, method: str, path: str, text: str | None, **more: Any) -> httpx.Response:
     headers = {} if text is None else {"Authorization": f"Bearer {text}"}
-    return httpx.request(method, base(site) + path, headers=headers, timeout=60, trust_env=False, **more)
+    return visit(method, base(site) + path, headers=headers, timeout=60, **more)
 
 
 def by(site: Site, form: str, text: str) -> Client:

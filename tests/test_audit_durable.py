@@ -17,8 +17,9 @@ from mcpctl import config
 from mcpctl.audit.anchors import Anchors
 from mcpctl.audit.durable import Durable
 from mcpctl.audit.log import AuditLog
-from mcpctl.calls import Answer, Request
+from mcpctl.calls import Answer
 from mcpctl.errors import UnavailableError
+from mcpctl.facts import Request
 from mcpctl.server.parts import running
 from site_of_mcpctl import Shop, Site
 
@@ -142,6 +143,26 @@ def test_with_a_delay_no_answer_waits_and_the_disk_has_it_a_little_later(book: M
         running.cancel()
 
     asyncio.run(main())
+
+
+def test_it_tells_for_how_long_lines_have_not_been_on_disk(book: Make) -> None:
+    one, clock = book(1.0), 100.0
+    durable = Durable(one.log, Anchors(one.log, None, now), 1.0, refuse=True, clock=lambda: clock)
+    assert durable.lag() == 0
+    one.log.append("tool.called")
+    clock += 5
+    assert durable.lag() == 5
+    one.disk.problem = OSError(errno.EIO, "no disk")
+    asyncio.run(durable._settle(anchor=False))
+    clock += 5
+    assert durable.lag() == 10
+    one.disk.problem = None
+    asyncio.run(durable._settle(anchor=False))
+    assert durable.lag() == 0
+    clock += 60
+    one.log.append("tool.called")
+    clock += 1
+    assert durable.lag() == 61  # at most: it is not known when the line was written
 
 
 def test_a_sync_that_fails_refuses_the_call_and_those_that_follow_until_the_disk_is_in_order(book: Make) -> None:

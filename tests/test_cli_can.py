@@ -264,6 +264,7 @@ def test_who_may_read_some_columns_only_may_read_and_the_columns_are_said(house:
             admin.execute("DROP TABLE cellar.some; REVOKE USAGE ON SCHEMA cellar FROM mcp_nora_r")
 
 
+@pytest.mark.newest
 def test_a_table_that_is_locked_is_not_known_and_hides_no_other(house: House) -> None:
     known = _can(house, "nora")[1]
     with house.at.shop.admin() as admin, admin.transaction():

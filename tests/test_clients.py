@@ -158,7 +158,18 @@ def _name(value: object) -> str | None:
     return getattr(value, "__name__", None)
 
 
-@pytest.mark.parametrize(("client", "era"), ON_NODE, ids=_name)
+VISITS = [
+    *(("http", client, era) for client, era in ON_NODE),
+    ("tls", inspector, "modern"), ("tls", typescript, "auto"), ("tls", typescript_old, "legacy"),
+    ("stdio", inspector, "auto"), ("stdio", inspector, "modern"), ("stdio", typescript, "modern"),
+    ("stdio", typescript_old, "legacy"),
+    ("bridge", inspector, "legacy"), ("bridge", typescript, "auto"), ("bridge", typescript, "modern"),
+    ("bridge", typescript_old, "legacy"),
+]  # fmt: skip
+"""Each client in each of its eras over HTTP; over the others each client, and each era."""
+
+
+@pytest.mark.parametrize(("place", "client", "era"), VISITS, ids=_name, indirect=["place"])
 @pytest.mark.usefixtures("node")
 def test_a_client_on_node_lists_the_tools_and_gets_rows(
     client: Callable[[Place, rig.Era], Visit], era: rig.Era, place: Place

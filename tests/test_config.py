@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from mcpctl import config
+from mcpctl import config, config_values
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, NotFoundError
 from mcpctl.policy.roles import BUILT_IN
@@ -273,7 +273,7 @@ def test_any_text_is_settings_or_faults_and_nothing_else(path: Path, text: str) 
     ],
 )
 def test_a_password_in_a_dsn_is_seen_however_libpq_would_take_it(dsn: str, held: bool) -> None:
-    assert config._has_password(dsn) is held
+    assert config_values.has_password(dsn) is held
 
 
 def test_a_password_in_the_file_is_refused_and_not_repeated_wherever_the_file_is(tmp_path: Path) -> None:

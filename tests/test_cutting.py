@@ -95,6 +95,7 @@ def test_a_revoked_token_is_refused_and_its_running_query_gone_within_a_second(
     assert any("1 query cancelled, 0 backends left" in line.get("reason", "") for line in at.audit())
 
 
+@pytest.mark.newest
 def test_a_token_is_cut_by_expiry_removal_and_the_end_of_an_overlap(make_site: MakeSite, shop: Shop) -> None:
     at = make_site(shop).start()
     other = Other(at)
@@ -283,6 +284,7 @@ WAYS = (
 )
 
 
+@pytest.mark.newest
 def test_a_frozen_backend_is_remembered_until_it_has_ended(make_site: MakeSite, shop: Shop) -> None:
     """After its call has timed out too: a revocation names it then, and the log says when it is gone."""
     at = make_site(shop, extra="limits: {statement_timeout: 200ms}\n").start()

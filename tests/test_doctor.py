@@ -13,9 +13,12 @@ import pytest
 import trustme
 
 import pg
-from mcpctl import diagnosis, keyring, private_file
+from mcpctl import keyring, private_file
 from mcpctl.config_keys import Server, Settings, Tls
-from mcpctl.diagnosis import FAIL, OK, WARN, Patient
+from mcpctl.diagnosis import certificate
+from mcpctl.diagnosis.examine import examine
+from mcpctl.diagnosis.patient import FAIL, OK, WARN, Check, Finding, Patient
+from mcpctl.errors import Error
 from mcpctl.identity import tokens, users
 from mcpctl.identity.grants import Grant
 from mcpctl.postgres.embedded import Binaries
@@ -47,7 +50,7 @@ class Doctor:
         self.environ: Mapping[str, str] = {}
         self.admin = True
 
-    def findings(self) -> list[diagnosis.Finding]:
+    def findings(self) -> list[Finding]:
         patient = Patient(
             self.place.settings(),
             self.place.dsns if self.admin else {},
@@ -55,14 +58,12 @@ class Doctor:
             datetime.now(UTC),
             self.environ,
         )
-        return diagnosis.examine(patient)
+        return examine(patient)
 
-    def found(self, status: str, text: str) -> list[diagnosis.Finding]:
+    def found(self, status: str, text: str) -> list[Finding]:
         return [one for one in self.findings() if one.status == status and text in one.what]
 
-    def appears(
-        self, status: str, text: str, make: Callable[[], object], mend: Callable[[], object]
-    ) -> diagnosis.Finding:
+    def appears(self, status: str, text: str, make: Callable[[], object], mend: Callable[[], object]) -> Finding:
         """The finding is not there, is there once `make` has run, and is gone once `mend` has."""
         assert not self.found(status, text)
         make()
@@ -415,7 +416,7 @@ def test_the_command_exits_one_only_where_something_is_wrong(here: Place) -> Non
     bad = here.site.run("doctor", "--json", check=False)
     file.chmod(0o600)
     assert (bad.returncode, json.loads(bad.stdout)["ok"]) == (1, False)
-    assert here.site.run("doctor").stdout.count("\n") == len(told["findings"])
+    assert here.site.run("doctor").stdout.count("\n") == len(told["checks"])
 
 
 @needs_root
@@ -443,10 +444,13 @@ def test_the_certificate_is_looked_at(tmp_path: Path) -> None:
     key.touch(0o600)
     settings = Settings(server=Server(tls=Tls(cert, key)))
 
-    def found(now: datetime, right: bool = True) -> diagnosis.Finding:
+    def found(now: datetime, right: bool = True) -> Finding:
         (issued if right else other).private_key_pem.write_to_path(key)
-        (one,) = diagnosis._tried("certificate", lambda: diagnosis._certificate(Patient(settings, {}, None, now, {})))
-        return one
+        patient = Patient(settings, {}, None, now, {})
+        try:
+            return next(iter(certificate.certificate(patient)))
+        except Error as problem:
+            return Check("certificate").broken(problem)
 
     assert found(END - timedelta(days=31)).status == OK
     assert (found(END - timedelta(days=29)).status, found(END).what) == (WARN, f"{cert} ends on {END.date()}")

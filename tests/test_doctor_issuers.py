@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from issuer import Answer, Issuer, as_json, running
-from mcpctl import diagnosis
 from mcpctl.config_keys import Auth, Settings
 from mcpctl.config_sign_in import Introspection
-from mcpctl.diagnosis import FAIL, OK, WARN, Finding, Patient
+from mcpctl.diagnosis.examine import examine
+from mcpctl.diagnosis.patient import FAIL, OK, WARN, Finding, Patient
 from mcpctl.identity import linking, tokens, users
 from mcpctl.identity.links import Link
 from mcpctl.private_file import create
@@ -37,7 +37,7 @@ def findings(folder: Path, issuer: Issuer, **config: Any) -> list[Finding]:
         create(tokens_path, tokens.token_file(tokens_path).render({}))
     auth = Auth(token_file=tokens_path, user_file=path, oidc={"shop": issuer.config(**config)})
     patient = Patient(replace(Settings(), auth=auth), {}, None, datetime.now(UTC), {})
-    return [one for one in diagnosis.examine(patient) if one.check == "issuer shop"]
+    return [one for one in examine(patient) if one.check == "issuer shop"]
 
 
 def test_an_issuer_that_answers_is_fine_once_somebody_is_linked(issuer: Issuer, tmp_path: Path) -> None:

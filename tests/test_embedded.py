@@ -321,7 +321,11 @@ except KeyboardInterrupt:
 
 
 @on_linux
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, *(pytest.param(one, marks=pytest.mark.newest) for one in (signal.SIGINT, signal.SIGTERM))],
+    ids=lambda number: number.name,
+)
 @pytest.mark.parametrize("binaries", pg.oldest_and_newest(), ids=str)
 def test_however_its_owner_ends_the_server_ends_too(binaries: Binaries, number: signal.Signals) -> None:
     command = [sys.executable, "-c", OWNER, str(binaries)]
@@ -347,6 +351,7 @@ def test_as_root_the_server_runs_as_another_user_who_owns_only_its_data(cluster:
 
 
 @as_root
+@pytest.mark.newest
 @pytest.mark.parametrize("binaries", [b for b in ALL if b.bundled], ids=str)
 def test_binaries_that_the_other_user_cannot_read_are_copied(binaries: Binaries, tmp_path: Path) -> None:
     package = binaries.folder.parent.parent

@@ -31,6 +31,7 @@ _TURNS = [
         for meta in (
             b'{"progressToken":1}', b'{"progressToken":"a"}', b'{"progressToken":1.0}', b'{"progressToken":true}',
             b'{"progressToken":null}', b'{"progressToken":12345678901234567890123}', b'{"progressToken":1,"a":2}',
+            b'{"traceparent":"00-a","tracestate":"b"}', b'{"traceparent":null,"baggage":[]}', b'{"tracestate":1}',
             b"null", b"[]", b'{},"_meta":{"a":1}', b'{"a":1},"_meta":{}', b'{"progressToken":[],"progressToken":1}',
         )
     ],

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Iterator
 
-import httpx
 import psycopg
 import pytest
 
@@ -65,7 +64,7 @@ def under_load(at: Site) -> Iterator[Load]:
 
 
 def ready(at: Site) -> bool:
-    return httpx.get(at.url.removesuffix("/mcp") + "/ready", trust_env=False, timeout=5).status_code == 200
+    return site.visit("GET", at.url.removesuffix("/mcp") + "/ready", timeout=5).status_code == 200
 
 
 def descriptors(at: Site) -> int:
@@ -73,6 +72,7 @@ def descriptors(at: Site) -> int:
     return len(os.listdir(f"/proc/{at.process.pid}/fd"))
 
 
+@pytest.mark.newest
 def test_a_new_password_is_read_from_its_file_with_the_next_connection(at: Site, frail: Shop, client: Client) -> None:
     with frail.admin() as admin:
         try:
@@ -85,6 +85,7 @@ def test_a_new_password_is_read_from_its_file_with_the_next_connection(at: Site,
             admin.execute(f"ALTER ROLE shop_reader PASSWORD $${PASSWORD}$$".encode())
 
 
+@pytest.mark.newest
 def test_the_postmaster_killed_under_load(at: Site, frail: Shop) -> None:
     with under_load(at) as load:
         frail.cluster.kill()
@@ -115,6 +116,7 @@ def test_it_is_restarted_twice_under_load(at: Site, frail: Shop, mode: str) -> N
             load.goes_on()
 
 
+@pytest.mark.newest
 def test_a_backend_that_is_stopped_ends_at_the_deadline_and_holds_up_nobody(
     at: Site, frail: Shop, client: Client
 ) -> None:
@@ -132,6 +134,7 @@ def test_a_backend_that_is_stopped_ends_at_the_deadline_and_holds_up_nobody(
     assert client.rows("select 'after'") == [["after"]]
 
 
+@pytest.mark.newest
 def test_a_postmaster_that_is_stopped_is_not_ready_and_what_is_open_is_served(
     at: Site, frail: Shop, client: Client
 ) -> None:
@@ -177,6 +180,7 @@ def test_others_have_taken_all_connections(at: Site, frail: Shop, client: Client
         assert new.rows("select 'new'") == [["new"]]
 
 
+@pytest.mark.newest
 def test_a_server_that_starts_up_is_not_ready(at: Site, frail: Shop, client: Client) -> None:
     """A standby that waits for its primary's WAL before it is consistent answers each login with 57P03."""
     cluster = frail.cluster

@@ -126,8 +126,10 @@ def test_a_role_has_its_limits_and_may_be_named_by_its_group(here: Place, user: 
 
 
 def test_odd_names_are_granted_and_taken_back_each_by_itself(here: Place, user: str) -> None:
-    for index, odd in enumerate(ODD):
-        other = ODD[(index + 1) % len(ODD)]
+    """All of them on the newest; on the oldest, which names things in the same way, some of each sort."""
+    names = ODD if here.cluster.binaries == pg.oldest_and_newest()[-1] else ODD[::4]
+    for index, odd in enumerate(names):
+        other = names[(index + 1) % len(names)]
         schema, table = identifier(odd), identifier(other)
         here.do(
             f"CREATE SCHEMA {schema}",
@@ -135,9 +137,9 @@ def test_odd_names_are_granted_and_taken_back_each_by_itself(here: Place, user: 
             f"CREATE TABLE {schema}.{identifier(odd)} (id int)",
         )
     try:
-        for index, odd in enumerate(ODD):
-            schema, table = identifier(odd), identifier(ODD[(index + 1) % len(ODD)])
-            named = (quoted(odd), f"{quoted(odd)}.{quoted(ODD[(index + 1) % len(ODD)])}")
+        for index, odd in enumerate(names):
+            schema, table = identifier(odd), identifier(names[(index + 1) % len(names)])
+            named = (quoted(odd), f"{quoted(odd)}.{quoted(names[(index + 1) % len(names)])}")
             here.grant(user, "read", named[1])
             assert can(here, user, f"SELECT n FROM {schema}.{table}") == []
             assert can(here, user, f"SELECT id FROM {schema}.{identifier(odd)}") == "42501"
@@ -150,7 +152,7 @@ def test_odd_names_are_granted_and_taken_back_each_by_itself(here: Place, user: 
             here.ungrant(user, None, named[1])
             assert left_of(here, user) == []
     finally:
-        for odd in ODD:
+        for odd in names:
             here.do(f"DROP SCHEMA {identifier(odd)} CASCADE")
 
 

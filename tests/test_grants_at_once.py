@@ -45,6 +45,7 @@ def left_of(here: Place, user: str) -> list[str]:
 # -- two at once --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 def test_two_grants_at_once_to_one_user_both_arrive(here: Place, user: str) -> None:
     with here.held_up():
         first = in_background(here.grant, user, "read", "public")
@@ -201,6 +202,7 @@ def test_of_two_grants_at_once_the_one_that_fails_takes_nothing_of_the_other(her
     assert (here.recorded(user).read, here.recorded(user).state) == (("public",), None)  # type: ignore[union-attr]
 
 
+@pytest.mark.newest
 def test_grants_in_two_databases_at_once_both_arrive(here: Place, user: str) -> None:
     for _ in range(5):
         first = in_background(here.grant, user, "write", "public.orders")

@@ -51,6 +51,7 @@ def _beside(other: Shop, extra: str = "") -> dict[str, str]:
 @contextlib.contextmanager
 def _frozen(shop: Shop) -> Iterator[None]:
     """Neither its postmaster nor any of its backends runs, and no connection is closed."""
+    shop.close()
     with shop.admin() as admin:
         pids = [
             row[0] for row in admin.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'")

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from command_line import Home, run
 from mcpctl import keyring, private_file
+from mcpctl.config_keys import Database
 from mcpctl.errors import ConfigError
 from mcpctl.identity import users
 from mcpctl.identity.grants import Grant
 from mcpctl.keyring import Keyring
+from mcpctl.postgres.login import Login
 from site_of_mcpctl import record
 
 SECRET = "the database's own password"
@@ -149,6 +151,20 @@ def test_a_server_reads_systemds_credential_where_it_was_given_one(
     credential.chmod(0o444)
     with pytest.raises(ConfigError, match="0444"):
         Keyring(credential).keys()
+
+
+def test_the_password_of_a_database_may_be_a_credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "shop.password"
+    private_file.create(secret, b"told to nobody\n")
+    secret.chmod(0o440)
+    login = Login("shop", Database(host="/run/postgresql", user="r", password_file=secret), Keyring(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="0440"):
+        login.dsn()
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match="0440"):
+        login.dsn()
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert "password='told to nobody'" in login.dsn()
 
 
 # -- a command and a server without the right key -----------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from mcpctl.errors import Error, UsageError
 from mcpctl.server.noted import Noted
 from oauth_flow import ON, PASSWORD, App, Person, give_password
-from site_of_mcpctl import Shop, Site, eventually
+from site_of_mcpctl import Shop, Site, eventually, visit
 
 FORM, JSON = "application/x-www-form-urlencoded", "application/json"
 SECRET = "a-secret-that-is-nowhere-said"
@@ -44,7 +44,7 @@ def body_of(path: str, secret: str = SECRET) -> tuple[str, str]:
 def post(site: Site, path: str, content: str, kind: str, **headers: str) -> httpx.Response:
     base = site.url.removesuffix("/mcp")
     given = {"Content-Type": kind, "Sec-Fetch-Site": "same-origin", **headers}
-    return httpx.post(base + path, content=content, headers=given, timeout=60, trust_env=False)
+    return visit("POST", base + path, content=content, headers=given, timeout=60)
 
 
 def check_inside(site: Site, answer: httpx.Response) -> None:
@@ -97,7 +97,7 @@ def test_what_is_malformed_has_its_status_outside_and_its_reason_inside(site: Si
 def test_a_malformed_request_for_consent_gets_a_page_with_its_id_and_its_reason_is_inside(
     site: Site, query: str, status: int, given: dict[str, str]
 ) -> None:
-    answer = httpx.get(f"{site.url.removesuffix('/mcp')}/authorize?{query}", headers=given, trust_env=False)
+    answer = visit("GET", f"{site.url.removesuffix('/mcp')}/authorize?{query}", headers=given)
     assert answer.status_code == status, answer.text
     assert answer.headers["x-request-id"] in answer.text
     check_inside(site, answer)

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from chain import verify
 from command_line import Done, Home, run
 from mcpctl.audit import log as audit_log
 from mcpctl.identity import tokens, users
-from site_of_mcpctl import Shop, Site, environment
+from site_of_mcpctl import Shop, Site, environment, starter
 
 FILES = [
     ".reserve", "audit.jsonl", "audit.jsonl.lock", "audit.key", "config.yaml", "secret.key", "state.db",
@@ -57,6 +58,7 @@ def test_twenty_processes_add_ten_tokens_each_while_the_server_runs_and_all_of_t
             while adding.poll() is None:
                 assert client.rows("select 1") == [[1]]  # whoever asks meanwhile notices nothing
                 asked += 1
+                time.sleep(0.02)
         _, err = adding.communicate(timeout=120)
         assert adding.returncode == 0, err
         out.seek(0)
@@ -82,18 +84,6 @@ def test_twenty_processes_add_ten_tokens_each_while_the_server_runs_and_all_of_t
 
 # -- root, and the files of the service's user -------------------------------------------------------------------
 
-_AS = """
-import contextlib, io, os, sys
-from mcpctl.cli import main
-from mcpctl.identity import blocked
-from mcpctl.postgres import arithmetic  # as if the Python were one that this user can read
-with contextlib.redirect_stderr(io.StringIO()):
-    assert main._run(["--config", "/nowhere/config.yaml", "token", "list"]) == 3
-os.setgroups([])
-os.setgid(int(sys.argv[2]))
-os.setuid(int(sys.argv[1]))
-main.run(sys.argv[3:])
-"""
 State = dict[str, tuple[int, int, int]]
 
 
@@ -122,11 +112,8 @@ class Service(Home):
 
     def as_user(self, uid: int, gid: int, *arguments: str) -> Done:
         """mcpctl as a user who may not even be able to read this Python: what it needs is imported before."""
-        done = subprocess.run(
-            [sys.executable, "-c", _AS, str(uid), str(gid), "--config", str(self.config), *arguments],
-            capture_output=True, text=True, env=environment(), timeout=60, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        return Done(done.returncode, done.stdout, done.stderr)
+        done = starter().run(["--config", str(self.config), *arguments], b"", environment(), 60, user=(uid, gid))
+        return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
 
     def as_its_user(self, *arguments: str) -> Done:
         return self.as_user(self.uid, self.gid, *arguments)

@@ -21,7 +21,7 @@ from mcpctl import config
 from mcpctl.errors import ConfigError
 from mcpctl.identity import authenticate, standing
 from mcpctl.last_minute import LastMinute
-from mcpctl.metrics import FAMILIES, Metrics, exposition, reason_class
+from mcpctl.metrics import FAMILIES, Metrics, days_class, exposition, reason_class
 from mcpctl.recorder import STRANGERS_IN_FULL, Recorder
 from site_of_mcpctl import Shop, Site, eventually, in_background
 
@@ -74,6 +74,30 @@ def test_a_call_is_counted_by_tool_database_and_outcome_with_its_rows_and_its_ti
     assert value(series, "mcpctl_audit_failures_total") == 1
 
 
+def test_how_long_calls_took_is_told_by_tool_and_database_and_in_few_buckets_by_tenant() -> None:
+    metrics = Metrics(["shop", "sales"])
+    for database, milliseconds in (("shop", 3.0), ("shop", 10.0), ("sales", 700.0), ("sales", 90_000.0)):
+        metrics.count("tool.called", call(database=database, tenant="acme", elapsed_ms=milliseconds), True)
+    metrics.count("tool.called", call(tenant="acme", outcome="error", elapsed_ms=50.0), True)
+    metrics.count("tool.called", call(tenant="globex", elapsed_ms=1.0), True)
+    series = parsed(exposition({"0": metrics.samples()}))
+    assert value(series, "mcpctl_call_seconds_count", database="shop") == 4
+    assert value(series, "mcpctl_call_seconds_bucket", database="sales", le="1.0") == 1
+    told = {le: value(series, "mcpctl_tenant_call_seconds_bucket", tenant="acme", le=le)
+            for le in ("0.01", "0.1", "1.0", "10.0", "+Inf")}  # fmt: skip
+    assert told == {"0.01": 2, "0.1": 3, "1.0": 4, "10.0": 4, "+Inf": 5}
+    assert value(series, "mcpctl_tenant_call_seconds_sum", tenant="acme") == pytest.approx(90.763)
+    assert sum(name == "mcpctl_tenant_call_seconds_bucket" for name, _ in series) == 10
+
+
+def test_tokens_are_classed_by_the_days_that_they_have_left() -> None:
+    said = {days: days_class(days) for days in (-1, 0, 0.99, 1, 6.9, 7, 29, 30, 89, 90, 1000, None)}
+    assert said == {
+        -1: "<1", 0: "<1", 0.99: "<1", 1: "1-7", 6.9: "1-7", 7: "7-30", 29: "7-30", 30: "30-90", 89: "30-90",
+        90: ">90", 1000: ">90", None: "never",
+    }  # fmt: skip
+
+
 def test_what_alerts_look_at_is_there_from_the_start_so_that_its_first_event_is_an_increase() -> None:
     series = parsed(exposition({"0": Metrics().samples()}))
     for reason in ("revoked", "expired", "user_gone", "user_disabled", "wrong_secret"):
@@ -108,7 +132,7 @@ def test_what_callers_make_up_makes_no_series() -> None:
         metrics.count("auth.refused", {"reason": f"not from this address (192.0.2.{number})"}, None)
         metrics.cut(f"role r{number} was taken", 1, 0)
     series = parsed(exposition({"0": metrics.samples()}))
-    assert len(series) < 60
+    assert len(series) < 100
     assert value(series, "mcpctl_calls_total", database="other") == 1000
     assert value(series, "mcpctl_calls_total", database="several") == 1000
     assert value(series, "mcpctl_calls_total", database="own") == 1000
@@ -305,6 +329,10 @@ def test_revocations_refusals_and_events_are_counted_where_they_happen(
     url, (name, token) = listener(site), site.token()
     with site.client(token) as client:
         client.rows("select 1")
+        assert "no question" in client.error("delete from customers")
+        client.error("select 1", database="globex")
+        client.call("query_database", {"qeury": "select 1"})
+        client.call("made_up")
         running = in_background(client.call, "query_database", {"query": "select pg_sleep(30)"})
         eventually(lambda: site.shop.backends("state = 'active'"))
         assert value(scrape(url), "mcpctl_calls_running") == 1
@@ -316,6 +344,18 @@ def test_revocations_refusals_and_events_are_counted_where_they_happen(
     assert value(series, "mcpctl_auth_refused_total", reason="revoked") == 1
     assert value(series, "mcpctl_calls_total", outcome="cut") == 1
     assert value(series, "mcpctl_events_total", event="pool.closed") == 1
+    refused = ("not_a_question", "forbidden", "arguments", "unknown_tool")
+    assert [value(series, "mcpctl_calls_refused_total", reason=reason) for reason in refused] == [1, 1, 1, 1]
+    assert value(series, "mcpctl_tokens", status="revoked") == 1
+    assert value(series, "mcpctl_tokens_by_days_left") == 0
+    assert value(series, "mcpctl_audit_waiting_lines") == 0
+    assert value(series, "mcpctl_audit_lag_seconds") < 60
+    told = {name.removesuffix("_total").removesuffix("_count") for name, _ in series}
+    assert {name for name in FAMILIES if name not in told} == {  # which need what did not happen here
+        "mcpctl_audit_failures", "mcpctl_connection_errors", "mcpctl_tenant_calls", "mcpctl_tenant_rows",
+        "mcpctl_tenant_call_seconds", "mcpctl_tls_cert_expiry_seconds", "mcpctl_token_next_expiry_seconds",
+        "mcpctl_pools", "mcpctl_pool_connections", "mcpctl_pool_waiting",
+    }  # fmt: skip
     assert value(series, "mcpctl_audit_failing") == 0
     assert abs(value(series, "mcpctl_audit_last_line_timestamp_seconds") - time.time()) < 60
 

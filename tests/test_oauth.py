@@ -305,6 +305,7 @@ def test_a_refresh_that_asks_for_other_things_is_refused_and_ends_nothing(
     assert app.refresh(tokens["refresh_token"]).status_code == 200
 
 
+@pytest.mark.newest
 def test_a_refresh_for_fewer_scopes_gives_what_these_allow_until_the_next(make_site: MakeSite, shop: Shop) -> None:
     site = make_site(shop, extra=ON)
     site.user("carol", "mcp-tools")
@@ -334,6 +335,7 @@ def test_an_access_token_is_no_refresh_token_and_the_other_way_round(app: App, p
     assert app.works(tokens["access_token"])
 
 
+@pytest.mark.newest
 def test_disabling_a_user_and_another_password_end_what_they_have_allowed(make_site: MakeSite, shop: Shop) -> None:
     site = make_site(shop, extra=ON)
     for name in ("alice", "bob"):
@@ -377,6 +379,7 @@ def _raw_call(site: Site, token: str, name: str, **arguments: object) -> httpx.R
         return client.call(name, arguments)
 
 
+@pytest.mark.newest
 def test_what_only_the_scope_lacks_is_403_with_the_scope_to_ask_for(make_site: MakeSite, shop: Shop) -> None:
     site = make_site(shop, extra=ON)
     site.user("carol", "mcp-tools")
@@ -414,6 +417,7 @@ def test_a_scope_gives_nothing_that_the_user_has_not(app: App, person: Person, s
 # -- switched off -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_switched_off_by_a_reload_nothing_of_a_connection_runs_on_and_switched_on_it_is_as_it_was(
     make_site: MakeSite, shop: Shop, workers: str

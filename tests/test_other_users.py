@@ -124,12 +124,12 @@ class Walls:
     at: Site
     major: int
     clients: tuple[Client, Client]
+    admin: psycopg.Connection[Any]
     bob: psycopg.Connection[Any]
     names: dict[str, str]
 
     def there(self) -> dict[str, str]:
-        with self.at.shop.admin() as admin:
-            return {row[0]: row[1] for row in admin.execute(THERE.encode()).fetchall()}
+        return {row[0]: row[1] for row in self.admin.execute(THERE.encode()).fetchall()}
 
     def left(self, tool: str) -> list[Any]:
         """What her next calls of a tool find: that of the same token, and that of her other one."""
@@ -197,8 +197,9 @@ def walls(login_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         pid = bob.info.backend_pid
         bob.pgconn.send_query(f"SELECT '{CANARY}', pg_sleep(3600)".encode())
         names = {"$BOB_PID": str(pid), "$TEMP": temp[0], "$LARGE": str(large[0])}
+        looking = stack.enter_context(login_shop.admin())
         try:
-            yield Walls(at, login_shop.cluster.version[0], (clients[0], clients[1]), bob, names)
+            yield Walls(at, login_shop.cluster.version[0], (clients[0], clients[1]), looking, bob, names)
         finally:
             with login_shop.admin() as admin:
                 admin.execute("SELECT pg_terminate_backend(%s)", (pid,))

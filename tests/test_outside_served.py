@@ -191,7 +191,4 @@ def test_a_guest_logs_in_as_the_user_made_for_their_role_and_is_disabled_alone(
 
 
 def _busy(shop: Shop, where: str) -> list[Any]:
-    with shop.admin() as connection:
-        return connection.execute(
-            f"SELECT pid FROM pg_stat_activity WHERE usename = 'mcp_guests-r_r' AND {where}".encode()
-        ).fetchall()
+    return shop.look(f"SELECT pid FROM pg_stat_activity WHERE usename = 'mcp_guests-r_r' AND {where}")

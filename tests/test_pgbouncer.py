@@ -12,7 +12,7 @@ import pytest
 import site_of_mcpctl as site
 from bouncer import bouncer
 from mcpctl import config, private_file
-from mcpctl.calls import Request
+from mcpctl.facts import Request
 from mcpctl.server.parts import running
 from site_of_mcpctl import Shop, Site, eventually, in_background
 from test_cutting import STUBBORN, UNENDING

@@ -23,10 +23,10 @@ import pytest
 
 import chain
 from mcpctl import config
-from mcpctl.calls import Request
 from mcpctl.cli import serve
 from mcpctl.config_keys import Metrics, Server, Settings, Tls
 from mcpctl.errors import ConfigError, Error
+from mcpctl.facts import Request
 from mcpctl.server import workers
 from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.listening import Listening

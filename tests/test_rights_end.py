@@ -15,8 +15,8 @@ from mcpctl import config
 from mcpctl.audit import top
 from mcpctl.audit.log import AuditLog
 from mcpctl.audit.reading import Reading
-from mcpctl.calls import Request
 from mcpctl.errors import UnavailableError
+from mcpctl.facts import Request
 from mcpctl.identity import tokens, users
 from mcpctl.postgres import roles
 from mcpctl.server.parts import running
@@ -46,13 +46,11 @@ def at(login_shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def _sleeping(at: Site, role: str) -> list[int]:
-    with at.shop.admin() as admin:
-        found = admin.execute(
-            "SELECT pid FROM pg_stat_activity WHERE usename ~ %s AND state = 'active'"
-            " AND query LIKE '%%pg_sleep(60)%%'",
-            (f"^mcp_{role}_[rw]$",),
-        )
-        return [row[0] for row in found.fetchall()]
+    found = at.shop.look(
+        "SELECT pid FROM pg_stat_activity WHERE usename ~ %s AND state = 'active' AND query LIKE '%%pg_sleep(60)%%'",
+        f"^mcp_{role}_[rw]$",
+    )
+    return [row[0] for row in found]
 
 
 def _said(client: Client, tool: str, statement: str) -> str:
@@ -119,6 +117,7 @@ def test_what_a_user_may_still_do_is_answered_at_once_after_another_right_was_ta
             assert [_said(client, "query_database", "select 1") for _ in range(3)] == ["rows"] * 3
 
 
+@pytest.mark.newest
 def test_a_further_grant_cuts_nothing_and_counts_at_once(at: Site) -> None:
     at.grant("grace", "--table", "franks.others")
     with at.client(at.token("grace")[1]) as client, at.client(at.token("grace")[1]) as again:
@@ -145,6 +144,7 @@ def both(at: Site) -> Iterator[tuple[Client, Client]]:
         yield one, other
 
 
+@pytest.mark.newest
 def test_a_right_that_is_taken_in_one_database_cuts_nothing_in_another(at: Site, both: tuple[Client, Client]) -> None:
     one, other = both
     cut = in_background(one.call, "query_database", {"query": "select 1 from pg_sleep(60)"})
@@ -178,6 +178,7 @@ def test_a_token_that_was_cut_in_one_database_is_still_cut_everywhere_when_it_is
     assert not _sleeping(at, "ivan")
 
 
+@pytest.mark.newest
 def test_of_several_databases_what_was_read_before_the_right_was_taken_does_not_leave(
     at: Site, both: tuple[Client, Client]
 ) -> None:

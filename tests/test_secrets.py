@@ -43,6 +43,7 @@ class Sampler:
 
     def __init__(self, config: Path) -> None:
         self._mine = os.fsencode(config)
+        self._there = set(Path("/proc").glob("[0-9]*"))
         self._stop = threading.Event()
         self.command_lines: set[bytes] = set()
         self.environments: set[bytes] = set()
@@ -51,7 +52,7 @@ class Sampler:
 
     def _run(self) -> None:
         while not self._stop.wait(0.05):  # a command takes some tenths of a second
-            for folder in Path("/proc").glob("[0-9]*"):
+            for folder in set(Path("/proc").glob("[0-9]*")) - self._there:  # who was there before is none of ours
                 try:
                     line = (folder / "cmdline").read_bytes()
                     if self._mine in line and b"mcpctl" in line:
@@ -202,6 +203,7 @@ def do_everything(session: Session) -> None:
     doctor = session.command("doctor", "--json", code=1, MCPCTL_DATABASE_URL=f"postgresql://u:{quote(url, safe='')}@/x")
     session.doctor = json.loads(doctor)["findings"]  # type: ignore[attr-defined]
     session.command("config", "check")
+    session.command("support-bundle")
     # the end
     session.command("user", "disable", "alice", "--reason", "on leave")
     calls(session, here.site.url, shown, 401)

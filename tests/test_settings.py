@@ -97,6 +97,7 @@ def test_a_name_is_taken_in_upper_case_too(here: site.Site, carol: site.Client) 
     assert change(carol, "DateStyle", "SQL, DMY")["new_value"] == "SQL, DMY"
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "value",
     [
@@ -306,6 +307,7 @@ def send(request: httpx.Request) -> socket.socket:
     return connection
 
 
+@pytest.mark.newest
 def test_a_configuration_file_with_a_fault_is_told_of_instead_of_success(here: site.Site, carol: site.Client) -> None:
     file = here.shop.cluster.folder / "data" / "postgresql.conf"
     whole = file.read_bytes()

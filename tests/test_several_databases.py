@@ -118,6 +118,7 @@ def _stopped(shop: Shop) -> Iterator[None]:
 @contextlib.contextmanager
 def _frozen(shop: Shop) -> Iterator[None]:
     """Its machine lost power: nothing of it runs, and no connection is closed."""
+    shop.close()
     with shop.admin() as admin:
         rows = admin.execute("SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'").fetchall()
         pids = [shop.cluster.pid, *(row[0] for row in rows if row[0] != admin.info.backend_pid)]

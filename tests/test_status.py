@@ -120,11 +120,11 @@ def test_top_tells_what_runs_and_who_used_most(newest_shop: Shop, make_site: Cal
         assert "pg_sleep(20) /* \\x1b[31m */" in shown
         assert "\x1b" not in shown
         watched = on_a_terminal(
-            ["--config", str(site.config), "top", "--interval", "0.2"], answers=[("1 calls run", "q")]
+            ["--config", str(site.config), "top", "--interval", "0.2"], answers=[("1 call runs", "q")]
         )
         assert watched.code == 0
         assert alice in watched.out
-        ended = on_a_terminal(["--config", str(site.config), "top"], until=lambda text: "calls run" in text)
+        ended = on_a_terminal(["--config", str(site.config), "top"], until=lambda text: "1 call runs" in text)
         assert ended.code in (130, -signal.SIGINT)  # a second Ctrl-C, where the machine is slow
         site.run("session", "revoke", alice)
         running.result()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple
@@ -24,19 +24,17 @@ from mcpctl.errors import (
     UnavailableError,
     UsageError,
 )
-from mcpctl.facts import Facts
+from mcpctl.facts import Facts, Request, Running, noted, refusal
 from mcpctl.identity.own_databases import check_name
 from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
 from mcpctl.policy.limits import Limiter
 from mcpctl.postgres.answer import Bounds
-from mcpctl.postgres.catalog import NothingThereError
 from mcpctl.postgres.cutting import Cut
 from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import NarrowedError, Pools, ended
-from mcpctl.postgres.said import StatementError
 from mcpctl.postgres.session import Session
 from mcpctl.postgres.statement import NotAQuestionError, elapsed
 from mcpctl.reach import Reach
@@ -51,19 +49,6 @@ log = logging.getLogger("mcpctl.calls")
 _REMEMBERED = 10_000
 _LATER = 2.0
 """Seconds beyond statement_timeout that one of several databases has, its connection's making included."""
-
-
-@dataclass(slots=True)
-class Request:
-    """Where a call came from. `rpc_id` is the client's own number for it, `task` what to cancel to end it (None: the
-    task that runs it), `databases` what its answer holds something of."""
-
-    id: str
-    client_ip: str | None
-    transport: str
-    rpc_id: str | int | None = None
-    task: "asyncio.Task[Any] | None" = None
-    databases: set[str] = field(default_factory=set, compare=False)
 
 
 @dataclass(slots=True)
@@ -92,17 +77,6 @@ class _Way(NamedTuple):
     shown: str
     login: Login
     bounds: Bounds
-
-
-class Running(msgspec.Struct, eq=False):
-    """A call that has not ended. `begun` is of the monotonic clock, `arguments` are as they came."""
-
-    principal: Principal
-    request: Request
-    task: "asyncio.Task[Any]"
-    facts: Facts
-    arguments: Mapping[str, Any]
-    begun: float
 
 
 class Calls:
@@ -154,8 +128,12 @@ class Calls:
         ended meanwhile) and UnavailableError (no audit log) are raised."""
         begun = monotonic()
         task = request.task or asyncio.current_task()
-        facts = Facts(name if name in TOOLS else "(unknown)", client_ip=request.client_ip)
-        entry = Running(principal, request, task, facts, arguments or {}, begun) if task is not None else None
+        facts = request.facts = Facts(
+            name if name in TOOLS else "(unknown)", client_ip=request.client_ip, trace=request.trace
+        )
+        entry = None
+        if task is not None and (own := asyncio.current_task()) is not None:
+            entry = Running(principal, request, task, own, facts, arguments or {}, begun)
         base = {"request_id": request.id, "token": principal.token, "user": principal.user, "tenant": principal.tenant,
                 "client_ip": request.client_ip, "transport": request.transport, "tool": facts.tool}  # fmt: skip
         facts.base = base
@@ -182,30 +160,33 @@ class Calls:
             event, outcome, reason = "tool.refused", "cut", problem.message
             return _failed(problem)
         except (UsageError, ForbiddenError, NotAQuestionError) as problem:
-            told = _noted(problem) if isinstance(problem, UnknownArgumentError) else problem.message
-            event, outcome, reason = "tool.refused", "refused", told
+            told = noted(problem) if isinstance(problem, UnknownArgumentError) else problem.message
+            event, outcome, reason, facts.refusal = "tool.refused", "refused", told, refusal(problem)
             if not facts.uses and facts.tool in (GET.name, SET.name):
                 reason = self._tried(principal, arguments or {}, facts) + told
             if isinstance(problem, ScopeError) and request.transport == "http":  # which tells the client to ask for it
                 raise
             return _failed(problem)
         except UnknownToolError:
-            event, outcome, reason = "tool.refused", "refused", "there is no such tool"
+            event, outcome, reason, facts.refusal = "tool.refused", "refused", "there is no such tool", "unknown_tool"
             raise
         except UnauthorizedError as problem:
             event, outcome, reason = "tool.refused", "cut", problem.message
             raise
         except Error as problem:
-            outcome, reason = "error", _noted(problem)
+            outcome, reason = "error", noted(problem)
             return _failed(problem)
         except asyncio.CancelledError:
+            if facts.stopped is not None and _uncancelled():
+                event, outcome, reason = "tool.refused", "cut", facts.stopped
+                return _failed(NarrowedError(facts.stopped))
             outcome, reason = "cancelled", f"the client went away, or {self.ends}"
             if not self._pools.valid(principal):
                 event, outcome, reason = "tool.refused", "cut", ended(principal)
             raise
         except Exception:
             outcome, reason = "error", "internal error"
-            log.exception("request %s: %s failed", request.id, facts.tool)
+            log.exception("request %s: %s failed", request.id, facts.tool, extra={"about": base})
             return Answer(f"Internal error. Tell the administrator: request {request.id}.", is_error=True)
         finally:
             if entry is not None:
@@ -216,8 +197,8 @@ class Calls:
                 self._recorder.limited(facts.limited, **base)
             else:
                 try:
-                    ended_so = {"elapsed_ms": elapsed(begun), "outcome": outcome, "reason": facts.reason(reason)}
-                    self._recorder.call(event, {**base, **facts.values, **ended_so})
+                    facts.values.update(elapsed_ms=elapsed(begun), outcome=outcome, reason=facts.reason(reason))
+                    self._recorder.call(event, {**base, **facts.values}, facts.trace, facts.refusal)
                 finally:
                     self._charge(principal, facts)
             if self._answering is not None:
@@ -283,6 +264,7 @@ class Calls:
                 described = tool.access == "read" and facts.described
                 kept = self._recorder.statement(checked[tool.statement], described=described)
                 facts.values.update(kept, relations=facts.relations)
+                self._recorder.ran(kept, facts.base, facts.trace)
 
     def _way(self, tool: Tool, principal: Principal, database: str | None, address: str | None) -> _Way:
         """Where a call leads that names this database, or none. A principal and the config never change, so what was
@@ -339,6 +321,7 @@ class Calls:
         try:
             facts.session(session, login.name)
             begun = monotonic()
+            session.use.trace = facts.trace
             session.use.guard = self.canaries.guard(principal, facts.client_ip, login.shown)
             if tool.changes:
                 session.use.lasts = partial(self._begins, arguments.get(tool.statement or ""), facts)
@@ -353,7 +336,7 @@ class Calls:
                     raise self._ended(principal, login, session) from None
                 raise
             finally:
-                facts.seconds += monotonic() - begun
+                facts.spent(login.shown, begun)
             if session.cut:
                 raise self._ended(principal, login, session)
             return result
@@ -399,7 +382,7 @@ class Calls:
             await asyncio.wait(tasks)
             facts.uses = {self.reach.shown(name): use for name, use in facts.uses.items()}
         results = {name: self._still(principal, name, one) for name, one in zip(names, found, strict=True)}
-        failed = [f"{self.reach.shown(name)}: {_noted(one)}" for name, one in results.items() if isinstance(one, Error)]
+        failed = [f"{self.reach.shown(name)}: {noted(one)}" for name, one in results.items() if isinstance(one, Error)]
         facts.outcome = "ok" if not failed else "partial" if len(failed) < len(names) else "error"
         done = together(results)
         done.command = "; ".join(failed) or None
@@ -451,6 +434,14 @@ class Calls:
             one.task.cancel()
         return done
 
+    def stop(self, request_id: str, reason: str) -> Running | None:
+        """Have one running call end, whose caller is told `reason`; None where none of that id runs here."""
+        one = next((one for one in self._running if one.request.id == request_id), None)
+        if one is not None:
+            one.facts.stopped = reason
+            one.own.cancel()
+        return one
+
     @property
     def ends(self) -> str:
         """Why calls are cut where neither a client nor an administrator does it."""
@@ -483,15 +474,6 @@ def _uncancelled() -> bool:
     """Take back the one cancel of this task; False where somebody else has cancelled it too."""
     task = asyncio.current_task()
     return task is not None and task.uncancel() == 0
-
-
-def _noted(problem: Error) -> str:
-    """What the audit line says of an error. PostgreSQL's own words may quote what only the caller may know."""
-    if isinstance(problem, UnknownArgumentError):  # its name is whatever the caller has sent
-        return "an argument that the tool does not take"
-    if isinstance(problem, StatementError):
-        return f"SQLSTATE {problem.fields.get('sqlstate', 'none')}"
-    return "there is nothing of that name to read" if isinstance(problem, NothingThereError) else problem.message
 
 
 def _failed(problem: Error) -> Answer:

@@ -118,7 +118,8 @@ class Canaries:
     ) -> None:
         """Block the token, if there is one, and tell."""
         who = f"token {token} ({user or 'service'})" if token is not None else "a caller without a token"
-        log.error("ALERT canary: %s, from %s: %s", who, address or "this machine", why)
+        extra = {"about": {"token": token, "user": user, "client_ip": address}}
+        log.error("ALERT canary: %s, from %s: %s", who, address or "this machine", why, extra=extra)
         self._recorder.note("token.blocked", token=token, user=user, client_ip=address, reason=why, **fields)
         if token is not None:
             self.unwritten.change({token: (rfc3339(self._now()), why)})

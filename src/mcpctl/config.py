@@ -12,11 +12,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
-from mcpctl import config_oauth, config_oidc, plain_yaml, private_file
+from mcpctl import config_oauth, config_oidc, config_profile, plain_yaml, private_file
 from mcpctl.config_keys import Audit, Settings
-from mcpctl.config_values import Reader, is_loopback
+from mcpctl.config_values import Reader, has_password, is_loopback
 from mcpctl.errors import ConfigError, NotFoundError
 from mcpctl.plain_yaml import Branch, Value
 
@@ -38,7 +37,10 @@ _BUILT_IN = "mcp-"
 _OTHER_VARIABLES = {"MCPCTL_CONFIG", "MCPCTL_DATABASE_URL", "MCPCTL_TOKEN"}
 _OF_KUBERNETES = re.compile(r"MCPCTL_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?)?)")
 """What Kubernetes puts into every container for a Service that is called mcpctl."""
-_MAY_HOLD_SECRETS = ("dsn", "service_dsn", "host", "hosts", "user", "dbname", "password_file", "public_url", "tokens")
+_MAY_HOLD_SECRETS = (
+    "dsn", "service_dsn", "endpoint", "host", "hosts", "user", "dbname", "password_file", "public_url", "tokens",
+    "recipients",
+)  # fmt: skip
 _INSTEAD_OF_DSN = ("host", "port", "dbname", "user", "sslmode", "sslrootcert", "sslcert", "sslkey")
 _NO_HOME = Path("/nonexistent")
 
@@ -72,12 +74,17 @@ def find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
 
 
 def load(
-    path: Path | None = None, environ: Mapping[str, str] = os.environ, *, forgiven: list[str] | None = None
+    path: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    forgiven: list[str] | None = None,
+    at: Path | None = None,
+    mode: int = 0o640,
 ) -> Settings:
     """Read and check the configuration, or raise ConfigError with every fault in it (exit 3).
-
     Where there is no file, `MCPCTL_DATABASE_URL` alone is enough; without either NotFoundError (exit 3). With
-    `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there.
+    `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there. `at`: where
+    it is read as if it stood there. `mode`: the most that the file may have.
     """
     source = find(path, environ)
     if source is None and not environ.get("MCPCTL_DATABASE_URL"):
@@ -90,14 +97,14 @@ def load(
     data = None
     if source is not None:
         private_file.become_owner(source)
-        data = private_file.read(source, mode=0o640, trusted_owner=0, limit=4 << 20).data
+        data = private_file.read(source, mode=mode, trusted_owner=0, limit=4 << 20).data
     faults: list[str] = []
     tree = plain_yaml.parse(data, source, faults) if source and data else Branch({}, "the environment")
     unread = bool(faults)
     nameless: list[str] = []
     _add_environment(tree, environ, nameless)
     faults += nameless
-    settings = _checked(tree, source, faults)
+    settings = _checked(tree, at or source, faults)
     hint = "docs/reference/config.md says what each key takes; `mcpctl config check` tries again"
     if faults and forgiven is not None:
         forgiven += faults
@@ -381,6 +388,8 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
                 check_permission(pattern, settings.databases)
             except ValueError as problem:
                 fault(f"auth.roles.{name}.permissions", str(problem))
+    for key, text in config_profile.faults(settings):
+        fault(key, text)
     for key, text in config_oidc.faults(settings.auth):
         fault(f"auth.oidc.{key}", text)
     for key, text in config_oauth.faults(settings, lambda one: check_permission(one, settings.databases)):
@@ -419,7 +428,7 @@ def _check_together(settings: Settings, tree: Branch, faults: list[str]) -> None
             fault(f"{dotted}.settings", "needs roles: per_user, since a user changes them with a login of their own")
         for key, instead in (("dsn", "password_file"), ("service_dsn", "service_password_file")):
             text, place = getattr(database, key), f"{dotted}.{key}"
-            if text and not _where(tree, place).startswith("environment ") and _has_password(text):
+            if text and not _where(tree, place).startswith("environment ") and has_password(text):
                 fault(place, f"holds a password; put it into a 0600 file and name that in {instead}")
 
 
@@ -468,14 +477,6 @@ def _keys(tree: Branch, *names: str) -> set[str]:
     if not isinstance(found, Branch):
         return set()
     return {name for name, child in found.children.items() if isinstance(child, Branch) or child.value is not None}
-
-
-def _has_password(dsn: str) -> bool:
-    """As libpq reads it: in a URL's user part or query, or as a key. Also one that libpq would refuse."""
-    if re.match(r"[^:]*://", dsn):
-        names = [unquote(name) for name in re.findall(r"[?&]([^=&]*)=", dsn)]
-        return bool(re.match(r"[^:]*://[^@/:]*:[^@/]+@", dsn)) or not {"password", "sslpassword"}.isdisjoint(names)
-    return bool(re.search(r"password\s*=", dsn))
 
 
 def check_database(settings: Settings, name: str) -> None:

@@ -53,6 +53,11 @@ class Server:
     sse: bool = setting(
         False, values.truth, "also serve /sse and /messages, for clients of before 2025-03; one worker only"
     )
+    profile: str = setting(
+        "development",
+        values.choice("development", "production"),
+        "production refuses to start without HTTPS, tokens that end, and what else is only for trying",
+    )
     runtime_dir: Path | None = setting(
         None, values.optional(values.path), "folder of the control sockets; default: that of token_file"
     )
@@ -342,10 +347,46 @@ class Canaries:
 
 
 @keys(frozen=True)
+class Backup:
+    """backup"""
+
+    directory: Path | None = setting(
+        None,
+        values.optional(values.path),
+        "where `mcpctl backup` without a FILE writes to, 0700; none: a FILE is needed",
+    )
+    recipients: tuple[str, ...] = setting(
+        (), values.recipients, "public keys (age1… or ssh-ed25519 …) that a backup is encrypted for"
+    )
+    keep: float = setting(
+        7 * 86400.0, values.positive_duration, "backups in `directory` that are older are removed after the next one"
+    )
+
+
+@keys(frozen=True)
 class Log:
     """log"""
 
-    level: str = setting("info", values.choice("debug", "info", "warning", "error"), "how much goes to stderr")
+    level: str = setting("info", values.choice("debug", "info", "warning", "error"), "how much of it")
+    format: str = setting(
+        "auto",
+        values.choice("auto", "text", "json", "journald"),
+        "auto is journald where stderr is the journal, and text elsewhere",
+    )
+    file: Path | None = setting(None, values.optional(values.path), "a file instead of stderr, 0600")
+    sql_debug: bool = setting(
+        False, values.truth, "each statement that was run, as far as audit.statements lets it be kept"
+    )
+
+
+@keys(frozen=True)
+class Tracing:
+    """tracing"""
+
+    endpoint: str | None = setting(
+        None, values.optional(values.web_address), "where traces are sent, by OTLP over HTTP; off without one"
+    )
+    sample: float = setting(1.0, values.share, "which part of the calls, where the caller has not decided")
 
 
 @keys(frozen=True)
@@ -364,6 +405,8 @@ class Settings:
     audit: Audit = section(Audit, "the log of who did what")
     metrics: Metrics = section(Metrics, "numbers for Prometheus")
     canaries: Canaries = section(Canaries, "what nobody should use, and who does is blocked")
+    backup: Backup = section(Backup, "copies of all of this, encrypted")
     log: Log = section(Log, "the server's own messages")
+    tracing: Tracing = section(Tracing, "OpenTelemetry traces of calls")
     source: Path | None = None
     by_root: bool = False

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from mcpctl import dangerous_settings
 
@@ -119,6 +120,29 @@ def rate(value: Any) -> float:
     return float(value)
 
 
+def share(value: Any) -> float:
+    """A part of a whole."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError("a number from 0 to 1")
+    return float(value)
+
+
+def web_address(value: Any) -> str:
+    """An http or https URL, without a name and password in it."""
+    from urllib.parse import urlsplit
+
+    wrong = ValueError("a URL such as http://127.0.0.1:4318/v1/traces")
+    try:
+        parts = urlsplit(text(value))
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise wrong
+    except ValueError:
+        raise wrong from None
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("a URL without a name and password: headers are for OTEL_EXPORTER_OTLP_HEADERS")
+    return str(value)
+
+
 def limited(value: Any) -> str:
     """Whose limits they are: a token's id, a user, a tenant, or a network in its one spelling."""
     if re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", value):
@@ -168,6 +192,17 @@ def texts(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise ValueError("a list of texts")  # noqa: TRY004
     return tuple(text(item) for item in value)
+
+
+_RECIPIENT = re.compile(r"age1[02-9ac-hj-np-z]{50,}|ssh-(ed25519|rsa) [A-Za-z0-9+/=]{60,}( [!-~ ]{0,200})?")
+
+
+def recipients(value: Any) -> tuple[str, ...]:
+    """A list of public keys as age takes them. What is none is not repeated: it may be the private one."""
+    found = texts(value)
+    if not all(map(_RECIPIENT.fullmatch, found)):
+        raise ValueError("a list of age1… or ssh-ed25519 …, the public keys of who may open a backup")
+    return found
 
 
 def network(value: Any, *, scoped: bool = False) -> Network:
@@ -385,3 +420,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def has_password(dsn: str) -> bool:
+    """As libpq reads it: in a URL's user part or query, or as a key. Also one that libpq would refuse."""
+    if re.match(r"[^:]*://", dsn):
+        names = [unquote(name) for name in re.findall(r"[?&]([^=&]*)=", dsn)]
+        return bool(re.match(r"[^:]*://[^@/:]*:[^@/]+@", dsn)) or not {"password", "sslpassword"}.isdisjoint(names)
+    return bool(re.search(r"password\s*=", dsn))

@@ -78,11 +78,16 @@ def sockets(folder: Path) -> list[Path]:
 def sweep(folder: Path) -> None:
     """Remove the sockets of processes that are gone."""
     for path in sockets(folder):
-        if isinstance(found := _connect(path, 0.2), socket.socket):
-            found.close()
-        elif found is None:
+        if is_dead(path):
             with contextlib.suppress(OSError):  # a folder that cannot be written; whoever asks passes it over
                 path.unlink(missing_ok=True)
+
+
+def is_dead(path: Path) -> bool:
+    """Whether nobody listens at that socket any more."""
+    if isinstance(found := _connect(path, 0.2), socket.socket):
+        found.close()
+    return found is None
 
 
 def ask_all(folder: Path, request: dict[str, Any], seconds: float = 2.0) -> list[dict[str, Any]]:

@@ -1,17 +1,33 @@
-"""What is known of one call when it ends, for its audit line and for who is charged."""
+"""One call: where it came from, and what is known of it when it ends, for its audit line and for who is charged."""
 
+import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field as attribute
+from time import monotonic
 from typing import Any
 
 from msgspec import Struct, field
 
 from mcpctl.audit.log import MORE
-from mcpctl.errors import LimitedError
+from mcpctl.errors import Error, ForbiddenError, LimitedError, ScopeError, UsageError
+from mcpctl.identity.principal import Principal
+from mcpctl.postgres.catalog import NothingThereError
+from mcpctl.postgres.said import StatementError
 from mcpctl.postgres.session import Session, Use
+from mcpctl.tools.definition import UnknownArgumentError
+
+_REFUSALS = ((ScopeError, "scope"), (ForbiddenError, "forbidden"), (UsageError, "arguments"))
+
+
+def refusal(problem: Error) -> str:
+    """The kind of a refusal of a call, one of four words: `not_a_question` is what reading tools do not run."""
+    return next((name for kind, name in _REFUSALS if isinstance(problem, kind)), "not_a_question")
 
 
 class Facts(Struct, eq=False):
-    """What the audit line says of one call, gathered on the way."""
+    """What the audit line says of one call, gathered on the way. `stopped`: why an administrator has it end, `asked`:
+    which databases it had a connection to, from when to when by the monotonic clock, where its `trace` is wanted."""
 
     tool: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -22,7 +38,11 @@ class Facts(Struct, eq=False):
     client_ip: str | None = None
     seconds: float = 0.0
     limited: LimitedError | None = None
+    refusal: str | None = None
     base: Mapping[str, Any] = field(default_factory=dict)
+    trace: str | None = None
+    stopped: str | None = None
+    asked: list[tuple[str, float, float]] = field(default_factory=list)
 
     def session(self, session: Session, database: str) -> None:
         """One of several databases that are asked at once adds to what the others have said."""
@@ -32,6 +52,13 @@ class Facts(Struct, eq=False):
         values.setdefault("database", database)
         values["role"] = session.login if len(self.roles) == 1 else ",".join(dict.fromkeys(self.roles))
         values["backend_pid"] = session.pid if first else None
+
+    def spent(self, database: str, begun: float) -> None:
+        """Count the time since then, for which the call had a connection to this database."""
+        now = monotonic()
+        self.seconds += now - begun
+        if self.trace is not None:
+            self.asked.append((database, begun, now))
 
     @property
     def relations(self) -> tuple[str, ...] | None:
@@ -57,3 +84,43 @@ class Facts(Struct, eq=False):
         """What was done, where the line must say it, before how it ended."""
         did = [use.did for use in self.uses.values() if use.did is not None]
         return ": ".join([*did, reason] if reason else did) or None if did else reason or None
+
+
+@dataclass(slots=True)
+class Request:
+    """Where a call came from. `rpc_id` is the client's own number for it, `task` what to cancel to end it (None: the
+    task that runs it), `databases` what its answer holds something of. `carried`: what the client says of the trace
+    that it is part of, `trace` its id where it is collected, and `facts` what is known of the call, once it has begun.
+    """
+
+    id: str
+    client_ip: str | None
+    transport: str
+    rpc_id: str | int | None = None
+    task: "asyncio.Task[Any] | None" = None
+    databases: set[str] = attribute(default_factory=set, compare=False)
+    carried: Mapping[str, Any] | None = None
+    trace: str | None = None
+    facts: Facts | None = attribute(default=None, compare=False)
+
+
+class Running(Struct, eq=False):
+    """A call that has not ended. `task` is its request's, and `own` the call's, which may be one within it; `begun` is
+    of the monotonic clock, `arguments` are as they came."""
+
+    principal: Principal
+    request: Request
+    task: "asyncio.Task[Any]"
+    own: "asyncio.Task[Any]"
+    facts: Facts
+    arguments: Mapping[str, Any]
+    begun: float
+
+
+def noted(problem: Error) -> str:
+    """What the audit line says of an error. PostgreSQL's own words may quote what only the caller may know."""
+    if isinstance(problem, UnknownArgumentError):  # its name is whatever the caller has sent
+        return "an argument that the tool does not take"
+    if isinstance(problem, StatementError):
+        return f"SQLSTATE {problem.fields.get('sqlstate', 'none')}"
+    return "there is nothing of that name to read" if isinstance(problem, NothingThereError) else problem.message

@@ -21,8 +21,6 @@ from mcpctl.private_file import Fingerprint
 
 PREFIX = "sealed:v1:"
 CREDENTIAL = "secret.key"
-_MODE = 0o440
-"""The mode of a systemd credential; a file of ours has no bit for its group."""
 
 
 def is_sealed(text: str) -> bool:
@@ -75,6 +73,13 @@ def place(file: Path, environ: Mapping[str, str] = os.environ) -> Path:
     return credential if credential is not None and credential.exists() else file
 
 
+def rules(path: Path) -> dict[str, int]:
+    """What `private_file.read` takes for a file that may be a credential of systemd's (systemd.exec(5),
+    LoadCredential=): that is root's, and 0440. A file of ours has no bit for its group."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    return {"mode": 0o440, "trusted_owner": 0} if folder and path.parent == Path(folder) else {}
+
+
 class Keyring:
     """The keys of one file. A key that was once there still opens in this process, so that a rotation loses no call."""
 
@@ -89,8 +94,8 @@ class Keyring:
         now = private_file.fingerprint(self.path)
         if now != self._fingerprint or now == private_file.ABSENT:
             try:
-                mode = _MODE if self.path.name == CREDENTIAL and self._is_credential() else 0o600
-                content = private_file.read(self.path, mode=mode, trusted_owner=0, limit=1 << 20)
+                found_by = {"trusted_owner": 0, **rules(self.path)}
+                content = private_file.read(self.path, limit=1 << 20, **found_by)
             except NotFoundError:
                 raise ConfigError(
                     f"there is no key file {self.path}, and something is sealed with it",
@@ -104,10 +109,6 @@ class Keyring:
     def ids(self) -> list[str]:
         """The ids of the keys that the file holds now; none where there is no file."""
         return [key_id(key) for key in self.keys()] if self.path.exists() else []
-
-    def _is_credential(self) -> bool:
-        folder = os.environ.get("CREDENTIALS_DIRECTORY")
-        return folder is not None and self.path.parent == Path(folder)
 
     def seal(self, text: str, beside: Iterable[tuple[str, str]] = ()) -> str:
         """The text, sealed with the newest key. ConfigError (exit 3) where another key has sealed what is `beside` it,

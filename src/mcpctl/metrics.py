@@ -10,7 +10,8 @@ over all workers would fall instead, and be read as a burst of calls.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from time import time
 from typing import Any, NamedTuple
 
@@ -18,6 +19,12 @@ from mcpctl.last_minute import LastMinute
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds in seconds; the last bucket is without one."""
+FEW = (0.01, 0.1, 1.0, 10.0)
+"""Those of BUCKETS that are told of each tenant, of which there may be hundreds."""
+DAYS, DAYS_LEFT = (1, 7, 30, 90), ("<1", "1-7", "7-30", "30-90", ">90", "never")
+"""Where the classes of `mcpctl_tokens_by_days_left` end, and their names."""
+REFUSED = "refused"
+"""What `Metrics.count` hears, beside a refused call's own event, with the kind of the refusal as its reason."""
 SEVERAL, OTHER = "several", "other"
 """Stand for the databases of a call to several at once, and for names that the config does not have."""
 TEXT = "text/plain; version=0.0.4; charset=utf-8"
@@ -25,23 +32,28 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
 class Family(NamedTuple):
-    """One metric. Counters get `_total` behind their name. `shared`: it is the whole server's, not one worker's."""
+    """One metric. Counters get `_total` behind their name. `shared`: it is the whole server's, not one worker's.
+    `buckets`: a histogram's."""
 
     kind: str
     labels: tuple[str, ...]
     help: str
     shared: bool = False
+    buckets: tuple[float, ...] = BUCKETS
 
 
 FAMILIES: dict[str, Family] = {
     "mcpctl_calls": Family("counter", ("tool", "database", "outcome"), "Calls of tools."),
-    "mcpctl_call_seconds": Family("histogram", ("tool",), "How long calls took."),
+    "mcpctl_call_seconds": Family("histogram", ("tool", "database"), "How long calls took."),
     "mcpctl_call_rows": Family("counter", ("database",), "Rows in answers."),
     "mcpctl_call_bytes": Family("counter", ("database",), "Bytes of rows in answers."),
+    "mcpctl_calls_refused": Family("counter", ("reason",), "Calls that were refused, or too much."),
     "mcpctl_calls_running": Family("gauge", (), "Calls that run now."),
     "mcpctl_tenant_calls": Family("counter", ("tenant", "outcome"), "Calls of a tenant's users."),
     "mcpctl_tenant_rows": Family("counter", ("tenant",), "Rows in answers to a tenant's users."),
-    "mcpctl_tenant_seconds": Family("counter", ("tenant",), "Seconds that calls of a tenant's users took."),
+    "mcpctl_tenant_call_seconds": Family(
+        "histogram", ("tenant",), "How long calls of a tenant's users took.", buckets=FEW
+    ),
     "mcpctl_auth_refused": Family("counter", ("reason",), "Credentials that were refused."),
     "mcpctl_events": Family("counter", ("event",), "Events that the server meant for the audit log."),
     "mcpctl_cuts": Family("counter", ("reason",), "Tokens whose open work was ended."),
@@ -51,6 +63,8 @@ FAMILIES: dict[str, Family] = {
     "mcpctl_audit_failures": Family("counter", (), "Audit lines that could not be written."),
     "mcpctl_audit_failing": Family("gauge", (), "1 while the audit log cannot be written."),
     "mcpctl_audit_last_line_timestamp_seconds": Family("gauge", (), "When this worker last wrote an audit line."),
+    "mcpctl_audit_lag_seconds": Family("gauge", (), "For how long audit lines have not been on disk."),
+    "mcpctl_audit_waiting_lines": Family("gauge", (), "Audit lines that wait until the log can be written."),
     "mcpctl_pools": Family("gauge", ("database",), "Open pools, one a token and database."),
     "mcpctl_pool_connections": Family("gauge", ("database", "state"), "Connections to PostgreSQL."),
     "mcpctl_pool_waiting": Family("gauge", ("database",), "Calls that wait for a connection."),
@@ -58,6 +72,7 @@ FAMILIES: dict[str, Family] = {
     "mcpctl_connection_errors": Family("counter", ("database",), "Connections that could not be made."),
     "mcpctl_database_up": Family("gauge", ("database",), "1 where PostgreSQL takes connections.", shared=True),
     "mcpctl_tokens": Family("gauge", ("status",), "Tokens in the token file.", shared=True),
+    "mcpctl_tokens_by_days_left": Family("gauge", ("days",), "Living tokens, by the days that they have.", shared=True),
     "mcpctl_token_next_expiry_seconds": Family(
         "gauge", (), "Seconds until the next living token expires; left out where none does.", shared=True
     ),
@@ -67,7 +82,7 @@ FAMILIES: dict[str, Family] = {
     "mcpctl_config_changed": Family(
         "gauge", (), "1 while the config file is another than the one in force.", shared=True
     ),
-    "mcpctl_tls_not_after_timestamp_seconds": Family("gauge", (), "When the certificate ends.", shared=True),
+    "mcpctl_tls_cert_expiry_seconds": Family("gauge", (), "Seconds until the certificate ends.", shared=True),
     "mcpctl_workers": Family("gauge", ("state",), "Workers: wanted, and answering this scrape.", shared=True),
     "mcpctl_event_loop_lag_seconds": Family("gauge", (), "The longest delay of the event loop in the last 15 to 30 s."),
     "mcpctl_connections_turned_away": Family(
@@ -118,6 +133,13 @@ _FROM_ZERO: dict[tuple[str, tuple[str, ...]], float] = {
 """What alerts look at: increase() does not see the first event of a series that was not there before."""
 
 
+def days_class(days: float | None) -> str:
+    """The class of a token that has so many days left, or no end (None)."""
+    if days is None:
+        return "never"
+    return next((name for end, name in zip(DAYS, DAYS_LEFT, strict=False) if days < end), DAYS_LEFT[-2])
+
+
 def reason_class(reason: str) -> str:
     """The kind of a refusal of a credential: one of a dozen words, whatever the reason names."""
     for begin, name in _REFUSED:
@@ -128,13 +150,12 @@ def reason_class(reason: str) -> str:
 
 @dataclass(slots=True)
 class _Calls:
-    """Calls of the same labels. `buckets`: how long those of its tool took, and last the sum."""
+    """Calls of the same labels. `buckets`: how long they took, and last the sum."""
 
-    buckets: list[float]
+    buckets: list[float] = field(default_factory=lambda: [0.0] * (len(BUCKETS) + 2))
     calls: int = 0
     rows: int = 0
     bytes: int = 0
-    seconds: float = 0.0
 
 
 Value = float | list[float]
@@ -149,7 +170,6 @@ class Metrics:
         self._databases: frozenset[str] = frozenset(databases)
         self._values: dict[tuple[str, tuple[str, ...]], float] = dict(_FROM_ZERO)
         self._calls: dict[tuple[str, str | None, str, str | None], _Calls] = {}
-        self._seconds: dict[str, list[float]] = {}
         self._lines = self._failures = 0
         self._last_line = 0.0
         self.minute = minute or LastMinute()
@@ -174,6 +194,9 @@ class Metrics:
             self._call(fields)
             if written is None:
                 return
+        elif event == REFUSED:
+            self._add("mcpctl_calls_refused", (fields["reason"],))
+            return
         elif event == "auth.refused" and written is None:
             self._add("mcpctl_auth_refused", (reason_class(fields["reason"]),))
             self.minute.stranger()
@@ -197,7 +220,6 @@ class Metrics:
         used.calls += 1
         used.rows += rows
         used.bytes += size
-        used.seconds += seconds
         used.buckets[bisect_left(BUCKETS, seconds)] += 1
         used.buckets[-1] += seconds
         self.minute.call(value("token"), value("user"), value("client_ip"), outcome, rows, size, seconds)
@@ -206,7 +228,7 @@ class Metrics:
         """Where calls with these labels are counted; of a database that the config does not have, with others."""
         key = (tool, self._database(database), outcome, tenant)
         if key not in self._calls:
-            self._calls[key] = _Calls(self._seconds.setdefault(tool, [0.0] * (len(BUCKETS) + 2)))
+            self._calls[key] = _Calls()
         return self._calls[key]
 
     def cut(self, reason: str, queries: int, backends_left: int) -> None:
@@ -222,6 +244,7 @@ class Metrics:
     def samples(self) -> list[Sample]:
         """All that was counted."""
         summed: dict[tuple[str, tuple[str, ...]], float] = dict(self._values)
+        times: dict[tuple[str, tuple[str, ...]], list[float]] = {}
 
         def add(name: str, labels: tuple[str, ...], value: float) -> None:
             summed[name, labels] = summed.get((name, labels), 0) + value
@@ -230,17 +253,31 @@ class Metrics:
             add("mcpctl_calls", (tool, database or "", outcome), used.calls)
             add("mcpctl_call_rows", (database or "",), used.rows)
             add("mcpctl_call_bytes", (database or "",), used.bytes)
+            _merge(times, ("mcpctl_call_seconds", (tool, database or "")), used.buckets)
             if tenant is not None:
                 add("mcpctl_tenant_calls", (tenant, outcome), used.calls)
                 add("mcpctl_tenant_rows", (tenant,), used.rows)
-                add("mcpctl_tenant_seconds", (tenant,), used.seconds)
+                _merge(times, ("mcpctl_tenant_call_seconds", (tenant,)), fewer(used.buckets, FEW))
         if self._lines:
             add("mcpctl_audit_lines", (), self._lines)
             add("mcpctl_audit_last_line_timestamp_seconds", (), self._last_line)
         if self._failures:
             add("mcpctl_audit_failures", (), self._failures)
         found: list[Sample] = [(name, list(labels), value) for (name, labels), value in summed.items()]
-        return found + [("mcpctl_call_seconds", [tool], list(buckets)) for tool, buckets in self._seconds.items()]
+        return found + [(name, list(labels), buckets) for (name, labels), buckets in times.items()]
+
+
+def _merge(into: dict[Any, list[float]], key: Any, buckets: list[float]) -> None:
+    before = into.get(key)
+    into[key] = list(buckets) if before is None else [one + more for one, more in zip(before, buckets, strict=True)]
+
+
+def fewer(buckets: list[float], bounds: tuple[float, ...]) -> list[float]:
+    """The same counts in the buckets of `bounds`, which are some of BUCKETS; the sum stays last."""
+    found = [0.0] * (len(bounds) + 1)
+    for bound, count in zip((*BUCKETS, inf), buckets[:-1], strict=True):
+        found[bisect_left(bounds, bound)] += count
+    return [*found, buckets[-1]]
 
 
 def exposition(samples: Mapping[str, Iterable[Sample]], *, openmetrics: bool = False) -> str:
@@ -266,7 +303,7 @@ def _lines(name: str, family: Family, labels: list[tuple[str, str]], value: Valu
         yield f"{name}{'_total' if family.kind == 'counter' else ''}{_labels(labels)} {_number(value)}"
         return
     below = 0.0
-    for bound, count in zip([*map(str, BUCKETS), "+Inf"], value[:-1], strict=True):
+    for bound, count in zip([*map(str, family.buckets), "+Inf"], value[:-1], strict=True):
         below += count
         yield f"{name}_bucket{_labels([*labels, ('le', bound)])} {_number(below)}"
     yield f"{name}_sum{_labels(labels)} {_number(value[-1])}"

@@ -9,9 +9,12 @@ from typing import Any
 
 from mcpctl.audit.log import AuditLog
 from mcpctl.errors import Error, LimitedError, UnavailableError
+from mcpctl.metrics import REFUSED
 from mcpctl.shared_counters import source
 
 log = logging.getLogger("mcpctl.audit")
+_calls = logging.getLogger("mcpctl.calls")
+_sql = logging.getLogger("mcpctl.sql")
 AGAIN = 3600.0
 """Seconds after which a credential's use from an address is noted once more."""
 MINUTE = 60.0
@@ -87,8 +90,14 @@ class Recorder:
         if len(self._late.lines) > LATE:
             self._lose(self._late.lines.popleft()[1]["happened_at"])
 
-    def call(self, event: str, fields: dict[str, Any]) -> None:
-        """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused."""
+    def call(self, event: str, fields: dict[str, Any], trace: str | None = None, refusal: str | None = None) -> None:
+        """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused.
+        `refusal`: the kind of a refused one, to be counted by."""
+        if _calls.isEnabledFor(logging.DEBUG):
+            where, ended, took = fields.get("database") or "-", fields.get("outcome"), fields.get("elapsed_ms")
+            _calls.debug("%s %s: %s: %s, %s ms", event, fields["tool"], where, ended, took, extra=_extra(fields, trace))
+        if refusal is not None:
+            self._count(REFUSED, {"reason": refusal}, None)
         if not self._write(event, fields):
             self._lose(self._audit.time())
             if self._refuse:
@@ -109,6 +118,11 @@ class Recorder:
         written = not self._failing
         self._count(event, fields, written)
         return written
+
+    @property
+    def waiting(self) -> int:
+        """How many lines are kept here until the log can be written, also those of which only the number is."""
+        return len(self._late.lines) + (self._late.lost[2] if self._late.lost else 0)
 
     @property
     def failing(self) -> bool:
@@ -177,6 +191,13 @@ class Recorder:
             return {"statement": text}
         return {"statement_hmac": self._audit.statement_hmac(text)}
 
+    def ran(self, kept: Mapping[str, str], about: Mapping[str, Any], trace: str | None = None) -> None:
+        """Say in the server's log that a statement was run, as far as it is `kept`, where the config wants that."""
+        if _sql.isEnabledFor(logging.DEBUG):
+            hmac = kept.get("statement_hmac")
+            said = kept.get("statement") or (f"hmac {hmac}" if hmac else "(audit.statements: off)")
+            _sql.debug("request %s: %s", about["request_id"], said, extra=_extra(about, trace))
+
     def auth_ok(self, token: str | None, user: str | None, address: str | None, **fields: Any) -> None:
         """Once per credential and address (of IPv6, one /64) an hour. Of one that comes from ever new addresses most
         are counted, and each is noted with its next use that there is room for."""
@@ -203,7 +224,8 @@ class Recorder:
             if not self._write("auth.refused", {"client_ip": address, "reason": reason, **fields}):
                 self._lose(self._audit.time())
             if not locked:  # the address last: see docs/monitoring.md
-                log.warning("Unauthorized: %s client=%s", reason, address or "-")
+                extra = {"about": {"client_ip": address, **fields}}
+                log.warning("Unauthorized: %s client=%s", reason, address or "-", extra=extra)
 
     def of_stranger(self, event: str, **fields: Any) -> None:
         """A line on what anybody can do as often as they like: as many as there is room for, the others counted."""
@@ -236,6 +258,7 @@ class Recorder:
 
     def limited(self, problem: LimitedError, **fields: Any) -> None:
         """A known token's call that was too much: the first in full, of all workers together, the others counted."""
+        self._count(REFUSED, {"reason": "budget" if "." in problem.limit else problem.limit}, None)
         self._look()
         if self._line(f"tool.refused {fields.get('token')}"):
             self.note("tool.refused", **fields, outcome="limited", reason=problem.message)
@@ -280,6 +303,11 @@ class Recorder:
 
 def _lost(since: str, until: str, count: int) -> str:
     return f"{count} lines could not be written between {since} and {until}"
+
+
+def _extra(about: Mapping[str, Any], trace: str | None) -> dict[str, Any]:
+    """What a line of the server's log knows of its call; the audit line has no trace."""
+    return {"about": {**about, "trace_id": trace}}
 
 
 def _no_log() -> UnavailableError:

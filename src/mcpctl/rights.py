@@ -2,7 +2,7 @@
 logins that a call goes through.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -82,6 +82,7 @@ class Rights:
         self._settings = settings
         self._now = now
         self.unasked: dict[str, Error] = {}
+        self._open: dict[tuple[str, str | None], list[tuple[str, str]]] = {}
         self._access = Access(settings.auth)
         keyring = Keyring(settings.keyring.file)
         with closing(Own(settings, keyring, None)) as self._own:
@@ -287,7 +288,9 @@ class Rights:
                     self._not_known(login, f"{login.name} {login.role} {target}", problem)
                     raise
                 self._add_verdict(verdict, action, answer)
-            if login.crowd != OWN and (still := harden.still_open(connection, login.role)):
+            if login.crowd != OWN and (
+                still := self._still_open(login, partial(harden.still_open, connection, login.role))
+            ):
                 some = ", ".join(signature for signature, _ in still[:3])
                 answer.add("hardening", True, f"still open to any login: {some}, … ({len(still)}); see database harden")
         limits, own = self._settings.limits, login.settings.limits
@@ -297,6 +300,13 @@ class Rights:
         answer.add(
             "limits", True, f"{rows} rows, {size} bytes and {seconds:g} s a call, {connections} connections a token"
         )
+
+    def _still_open(self, login: Login, look: Callable[[], list[tuple[str, str]]]) -> list[tuple[str, str]]:
+        """Looked for once a login: PostgreSQL takes longer for it than for all else that a question needs."""
+        asked = (login.name, login.role)
+        if asked not in self._open:
+            self._open[asked] = look()
+        return self._open[asked]
 
     @staticmethod
     def _add_verdict(verdict: privileges.Verdict, action: str, answer: Answer) -> None:

@@ -125,6 +125,27 @@ class State:
         with self._told():
             return self._open().execute(sql, values).fetchall()
 
+    def copied(self) -> bytes:
+        """The whole store as one file's bytes, without what anybody may be writing meanwhile."""
+        with self._told():
+            return self._open().serialize()
+
+    def is_alone(self) -> bool:
+        """Whether no other process has the file open."""
+        self.close()
+        connection = sqlite3.connect(self.path, timeout=0.2, isolation_level=None)
+        try:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # sqlite.org/wal.html, 6: needs the file for itself
+            connection.execute("BEGIN EXCLUSIVE")
+            connection.execute("ROLLBACK")
+        except sqlite3.OperationalError as problem:
+            return not _is_busy(problem)
+        except sqlite3.DatabaseError:  # it is none; whoever opens it says so
+            return True
+        finally:
+            connection.close()
+        return True
+
     @contextlib.contextmanager
     def change(self, patience: float | None = None) -> Iterator[sqlite3.Connection]:
         """One transaction that others who write wait for; rolled back where the block fails. It waits `patience`
@@ -285,6 +306,24 @@ def _take(connection: sqlite3.Connection, statements: str) -> None:
         connection.execute(one)
 
 
+def schema(connection: sqlite3.Connection) -> set[tuple[str, ...]]:
+    """What a store is made of: (kind, name, table, SQL) of each table and index."""
+    rows = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema").fetchall()
+    return {tuple(map(str, row)) for row in rows}
+
+
+def build(connection: sqlite3.Connection) -> None:
+    """Make an empty database an empty store."""
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("BEGIN")
+    connection.execute(_SCHEMA)
+    for step in _STEPS.values():
+        _take(connection, step)
+    connection.execute(f"PRAGMA application_id = {APPLICATION}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+
+
 def make(path: Path) -> None:
     """Make an empty store. Where another process makes one at the same time, one of the two stays."""
     private_file.check_folder(path.parent)
@@ -293,14 +332,7 @@ def make(path: Path) -> None:
     try:
         connection = sqlite3.connect(beside, isolation_level=None)
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("BEGIN")
-            connection.execute(_SCHEMA)
-            for step in _STEPS.values():
-                _take(connection, step)
-            connection.execute(f"PRAGMA application_id = {APPLICATION}")
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            connection.execute("COMMIT")
+            build(connection)
         finally:
             connection.close()
         with contextlib.suppress(FileExistsError):

@@ -164,3 +164,11 @@ def _held(path: Path, flags: int) -> Iterator[int]:
             raise UnavailableError(f"{path} cannot be written: {problem.strerror}", "make room") from None
         finally:
             os.close(fd)
+
+
+def waits(path: Path) -> bool:
+    """Whether lines are kept there that the log does not have yet. An empty file says that some were lost."""
+    try:
+        return os.lstat(path).st_size > 0
+    except OSError:
+        return False

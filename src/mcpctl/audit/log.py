@@ -49,7 +49,7 @@ EVENTS = (
     "config.database_added", "config.database_removed", "config.database_hardened", "config.key_rotated",
     "config.certificate_renewed", "config.reloaded", "config.reload_refused",
     "server.started", "server.stopped", "server.locked", "server.unlocked", "token.blocked", "token.unblocked",
-    "audit.rotated", "audit.lost",
+    "audit.rotated", "audit.lost", "backup.made", "backup.restored", "doctor.mended",
 )  # fmt: skip
 _ROOM = 64 << 10
 _KNOWN_EVENTS, _KNOWN_FIELDS = frozenset(EVENTS), frozenset(FIELDS)

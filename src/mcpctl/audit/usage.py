@@ -2,6 +2,7 @@
 
 import ipaddress
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import islice
@@ -50,7 +51,7 @@ def by_token(reading: Reading) -> dict[str, Usage]:
         one = found.setdefault(line.token, Usage())
         one.add({"event": line.event, "time": line.time, "rows": line.rows, "reason": line.reason})
         if line.client_ip is not None and len(one.addresses) < _MOST:
-            one.addresses.add(_source(line.client_ip))
+            one.addresses.add(source(line.client_ip))
     return found
 
 
@@ -62,13 +63,31 @@ def shared(path: Path, now: datetime) -> dict[str, int]:
             if str(line.get("time", "~")) < since:
                 break
             if line.get("event") == "auth.ok" and "token" in line and "client_ip" in line:
-                found[str(line["token"])].add(_source(str(line["client_ip"])))
+                found[str(line["token"])].add(source(str(line["client_ip"])))
     except NotFoundError:  # nothing was written yet
         return {}
     return {token: len(places) for token, places in found.items() if len(places) >= MANY_ADDRESSES}
 
 
-def _source(address: str) -> str:
+def unused(made: Mapping[str, datetime], path: Path, now: datetime) -> list[str]:
+    """Of these tokens, with when each was made, those that are older than DAYS and have not come in since. None where
+    the end of the log, which alone is looked at, does not reach back so far."""
+    since, left = now - DAYS, {token for token, when in made.items() if when <= now - DAYS}
+    reached, count = "~", 0
+    try:
+        for line in files.read_back(path) if left else ():
+            reached, count = str(line.get("time", reached)), count + 1
+            if reached < stamp(since) or count > BACK or not left:
+                break
+            if line.get("event") in ("auth.ok", "tool.called", "tool.refused"):
+                left.discard(str(line.get("token")))
+    except NotFoundError:  # nothing was written yet
+        return []
+    return sorted(left) if count <= BACK else []
+
+
+def source(address: str) -> str:
+    """An address, or of IPv6 the network of the size that one customer has."""
     try:
         found = ipaddress.ip_address(address)
     except ValueError:

@@ -91,18 +91,24 @@ def verify(path: Path, key: bytes, anchors: Collection[Anchor] = (), kept_since:
     Raises NotFoundError where there is no log and no anchor, ConfigError where it is another key's.
     """
     with contextlib.ExitStack() as stack:
-        chosen = _chosen(path, stack, anchors)
-        walk = _Walk(key, anchors, kept_since)
-        remarks = [f"not read, since it holds no line of this log: {name}" for name in chosen.strangers]
-        remarks += [f"not read, since it begins as {other} does: {name}" for name, other in chosen.copies]
-        if chosen.parts and chosen.parts[-1].path != path:
-            remarks.append(f"there is no {path.name}, only files that it was before")
-        walk.report = Report([part.name for part in chosen.parts], remarks=remarks)
-        try:
-            walk.report.fault = _unread(chosen) or walk.through(chosen.parts)
-        except UnreadError as problem:
-            walk.report.fault = Fault("unread", problem.name, 0, None, problem.message)
-        return walk.report
+        return walk(path, _chosen(path, stack, anchors), key, anchors, kept_since)
+
+
+def walk(
+    path: Path, chosen: Chosen, key: bytes, anchors: Collection[Anchor] = (), kept_since: datetime | None = None
+) -> Report:
+    """`verify`, of files that were chosen already."""
+    through = _Walk(key, anchors, kept_since)
+    remarks = [f"not read, since it holds no line of this log: {name}" for name in chosen.strangers]
+    remarks += [f"not read, since it begins as {other} does: {name}" for name, other in chosen.copies]
+    if chosen.parts and chosen.parts[-1].path != path:
+        remarks.append(f"there is no {path.name}, only files that it was before")
+    through.report = Report([part.name for part in chosen.parts], remarks=remarks)
+    try:
+        through.report.fault = _unread(chosen) or through.through(chosen.parts)
+    except UnreadError as problem:
+        through.report.fault = Fault("unread", problem.name, 0, None, problem.message)
+    return through.report
 
 
 def _chosen(path: Path, stack: contextlib.ExitStack, anchors: Collection[Anchor]) -> Chosen:

@@ -52,6 +52,11 @@ def tail(
     since: Annotated[
         str | None, typer.Option("--since", metavar="WHEN", help="Only from then on: 2h, 7d, or a time.")
     ] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="WHEN", help="Only before then.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--grep", metavar="TEXT", help="Only with this in the statement, the reason or a table's name."),
+    ] = None,
     sql: Annotated[bool, typer.Option("--sql", help="Only statements, each in full as a block of its own.")] = False,
     json: JsonOption = False,
     config: ConfigOption = None,
@@ -59,20 +64,25 @@ def tail(
     """Show the end of the audit log; columns on a terminal. With --json each line as it is in the log. Exits 1 where
     lines may be missing in what it shows."""
     from mcpctl.audit import files as audit_files
+    from mcpctl.audit.reading import stamp
     from mcpctl.cli.audit_read import tell_of
 
-    begin, network = moment("--since", since), _asked_network(ip)
+    begin, end, network = moment("--since", since), moment("--until", until), _asked_network(ip)
     _check_event(event)
     found = settings(context, config, forgiving=True)
     before = _last_number(found.audit.file) if follow else 0
     # opened at the end before the old lines are read, so that none between is lost
     newer = audit_files.follow(found.audit.file) if follow else None
 
+    latest = stamp(end) if end is not None else "~"
+
     def wanted(line: dict[str, Any]) -> bool:
         return (
             (user is None or line.get("user") == user)
             and (token is None or line.get("token") == token)
             and (network is None or _is_within(line.get("client_ip"), network))
+            and (text is None or _says(line, text.casefold()))
+            and str(line.get("time", "")) < latest
             and (not sql or "statement" in line or "statement_hmac" in line)
             and (event is None or _is_event(str(line.get("event", "")), event))
         )
@@ -127,6 +137,12 @@ def _known(
             return known, reading
         reading = reading_from(found, None, every=True)  # what is packed can be read only from its beginning
     return list(deque(filter(wanted, reading.lines(lambda line: True)), most)), reading
+
+
+def _says(line: dict[str, Any], text: str) -> bool:
+    """Whether a line has that text in what was asked, why, or of which table; capitals or not."""
+    said = [line.get("statement"), line.get("reason"), *(line.get("relations") or ())]
+    return any(text in str(one).casefold() for one in said if one is not None)
 
 
 def _asked_network(text: str | None) -> "Network | None":

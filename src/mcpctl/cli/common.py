@@ -83,19 +83,25 @@ def config_flag(source: Path | None) -> str:
 
 
 def settings(
-    context: typer.Context, config: Path | None, *, needs_log: bool = True, forgiving: bool = False
+    context: typer.Context,
+    config: Path | None,
+    *,
+    needs_log: bool = True,
+    forgiving: bool = False,
+    mode: int = 0o640,
 ) -> "Settings":
     """The configuration, with root's rights given up in favour of the owner of the files.
 
     `needs_log`: what only takes a right away, or only looks, goes on where the audit log is not as it must be.
-    `forgiving`: what an incident needs goes on where a fault is in what it does not need.
+    `forgiving`: what an incident needs goes on where a fault is in what it does not need. `mode`: the most that
+    the config file may have.
     """
     from dataclasses import replace
 
     from mcpctl import private_file
 
     begun_as_root = _is_root()
-    found = loaded(context, config, forgiving=forgiving)
+    found = loaded(context, config, forgiving=forgiving, mode=mode)
     if begun_as_root:
         from mcpctl.identity import blocked  # noqa: F401 - whoever we become may not be able to read this program
 
@@ -129,7 +135,7 @@ def read_secret(file: str, limit: int = 4096) -> bytes:
     return private_file.read(Path(file), trusted_owner=owner, limit=limit).data
 
 
-def loaded(context: typer.Context, config: Path | None, *, forgiving: bool = False) -> "Settings":
+def loaded(context: typer.Context, config: Path | None, *, forgiving: bool = False, mode: int = 0o640) -> "Settings":
     """The configuration, as root still where the config file is root's."""
     import os
 
@@ -140,7 +146,7 @@ def loaded(context: typer.Context, config: Path | None, *, forgiving: bool = Fal
     if source is not None:
         import_before(source)
     forgiven: list[str] = []
-    found = configuration.load(source, forgiven=forgiven if forgiving else None)
+    found = configuration.load(source, forgiven=forgiven if forgiving else None, mode=mode)
     if forgiven:
         text = "the configuration is not in order, and this goes on by what it needs of it:\n  "
         output.warn(text + "\n  ".join(forgiven), "`mcpctl config check` tries again")
@@ -163,7 +169,7 @@ def import_before(path: Path) -> None:
         return
     names = [*_LAZY, "mcpctl.server.tls", "mcpctl.server.credentials"]
     names += [module.name for module in pkgutil.walk_packages(mcpctl.__path__, "mcpctl.")]
-    apart = ("mcpctl.__main__", "mcpctl.postgres.embedded", "mcpctl.server.")
+    apart = ("mcpctl.__main__", "mcpctl.postgres.embedded", "mcpctl.server.", "mcpctl.bridge.")
     for name in names:
         if name in names[: len(_LAZY) + 2] or not name.startswith(apart):
             import_module(name)

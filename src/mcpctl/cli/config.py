@@ -40,7 +40,7 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     from mcpctl.identity import tokens, users
     from mcpctl.keyring import Keyring
     from mcpctl.postgres.logins import Logins
-    from mcpctl.server import tls
+    from mcpctl.server import logs, tls, tracing
     from mcpctl.server.credentials import is_loopback
 
     found = settings(context, config)
@@ -61,6 +61,8 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     tried(lambda: tokens.token_file(found.auth.token_file).current())
     tried(lambda: users.user_file(found.auth.user_file).current())
     tried(lambda: common.check_log(found), "audit")
+    tried(lambda: logs.check(found), "log")
+    tried(lambda: tracing.check(found.tracing), "tracing.endpoint")
     keyring = Keyring(found.keyring.file)
     tried(lambda: _check_sealed(found, keyring), "keyring.file")
     tried(lambda: _check_own(found, keyring), "server.state_file")

@@ -50,11 +50,12 @@ def demo(
     Stays in front; Ctrl-C leaves nothing behind.
     """
     from mcpctl import config
+    from mcpctl.config_keys import Log
     from mcpctl.server import run
     from mcpctl.server.listening import Listening
     from mcpctl.server.logs import set_up
 
-    set_up("warning")
+    set_up(Log(level="warning"))
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]  # they are meant for another PostgreSQL
     with _stopped_by_signals(), ExitStack() as stack:

@@ -18,7 +18,7 @@ def rotate(context: typer.Context, json: JsonOption = False, config: ConfigOptio
     """Make a new key, seal everything again with it, and drop the old one when nothing needs it any more.
 
     It may be interrupted, and run again: then it goes on with the key that it had made. No call is lost meanwhile.
-    A backup from before needs the old key: keep the two together. audit.key is another key, and stays.
+    A backup of `mcpctl backup` from before has the old key inside. audit.key is another key, and stays.
     """
     from mcpctl import control, rotation
 

@@ -1,24 +1,20 @@
 """mcpctl status and mcpctl top: how the running server is, and what it does."""
 
-import contextlib
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mcpctl.cli import output
-from mcpctl.cli.common import ConfigOption, JsonOption, settings
+from mcpctl.cli import output, signed_in, top_screen
+from mcpctl.cli.common import ConfigOption, JsonOption, asked_to_settle, by_whom, note_all, settings, told
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from mcpctl.config_keys import Settings
 
 Answered = list[dict[str, Any]]
 Rows = list[list[object]]
-_RUNNING = ("SECONDS", "USER", "TOKEN", "TOOL", "DATABASE", "BACKEND", "ADDRESS")
 _BROKEN = "A FILE IS BROKEN OR MISSING: nobody is let in; `mcpctl doctor` says which"
-_USED = ("USER", "TOKEN", "CALLS", "FAILED", "REFUSED", "ROWS", "BYTES", "SECONDS", "ADDRESSES")
 
 
 def ask_if_any(found: "Settings", request: dict[str, Any], *, warn: bool = True) -> tuple[Answered, list[int]]:
@@ -184,7 +180,10 @@ def top(
     json: JsonOption = False,
     config: ConfigOption = None,
 ) -> None:
-    """What runs now, and who used most in the last minute. On a terminal it goes on until q or Ctrl-C."""
+    """What runs now, and who used most in the last minute. On a terminal it goes on until q or Ctrl-C.
+
+    There j, k and the arrows mark a line, x ends the marked call's query, and X revokes its token. Neither asks.
+    """
     from mcpctl.errors import UsageError
 
     found = settings(context, config, needs_log=False, forgiving=True)
@@ -197,15 +196,15 @@ def top(
         if json:
             output.put_json({"running": running, "last_minute": used, "silent": silent})
             return
-        head = [*_RUNNING, *(["STATEMENT"] if sql else [])]
+        head = [*top_screen.RUNNING, *(["STATEMENT"] if sql else [])]
         if sys.stdout.isatty():
-            output.put_table(head, _running_rows(running, sql))
-            output.put_table(_USED, _used_rows(used))
+            output.put_table(head, top_screen.running_rows(running, sql))
+            output.put_table(top_screen.USED, top_screen.used_rows(used))
         else:
-            output.put_table([], [["running", *row] for row in _running_rows(running, sql)])
-            output.put_table([], [["last_minute", *row] for row in _used_rows(used)])
+            output.put_table([], [["running", *row] for row in top_screen.running_rows(running, sql)])
+            output.put_table([], [["last_minute", *row] for row in top_screen.used_rows(used)])
         return
-    _watch(found, lines, sql, interval)
+    _watch(found, lines, sql, interval, by_whom(context, "mcpctl top"))
 
 
 def _look(
@@ -226,75 +225,48 @@ def _look(
     return running[:most], sorted(used.values(), key=lambda one: -one["seconds"])[:most], silent
 
 
-def _running_rows(running: list[dict[str, Any]], sql: bool) -> Rows:
-    names = ("user", "token", "tool", "database", "backend_pid", "client_ip")
-    return [
-        [f"{one['seconds']:.1f}", *(one[name] for name in names)] + ([_one_line(one)] if sql else []) for one in running
-    ]
-
-
-def _one_line(one: dict[str, Any]) -> str:
-    """A statement as one line. One of which PostgreSQL describes no columns may hold a password."""
-    text = one.get("statement", "")
-    return "(not shown)" if text is None else " ".join(text.split())
-
-
-def _used_rows(used: list[dict[str, Any]]) -> Rows:
-    names = ("user", "token", "calls", "failed", "refused", "rows", "bytes")
-    return [[*(one[name] for name in names), f"{one['seconds']:.1f}", ",".join(one["addresses"])] for one in used]
-
-
-def _watch(found: "Settings", lines: int, sql: bool, interval: float) -> None:
-    """Show it again and again, on the whole terminal."""
-    import os
-    import select
+def _watch(found: "Settings", lines: int, sql: bool, interval: float, why: str) -> None:
+    """Show it again and again, on the whole terminal, with keys that end what is marked."""
     import time
 
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.table import Table
-    from rich.text import Text
+    from mcpctl.errors import Error
 
-    def table(head: "tuple[str, ...] | list[str]", rows: Rows) -> Table:
-        made = Table(box=None, pad_edge=False, expand=False)
-        for name in head:
-            made.add_column(name, overflow="ellipsis", no_wrap=True)
-        for row in rows:
-            made.add_row(*(Text(output.clean(cell)) for cell in row))
-        return made
+    seen = top_screen.Seen(*_look(found, lines, sql, warn=False))  # where no server runs, it is an error at once
 
-    def look() -> Group:
-        running, used, silent = _look(found, lines, sql, warn=False)
-        told = f"; no answer from {', '.join(map(str, silent))}" if silent else ""
-        return Group(
-            Text(f"{time.strftime('%H:%M:%S')}  {len(running)} calls run{told}; q ends"),
-            table([*_RUNNING, *(["STATEMENT"] if sql else [])], _running_rows(running, sql)),
-            Text("\nin the last minute"),
-            table(_USED, _used_rows(used)),
-        )
+    def look() -> top_screen.Seen:
+        nonlocal seen
+        try:
+            seen = top_screen.Seen(*_look(found, lines, sql, warn=False))
+        except Error as problem:  # it is started again, perhaps
+            seen = top_screen.Seen(failed=problem.message)
+        return seen
 
-    keys = [sys.stdin] if sys.stdin.isatty() else []
-    with _keys(), Live(look(), console=Console(highlight=False), screen=True, auto_refresh=False) as shown:
-        while True:
-            ready, _, _ = select.select(keys, [], [], interval)
-            if ready and os.read(sys.stdin.fileno(), 1) in (b"q", b"Q", b"\x04", b""):
-                return
-            if not ready:
-                shown.update(look(), refresh=True)
+    screen = top_screen.Screen(
+        look, partial(_cut, found, why), partial(_revoke, found, why), lambda: time.strftime("%H:%M:%S"), sql=sql
+    )
+    top_screen.show(screen, interval)
 
 
-@contextlib.contextmanager
-def _keys() -> "Iterator[None]":
-    """Have each key as soon as it is hit, unseen."""
-    import termios
-    import tty
+def _cut(found: "Settings", why: str, call: dict[str, Any]) -> str:
+    """End one call, and write it down; what was done."""
+    answers, silent = ask(found, {"do": "end_call", "id": call["id"]}, warn=False)
+    there = [answer for answer in answers if answer["there"]]
+    if not there:
+        return f"NOT DONE: no answer from {', '.join(map(str, silent))}" if silent else "that call has ended by itself"
+    named = {name: call[name] for name in ("token", "user", "tenant", "tool", "database", "backend_pid")}
+    note_all(found, [("query.cancelled", {"request_id": call["id"], **named, "reason": f"one call was ended; {why}"})])
+    whose = f"{call['tool']} of {call['user'] or call['token']}"
+    return f"ended: {whose}" if all(answer["ended"] for answer in there) else f"told to end, and still there: {whose}"
 
-    if not sys.stdin.isatty():
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    try:
-        tty.setcbreak(sys.stdin)
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+def _revoke(found: "Settings", why: str, token: str) -> str:
+    """Revoke a token as `token revoke` does, or end a session as `session revoke` does; what was done."""
+    if signed_in.is_one(token):
+        whose = signed_in.records(found)[token][0]
+        over = signed_in.end(found, [token])
+        note_all(found, signed_in.closed(over, whose, why))
+        return f"session {token} of {whose} ended; {told(asked_to_settle(found, [token]))[0]}"
+    from mcpctl.cli.taking import revoked
+
+    ((entry, alive),), words, _ = revoked(found, [token], why)
+    return f"{entry.id} {'revoked' if alive else 'was revoked already'}; {words}"

@@ -44,6 +44,7 @@ def serve(
     On stdio the caller is the token in MCPCTL_TOKEN; without one, the local user. MCPCTL_DATABASE_URL alone is
     enough there. Anything but loopback needs --tls-cert and --tls-key, or --behind-proxy.
     """
+    import os
     from functools import partial
 
     from mcpctl.errors import UsageError
@@ -54,9 +55,11 @@ def serve(
     hangup = Hangup()  # before all that takes long: who sends it means the config as it is then
     found = settings(context, config)
     _check_that_python_can_be_read()
-    from mcpctl.server.logs import set_up
+    from mcpctl.server import logs, tracing
 
-    set_up(found.log.level)
+    logs.check(found)
+    tracing.check(found.tracing)
+    logs.set_up(found.log)
     if host is not None and not host.strip():
         raise UsageError("--host is empty", "name an address, such as 127.0.0.1, or leave it out")
     over_http = (host, port, tls_cert, tls_key, tls_chain, workers)
@@ -67,13 +70,21 @@ def serve(
         hangup.release()
         _stdio(found)
         return
+    from mcpctl.server import activation
+    from mcpctl.server.notify import Notifier
+
+    if (handed := activation.handed(os.environ, os.getpid())) is not None:
+        if host is not None or port is not None:
+            raise UsageError("--host and --port do not go with a socket of systemd's", "leave them out")
+        host, port = handed.getsockname()[:2]
     flags = _Flags(host, port, tls_cert, tls_key, tls_chain, behind_proxy, workers, no_auth)
     listening = _listening(found, flags)
     from mcpctl.server import run
 
     _collect_garbage()
     read = partial(_read_again, found, flags)
-    run.serve(listening, lambda url: output.say(f"serving at {url}"), read, hangup)
+    systemd = Notifier(os.environ, os.getpid())
+    run.serve(listening, lambda url: output.say(f"serving at {url}"), read, hangup, systemd, handed)
 
 
 @dataclass(frozen=True)

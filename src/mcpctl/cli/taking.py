@@ -1,12 +1,12 @@
 """What takes a right away where that cannot be written, or not now: the running servers are told."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcpctl.cli import output
-from mcpctl.cli.common import note_all, told
+from mcpctl.cli.common import note_all, proof, told
 
 if TYPE_CHECKING:
     from mcpctl.config_keys import Settings
@@ -63,6 +63,22 @@ def taking(found: "Settings", names: list[str], why: str, path: Path | None = No
     finally:
         for timer in timers:
             timer.cancel()
+
+
+def revoked(
+    found: "Settings", names: list[str], why: str, *, every: bool = False, but: "Collection[str]" = ()
+) -> "tuple[list[tuple[Token, bool]], str, dict[str, Any] | None]":
+    """Revoke these tokens, which are all but `but` where it is `every` one; write it down; have the servers cut what
+    they have open. The entries, with whether each was alive, and what the servers did, as words and as values."""
+    from mcpctl.identity import tokens
+
+    with taking(found, names, why):
+        file = tokens.token_file(found.auth.token_file)
+        done = tokens.revoke(file, None if every else names, tokens.utcnow(), but)
+    fresh = [entry for entry, alive in done if alive]
+    # The servers see the file by themselves meanwhile; whoever interrupts the wait for their proof leaves a record.
+    note_all(found, [("token.revoked", {"token": entry.id, "user": entry.user, "reason": why}) for entry in fresh])
+    return done, *proof(found, [entry.id for entry, _ in done])
 
 
 def _users(found: "Settings") -> dict[str, str | None]:

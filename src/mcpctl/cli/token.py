@@ -34,7 +34,7 @@ from mcpctl.cli.new_token import (
     standing,
     tell,
 )
-from mcpctl.cli.taking import known_of, taking
+from mcpctl.cli.taking import known_of, revoked, taking
 
 if TYPE_CHECKING:
     from datetime import datetime, timedelta
@@ -347,13 +347,7 @@ def revoke(
     file = tokens.token_file(found.auth.token_file)
     missing = Failures()
     known = [name for name in file.current() if name not in (but or ())] if all_ else known_of(file, ids or [], missing)
-    why = by_whom(context, reason)
-    with taking(found, known, why):
-        done = tokens.revoke(file, None if all_ else known, tokens.utcnow(), but or ())
-    fresh = [entry for entry, alive in done if alive]
-    # The servers see the file by themselves meanwhile; whoever interrupts the wait for their proof leaves a record.
-    note_all(found, [("token.revoked", {"token": entry.id, "user": entry.user, "reason": why}) for entry in fresh])
-    words, values = proof(found, [entry.id for entry, _ in done])
+    done, words, values = revoked(found, known, by_whom(context, reason), every=all_, but=but or ())
     if json:
         already = [entry.id for entry, alive in done if not alive]
         output.put_json({"revoked": [entry.id for entry, _ in done], "already": already, "cut": values})

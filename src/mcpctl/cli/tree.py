@@ -27,6 +27,10 @@ TOP = {
         "doctor",
     ),
     "client-config": ("Print what a client's configuration needs to connect, or put it there.", "client_config"),
+    "support-bundle": (
+        "Print what a report of a fault needs to say, without secrets, statements and names: read it, then send it.",
+        "support_bundle",
+    ),
     "lockdown": ("Answer no more calls, on any worker and after a restart, until it is lifted.", "lockdown"),
     "can": (
         "Say whether a user may do something, and why: token, user, role, permission, grant, login role, PostgreSQL.",
@@ -44,9 +48,15 @@ TOP = {
     "database": ("Add, list, test, harden and remove databases.", "database"),
     "grant": ("Compare what is recorded with what PostgreSQL has.", "grant"),
     "session": ("See who is signed in and what tokens have open in the running server, and end it.", "session"),
-    "audit": ("Read the audit log.", "audit", "audit_read", "audit_verify"),
+    "audit": ("Read the audit log.", "audit", "audit_read", "audit_report", "audit_verify"),
     "incident": ("Find out what somebody did.", "incident"),
     "key": ("Rotate the key that seals database passwords.", "key"),
+    "backup": (
+        "Back up config, tokens, users, keys, passwords, what the server remembers, and the audit log, while it runs.",
+        "backup",
+    ),
+    "restore": ("Bring back what is in a backup, all of it or nothing, while no server runs.", "restore"),
+    "import": ("Take over users and tokens of another server.", "import_"),
     "config": ("Check the configuration, and have it read again.", "config"),
 }
 """Name → its help's first sentence, its module, and the modules whose commands join it."""

@@ -6,6 +6,8 @@ LIMITS = b"mcpctl limits"
 have put in its place runs in the READ ONLY transaction; in place of the others it would run outside of one."""
 SET_LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, true),
  pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.pg_backend_pid()"""
+LIMITS_AND_TRACE = SET_LIMITS + b", pg_catalog.set_config('application_name', $2, true)"
+"""The same, and until the transaction's end the trace that it belongs to, without a further round trip."""
 UNLOCK = b"SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.setseed($1)"
 LOOK = (
     UNLOCK + b", (SELECT pg_catalog.sum(CASE WHEN from_sql THEN 2 ELSE 1 END) FROM pg_catalog.pg_prepared_statement())"

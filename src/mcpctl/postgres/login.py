@@ -159,7 +159,11 @@ class Login:
 
     def _read_password(self, path: Path) -> str:
         try:
-            text = private_file.read(path, limit=4096).data.decode("utf-8", "replace").rstrip("\r\n")
+            text = (
+                private_file.read(path, limit=4096, **keyring.rules(path))
+                .data.decode("utf-8", "replace")
+                .rstrip("\r\n")
+            )
         except NotFoundError as problem:
             raise ConfigError(problem.message, "write the password into it, and nothing else; 0600") from None
         return self.keyring.open(text, f"the password in {path}") if keyring.is_sealed(text) else text

@@ -202,8 +202,10 @@ class Pools:
 
     def _tell(self, event: str, pool: TokenPool, reason: str | None) -> None:
         word = event.removeprefix("pool.")
-        log.info("pool %s for token %s, database %s: %d left", word, pool.short, pool.login.shown, len(self._pools))
         owner = pool.principal
+        extra = {"about": {"token": owner.token, "user": owner.user, "database": pool.login.shown}}
+        shown, left = pool.login.shown, len(self._pools)
+        log.info("pool %s for token %s, database %s: %d left", word, pool.short, shown, left, extra=extra)
         self._told(event, token=owner.token, user=owner.user, database=pool.login.shown, reason=reason)
 
     async def _make_room(self, asking: TokenPool, turn: asyncio.Lock) -> None:

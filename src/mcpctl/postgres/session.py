@@ -53,7 +53,7 @@ class Use:
     `did`: what the audit line must say of the call however it ends.
     `guard` hears of the relations that the statement reads before anything of it is answered (None:
     nobody knows), and raises where it may not be. `lasts` is called before what a call has changed stays, and raises
-    where it may not.
+    where it may not. `trace`: the id that PostgreSQL is to know it by, beside the token's.
     """
 
     described: bool = False
@@ -61,6 +61,7 @@ class Use:
     unseen: bool = False
     did: str | None = None
     guard: Guard | None = None
+    trace: str | None = None
     lasts: Callable[[], None] = lambda: None
 
     @property

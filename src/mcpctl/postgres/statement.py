@@ -307,7 +307,11 @@ class Exchange:
             pgconn.send_prepare(frame.LIMITS, frame.SET_LIMITS)
             wire.sync()  # what is parsed takes a snapshot, and behind one nothing can be READ WRITE
         pgconn.send_query_params(begin, None)
-        pgconn.send_query_prepared(frame.LIMITS, _limits(self.bounds.seconds))
+        if (trace := self.session.use.trace) is None:
+            pgconn.send_query_prepared(frame.LIMITS, _limits(self.bounds.seconds))
+        else:
+            named = f"mcpctl {self.session.pool.short} {trace}".encode()
+            pgconn.send_query_params(frame.LIMITS_AND_TRACE, (*_limits(self.bounds.seconds), named))
         for text, params in statements:
             pgconn.send_query_params(text, params or None)
         wire.sync()

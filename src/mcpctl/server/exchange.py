@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from mcpctl.calls import Request
 from mcpctl.errors import Error
+from mcpctl.facts import Request
 from mcpctl.identity.principal import Principal
 from mcpctl.server import credentials, encoding
 

@@ -32,7 +32,9 @@ _encode = msgspec.json.Encoder().encode
 _SAFE = 2**53 - 1
 _MOST_METAS = 1000
 _MOST_NESTED = 150
-_MODERN_META = {PROTOCOL_VERSION_META_KEY, CLIENT_CAPABILITIES_META_KEY, CLIENT_INFO_META_KEY, "progressToken"}
+_MODERN_META = {PROTOCOL_VERSION_META_KEY, CLIENT_CAPABILITIES_META_KEY, CLIENT_INFO_META_KEY}
+_PASSED = {"progressToken", "traceparent", "tracestate", "baggage"}
+"""What the SDK looks at in no `_meta` of a tools/call. The trace's part is SEP-414's."""
 _ROUTING = (b"mcp-protocol-version", b"mcp-method", b"mcp-name")
 
 
@@ -43,10 +45,15 @@ class Call(msgspec.Struct):
     name: str
     arguments: dict[str, Any] | None
     modern: bool
+    carried: dict[str, Any] | None = None
+    """What its `_meta` says of the trace that the call is part of."""
 
 
 class _Meta(msgspec.Struct, forbid_unknown_fields=True):
     progressToken: int | str | msgspec.UnsetType = msgspec.UNSET
+    traceparent: Any = msgspec.UNSET
+    tracestate: Any = msgspec.UNSET
+    baggage: Any = msgspec.UNSET
 
 
 class _Params(msgspec.Struct, forbid_unknown_fields=True):
@@ -88,6 +95,8 @@ class Express:
             else:
                 given = plain.params.arguments
                 found = Call(plain.id, plain.params.name, None if given is msgspec.UNSET else given, False)
+                if plain.params.meta is not msgspec.UNSET:
+                    found.carried = _carried(msgspec.structs.asdict(plain.params.meta))
                 return found if _is_good_number(plain.id) else None
         try:
             message = _decode(body)
@@ -109,7 +118,7 @@ class Express:
             return None
         if not self._meta_is_good(meta, "_meta" in params, modern, name, headers):
             return None
-        return Call(number, name, arguments, modern)
+        return Call(number, name, arguments, modern, _carried(meta) if meta is not None else None)
 
     def route(self, headers: Headers) -> Route | None:
         """Whether headers are those of a modern tools/call, and of which tool, or of an older one; None for others."""
@@ -138,7 +147,7 @@ class Express:
             return False
         if not isinstance(meta.get("progressToken", 0), str | int) or isinstance(meta.get("progressToken"), bool):
             return False
-        rest = {key: value for key, value in meta.items() if key != "progressToken"}
+        rest = {key: value for key, value in meta.items() if key not in _PASSED}
         if not modern:
             return not rest
         version = rest.get(PROTOCOL_VERSION_META_KEY)
@@ -177,6 +186,12 @@ class Express:
         """The protocol's error for a tool that there is not: HTTP 400 in the modern era, 200 before."""
         error = {"code": INVALID_PARAMS, "message": message}
         return 400 if call.modern else 200, _encode({"jsonrpc": "2.0", "id": call.id, "error": error})
+
+
+def _carried(meta: dict[str, Any]) -> dict[str, Any] | None:
+    found = {name: meta.get(name, msgspec.UNSET) for name in ("traceparent", "tracestate")}
+    known = {name: value for name, value in found.items() if value is not msgspec.UNSET}
+    return known if "traceparent" in known else None
 
 
 def _is_good_number(number: object) -> bool:

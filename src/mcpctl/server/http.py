@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
-from mcpctl.calls import Calls, Request, UnknownToolError
+from mcpctl.calls import Calls, UnknownToolError
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, LimitedError, LockedError, UnauthorizedError, UnavailableError, UsageError
+from mcpctl.facts import Request
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
 from mcpctl.policy.scopes import Scopes
@@ -34,6 +35,8 @@ from mcpctl.server.hot import Asking, Found, Reply
 from mcpctl.server.old_streams import OldStreams
 from mcpctl.server.refusals import CANCELLED, Refusals, failed
 from mcpctl.server.routes import Addition, Route, find, know
+from mcpctl.server.tracing import Call as TracedCall
+from mcpctl.server.tracing import of_headers, of_message
 from mcpctl.shared_counters import Slot
 
 log = logging.getLogger("mcpctl.http")
@@ -61,6 +64,8 @@ class Parts:
     express: Express | None = field(default_factory=Express)
     additions: Sequence[Addition] = ()
     scopes: Scopes | None = None
+    traced: TracedCall | None = None
+    """Answers a call within a span, where the config wants traces."""
 
 
 class Http:
@@ -109,7 +114,7 @@ class Http:
         except Error as problem:
             await self._refuse(scope, send, problem, request_id)
         except Exception:
-            log.exception("request %s failed", request_id)
+            log.exception("request %s failed", request_id, extra={"about": {"request_id": request_id}})
             await exchange.answer(send, 500, failed(request_id), request_id)
 
     # -- /mcp ----------------------------------------------------------------------------------------------------
@@ -134,7 +139,9 @@ class Http:
             know(scope, principal)
             body = await self.body(scope, receive, principal.token)
             self._remember(scope, address, text, let_in=True)
-            await self._served(scope, receive, send, Request(request_id, address, "http"), principal, body)
+            around = of_headers(scope["headers"]) if self._parts.traced is not None else None
+            request = Request(request_id, address, "http", carried=around)
+            await self._served(scope, receive, send, request, principal, body)
         finally:
             self._parts.calls.limiter.leave(slots)
 
@@ -177,7 +184,8 @@ class Http:
             slots = self._enter(principal, address, request_id)
             try:
                 asking.know(principal.token)
-                request = Request(request_id, address, "http", call.id, asking.answering)
+                around = of_headers(found.headers) if self._parts.traced is not None else None
+                request = Request(request_id, address, "http", call.id, asking.answering, carried=around)
                 answer = await self._guarded(principal, request, asking.gone, self._express(call, principal, request))
                 if answer is None:
                     return False
@@ -192,7 +200,7 @@ class Http:
             status, body, headers = self._refusals.answer(found.headers, "/mcp", problem, request_id, found.base)
             reply = Reply(status, body, request_id, [*headers, *found.more])
         except Exception:
-            log.exception("request %s failed", request_id)
+            log.exception("request %s failed", request_id, extra={"about": {"request_id": request_id}})
             reply = Reply(500, failed(request_id), request_id)
         return await asking.write_long(reply, lambda: True) if asking.flow.write_paused else asking.write(reply)
 
@@ -403,8 +411,11 @@ class Http:
         if express is None:
             raise TypeError("there is no express lane")
         self.answered_express += 1
+        answer: TracedCall = self._parts.calls.call
+        if self._parts.traced is not None:
+            answer, request.carried = self._parts.traced, of_message(request.carried, call.carried)
         try:
-            return express.answer(call, await self._parts.calls.call(principal, call.name, call.arguments, request))
+            return express.answer(call, await answer(principal, call.name, call.arguments, request))
         except UnknownToolError as problem:
             return express.unknown_tool(call, problem.message)
 

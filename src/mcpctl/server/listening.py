@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mcpctl.certificates import Pair
 from mcpctl.config_keys import Settings
+from mcpctl.config_profile import PRODUCTION
 from mcpctl.errors import ConfigError, Error
 from mcpctl.server import credentials
 from mcpctl.server.door import Door
@@ -50,6 +51,12 @@ class Listening:
             raise ConfigError(
                 f"plain HTTP on {server.host} would send tokens and rows in clear",
                 "give --tls-cert and --tls-key, or --behind-proxy with server.trusted_proxies, or listen on 127.0.0.1",
+            )
+        production = server.profile == PRODUCTION
+        if production and (self.no_auth or not (self.tls or self.behind_proxy)):
+            raise ConfigError(
+                "server.profile is production: no server without tokens, nor without HTTPS or a proxy that speaks it",
+                "leave --no-auth out, and set server.tls, or say --behind-proxy",
             )
         if self.no_auth and not loopback:
             raise ConfigError(f"--no-auth is for loopback only, not for {server.host}", "use tokens")

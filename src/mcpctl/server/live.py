@@ -5,6 +5,7 @@ import os
 import platform
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import __version__
-from mcpctl.calls import Calls, Running
+from mcpctl.calls import Calls
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
+from mcpctl.facts import Running
 from mcpctl.identity import tokens
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
-from mcpctl.metrics import Metrics, Sample
+from mcpctl.metrics import DAYS_LEFT, Metrics, Sample, days_class
 from mcpctl.postgres.cutting import Outlived
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.pools import Pools, reachable
@@ -33,6 +35,9 @@ _REACHED_WITHIN, _REACHED_FOR = 1.0, 2.0
 """Seconds that a database has to answer in, and for which it is then not asked again."""
 _SHOWN = 10_000
 """Characters of a running statement that are told."""
+_ENDS_WITHIN = 1.5
+"""Seconds that a call has to end in: its query is cancelled, and its backend terminated where that is not enough."""
+STOPPED = "an administrator has ended this call; your token is still good"
 ENDED = "your session was ended by an administrator; your token is still good, so ask again"
 
 
@@ -94,6 +99,7 @@ class Live:
         pools: Pools,
         calls: Calls,
         recorder: Recorder,
+        lag: Callable[[], float],
     ) -> None:
         self._process = process
         self.place = process.place
@@ -102,6 +108,7 @@ class Live:
         self._pools = pools
         self._calls = calls
         self._recorder = recorder
+        self._lag = lag
         self._metrics = process.metrics
         self.settings = settings
         self._config_since = time.time()
@@ -115,6 +122,7 @@ class Live:
             "running": self._running,
             "sessions": self._sessions,
             "end_session": self._end_session,
+            "end_call": self._end_call,
             "metrics": self._counted,
         }
 
@@ -192,22 +200,22 @@ class Live:
         found = self._process.ends()
         return found.timestamp() if found is not None else None
 
-    def tokens(self) -> tuple[dict[str, int] | None, float | None]:
-        """How many tokens there are by status, and in how many seconds the next living one expires. None while a file
-        is broken; then nobody is let in."""
+    def tokens(self) -> tuple[dict[str, int] | None, list[float | None]]:
+        """How many tokens there are by status, None while a file is broken, and then nobody is let in; and how many
+        seconds each living one has, None where it has no end."""
         now = tokens.utcnow()
         try:
             found = self._authenticator.read()
         except Error:
-            return None, None
+            return None, []
         counts = dict.fromkeys(("active", "expiring", "expired", "revoked", "disabled", "blocked"), 0)
-        ends = []
+        left: list[float | None] = []
         for token in found.tokens.values():
             status = tokens.standing(token, found.people, now, self._authenticator.kept_out("canary"))
             counts[status] = counts.get(status, 0) + 1
-            if status in ("active", "expiring") and token.expires_at is not None:
-                ends.append(token.expires_at)
-        return counts, (min(ends) - now).total_seconds() if ends else None
+            if status in ("active", "expiring"):
+                left.append(None if token.expires_at is None else (token.expires_at - now).total_seconds())
+        return counts, left
 
     async def _running(self, request: Request) -> dict[str, Any]:
         sql = bool(request.get("sql")) and self.settings.audit.statements == "full"
@@ -255,6 +263,14 @@ class Live:
         there = any(principal.token == token for principal in open_)
         return {"open": there, **values(await self._calls.end(token, ENDED))}
 
+    async def _end_call(self, request: Request) -> dict[str, Any]:
+        """End one call that runs here; `there` says whether one did, and `ended` whether it has, its query with it."""
+        one = self._calls.stop(str(request["id"]), STOPPED)
+        until = time.monotonic() + _ENDS_WITHIN
+        while one in (running := self._calls.running()) and time.monotonic() < until:  # noqa: ASYNC110 - so long at most
+            await asyncio.sleep(0.01)
+        return {"there": one is not None, "ended": one not in running}
+
     async def _counted(self, request: Request) -> dict[str, Any]:
         return {**asdict(self.place), "samples": self.samples()}
 
@@ -264,6 +280,8 @@ class Live:
         found += [
             ("mcpctl_calls_running", [], len(self._calls.running())),
             ("mcpctl_audit_failing", [], float(self._recorder.failing)),
+            ("mcpctl_audit_waiting_lines", [], self._recorder.waiting),
+            ("mcpctl_audit_lag_seconds", [], self._lag()),
             ("mcpctl_connection_budget", [], self._pools.budget),
             ("mcpctl_config_loaded_timestamp_seconds", [], self._config_since),
             ("process_start_time_seconds", [], self._process.begun),
@@ -277,7 +295,7 @@ class Live:
 
     async def shared(self, answering: int) -> list[Sample]:
         """What is the whole server's, of which one worker tells."""
-        counts, next_expiry = self.tokens()
+        counts, left = self.tokens()
         found: list[Sample] = [
             ("mcpctl_build_info", [__version__, platform.python_version()], 1),
             ("mcpctl_workers", ["wanted"], self.place.workers),
@@ -288,11 +306,19 @@ class Live:
         ]
         found += [("mcpctl_tokens", [status], count) for status, count in (counts or {}).items()]
         found += [("mcpctl_database_up", [name], float(up)) for name, up in (await self.reached()).items()]
-        if next_expiry is not None:
-            found.append(("mcpctl_token_next_expiry_seconds", [], next_expiry))
+        if counts is not None:
+            found += _by_days_left(left)
         if (end := self.tls_not_after()) is not None:
-            found.append(("mcpctl_tls_not_after_timestamp_seconds", [], end))
+            found.append(("mcpctl_tls_cert_expiry_seconds", [], end - time.time()))
         return found
+
+
+def _by_days_left(left: list[float | None]) -> list[Sample]:
+    """Living tokens by how many days they have, and when the next of them ends."""
+    days = Counter(days_class(None if seconds is None else seconds / 86400) for seconds in left)
+    found: list[Sample] = [("mcpctl_tokens_by_days_left", [name], days[name]) for name in DAYS_LEFT]
+    ends = [seconds for seconds in left if seconds is not None]
+    return [*found, ("mcpctl_token_next_expiry_seconds", [], min(ends))] if ends else found
 
 
 def _told(one: Running, sql: bool) -> dict[str, Any]:

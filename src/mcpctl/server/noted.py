@@ -37,7 +37,8 @@ class Noted:
             return
         self._said[key] = (self._now(), 0)
         before = f" ({more} more before)" if more else ""
-        log.info("request %s: %s: %d, %s%s", request_id, path, problem.status, problem.message, before)
+        extra = {"about": {"request_id": request_id}}
+        log.info("request %s: %s: %d, %s%s", request_id, path, problem.status, problem.message, before, extra=extra)
 
     def watched(self, path: str, route: Route) -> Route:
         """That route, whose refusals of malformed requests are noted."""

@@ -181,7 +181,7 @@ class Endpoints:
             after = [(b"retry-after", str(problem.retry_after).encode())]
             return 429, _error("temporarily_unavailable", "too many requests: come again later"), after
         if problem.status >= 500:
-            log.warning("request %s: %s", request_id, problem.message)
+            log.warning("request %s: %s", request_id, problem.message, extra={"about": {"request_id": request_id}})
             busy = isinstance(problem, UnavailableError)
             after = [(b"retry-after", str(problem.retry_after).encode())] if isinstance(problem, BusyError) else []
             return 503, _error("temporarily_unavailable" if busy else "server_error", outside(problem)), after

@@ -4,9 +4,9 @@ import asyncio
 
 from mcp_types import jsonrpc_message_adapter
 
-from mcpctl.calls import Request
 from mcpctl.config_keys import Limits
 from mcpctl.errors import Error, LimitedError, UsageError
+from mcpctl.facts import Request
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
 from mcpctl.policy.limits import rule

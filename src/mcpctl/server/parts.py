@@ -33,6 +33,7 @@ from mcpctl.postgres.pools import Pools
 from mcpctl.postgres.wire import large_blocks_apart
 from mcpctl.recorder import Recorder
 from mcpctl.server.live import Live, Place, Process
+from mcpctl.server.tracing import Call, Traces
 from mcpctl.server.watch import Watch
 from mcpctl.signing_in import SigningIn
 from mcpctl.state import State
@@ -53,6 +54,9 @@ class Core:
     watch: Watch
     live: Live
     state: State
+    call: Call
+    """Answers a call: with a trace, where the config wants that."""
+    traced: bool
     signing_in: SigningIn | None = None
     """Where users may sign in with a password."""
     quiet: bool = False
@@ -133,19 +137,34 @@ async def running(
     calls = Calls(
         settings, logins, own, pools, recorder, limiter, canaries, durable.answering if durable.waits else None
     )
+    traces = Traces(settings.tracing, calls) if settings.tracing.endpoint is not None else None
+    call: Call = traces.call if traces is not None else calls.call
     folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
     watch = Watch(authenticator, calls, pools, recorder, folder, lambda: 0, keyring.ids, own, process.told)
     watch.answers.add({"audit_end": durable.end})
     watch.was_cut = metrics.cut
     watch.hear()
-    live = Live(settings, process, authenticator, logins, pools, calls, recorder)
+    live = Live(settings, process, authenticator, logins, pools, calls, recorder, durable.lag)
     watch.answers.add(live.answers())
     signing_in = passwords = None
     if authenticator.sessions is not None:
         passwords = Passwords()
         limits = SignIns(settings.limits.failed_sign_ins, process.counters)
         signing_in = SigningIn(authenticator, authenticator.sessions, passwords, limits, recorder)
-    core = Core(settings, authenticator, logins, pools, calls, recorder, watch, live, own.state, signing_in)
+    core = Core(
+        settings,
+        authenticator,
+        logins,
+        pools,
+        calls,
+        recorder,
+        watch,
+        live,
+        own.state,
+        call,
+        traces is not None,
+        signing_in,
+    )
     tasks, begun = [], False
     pools.begin()
     try:
@@ -175,6 +194,8 @@ async def running(
                 recorder.note("server.stopped", reason=f"pid {os.getpid()}")
             recorder.close()
         await durable.close()
+        if traces is not None:
+            await traces.close()
         if authenticator.visitors is not None:
             await authenticator.visitors.close()
         if passwords is not None:

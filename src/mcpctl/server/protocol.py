@@ -1,4 +1,4 @@
-"""The SDK's edge: the whole protocol, both eras; every tools/call ends in `calls.call`."""
+"""The SDK's edge: the whole protocol, both eras; every tools/call ends in `Calls.call`."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -23,9 +23,11 @@ from mcp.types import (
 )
 
 from mcpctl import __version__
-from mcpctl.calls import Calls, Request, UnknownToolError
+from mcpctl.calls import Calls, UnknownToolError
 from mcpctl.errors import Error, UnavailableError
+from mcpctl.facts import Request
 from mcpctl.identity.principal import Principal
+from mcpctl.server.tracing import Call, of_message
 from mcpctl.tools.definition import Tool as Definition
 
 Context = ServerRequestContext[Any, Any]
@@ -45,8 +47,8 @@ def _annotations(tool: Definition) -> ToolAnnotations:
     return ToolAnnotations(read_only_hint=reads, destructive_hint=None if reads else True, open_world_hint=False)
 
 
-def build(calls: Calls, who: Who, failed: Failed = lambda context, problem: problem.message) -> Server[Any]:
-    """The protocol server. It holds no state of its own: every request brings its caller."""
+def build(calls: Calls, who: Who, failed: Failed, call: Call) -> Server[Any]:
+    """The protocol server. It holds no state of its own: every request brings its caller. `call` answers each call."""
 
     async def list_tools(context: Context, params: PaginatedRequestParams | None) -> ListToolsResult:
         try:
@@ -69,7 +71,8 @@ def build(calls: Calls, who: Who, failed: Failed = lambda context, problem: prob
     async def call_tool(context: Context, params: CallToolRequestParams) -> CallToolResult:
         try:
             principal, request = await who(context)
-            answer = await calls.call(principal, params.name, params.arguments, request)
+            request.carried = of_message(request.carried, context.meta)
+            answer = await call(principal, params.name, params.arguments, request)
         except UnknownToolError as problem:
             raise MCPError(code=INVALID_PARAMS, message=problem.message) from None
         except UnavailableError as problem:  # over HTTP the transport answers 503 instead

@@ -91,7 +91,8 @@ class Refusals:
         if monotonic() - since < _SAID_FOR:
             self._said[message] = (since, more + 1)
             return
-        log.warning("request %s: %s%s", request_id, message, f" ({more} requests more before)" if more else "")
+        before, extra = f" ({more} requests more before)" if more else "", {"about": {"request_id": request_id}}
+        log.warning("request %s: %s%s", request_id, message, before, extra=extra)
         self._said[message] = (monotonic(), 0)
 
 

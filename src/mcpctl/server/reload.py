@@ -19,8 +19,10 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
 from mcpctl.identity.sessions import rules_of
 from mcpctl.identity.tokens import utcnow
+from mcpctl.server import logs, tracing
 from mcpctl.server.exchange import App, Receive, Scope, Send
 from mcpctl.server.listening import Listening
+from mcpctl.server.notify import Notifier
 from mcpctl.server.parts import Core, digest
 from mcpctl.server.tls import Certificates, aside
 
@@ -188,7 +190,7 @@ class Serving:
     def _take(self, made: _Generation) -> None:
         self._current = made
         made.core.watch.reload = self.reload
-        logging.getLogger("mcpctl").setLevel(made.listening.settings.log.level.upper())
+        logs.change(made.listening.settings.log)
         self._applied(made.listening)
 
     async def _retire(self, old: _Generation) -> None:
@@ -218,11 +220,18 @@ class Outcome:
     said: str
     hint: str | None = None
 
+    @property
+    def told(self) -> str:
+        """What the service's status says of it."""
+        return f"config read again, {self.said}" if self.ok else f"config NOT read again: {self.said}"
+
 
 def successor(old: Listening, read: Read) -> Listening:
     """What the config says now, checked as at the start. Raises Error where it cannot come into force."""
     new = read()
     new.check()
+    logs.check(new.settings)
+    tracing.check(new.settings.tracing)
     old.check_successor(new)
     if new.settings.audit != old.settings.audit:  # else every call would be refused from now on
         with _book(new.settings) as book:
@@ -326,12 +335,13 @@ class Waiting:
 
 
 class Alone:
-    """Reloads in the one process that serves. `over`: whether it is about to stop."""
+    """Reloads in the one process that serves. `over`: whether it is about to stop; `systemd` is told of each."""
 
-    def __init__(self, serving: Serving, read: Read, over: Callable[[], bool]) -> None:
+    def __init__(self, serving: Serving, read: Read, over: Callable[[], bool], systemd: Notifier) -> None:
         self._serving = serving
         self._read = read
         self._over = over
+        self._systemd = systemd
         self._requests = Requests()
         self._waiting = Waiting()
         self._news = asyncio.Event()
@@ -352,7 +362,9 @@ class Alone:
             await self._news.wait()
             self._news.clear()
             if names := self._requests.take():
+                self._systemd.reloading()
                 outcome = await self._reload()
+                self._systemd.reloaded(outcome.told)
                 self._requests.answer(names, outcome)
                 self._waiting.tell(names, outcome)
 

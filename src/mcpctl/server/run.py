@@ -21,8 +21,8 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
 
 from mcpctl import certificates
-from mcpctl.calls import Request
 from mcpctl.errors import Error
+from mcpctl.facts import Request
 from mcpctl.identity import browsers
 from mcpctl.identity.principal import Principal
 from mcpctl.identity.tokens import utcnow
@@ -37,6 +37,7 @@ from mcpctl.server.hangup import Hangup
 from mcpctl.server.http import Http, Parts
 from mcpctl.server.listening import Listening, bind
 from mcpctl.server.live import Place, Process
+from mcpctl.server.notify import Notifier
 from mcpctl.server.parts import Core, running
 from mcpctl.server.refusals import outside
 from mcpctl.server.reload import DRAIN, Alone, Read, Serving
@@ -53,11 +54,13 @@ COUNTED = "limits.bin"
 
 @dataclass(frozen=True)
 class _Shared:
-    """What was made before the workers are: where calls are answered, where /metrics is, and what the limits count."""
+    """What was made before the workers are: where calls are answered, where /metrics is, what the limits count, and who
+    tells systemd."""
 
     calls: Door
     metrics: socket.socket | None
     counters: Counters
+    systemd: Notifier
 
 
 def serve(
@@ -65,9 +68,13 @@ def serve(
     ready: Ready = lambda url: None,
     read: Read | None = None,
     hangup: Hangup | None = None,
+    systemd: Notifier | None = None,
+    handed: Door | None = None,
 ) -> None:
     """Serve until told to stop. `ready(url)` is called once every worker answers. `read` reads the config again, when
-    `hangup` or a command asks for it; without them HUP ends the server."""
+    `hangup` or a command asks for it; without them HUP ends the server. `systemd` is told how it goes; `handed` is a
+    socket that listens already, at the config's host and port."""
+    systemd = systemd or Notifier({})
     listening.check()
     settings = listening.settings
     if listening.tls:
@@ -76,10 +83,10 @@ def serve(
         if problem := pair.out_of_date(utcnow()):
             log.warning("%s", problem)
         listening = replace(listening, pair=pair)
-    bound = bind(settings.server.host, settings.server.port)
+    bound = handed or bind(settings.server.host, settings.server.port)
     port = bound.getsockname()[1]
     scraped = metrics.bind(settings.metrics) if settings.metrics.port is not None else None
-    shared = _Shared(bound, scraped, _counters(listening))
+    shared = _Shared(bound, scraped, _counters(listening), systemd)
     listening = replace(listening, port=port)
     shown = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
     url = settings.server.public_url or f"{'https' if listening.tls else 'http'}://{shown}:{port}"
@@ -95,13 +102,14 @@ def serve(
 
     def up() -> None:
         ready(f"{url}/mcp")
+        systemd.ready(f"serving at {url}/mcp")
 
     try:
         if settings.server.workers == 1:
             told = loop.run(_alone(listening, shared, place, up, read, hangup))
         else:
             work = partial(_worker, shared, place)
-            told = Supervisor(listening, bound, up, work, read, hangup).run()
+            told = Supervisor(listening, bound, up, work, read, hangup, systemd).run()
     finally:
         shared.counters.close()
         bound.close()
@@ -136,9 +144,16 @@ def _all_descriptors(connections: int) -> int | None:
 class _Uvicorn(uvicorn.Server):
     """uvicorn, which says when it is up, and leaves it to us to raise a signal again: after all is closed."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None], signals: Iterable[int]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        started: Callable[[], None],
+        signals: Iterable[int],
+        ends: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config)
         self._tell = started
+        self._ends = ends
         self.servers = []
         self._signals = signals
 
@@ -159,6 +174,11 @@ class _Uvicorn(uvicorn.Server):
             self.servers.append(Entrance(one, self._protocol, self.config.ssl))  # type: ignore[arg-type]
         self.started = True
         self._tell()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the doors, let the calls that run end."""
+        self._ends()
+        await super().shutdown(sockets)
 
     def _protocol(self) -> asyncio.Protocol:
         make: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
@@ -196,10 +216,10 @@ async def _alone(
     """The server where there is one process; returns the signals that ended it."""
     process = Process(place, shared.counters)
     serving, config = _prepared(shared.calls, process)
-    server = _Uvicorn(config, up, stopping(hangup))
-    works = []
+    server = _Uvicorn(config, up, stopping(hangup), shared.systemd.stopping)
+    works = [shared.systemd.keep_alive()]
     if read is not None:
-        alone = Alone(serving, read, lambda: server.should_exit)
+        alone = Alone(serving, read, lambda: server.should_exit, shared.systemd)
         serving.reload = alone.outcome
         works.append(alone.run())
         if hangup is not None:
@@ -221,7 +241,7 @@ async def _worker(shared: _Shared, first: Place, listening: Listening, link: Lin
     serving.reload = link.outcome
     serving.taken = link.taken
     link.stop = server.leave
-    await _serve(serving, config, server, listening, shared, process, [link.obey(serving)])
+    await _serve(serving, config, server, listening, shared, process, [link.obey(serving), link.keep_alive()])
 
 
 async def _serve(
@@ -308,7 +328,7 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
         _caller(context).problem = problem
         return outside(problem)
 
-    server = protocol.build(core.calls, who, failed)
+    server = protocol.build(core.calls, who, failed, core.call)
     # The gatekeeper has checked Host and Origin for both lanes before the SDK sees a request.
     checked = TransportSecuritySettings(enable_dns_rebinding_protection=False)
     manager = StreamableHTTPSessionManager(
@@ -337,6 +357,7 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
             cancel_elsewhere=core.watch.cancel_elsewhere,
             additions=[*_additions(core), *(authorization.additions if authorization is not None else ())],
             scopes=authorization.scopes if authorization is not None else None,
+            traced=core.call if core.traced else None,
         )
     )
     core.watch.end_streams = app.end_streams

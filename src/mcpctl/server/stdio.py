@@ -28,8 +28,8 @@ from mcp_types import (
     jsonrpc_message_adapter,
 )
 
-from mcpctl.calls import Request
 from mcpctl.errors import Error, LockedError, UnauthorizedError
+from mcpctl.facts import Request
 from mcpctl.identity.principal import Principal
 from mcpctl.server import messages
 from mcpctl.server.parts import Core
@@ -67,7 +67,7 @@ async def serve(core: Core, token: str | None) -> None:
         blocked = isinstance(problem, UnauthorizedError) and "blocked" in problem.message
         return f"{_WRONG}: wrong secret" if blocked else problem.message
 
-    server = build(core.calls, who, told)
+    server = build(core.calls, who, told, core.call)
     lines = _Lines()
     try:
         async with stdio_server(stdin=cast("Any", lines)) as (read, write):  # it wants no more than `async for`

@@ -87,7 +87,7 @@ class Watch:
     async def _cut(self, token: str, reason: str) -> Cut:
         self.end_streams()
         done = await self._calls.cut(token or None, reason)
-        log.info("token %s: %s: cut: %s", token, reason, done)
+        log.info("token %s: %s: cut: %s", token, reason, done, extra={"about": {"token": token or None}})
         self.was_cut(reason, done.queries, done.backends_left)
         if done.queries:
             self._recorder.note("query.cancelled", token=token or None, reason=f"{reason}: {done}")

@@ -21,9 +21,10 @@ from typing import Any
 
 from mcpctl.certificates import Pair
 from mcpctl.errors import ConfigError, Error
-from mcpctl.server import loop, reload
+from mcpctl.server import logs, loop, reload
 from mcpctl.server.hangup import Hangup
 from mcpctl.server.listening import Listening
+from mcpctl.server.notify import Notifier
 from mcpctl.server.reload import DRAIN, Outcome, Read, Requests, Serving, Waiting
 
 log = logging.getLogger("mcpctl")
@@ -41,10 +42,11 @@ Work = Callable[[Listening, "Link", int], Coroutine[Any, Any, object]]
 
 class Link:
     """A worker's end of the pipe. `first`: whether the server is starting, and it takes no dead one's place. `stop` is
-    called when the supervisor is gone."""
+    called when the supervisor is gone. `interval`: seconds within which systemd wants a sign of life."""
 
-    def __init__(self, pipe: "Connection[Any, Any]", *, first: bool = True) -> None:
+    def __init__(self, pipe: "Connection[Any, Any]", *, first: bool = True, interval: float | None = None) -> None:
         self.first = first
+        self._interval = interval
         self._pipe = pipe
         self._orders: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self._waiting = Waiting()
@@ -62,6 +64,13 @@ class Link:
         """Have the supervisor reload for a command, and wait for what became of it."""
         self._send("reload", name)
         return await self._waiting.outcome(name)
+
+    async def keep_alive(self) -> None:
+        """Give the supervisor signs of life for as long as the event loop runs this: it gives none of its own for a
+        worker that hangs."""
+        while self._interval is not None:
+            self._send("alive", None)
+            await asyncio.sleep(self._interval / 6)
 
     async def obey(self, serving: Serving) -> None:
         """Do what the supervisor says, for ever."""
@@ -113,6 +122,8 @@ class _Worker:
     begun: float = field(default_factory=monotonic)
     up: bool = False
     hung_up: bool = False
+    seen: float = field(default_factory=monotonic)
+    """When it gave a sign of life."""
 
     def send(self, word: str, content: Any = None) -> None:
         """Tell it; one that is gone is found out elsewhere."""
@@ -121,7 +132,7 @@ class _Worker:
 
 
 class Supervisor:
-    """One per server. `ready` is called once every worker answers."""
+    """One per server. `ready` is called once every worker answers; `systemd` is told how it goes."""
 
     def __init__(
         self,
@@ -131,6 +142,7 @@ class Supervisor:
         work: Work,
         read: Read | None,
         hangup: Hangup | None,
+        systemd: Notifier | None = None,
     ) -> None:
         if not hasattr(os, "fork"):
             raise ConfigError("several workers need fork, which this system has not", "set server.workers to 1")
@@ -140,6 +152,8 @@ class Supervisor:
         self._work = work
         self._read = read
         self._hangup = hangup
+        self._systemd = systemd or Notifier({})
+        self._serve_all = True
         self._workers: list[_Worker] = []
         self._due: dict[int, float] = dict.fromkeys(range(listening.settings.server.workers), 0.0)
         self._deaths: dict[int, int] = {}
@@ -181,6 +195,7 @@ class Supervisor:
     def _stop(self, number: int, _: Any) -> None:
         """The first signal has every worker drain; a second has them stop now. Who hangs is killed in the end."""
         self._told.append(number)
+        self._systemd.stopping()
         self._end_workers()
 
     def _end_workers(self) -> None:
@@ -209,6 +224,7 @@ class Supervisor:
         if self._ready is not None and not self._due and all(one.up for one in self._workers) and not self._over:
             self._ready()
             self._ready = None
+        self._tell()
         if self._hangup is not None and self._hangup.asked:
             self._hangup.asked = False
             self._requests.ask("")
@@ -217,10 +233,31 @@ class Supervisor:
         # not while one is being started with what was in force when it was forked
         all_up = self._ready is None and not self._over and all(one.up for one in self._workers)
         if all_up and (names := self._requests.take()):
-            self._answer(names, self._reload())
+            self._systemd.reloading()
+            outcome = self._reload()
+            self._systemd.reloaded(outcome.told)
+            self._answer(names, outcome)
+
+    def _tell(self) -> None:
+        """Say in the service's status when a worker is missing, and when none is any more."""
+        missing = len(self._due) + sum(not one.up for one in self._workers)
+        if self._ready is None and not self._over and self._serve_all == bool(missing):
+            self._serve_all = not missing
+            all_of_them = self._listening.settings.server.workers
+            verb = "is" if missing == 1 else "are"
+            self._systemd.status(f"{missing} of {all_of_them} workers {verb} being started again" if missing else "")
+
+    def _give_sign(self) -> None:
+        """Tell systemd that the server answers: as long as each worker there is does, and there is one."""
+        if (patience := self._systemd.interval) is None:
+            return
+        late = monotonic() - patience / 2
+        if self._over or (self._workers and all(one.seen > late for one in self._workers)):
+            self._systemd.alive()
 
     def _listen(self, others: list[int], seconds: float) -> list[tuple[_Worker, Any]]:
         """Wait for what workers say, no longer than that; what they have said of a reload under way."""
+        self._give_sign()
         by_pipe = {one.pipe: one for one in self._workers if not one.hung_up}
         said = []
         for found in wait([*by_pipe, *others], seconds):
@@ -233,6 +270,9 @@ class Supervisor:
                 word, content = worker.pipe.recv()
             except (EOFError, OSError):
                 worker.hung_up = True
+                continue
+            worker.seen = monotonic()
+            if word == "alive":
                 continue
             if word == "up":
                 worker.up = True
@@ -271,7 +311,7 @@ class Supervisor:
         for worker in self._workers:
             worker.send("commit")
         self._listening = replace(new, pair=self._listening.pair)
-        logging.getLogger("mcpctl").setLevel(new.settings.log.level.upper())
+        logs.change(new.settings.log)
         return reload.settled(old, new)
 
     def _prepare(self, new: Listening) -> None:
@@ -363,7 +403,8 @@ class Supervisor:
             os._exit(status)
 
     async def _serve(self, pipe: "Connection[Any, Any]", place: int) -> None:
-        await self._work(self._listening, Link(pipe, first=self._ready is not None), place)
+        link = Link(pipe, first=self._ready is not None, interval=self._systemd.interval)
+        await self._work(self._listening, link, place)
 
 
 def stopping(hangup: Hangup | None) -> list[int]:

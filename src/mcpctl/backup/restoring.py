@@ -1,0 +1,130 @@
+"""Brings a backup back: opened, planned, and put into place while nobody else writes; or finished, where that was
+interrupted."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from mcpctl import config, control, reserve
+from mcpctl.backup import contents, placing
+from mcpctl.backup.opening import STAGE, Backup
+from mcpctl.backup.placing import Journal, Step
+from mcpctl.backup.planning import Plan, end_sessions, move_aside, plan, survey
+from mcpctl.backup.since import Since
+from mcpctl.backup.snapshot import held, log_held
+from mcpctl.config_keys import Settings
+from mcpctl.errors import ConflictError
+from mcpctl.identity.lockdown import Lockdown
+from mcpctl.identity.tokens import rfc3339
+from mcpctl.state import State
+
+
+def check_stopped(settings: Settings) -> None:
+    """Raises ConflictError (exit 5) where a server runs on these files."""
+    folder = control.folder_of(settings.server.runtime_dir, settings.auth.token_file)
+    pids = [pid for pid, _ in control.ask_each(folder, {"do": "keys"})] if folder.is_dir() else []
+    if pids:
+        raise ConflictError(
+            f"a server runs on these files (pid {', '.join(map(str, pids))}), and nothing was changed",
+            "stop it first: systemctl stop mcpctl; --dry-run says what would be done while it runs",
+        )
+    store = settings.server.state_file
+    if store.exists():
+        with closing(State(store)) as found:
+            if not found.is_alone():
+                raise ConflictError(
+                    f"another process has {store} open, and nothing was changed", f"stop it first: fuser -v {store}"
+                )
+
+
+def near(settings: Settings) -> Path:
+    """Where a backup is unpacked: beside the log, which is the largest part of it; or in the next folder above."""
+    folder = settings.audit.file.parent
+    while not (folder.is_dir() and os.access(folder, os.W_OK)) and folder != folder.parent:
+        folder = folder.parent
+    return folder if os.access(folder, os.W_OK) else Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108 - 0700 in it
+
+
+def planned(
+    found: Backup, here: Settings | None, since: Since, now: datetime, *, other: bool, revoke_all: bool
+) -> Plan:
+    """What is to be done, `here` being the settings that hold now, if any do. `other`: what is here is another
+    installation's, and is moved aside."""
+    settings = here or found.settings
+    if not other:
+        return plan(found, settings, since, now, revoke_all=revoke_all)
+    steps, aside = move_aside(settings, now)
+    done = plan(found, found.settings, since, now, revoke_all=revoke_all, cleared=True)
+    done.steps = [*steps, *done.steps]
+    if steps:
+        done.warnings.append(f"what was here is kept in {aside}")
+    return done
+
+
+@contextmanager
+def quiet(settings: Settings) -> Iterator[None]:
+    """Have whoever wants to change a file of entries wait. Raises ConflictError where a server runs."""
+    auth = settings.auth
+    with ExitStack() as holding:
+        auth.token_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        holding.enter_context(placing.alone(auth.token_file.parent))
+        for path in (auth.user_file, auth.token_file, auth.tenant_file):
+            if os.path.lexists(path):
+                holding.enter_context(held(path))
+        check_stopped(settings)
+        yield
+
+
+def place(done: Plan, said: str, now: datetime, *, other: bool, revoke_all: bool) -> None:
+    """Carry out a plan, all of it or, where anything fails, none; `finish` is to follow, outside of `quiet`."""
+    settings = done.settings
+    token_file, at = settings.auth.token_file, journal_of(settings)
+    sweep(done)
+    ready = sorted(placing.make_ready(done.steps), key=lambda step: (step.do != placing.DROP, not _locks(step)))
+    locked = (other or not Lockdown(token_file).on()) and not any(map(_locks, ready))
+    journal = Journal(str(settings.source), str(token_file), tuple(ready), said, revoke_all, locked)
+    try:
+        at.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        placing.begin(at, journal)
+    except BaseException:
+        placing.sweep(done.steps)
+        raise
+    with log_held(settings.audit.file):
+        placing.carry_out(journal, rfc3339(now))
+
+
+def _locks(step: Step) -> bool:
+    return step.do == placing.PUT and Path(step.to).name == contents.LOCKDOWN
+
+
+def journal_of(settings: Settings) -> Path:
+    """Where the journal of a restore of these files stands."""
+    return placing.journal_of(settings.source or settings.auth.token_file, settings.auth.token_file)
+
+
+def finish(journal: Journal, at: Path, now: datetime, note: Callable[[Settings, str], None]) -> None:
+    """Do what is left of a restore, and have its audit line written."""
+    placing.carry_out(journal, rfc3339(now))
+    settings = config.load(Path(journal.config))
+    if journal.end_sessions:
+        end_sessions(settings)
+    reserve.keep(settings.auth.token_file.parent)
+    note(settings, journal.said)
+    placing.end(at, journal)
+
+
+def sweep(done: Plan) -> None:
+    """Remove what a restore has left that was killed before it changed anything."""
+    ours = {folder for step in done.steps for folder in Path(step.path).parents}
+    for left in near(done.settings).glob(f"{STAGE}*"):
+        if left not in ours:
+            shutil.rmtree(left, ignore_errors=True)
+    placing.sweep(done.steps)
+
+
+__all__ = [
+    "Since", "check_stopped", "finish", "journal_of", "near", "place", "planned", "quiet", "survey",
+]  # fmt: skip

@@ -1,0 +1,447 @@
+"""mcpctl restore: everything comes back, nothing that was taken away does, and what is wrong changes nothing."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import shutil
+import sqlite3
+import tarfile
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kept
+from command_line import Home
+from mcpctl import config, private_file
+from mcpctl.backup import age, opening, placing, restoring
+from mcpctl.backup.archive import Entry
+from mcpctl.config_keys import Settings
+from mcpctl.identity import sessions, tokens, users
+from mcpctl.identity.grants import Grant
+from mcpctl.identity.own_databases import OwnDatabase, OwnDatabases
+from mcpctl.identity.tokens import utcnow
+from mcpctl.keyring import Keyring
+from mcpctl.state import State
+from site_of_mcpctl import PASSWORD, Site, record
+from site_of_mcpctl import Shop as PgShop
+
+ROW = OwnDatabase("alice", "mine", "db.example.org", "203.0.113.7", 5432, "mine", "me", "", "2026-11-01T00:00:00Z")
+RULES = {sessions.PASSWORD: sessions.Rules()}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """Some users, a token of each, sealed passwords and a session."""
+    home = Home(tmp_path / "home", "auth: {sessions: {enabled: true}}\n")
+    people = users.user_file(home.folder / "users.yaml")
+    ring = Keyring(home.folder / "secret.key")
+    for name in ("alice", "bob", "carol"):
+        users.add(people, name, None, datetime.now(UTC), roles=["mcp-tools"], password=None)
+        record(people, name, Grant("shop", read=("public",), passwords={"read": ring.seal("a password")}))
+    with closing(State(home.folder / "state.db")) as store:
+        OwnDatabases(store, ring, people).add(replace(ROW, created_at="2999-01-01T00:00:00Z"), "own", 5)
+        sessions.Sessions(store, RULES).open("alice", sessions.mark_of(None))
+    private_file.create(home.folder / "shop.password", ring.seal("sealed").encode())
+    home.config.write_text(
+        home.config.read_text().replace("user: reader", "user: reader, password_file: shop.password")
+    )
+    return home
+
+
+def _lose(home: Home, *names: str) -> None:
+    for one in [home.folder / name for name in names] or list(home.folder.iterdir()):
+        one.unlink()
+
+
+def _tokens(home: Home) -> dict[str, str]:
+    return {one["id"]: one["status"] for one in json.loads(home("token", "list", "--json").good)["tokens"]}
+
+
+def _sessions(home: Home) -> list[str]:
+    with closing(State(home.folder / "state.db")) as store:
+        return [one.id for one in sessions.Sessions(store, RULES).all()]
+
+
+def _events(home: Home) -> list[str]:
+    return [json.loads(line)["event"] for line in (home.folder / "audit.jsonl").read_text().splitlines()]
+
+
+def test_on_a_machine_that_lost_everything_all_of_it_is_good_again(home: Home, tmp_path: Path) -> None:
+    name, _ = home.token("--user", "alice")
+    home("audit", "rotate").good  # noqa: B018
+    path = kept.made(home, tmp_path / "b.age")
+    before, signed_in = home.files(), _sessions(home)
+    shutil.rmtree(home.folder)
+    dry = kept.restored(home, path, "--dry-run")
+    assert "nothing was changed" in dry.err
+    assert not home.folder.exists()
+    done = kept.restored(home, path)
+    assert done.code == 0, done.err
+    assert "is not known here" in done.err
+    assert "--revoke-all" in done.err
+    same = {one for one in before if "/audit.jsonl" not in one and not one.endswith((".db", "-wal", "-shm", "key"))}
+    assert {one: home.files()[one] for one in same} == {one: before[one] for one in same}
+    assert _tokens(home) == {name: "active"}
+    assert _sessions(home) == signed_in != []
+    assert _events(home)[-1] == "backup.restored"
+    assert "whole" in home("audit", "verify").good
+    ring = Keyring(home.folder / "secret.key")
+    with closing(State(home.folder / "state.db")) as store:
+        own = OwnDatabases(store, ring, users.user_file(home.folder / "users.yaml"))
+        assert own.password(next(iter(own.every().values()))) == "own"
+    assert ring.open((home.folder / "shop.password").read_text(), "it") == "sealed"
+    assert "sealed again" in home("key", "rotate").good
+    left = [one.name for one in home.folder.iterdir() if "restore" in one.name or one.name == "lockdown"]
+    assert left == []
+
+
+def test_what_was_taken_away_since_does_not_come_back(home: Home, tmp_path: Path) -> None:
+    made = [home.token("--user", who)[0] for who in ("alice", "bob", "carol", "alice", "alice")]
+    path = kept.made(home, tmp_path / "b.age")
+    revoked, _, _, removed, rotated = made
+    home("token", "revoke", revoked).good  # noqa: B018
+    home("token", "remove", removed, "--yes").good  # noqa: B018
+    home("token", "rotate", rotated).good  # noqa: B018
+    late, _ = home.token("--user", "alice")
+    home("user", "disable", "bob").good  # noqa: B018
+    home("user", "roles", "alice", "mcp-user").good  # noqa: B018
+    home("session", "revoke", "--all").good  # noqa: B018
+    home("database", "unregister", "alice", "mine").good  # noqa: B018
+    people = users.user_file(home.folder / "users.yaml")
+    with people.edit() as entries:
+        del entries["carol"]
+    with (home.folder / "lines").open("w") as out:
+        out.write("")
+    _note(home, "user.removed", user="carol")
+    _note(home, "grant.removed", user="bob", database="shop")
+    _lose(home, "tokens.yaml", "users.yaml", "state.db", "lines")
+    done = kept.restored(home, path)
+    assert done.code == 0, done.err
+    assert "is not known here" not in done.err
+    assert late in done.err
+    assert _tokens(home) == {revoked: "revoked", made[1]: "disabled", made[2]: "blocked", rotated: "revoked"}
+    found = people.current()
+    assert "carol" not in found
+    assert found["bob"].disabled_at is not None
+    assert found["bob"].grants == {}
+    assert found["alice"].roles == ()
+    assert found["alice"].grants["shop"].read == ("public",)
+    assert _sessions(home) == []
+    with closing(State(home.folder / "state.db")) as store:
+        assert store.rows("SELECT * FROM own_databases") == []
+    assert "whole" in home("audit", "verify").good
+
+
+def _note(home: Home, event: str, **fields: str) -> None:
+    from mcpctl.audit.log import AuditLog, read_key
+
+    log = AuditLog(home.folder / "audit.jsonl", read_key(home.folder / "audit.key"), utcnow)
+    log.append(event, **fields)
+    log.close()
+
+
+def test_files_that_are_here_stay_and_what_they_lack_comes_back_where_no_log_says_that_it_went(
+    home: Home, tmp_path: Path
+) -> None:
+    name, _ = home.token("--user", "alice")
+    path = kept.made(home, tmp_path / "b.age")
+    before = home.files()
+    assert kept.restored(home, path).code == 0
+    after = home.files()
+    assert {one for one in before if before[one] != after[one]} <= {str(home.folder / "audit.jsonl")}
+    file = tokens.token_file(home.folder / "tokens.yaml")
+    with file.edit() as entries:
+        entries.clear()
+    assert kept.restored(home, path).code == 0
+    assert _tokens(home) == {name: "active"}
+    with file.edit() as entries:
+        entries.clear()
+    (home.folder / "audit.jsonl").unlink()
+    done = kept.restored(home, path)
+    assert _tokens(home) == {}
+    assert "no log says why" in done.err
+    assert "whole" in home("audit", "verify").good
+
+
+def test_what_comes_back_is_sealed_with_the_key_that_is_here(home: Home, tmp_path: Path) -> None:
+    path = kept.made(home, tmp_path / "b.age")
+    home("key", "rotate").good  # noqa: B018
+    keys = (home.folder / "secret.key").read_bytes()
+    _lose(home, "users.yaml", "shop.password", "state.db")
+    assert kept.restored(home, path).code == 0
+    assert (home.folder / "secret.key").read_bytes() == keys
+    ring = Keyring(home.folder / "secret.key")
+    for sealed, what in users.sealed_in(users.user_file(home.folder / "users.yaml").current()):
+        assert ring.open(sealed, what) == "a password"
+    assert ring.open((home.folder / "shop.password").read_text().strip(), "it") == "sealed"
+
+
+def test_with_revoke_all_nothing_of_before_opens_anything(home: Home, tmp_path: Path) -> None:
+    name, _ = home.token("--user", "alice")
+    path = kept.made(home, tmp_path / "b.age")
+    shutil.rmtree(home.folder)
+    done = kept.restored(home, path, "--revoke-all")
+    assert done.code == 0, done.err
+    assert _tokens(home) == {name: "revoked"}
+    assert _sessions(home) == []
+
+
+def test_of_two_logs_the_one_that_goes_on_from_the_other_is_in_force(home: Home, tmp_path: Path) -> None:
+    home.token("--user", "alice")
+    first = (home.folder / "audit.jsonl").read_bytes()
+    home.token("--user", "alice")
+    path = kept.made(home, tmp_path / "b.age")
+    (home.folder / "audit.jsonl").write_bytes(first)  # as after an older copy of the disk
+    done = kept.restored(home, path)
+    assert "ended before the backup's" in done.err
+    assert next(home.folder.glob("log-before-restore-*/audit.jsonl")).read_bytes() == first
+    assert "whole" in home("audit", "verify").good
+    (home.folder / "audit.jsonl").write_bytes(first)
+    _note(home, "user.added", user="dave")
+    ours = (home.folder / "audit.jsonl").read_bytes()
+    _note(home, "user.added", user="erin")
+    done = kept.restored(home, path)
+    assert "both are kept" in done.err
+    assert (home.folder / "audit.jsonl").read_bytes().startswith(ours)
+    assert len(next(home.folder.glob("log-of-backup-*/audit.jsonl")).read_bytes()) > len(first)
+    assert "whole" in home("audit", "verify").good
+
+
+def test_a_backup_of_another_installation_changes_nothing_unless_that_is_said(home: Home, tmp_path: Path) -> None:
+    name, _ = home.token("--user", "alice")
+    path = kept.made(home, tmp_path / "b.age")
+    other = Home(tmp_path / "other")
+    other("user", "add", "zoe").good  # noqa: B018
+    before = other.files()
+    for lost in ("", "audit.key"):
+        if lost:
+            (other.folder / lost).unlink()
+            before.pop(str(other.folder / lost))
+        done = kept.restored(other, path)
+        assert done.code == 5, done.err
+        assert "another installation" in done.error
+        assert other.files() == before
+    done = kept.restored(other, path, "--other-installation")
+    assert done.code == 0, done.err
+    assert _tokens(other) == {name: "active"}
+    assert b"zoe" in next(other.folder.glob("before-restore-*/users.yaml")).read_bytes()
+    assert "whole" in other("audit", "verify").good
+
+
+def test_a_damaged_backup_changes_nothing(home: Home, tmp_path: Path) -> None:
+    path = kept.made(home, tmp_path / "b.age")
+    data, before = path.read_bytes(), home.files()
+    bad = [
+        data[:-1],
+        data[: len(data) // 2],
+        data[:300],
+        b"",
+        b"no backup",
+        data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    ]
+    for one in bad:
+        path.write_bytes(one)
+        done = kept.restored(home, path)
+        assert done.code == 3, (len(one), done.err)
+        assert done.error
+        assert home.files() == before
+    assert home("restore", str(tmp_path / "none"), "--identity", kept.identity(tmp_path)).code == 4
+    assert home("restore", str(tmp_path), "--identity", kept.identity(tmp_path)).code == 3
+
+
+Change = Callable[[Any, list[bytes]], tuple[Any, list[bytes]]]
+
+
+def _entry(index: int, **changed: Any) -> Change:
+    def change(said: Any, files: list[bytes]) -> tuple[Any, list[bytes]]:
+        entries = list(said.files)
+        entries[index] = replace(entries[index], **changed)
+        return replace(said, files=tuple(entries)), files
+
+    return change
+
+
+def _content(kind: str, make: Callable[[bytes], bytes]) -> Change:
+    import hashlib
+
+    def change(said: Any, files: list[bytes]) -> tuple[Any, list[bytes]]:
+        entries = list(said.files)
+        index = next(at for at, one in enumerate(entries) if one.kind == kind)
+        data = make(files[index])
+        digest = hashlib.sha256(data).hexdigest()
+        entries[index] = replace(entries[index], size=len(data), sha256=digest)
+        return replace(said, files=tuple(entries)), [*files[:index], data, *files[index + 1 :]]
+
+    return change
+
+
+def _trigger(data: bytes) -> bytes:
+    with closing(sqlite3.connect(":memory:")) as fresh:
+        fresh.deserialize(data[:18] + b"\x01\x01" + data[20:])
+        fresh.execute("CREATE TRIGGER t AFTER UPDATE ON guests BEGIN DELETE FROM blocked; END")
+        return fresh.serialize()
+
+
+HOSTILE: dict[str, Change] = {
+    "a name with a path": _entry(1, name="../../tokens.yaml"),
+    "a kind of its own": _entry(1, kind="program"),
+    "a log that is elsewhere": _entry(-1, key="/../../x"),
+    "the same twice": lambda said, files: (replace(said, files=(*said.files, said.files[0])), [*files, files[0]]),
+    "no tokens": lambda said, files: (replace(said, files=said.files[:1] + said.files[2:]), files[:1] + files[2:]),
+    "a mode with setuid": _entry(0, mode="4755"),
+    "more tokens than it says": lambda said, files: (replace(said, tokens=9), files),
+    "a log that ends elsewhere": lambda said, files: (replace(said, seq=said.seq + 1), files),
+    "a log that was changed": _content("log", lambda data: data.replace(b"alice", b"mallo")),
+    "tokens that are none": _content("tokens", lambda data: b"version: 1\ntokens: {x: &a [*a]}\n"),
+    "another audit.key": _content("audit.key", lambda data: b"0" * 64),
+    "another secret.key": _content("secret.key", lambda data: b"A" * 43 + b"="),
+    "a store with a trigger": _content("state", _trigger),
+    "a store that is none": _content("state", lambda data: b"SQLite format 3\0" + b"\xff" * 9000),
+    "a config that is none": _content("config", lambda data: b"server: {port: nowhere}\n"),
+}
+
+
+def test_a_hostile_backup_changes_nothing(home: Home, tmp_path: Path) -> None:
+    home.token("--user", "alice")
+    path = kept.made(home, tmp_path / "b.age")
+    said, files = kept.parts(path)
+    before, other = home.files(), Home(tmp_path / "empty")
+    shutil.rmtree(other.folder)
+    for what, change in HOSTILE.items():
+        one = kept.sealed(tmp_path / "hostile.age", kept.packed(*change(said, files)))
+        for at in (home, other):
+            done = kept.restored(at, one)
+            assert done.code == 3, (what, done.code, done.err)
+            assert done.error
+        assert home.files() == before, what
+        assert not other.folder.exists() or other.files() == {}, what
+
+
+def test_no_link_and_no_bomb_is_unpacked(home: Home, tmp_path: Path) -> None:
+    before, outside = home.files(), tmp_path / "outside"
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as made:
+        link = tarfile.TarInfo("manifest.json")
+        link.type, link.linkname = tarfile.SYMTYPE, str(outside)
+        made.addfile(link)
+    bombs = [out.getvalue()]
+    for size in (1 << 40, 3 << 20):
+        head = tarfile.TarInfo("manifest.json")
+        head.size = size
+        bombs.append(gzip.compress(head.tobuf(tarfile.GNU_FORMAT) + b"0" * (3 << 20)))
+    pax = tarfile.TarInfo("manifest.json")
+    pax.type, pax.size = tarfile.XHDTYPE, 1 << 40
+    bombs.append(gzip.compress(pax.tobuf(tarfile.USTAR_FORMAT) if pax.size < 8**11 else pax.tobuf(tarfile.GNU_FORMAT)))
+    entry = Entry("config.yaml", "config", "", "x", "0600", 1 << 40, "0" * 64)
+    said = json.dumps({"format": "mcpctl backup", "format_version": 1, "version": "", "made_at": "", "host": "",
+                       "installation": "", "tokens": 0, "users": 0, "seq": 0, "hash": "", "whole": True,
+                       "files": [vars(entry)]}).encode()  # fmt: skip
+    head = tarfile.TarInfo("manifest.json")
+    head.size = len(said)
+    bombs.append(gzip.compress(head.tobuf(tarfile.GNU_FORMAT) + said.ljust(-(-len(said) // 512) * 512, b"\0")))
+    for bomb in bombs:
+        done = kept.restored(home, kept.sealed(tmp_path / "bomb.age", bomb))
+        assert done.code == 3, done.err
+        assert home.files() == before
+    assert not outside.exists()
+
+
+class _KilledError(BaseException):
+    pass
+
+
+def _until(home: Home, path: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Restore as far as so many steps; whether it was killed then."""
+    done, real = 0, placing._do
+
+    def counted(step: placing.Step) -> None:
+        nonlocal done
+        if done == steps:
+            raise _KilledError
+        done += 1
+        real(step)
+
+    monkeypatch.setattr(placing, "_do", counted)
+    here: Settings | None = config.load(home.config) if home.config.exists() else None
+    try:
+        with (
+            path.open("rb") as file,
+            opening.opened(file, age.Identities([kept.KEY]), lambda said: home.config, restoring.near) as found,
+            restoring.quiet(here or found.settings),
+        ):
+            since = restoring.survey(found, here or found.settings)
+            plan = restoring.planned(found, here, since, utcnow(), other=False, revoke_all=False)
+            restoring.place(plan, "said", utcnow(), other=False, revoke_all=False)
+    except _KilledError:
+        return True
+    finally:
+        monkeypatch.undo()
+    return False
+
+
+def test_a_restore_that_was_killed_at_any_step_is_finished_by_the_next(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = home.token("--user", "alice")
+    path = kept.made(home, tmp_path / "b.age")
+    steps = 0
+    while True:
+        shutil.rmtree(home.folder)
+        if not _until(home, path, steps, monkeypatch):
+            break
+        assert (home.folder / "lockdown").exists()  # no server answers a call on half of it
+        done = kept.restored(home, path)
+        assert "is finished now" in done.out, done.err
+        assert _tokens(home) == {name: "active"}
+        assert _events(home)[-1] == "backup.restored"
+        assert not [one for one in home.folder.iterdir() if "restore" in one.name or one.name == "lockdown"]
+        steps += 4
+    assert steps > 8
+
+
+def test_what_a_killed_restore_had_unpacked_is_removed_by_the_next(home: Home, tmp_path: Path) -> None:
+    path = kept.made(home, tmp_path / "b.age")
+    left = home.folder / f"{opening.STAGE}0123"
+    left.mkdir()
+    (left / "x").write_text("x")
+    beside = home.folder / ".users.yaml.restored"
+    beside.write_text("x")
+    _lose(home, "users.yaml")
+    assert kept.restored(home, path).code == 0
+    assert not left.exists()
+    assert not beside.exists()
+
+
+def test_a_server_that_lost_everything_serves_again(
+    newest_shop: PgShop, make_site: Callable[..., Site], tmp_path: Path
+) -> None:
+    site = make_site(newest_shop)
+    name, text = site.token()
+    site.start()
+    with site.client(text) as client:
+        assert client.rows("SELECT 1 AS one") == [[1]]
+    path = tmp_path / "b.age"
+    site.run("backup", str(path), "--recipient", kept.FOR)
+    key = kept.identity(tmp_path)
+    before = (site.folder / "tokens.yaml").read_bytes()
+    done = site.run("restore", str(path), "--identity", key, check=False)
+    assert done.returncode == 5
+    assert "a server runs on these files" in done.stderr
+    site.stop()
+    shutil.rmtree(site.folder)
+    site.run("restore", str(path), "--identity", key)
+    assert (site.folder / "tokens.yaml").read_bytes() == before
+    assert (site.folder / "shop.password").read_text().strip() == PASSWORD
+    site.start()
+    with site.client(text) as client:
+        assert client.rows("SELECT 1 AS one") == [[1]]
+    site.run("token", "revoke", name)
+    assert "whole" in site.run("audit", "verify").stdout
+    assert timedelta(0) < utcnow() - datetime.fromtimestamp(path.stat().st_mtime, UTC)
