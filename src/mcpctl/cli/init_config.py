@@ -1,6 +1,5 @@
 """The config that `mcpctl init` writes, from the answers, and the SQL and the steps that go with it."""
 
-import dataclasses
 import json
 import re
 import shlex
@@ -97,11 +96,7 @@ def _audit(layout: Layout) -> str:
 
 
 def _backup(layout: Layout) -> str:
-    """Where backups go, if this version makes any."""
-    from mcpctl.config_keys import Settings
-
-    known = {one.name for one in dataclasses.fields(Settings)}
-    return _lines("backup", {"directory": layout.backups}) if "backup" in known else ""
+    return _lines("backup", {"directory": layout.backups})
 
 
 def _database(postgres: Postgres) -> str:
