@@ -174,6 +174,7 @@ def import_before(path: Path) -> None:
         if name in names[: len(_LAZY) + 2] or not name.startswith(apart):
             import_module(name)
     if sys.stdout.isatty():
+        import_module("rich.live")
         import_module("rich.table")
 
 

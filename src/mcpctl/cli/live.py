@@ -262,7 +262,7 @@ def _cut(found: "Settings", why: str, call: dict[str, Any]) -> str:
 def _revoke(found: "Settings", why: str, token: str) -> str:
     """Revoke a token as `token revoke` does, or end a session as `session revoke` does; what was done."""
     if signed_in.is_one(token):
-        whose = signed_in.records(found)[token][0]
+        whose = signed_in.records(found).get(token, ("somebody", True))[0]
         over = signed_in.end(found, [token])
         note_all(found, signed_in.closed(over, whose, why))
         return f"session {token} of {whose} ended; {told(asked_to_settle(found, [token]))[0]}"

@@ -131,6 +131,8 @@ class Screen:
                 done = self._cut(call) if key == b"x" and call is not None else self._revoke(token)
         except Error as problem:
             done = f"NOT DONE: {problem.message}{f' ({problem.hint})' if problem.hint else ''}"
+        except OSError as problem:
+            done = f"NOT DONE: {problem}"
         return " ".join([done, *warned.getvalue().split()])
 
     def drawn(self, width: int, height: int) -> "RenderableType":
