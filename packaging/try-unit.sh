@@ -316,7 +316,7 @@ try_socket() {
     systemctl daemon-reload
     check "systemd listens on port 443" systemctl start mcpctl.socket
     check "who comes there starts the server, and is answered" answers 443
-    check "it has that socket" says "serving at https://127.0.0.1:443/mcp"
+    check "it has that socket" soon 20 says "serving at https://127.0.0.1:443/mcp"
     (while [[ ! -e /tmp/enough ]]; do answers 443 && echo answered; sleep 0.1; done) >/tmp/came 2>&1 &
     soon 30 test -s /tmp/came || true
     check "it is restarted, twice" eval 'systemctl restart mcpctl && systemctl restart mcpctl'
