@@ -78,7 +78,11 @@ class PasswordFile:
         self._path = path
 
     def _text(self) -> str:
-        return private_file.read(self._path, limit=4096).data.decode("utf-8", "replace").strip()
+        return (
+            private_file.read(self._path, limit=4096, **keyring.rules(self._path))
+            .data.decode("utf-8", "replace")
+            .strip()
+        )
 
     def sealed(self) -> Iterator[tuple[str, str]]:
         """See Store."""
