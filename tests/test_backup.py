@@ -31,9 +31,15 @@ def _home(tmp_path: Path, extra: str = "") -> Home:
 
 def test_a_backup_holds_all_that_an_installation_is_and_says_what_it_wrote(tmp_path: Path) -> None:
     extra = "audit: {anchor_file: anchors}\nserver: {tls: {cert: c.pem, key: k.pem}}\n"
-    home = _home(tmp_path, "  hr: {host: /nonexistent, user: reader, password_file: hr.password}\n" + extra)
+    home = _home(
+        tmp_path,
+        "  hr: {host: /nonexistent, user: reader, password_file: hr.password, sslcert: c.crt, sslkey: c.key}\n" + extra,
+    )
     for name, text in (("hr.password", "the-plain-password"), ("admin.dsn", "root's"), ("anchors", "")):
         private_file.create(home.folder / name, text.encode())
+    for name, mode in (("c.crt", 0o644), ("c.key", 0o600)):
+        (home.folder / name).write_text("x")
+        (home.folder / name).chmod(mode)
     name, _ = home.token("--user", "alice")
     home("audit", "rotate").good  # noqa: B018
     home("lockdown").good  # noqa: B018
@@ -43,7 +49,8 @@ def test_a_backup_holds_all_that_an_installation_is_and_says_what_it_wrote(tmp_p
     rotated = next(home.folder.glob("audit.jsonl.2*")).name
     assert sorted(kept.names(path)) == sorted(
         ["manifest.json", "config.yaml", "tokens.yaml", "users.yaml", "tenants.yaml", "secret.key", "audit.key",
-         "lockdown", "state.db", "secrets/001", "anchors", "log/audit.jsonl", f"log/{rotated}"]
+         "lockdown", "state.db", "anchors", "log/audit.jsonl", f"log/{rotated}",
+         *(f"secrets/00{number}" for number in (1, 2, 3))]
     )  # fmt: skip
     data = path.read_bytes()
     assert (said["bytes"], said["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())

@@ -48,6 +48,12 @@ def left_out(settings: Settings) -> list[tuple[str, Path]]:
     return [(key, path) for key, path in _paths(settings, "") if key.rpartition(".")[2] in _ELSEWHERE]
 
 
+def secret_mode(key: str) -> tuple[int, int | None]:
+    """The rights that the file of such a key may have at most, and who else may own it: what libpq takes."""
+    name = key.rpartition(".")[2]
+    return (0o644, 0) if name == "sslcert" else (0o640, 0) if name == "sslkey" else (0o600, None)
+
+
 def mode(kind: str) -> int:
     """The rights that such a file may have at most."""
     return 0o640 if kind == CONFIG else 0o600

@@ -155,8 +155,9 @@ _NAMES = {
 
 def _add_secrets(found: Snapshot, settings: Settings) -> None:
     for number, (key, path) in enumerate(contents.secrets(settings).items(), 1):
+        most, owner = contents.secret_mode(key)
         try:
-            data = private_file.read(path, limit=1 << 20).data
+            data = private_file.read(path, mode=most, trusted_owner=owner, limit=1 << 20).data
         except NotFoundError:
             found.missing.append(path)
             continue
