@@ -162,10 +162,7 @@ pages_and_completion() {
   as_nobody bash -c "$words"
 }
 
-make_files() {
-  here mcpctl init
-  here mcpctl config check
-}
+make_files() { here mcpctl init; }
 
 free_port() {
   here /opt/mcpctl/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
@@ -190,6 +187,7 @@ start_postgres() {
 name_database() {
   here mcpctl database add shop --host 127.0.0.1 --port "$(kept postgres_port)" --dbname shop --user shop_reader \
     --password-file /root/shop.password
+  here mcpctl config check
   here mcpctl database test
 }
 
@@ -201,17 +199,22 @@ add_token() {
 
 start_server() { # the unit's ExecStart, as the unit's user; systemd makes /run/mcpctl, and is not there
   here install -d -o mcpctl -g mcpctl -m 0700 /run/mcpctl
-  local port server
+  local port
   port=$(free_port)
   keep server_port "$port"
-  as_mcpctl mcpctl --config /etc/mcpctl/config.yaml serve --http --port "$port" >"$work/server.log" 2>&1 &
-  server=$!
-  keep server "$server"
+  # its own process, not that of a shell before it
+  as_mcpctl sh -c 'echo $$ >/var/lib/mcpctl/try.pid && exec "$@"' sh \
+    mcpctl --config /etc/mcpctl/config.yaml serve --http --port "$port" >"$work/server.log" 2>&1 &
+  keep shell $!
   for _ in $(seq 300); do
-    if ask health >/dev/null 2>&1; then return; fi
-    kill -0 "$server"
+    if ask health >/dev/null 2>&1; then
+      mv "$work/root/var/lib/mcpctl/try.pid" "$work/server"
+      return
+    fi
+    if ! kill -0 "$(kept shell)"; then break; fi
     sleep 0.1
   done
+  cat "$work/server.log"
   return 1
 }
 
@@ -227,8 +230,15 @@ stop_server() {
 }
 
 runs_as_mcpctl() {
-  here ps -o user=,args= -p "$(kept server)" | tee "$work/ps"
-  grep -q '^mcpctl .*serve' "$work/ps"
+  local id status
+  id=$(here id -u mcpctl)
+  for status in "$work/root/proc/"[0-9]*/status; do
+    # what systemd would start, and what that has started
+    if tr '\0' ' ' <"${status%status}cmdline" | grep '/opt/mcpctl/bin'; then
+      grep -E "^Uid:\s$id\s$id\s$id\s$id$" "$status"
+    fi
+  done
+  tr '\0' ' ' <"$work/root/proc/$(kept server)/cmdline" | grep 'mcpctl --config /etc/mcpctl/config.yaml serve'
   mode_of 700 mcpctl:mcpctl /run/mcpctl
 }
 
@@ -292,6 +302,7 @@ log_rotates() {
   # what is not there in a bare system comes with the package, since it recommends it
   here logrotate --force /etc/logrotate.d/mcpctl
   token_answers
+  sleep 1 # names are by the second
   here logrotate --force /etc/logrotate.d/mcpctl
   token_answers
   here sh -c 'ls /var/log/mcpctl/audit.jsonl-*' | grep -c . | grep -qx 2
@@ -315,6 +326,7 @@ restarts() { stop_server && start_server; }
 
 removes() {
   stop_server
+  data >"$work/before"
   apt remove mcpctl
   [ ! -e "$work/root/usr/bin/mcpctl" ]
   [ ! -e "$work/root/opt/mcpctl" ]
@@ -344,7 +356,7 @@ keeps_what_was_asked_for() {
   here touch /etc/mcpctl/keep-on-purge
   apt purge mcpctl
   left
-  here sh -c 'ls /var/log/mcpctl/purged-*/audit.key /var/log/mcpctl/purged-*/audit.jsonl /var/backups/mcpctl/a.tar.gz.age'
+  here sh -c 'ls /var/log/mcpctl/purged-*/audit.key /var/log/mcpctl/purged-*/audit.jsonl /var/backups/mcpctl/purged-*/a.tar.gz.age'
   mode_of 700 root:root /var/log/mcpctl
   [ ! -e "$work/root/etc/mcpctl" ]
   [ ! -e "$work/root/var/lib/mcpctl" ]
@@ -352,6 +364,10 @@ keeps_what_was_asked_for() {
   here mcpctl init
   log_is_whole
   apt purge mcpctl
+  # a later purge leaves what an earlier one kept, and that alone
+  here sh -c 'ls /var/log/mcpctl/purged-*/audit.key /var/backups/mcpctl/purged-*/a.tar.gz.age'
+  [ "$(here sh -c 'ls /var/log/mcpctl /var/backups/mcpctl' | grep -vc purged- )" = 3 ] # two heads and a blank line
+  rm -r "$work/root/var/log/mcpctl" "$work/root/var/backups/mcpctl"
   nothing_is_left
 }
 

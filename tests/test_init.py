@@ -59,6 +59,7 @@ def test_one_command_the_sql_it_prints_and_serve_answer_the_first_question(newes
     done = run("init", str(folder), *flags, "--out", str(tmp_path / "alice.token"), "--print-sql")
     assert done.good.rstrip("\n") == (folder / "roles.sql").read_text().rstrip("\n")
     assert "SCRAM-SHA-256$" in done.out
+    assert "local  shop  init_reader  scram-sha-256\n" in done.err
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     assert (folder / "shop.password").read_text().startswith("sealed:")
     by_superuser(newest_shop, done.out)
@@ -260,7 +261,7 @@ def test_the_config_of_the_service_names_its_folders(tmp_path: Path) -> None:
     known: dict[str, Any] = yaml.safe_load(text)
     assert known["server"] == {"state_file": "/var/lib/mcpctl/state.db", "runtime_dir": "/run/mcpctl"}
     assert known["audit"] == {"file": "/var/log/mcpctl/audit.jsonl"}
-    assert known.get("backup") in (None, {"directory": "/var/backups/mcpctl"})
+    assert known["backup"] == {"directory": "/var/backups/mcpctl"}
 
 
 def test_a_flag_is_asked_for_only_where_nobody_has_said_it(tmp_path: Path) -> None:

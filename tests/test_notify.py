@@ -217,7 +217,7 @@ def test_a_socket_that_was_handed_over_is_served_by_all_workers_and_outlives_the
     make_site: MakeSite, newest_shop: Shop
 ) -> None:
     at = make_site(newest_shop)
-    at.config.write_text("server: {port: 1, workers: 2}\n" + at.config.read_text())
+    at.config.write_text("server: {host: 127.0.0.2, port: 1, workers: 2}\n" + at.config.read_text())
     token = at.token()[1]
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))

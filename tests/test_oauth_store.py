@@ -230,6 +230,21 @@ def test_a_worker_waits_for_another_one_that_makes_the_form_a_newer_one(house: H
             ends.join()
 
 
+def test_a_store_of_the_form_before_is_kept_as_it_was(house: House, tmp_path: Path) -> None:
+    path, kept = tmp_path / "state.db", tmp_path / "state.db.form-5"
+    issued = house.one.redeem(house.one.code())
+    house.one.state.close()
+    as_before(path)
+    for _ in range(2):
+        with closing(State(path)) as store:
+            store.rows("SELECT permissions FROM oauth_connections")
+    assert kept.stat().st_mode & 0o777 == 0o600
+    with closing(sqlite3.connect(kept)) as before:
+        assert before.execute("PRAGMA user_version").fetchone() == (5,)
+        assert before.execute("SELECT session FROM oauth_connections").fetchall() == [(issued.session.id,)]
+    assert not list(tmp_path.glob(".state.db.*"))
+
+
 def test_connections_of_a_store_of_the_form_before_go_on(house: House, tmp_path: Path) -> None:
     first = house.one.redeem(house.one.code(APP, "mcp:read", "mcp:write"))
     second = house.one.renew(first.refresh)

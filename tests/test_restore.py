@@ -11,13 +11,14 @@ import tarfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import kept
+import signed_in
 from command_line import Home
 from mcpctl import config, private_file
 from mcpctl.backup import age, opening, placing, restoring
@@ -297,6 +298,7 @@ HOSTILE: dict[str, Change] = {
     "no tokens": lambda said, files: (replace(said, files=said.files[:1] + said.files[2:]), files[:1] + files[2:]),
     "a mode with setuid": _entry(0, mode="4755"),
     "more tokens than it says": lambda said, files: (replace(said, tokens=9), files),
+    "another installation's name": lambda said, files: (replace(said, installation="0" * 12), files),
     "a log that ends elsewhere": lambda said, files: (replace(said, seq=said.seq + 1), files),
     "a log that was changed": _content("log", lambda data: data.replace(b"alice", b"mallo")),
     "tokens that are none": _content("tokens", lambda data: b"version: 1\ntokens: {x: &a [*a]}\n"),
@@ -324,7 +326,7 @@ def test_a_hostile_backup_changes_nothing(home: Home, tmp_path: Path) -> None:
         assert not other.folder.exists() or other.files() == {}, what
 
 
-def test_no_link_and_no_bomb_is_unpacked(home: Home, tmp_path: Path) -> None:
+def test_no_link_and_no_bomb_is_unpacked_and_nothing_that_the_manifest_does_not_say(home: Home, tmp_path: Path) -> None:
     before, outside = home.files(), tmp_path / "outside"
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as made:
@@ -346,6 +348,14 @@ def test_no_link_and_no_bomb_is_unpacked(home: Home, tmp_path: Path) -> None:
     head = tarfile.TarInfo("manifest.json")
     head.size = len(said)
     bombs.append(gzip.compress(head.tobuf(tarfile.GNU_FORMAT) + said.ljust(-(-len(said) // 512) * 512, b"\0")))
+    good = gzip.decompress(kept.plain(kept.made(home, tmp_path / "b.age")))
+    before = home.files()
+    assert b"mcp-tools" in good
+    bombs += [
+        gzip.compress(good.replace(b"mcp-tools", b"mcp-admin")),
+        gzip.compress(good + b"x"),
+        gzip.compress(good)[:-4],
+    ]
     for bomb in bombs:
         done = kept.restored(home, kept.sealed(tmp_path / "bomb.age", bomb))
         assert done.code == 3, done.err
@@ -422,14 +432,17 @@ def test_what_a_killed_restore_had_unpacked_is_removed_by_the_next(home: Home, t
 def test_a_server_that_lost_everything_serves_again(
     newest_shop: PgShop, make_site: Callable[..., Site], tmp_path: Path
 ) -> None:
-    site = make_site(newest_shop)
+    site = make_site(newest_shop, extra=f"{signed_in.ENABLED}audit: {{anchor_file: anchors}}\n")
+    ring, password = Keyring(site.folder / "secret.key"), site.folder / "shop.password"
+    password.write_text(ring.seal(PASSWORD) + "\n")
+    site.edit_user("alice", password=signed_in.hashed())
     name, text = site.token()
     site.start()
-    with site.client(text) as client:
-        assert client.rows("SELECT 1 AS one") == [[1]]
-    path = tmp_path / "b.age"
+    _, session = signed_in.session(site)
+    with site.client(text) as client, site.client(session) as other:
+        assert client.rows("SELECT 1") == other.rows("SELECT 1") == [[1]]
+    path, key = tmp_path / "b.age", kept.identity(tmp_path)
     site.run("backup", str(path), "--recipient", kept.FOR)
-    key = kept.identity(tmp_path)
     before = (site.folder / "tokens.yaml").read_bytes()
     done = site.run("restore", str(path), "--identity", key, check=False)
     assert done.returncode == 5
@@ -438,10 +451,16 @@ def test_a_server_that_lost_everything_serves_again(
     shutil.rmtree(site.folder)
     site.run("restore", str(path), "--identity", key)
     assert (site.folder / "tokens.yaml").read_bytes() == before
-    assert (site.folder / "shop.password").read_text().strip() == PASSWORD
-    site.start()
-    with site.client(text) as client:
-        assert client.rows("SELECT 1 AS one") == [[1]]
-    site.run("token", "revoke", name)
     assert "whole" in site.run("audit", "verify").stdout
-    assert timedelta(0) < utcnow() - datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    site.start()
+    with site.client(text) as client, site.client(session) as other:
+        assert client.rows("SELECT 1") == other.rows("SELECT 1") == [[1]]
+    site.run("token", "revoke", name)
+    site.stop()
+    assert "whole" in site.run("audit", "verify").stdout
+    (site.folder / "tokens.yaml").unlink()
+    site.run("restore", str(path), "--identity", key)
+    site.start()
+    with site.client(text) as client, site.client(session) as other:
+        assert client.call("query_database", {"query": "SELECT 1"}).status_code == 401
+        assert other.rows("SELECT 1") == [[1]]

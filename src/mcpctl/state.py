@@ -234,7 +234,7 @@ class State:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if application == APPLICATION and 1 <= version < SCHEMA_VERSION:
-            version = _renew(connection)
+            version = _renew(connection, self.path)
         if application != APPLICATION:
             raise ConfigError(
                 f"{self.path} is not a store of mcpctl's",
@@ -289,15 +289,26 @@ def _let_go(fd: int) -> None:
             os.close(fd)
 
 
-def _renew(connection: sqlite3.Connection) -> int:
-    """Give a store of an earlier form what it lacks, one form after the other; its form now."""
+def _renew(connection: sqlite3.Connection, path: Path) -> int:
+    """Give a store of an earlier form what it lacks, one form after the other; its form now. A copy is kept."""
     connection.execute("BEGIN IMMEDIATE")
     (version,) = connection.execute("PRAGMA user_version").fetchone()  # another process may have been quicker
+    if version < SCHEMA_VERSION:
+        _keep_copy(connection, path.with_name(f"{path.name}.form-{version}"))
     for form in range(int(version) + 1, SCHEMA_VERSION + 1):
         _take(connection, _STEPS[form])
         connection.execute(f"PRAGMA user_version = {form}")
     connection.execute("COMMIT")
     return max(int(version), SCHEMA_VERSION)
+
+
+def _keep_copy(connection: sqlite3.Connection, to: Path) -> None:
+    """Keep the store as it is beside it, whole or not at all, for the version of mcpctl that wrote it."""
+    if os.path.lexists(to):
+        return  # of an attempt that was interrupted behind it
+    beside = to.with_name(f".{to.name}.{os.urandom(6).hex()}.tmp")
+    private_file.create(beside, connection.serialize())
+    os.replace(beside, to)
 
 
 def _take(connection: sqlite3.Connection, statements: str) -> None:
@@ -309,7 +320,7 @@ def _take(connection: sqlite3.Connection, statements: str) -> None:
 def schema(connection: sqlite3.Connection) -> set[tuple[str, ...]]:
     """What a store is made of: (kind, name, table, SQL) of each table and index."""
     rows = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema").fetchall()
-    return {tuple(map(str, row)) for row in rows}
+    return {tuple(" ".join(str(one).split()) for one in row) for row in rows}
 
 
 def build(connection: sqlite3.Connection) -> None:

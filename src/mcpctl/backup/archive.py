@@ -115,7 +115,7 @@ class Reader:
             if self._next(entry.name) != entry.size:
                 raise damaged(f"{entry.name} has not the size that its manifest says")
             yield entry, self._proved(entry)
-        if any(self._read(2 * _BLOCK)) or self._packed.read(1):
+        if any(self._read(2 * _BLOCK)) or self._unpacked(1):
             raise damaged("more stands behind its end")
 
     def _proved(self, entry: Entry) -> Iterator[bytes]:
@@ -150,14 +150,17 @@ class Reader:
         if self._left < 0:
             raise damaged("it unpacks to more than such a file can hold")
         data = b""
-        try:
-            while len(data) < size and (more := self._packed.read(size - len(data))):
-                data += more
-        except (OSError, EOFError, zlib.error):
-            raise damaged("it is cut off, or cannot be unpacked") from None
+        while len(data) < size and (more := self._unpacked(size - len(data))):
+            data += more
         if len(data) < size:
             raise damaged("it is cut off")
         return data
+
+    def _unpacked(self, most: int) -> bytes:
+        try:
+            return self._packed.read(most)
+        except (OSError, EOFError, zlib.error):
+            raise damaged("it is cut off, or cannot be unpacked") from None
 
 
 def most_in(size: int) -> int:

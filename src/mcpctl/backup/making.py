@@ -1,7 +1,6 @@
 """Makes a backup: a snapshot, encrypted into a file that is there as a whole or not at all."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -130,10 +129,10 @@ def prune(made: Path, now: datetime, keep: timedelta) -> tuple[Path, ...]:
 
 
 def _sweep(left: Path) -> None:
-    with contextlib.suppress(OSError):
-        fd = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+    with contextlib.suppress(OSError):  # it is being written, which its lock says
+        fd = os.open(left, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            private_file.lock(fd, 0)
             left.unlink()
         finally:
             os.close(fd)

@@ -19,11 +19,6 @@ from mcpctl import private_file
 from mcpctl.errors import ConfigError, ConflictError, NotFoundError
 from mcpctl.identity.lockdown import Lockdown
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nobody restores
-    fcntl = None  # type: ignore[assignment]
-
 PUT, MOVE, DROP = "put", "move", "drop"
 """A file into its place; one that is there, out of it; one that belonged to another that is replaced, away."""
 _READY = ".restored"
@@ -63,11 +58,11 @@ def alone(folder: Path) -> Iterator[None]:
     """One restore at a time in that folder. ConflictError where another is at work."""
     fd = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            private_file.lock(fd, 0)
+        except TimeoutError:
+            raise ConflictError(f"another restore is at work in {folder}", "wait for it") from None
         yield
-    except BlockingIOError:
-        raise ConflictError(f"another restore is at work in {folder}", "wait for it") from None
     finally:
         os.close(fd)
 

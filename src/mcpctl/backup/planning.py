@@ -29,7 +29,7 @@ from mcpctl.errors import ConfigError, ConflictError
 from mcpctl.identity import sessions, tenants, tokens, users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.keyring import Keyring
-from mcpctl.state import State
+from mcpctl.state import APPLICATION, State
 
 _ENTRIES = (contents.TOKENS, contents.USERS, contents.TENANTS)
 
@@ -231,12 +231,25 @@ def _plan_state(found: Backup, done: Plan, again: Reseal, cleared: bool) -> None
     place, store = done.settings.server.state_file, found.state
     if store is None or (os.path.lexists(place) and not cleared):
         if os.path.lexists(place):
+            _check_store(place)
             done.lines.append((str(place), "stays"))
         return
     with closing(store):
         _narrow(store, done.since, again)
     done.steps += [Step(DROP, f"{place}{end}") for end in ("-wal", "-shm")]
     _plan_file(found, done, contents.STATE, "", place, True)
+
+
+def _check_store(place: Path) -> None:
+    """What stays has to be one. It is only looked at, whatever its form."""
+    with open(private_file.open_checked(place, os.O_RDONLY), "rb") as file:
+        head = file.read(72)  # sqlite.org/fileformat.html, 1.3
+    ours = head.startswith(b"SQLite format 3\0") and head[68:] == APPLICATION.to_bytes(4, "big")
+    if not ours:
+        raise ConfigError(
+            f"{place} is not a store of mcpctl's, and nothing was changed",
+            f"move it away, with {place.name}-wal and {place.name}-shm: then it comes from the backup",
+        )
 
 
 def _narrow(store: State, since: Since, again: Reseal) -> None:

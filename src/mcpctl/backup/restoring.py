@@ -81,13 +81,13 @@ def quiet(settings: Settings) -> Iterator[None]:
 def place(done: Plan, said: str, now: datetime, *, other: bool, revoke_all: bool) -> None:
     """Carry out a plan, all of it or, where anything fails, none; `finish` is to follow, outside of `quiet`."""
     settings = done.settings
+    (settings.source or settings.auth.token_file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     token_file, at = settings.auth.token_file, journal_of(settings)
     sweep(done)
     ready = sorted(placing.make_ready(done.steps), key=lambda step: (step.do != placing.DROP, not _locks(step)))
     locked = (other or not Lockdown(token_file).on()) and not any(map(_locks, ready))
     journal = Journal(str(settings.source), str(token_file), tuple(ready), said, revoke_all, locked)
     try:
-        at.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         placing.begin(at, journal)
     except BaseException:
         placing.sweep(done.steps)

@@ -195,7 +195,7 @@ def show(
         address.check(url)
     found = None
     if url is None or tenant is not None or token_id is not None:
-        found = settings(context, config, needs_log=False)
+        found = _settings(context, config)
     entry, tenant = _whose(found, token_id, tenant) if found is not None else (None, None)
     name = f"{NAME}-{tenant}" if tenant is not None else NAME
     where = url or (url_of(found) if found is not None else "")
@@ -223,6 +223,17 @@ def show(
     _tell_of_token(client, name, url, token, here=merged is not None)
     if entry is not None:
         _tell_of(entry, tenant)
+
+
+def _settings(context: typer.Context, config: Path | None) -> "Settings":
+    from mcpctl.errors import NotFoundError
+
+    try:
+        return settings(context, config, needs_log=False)
+    except NotFoundError as problem:
+        if problem.message == "there is no config file":  # as on the machine of a client
+            problem.hint = "say --url URL, the server's, such as https://mcp.example.org/mcp; then none is needed"
+        raise
 
 
 def _whose(found: "Settings", token_id: str | None, tenant: str | None) -> "tuple[Token | None, str | None]":

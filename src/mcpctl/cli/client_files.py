@@ -89,7 +89,7 @@ class ClientFile:
             _put(self.path, self.new, about)
         except OSError as problem:
             raise NotWrittenError(
-                f"cannot write {problem.filename or self.path}: {problem.strerror}; nothing was changed",
+                f"cannot write {self.path}: {problem.strerror}; nothing was changed",
                 "--file FILE names another",
             ) from None
         return copy

@@ -43,7 +43,7 @@ def doctor(
 
     Example: mcpctl doctor --fix
     """
-    visit = _Visit(context, config, _token(token_file))
+    visit = Visit(context, config, _token(token_file))
     visit.arrive(fix)
     found = visit.examine()
     if fix:
@@ -75,6 +75,15 @@ def _token(file: str | None) -> str | None:
     return text
 
 
+def _as_root(found: "Finding") -> "Finding":
+    """What may only be closed to us."""
+    import os
+
+    if not hasattr(os, "geteuid") or os.geteuid() == 0:
+        return found
+    return replace(found, hint=f"{found.hint}; where it is a service's: sudo mcpctl doctor")
+
+
 def _as_json(healthy: bool, found: "list[Finding]", mended: "list[Mended]") -> dict[str, Any]:
     return {
         "ok": healthy,
@@ -99,7 +108,7 @@ def _as_json(healthy: bool, found: "list[Finding]", mended: "list[Mended]") -> d
 
 
 @dataclass
-class _Visit:
+class Visit:
     """The installation, as far as it can be read. Root looks at its own files first, and then becomes the owner of the
     others, as every command does."""
 
@@ -160,7 +169,7 @@ class _Visit:
                 found = common.settings(self.context, self.config, needs_log=False, forgiving=forgiving, mode=0o644)
             except Error as problem:
                 if not forgiving:
-                    self.early.append(Check("config").broken(problem))
+                    self.early.append(_as_root(Check("config").broken(problem)))
                 continue
             except OSError as problem:
                 name, hint = problem.filename or "a file", "run as the owner of mcpctl's files, or as root"

@@ -95,7 +95,7 @@ def init(
     On a terminal it asks for what no flag says: where PostgreSQL is, which is tried; who can connect, and how; who the
     first user is. Without a terminal it asks nothing. All of it is made, or nothing.
 
-    Example: mcpctl init --db-host /var/run/postgresql --db-name shop --user alice --expiry 90d
+    Example: mcpctl init --db-host localhost --db-name shop --user alice --expiry 90d
     """
     from mcpctl import private_file
     from mcpctl.cli import init_answers

@@ -142,9 +142,7 @@ def answered(given: Given, asking: Asking | None, password_of: Callable[[str], s
     if asking is not None and user is None:
         user = asking.text("first user of mcpctl, - for none", _self(), check=_user_name)
     if asking is not None and user is not None and given.user is None and expiry is None:
-        expiry = asking.text(
-            f"a token for {user}, shown once at the end: it is to last, - for none", LIFETIME, check=_end
-        )
+        expiry = asking.text(f"a token for {user}, shown once: it is to last, - for none", LIFETIME, check=_end)
     issuer = given.issuer
     if asking is not None and issuer is None:
         issuer = asking.text(
@@ -191,8 +189,7 @@ def _postgres(given: Given, asking: Asking | None, password_of: Callable[[str], 
 
     host = given.db_host
     if host is None and asking is not None:
-        usual = next((one for one in SOCKETS if Path(one, ".s.PGSQL.5432").exists()), "localhost")
-        host = asking.text("PostgreSQL: host, address, or folder of its socket, - to name it later", usual)
+        host = asking.text("PostgreSQL: host, address, or folder of its socket, - to name it later", "localhost")
     if host is None:
         return None
     port = given.db_port

@@ -1,6 +1,5 @@
 """The config that `mcpctl init` writes, from the answers, and the SQL and the steps that go with it."""
 
-import dataclasses
 import json
 import re
 import shlex
@@ -97,11 +96,7 @@ def _audit(layout: Layout) -> str:
 
 
 def _backup(layout: Layout) -> str:
-    """Where backups go, if this version makes any."""
-    from mcpctl.config_keys import Settings
-
-    known = {one.name for one in dataclasses.fields(Settings)}
-    return _lines("backup", {"directory": layout.backups}) if "backup" in known else ""
+    return _lines("backup", {"directory": layout.backups})
 
 
 def _database(postgres: Postgres) -> str:
@@ -152,9 +147,14 @@ def provider_steps(answers: Answers) -> list[str]:
 
 
 def _psql(postgres: Postgres) -> str:
-    where = ["-h", postgres.host] if postgres.host not in SOCKETS else []
+    """How a superuser gets in: on this machine as the system's user postgres, whom PostgreSQL knows."""
+    from mcpctl.postgres.login import is_here
+
+    here = is_here(postgres.host)
+    where = [] if here and not (postgres.host[0] == "/" and postgres.host not in SOCKETS) else ["-h", postgres.host]
     where += ["-p", str(postgres.port)] if postgres.port not in (None, 5432) else []
-    return shlex.join(["psql", "-v", "ON_ERROR_STOP=1", *where, "-d", postgres.dbname])
+    command = shlex.join(["psql", "-v", "ON_ERROR_STOP=1", *where, *([] if here else ["-U", "postgres"])])
+    return f"{'sudo -u postgres ' if here else ''}{command} -d {shlex.quote(postgres.dbname)}"
 
 
 def steps(answers: Answers, layout: Layout, *, sql: bool, token: bool, flag: str) -> list[str]:
@@ -163,15 +163,19 @@ def steps(answers: Answers, layout: Layout, *, sql: bool, token: bool, flag: str
     if answers.postgres is None:
         found.append(f"name your database: mcpctl database add shop --host H --user R --ask-password{flag}")
     elif sql:
-        script = shlex.quote(str(layout.config / "roles.sql"))
-        found.append(f"as a superuser of PostgreSQL, the login role: {_psql(answers.postgres)} < {script}")
+        script, psql = shlex.quote(str(layout.config / "roles.sql")), _psql(answers.postgres)
+        run = f"{psql} < {script}" if layout.owner is None else f"sudo cat {script} | {psql}"
+        found.append(f"as a superuser of PostgreSQL, the login role: {run}")
+        if answers.postgres.host.startswith("/") and answers.postgres.user:
+            line = f"local  {answers.postgres.dbname}  {answers.postgres.user}  scram-sha-256"
+            found.append(f"in pg_hba.conf, where a line `local all all peer` is, before that: {line}")
     if sql and answers.postgres is not None and answers.postgres.roles == "per_user":
         found.append(
             f"see that PostgreSQL is as recorded: mcpctl grant diff{flag}   (pg_hba.conf: docs/users-and-grants.md)"
         )
     if answers.postgres is not None:
         harden = f"mcpctl database harden {answers.postgres.name} --print-sql{flag}"
-        found.append(f"as a superuser, dangerous functions away from PUBLIC: {harden}")
+        found.append(f"dangerous functions away from PUBLIC: {harden} | {_psql(answers.postgres)}")
     found.append(f"mcpctl config check{flag} && mcpctl doctor{flag}")
     if answers.user is None:
         found.append(f"mcpctl user add alice{flag}")

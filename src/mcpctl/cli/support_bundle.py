@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.administration import Files, files_of
 from mcpctl.cli.common import ConfigOption, JsonOption
+from mcpctl.cli.doctor import Visit
 from mcpctl.errors import Error, masked
 
 if TYPE_CHECKING:
@@ -52,16 +52,18 @@ def support_bundle(context: typer.Context, json: JsonOption = False, config: Con
 
     Example: mcpctl support-bundle >bundle.txt
     """
-    files = files_of(context, config, needs_log=False, forgiving=True)
-    parts: dict[str, Callable[[], Iterable[str]]] = {
-        "versions": _versions,
-        "settings that are not the defaults": lambda: _settings(files.settings),
-        "the server": lambda: _server(files.settings),
-        "doctor": lambda: _doctor(files),
-        f"the audit log's last {_AUDIT_LINES} lines": lambda: _audit(files.settings),
-        f"the server's log, its last {_LOG_LINES} lines": lambda: _log(files.settings),
-    }
-    hidden = Hidden(_secrets(files), _names(files.settings))
+    visit = Visit(context, config)
+    visit.arrive(False)
+    found = visit.settings
+    parts: dict[str, Callable[[], Iterable[str]]] = {"versions": _versions, "doctor": lambda: _doctor(visit)}
+    if found is not None:  # else doctor says what is wrong with the config
+        parts |= {
+            "settings that are not the defaults": lambda: _settings(found),
+            "the server": lambda: _server(found),
+            f"the audit log's last {_AUDIT_LINES} lines": lambda: _audit(found),
+            f"the server's log, its last {_LOG_LINES} lines": lambda: _log(found),
+        }
+    hidden = Hidden(_secrets(visit), _names(found) if found is not None else ())
     made = {name: [hidden(line) for line in _tried(part)] for name, part in parts.items()}
     if json:
         output.put_json(made)
@@ -120,17 +122,17 @@ class Hidden:
         return self._words[name]
 
 
-def _secrets(files: Files) -> Iterator[str]:
+def _secrets(visit: Visit) -> Iterator[str]:
     """Passwords that this installation's own files hold in the open: they are in nothing that is told, and are looked
     for all the same."""
     import os
 
     from psycopg import conninfo
 
-    settings = files.settings
-    paths = [settings.keyring.file, settings.audit.key_file]
-    dsns = [*files.dsns.values(), os.environ.get("MCPCTL_DATABASE_URL", "")]
-    for one in settings.databases.values():
+    settings = visit.settings
+    paths = [settings.keyring.file, settings.audit.key_file] if settings is not None else []
+    dsns = [*visit.dsns.values(), os.environ.get("MCPCTL_DATABASE_URL", "")]
+    for one in settings.databases.values() if settings is not None else ():
         paths += [path for path in (one.password_file, one.service_password_file) if path is not None]
         dsns += [dsn for dsn in (one.dsn, one.service_dsn) if dsn is not None]
     for path in paths:
@@ -210,8 +212,15 @@ def _differ(found: Any, usual: Any, before: str) -> Iterator[str]:
         elif "named" in one.metadata:
             for number, entry in enumerate(value.values(), 1):
                 yield from _differ(entry, one.metadata["named"](), f"{name}.{number}.")
-        elif value != getattr(usual, one.name):
+        elif not _is(value, getattr(usual, one.name)):
             yield f"{name}: {_shown(value, one.name)}"
+
+
+def _is(value: Any, usual: Any) -> bool:
+    """Whether it is the default; a path is, in whatever folder the config stands."""
+    if isinstance(value, Path) and isinstance(usual, Path):
+        return value.name == usual.name
+    return bool(value == usual)
 
 
 def _shown(value: Any, name: str) -> str:
@@ -241,15 +250,8 @@ def _server(settings: "Settings") -> Iterator[str]:
         )
 
 
-def _doctor(files: Files) -> Iterator[str]:
-    import os
-
-    from mcpctl.diagnosis.examine import examine
-    from mcpctl.diagnosis.patient import Patient
-    from mcpctl.identity import tokens
-
-    patient = Patient(files.settings, files.dsns, files.admin, tokens.utcnow(), os.environ)
-    for one in examine(patient):
+def _doctor(visit: Visit) -> Iterator[str]:
+    for one in visit.examine():
         yield " ".join(f"{one.status}: {one.check}: {one.what}".split())
 
 
