@@ -54,7 +54,7 @@ class Commands:
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             stdin.write(input)
             stdin.seek(0)
-            started = self._started(arguments, environment, cwd or os.getcwd(), stdin, out, err, user=user)
+            started = self.started(arguments, environment, cwd or os.getcwd(), stdin, out, err, user=user)
             try:
                 code = started.wait(timeout)
             except subprocess.TimeoutExpired:
@@ -67,7 +67,7 @@ class Commands:
         """What subprocess.Popen starts, without input, with our stdout and with a pipe of text as its stderr."""
         reading, writing = os.pipe()
         with open(os.devnull, "rb") as stdin, os.fdopen(writing, "wb") as err:
-            started = self._started(arguments, environment, os.getcwd(), stdin, 1, err)
+            started = self.started(arguments, environment, os.getcwd(), stdin, 1, err)
         started.stderr = os.fdopen(reading, encoding="utf-8")
         return started
 
@@ -75,7 +75,7 @@ class Commands:
         """What subprocess.Popen starts with pipes of bytes as its stdin, stdout and stderr."""
         (stdin, ours), (out_of, stdout), (err_of, stderr) = (os.pipe() for _ in range(3))
         try:
-            started = self._started(arguments, environment, os.getcwd(), stdin, stdout, stderr)
+            started = self.started(arguments, environment, os.getcwd(), stdin, stdout, stderr)
         finally:
             for fd in (stdin, stdout, stderr):
                 os.close(fd)
@@ -83,7 +83,7 @@ class Commands:
         started.stdout, started.errors = os.fdopen(out_of, "rb"), os.fdopen(err_of, "rb")
         return started
 
-    def _started(
+    def started(
         self,
         arguments: Sequence[str],
         environment: Mapping[str, str],
@@ -91,6 +91,7 @@ class Commands:
         *standard: IO[bytes] | int,
         user: tuple[int, int] | None = None,
     ) -> Started:
+        """A command with these as its stdin, stdout and stderr."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         asked = {"arguments": [*arguments], "environment": dict(environment), "cwd": os.fspath(cwd), "user": user}
         fds = [one if isinstance(one, int) else one.fileno() for one in standard]
