@@ -114,18 +114,28 @@ def prune(made: Path, now: datetime, keep: timedelta) -> tuple[Path, ...]:
     """Remove what is older than that in the folder of a backup that was just made: files of such a name, and never the
     one that was made. What a killed run left goes, too."""
     gone = []
-    for one in sorted(made.parent.glob("mcpctl-*.tar.gz.age")):
-        found = _NAME.fullmatch(one.name)
-        if found is None or one == made or not one.is_file() or one.is_symlink():
-            continue
-        with contextlib.suppress(ValueError):  # the thirtieth of February is nobody's backup
-            when = datetime.strptime(found[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-            if now - when > keep:
-                one.unlink()
-                gone.append(one)
+    for one, when in _there(made.parent):
+        if one != made and now - when > keep:
+            one.unlink()
+            gone.append(one)
     for left in made.parent.glob(".mcpctl-*.tar.gz.age.*.tmp"):
         _sweep(left)
     return tuple(gone)
+
+
+def newest(folder: Path) -> datetime | None:
+    """When the newest backup there was begun, by its name; None where there is none."""
+    return max((when for _, when in _there(folder)), default=None)
+
+
+def _there(folder: Path) -> Iterator[tuple[Path, datetime]]:
+    """The backups in a folder, and when each was begun."""
+    for one in sorted(folder.glob("mcpctl-*.tar.gz.age")):
+        found = _NAME.fullmatch(one.name)
+        if found is None or not one.is_file() or one.is_symlink():
+            continue
+        with contextlib.suppress(ValueError):  # the thirtieth of February is nobody's backup
+            yield one, datetime.strptime(found[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
 
 
 def _sweep(left: Path) -> None:
