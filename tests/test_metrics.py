@@ -353,6 +353,7 @@ def test_revocations_refusals_and_events_are_counted_where_they_happen(
     told = {name.removesuffix("_total").removesuffix("_count") for name, _ in series}
     assert {name for name in FAMILIES if name not in told} == {  # which need what did not happen here
         "mcpctl_audit_failures", "mcpctl_connection_errors", "mcpctl_tenant_calls", "mcpctl_tenant_rows",
+        "mcpctl_backup_last_timestamp_seconds",
         "mcpctl_tenant_call_seconds", "mcpctl_tls_cert_expiry_seconds", "mcpctl_token_next_expiry_seconds",
         "mcpctl_pools", "mcpctl_pool_connections", "mcpctl_pool_waiting",
     }  # fmt: skip

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from datetime import timedelta
 
-from mcpctl.backup import making
+from mcpctl.backup import names
 from mcpctl.diagnosis.patient import Check, Finding, Patient
 
 OLD = timedelta(days=2)
@@ -23,7 +23,7 @@ def backups(patient: Patient) -> Iterator[Finding]:
         hint = "`mcpctl backup` makes it; or is a disk not mounted?"
         yield check.warn("backups.no-folder", f"there is no folder {wanted.directory} for backups", hint)
         return
-    newest = making.newest(wanted.directory)
+    newest = names.newest(wanted.directory)
     hint = "systemctl status mcpctl-backup.timer mcpctl-backup.service; by hand: mcpctl backup"
     if newest is None:
         yield check.warn("backups.none", f"there is no backup in {wanted.directory}", hint)
