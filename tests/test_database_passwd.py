@@ -76,7 +76,7 @@ def test_a_leaked_password_opens_nothing_any_more_and_whoever_was_in_with_it_is_
     assert said[1].endswith(f"connections of {READER}; cut: 1 query, 0 backends left")
     pid = stranger.info.backend_pid
     assert [line.partition(",")[0] for line in said[2:]] == ["ended"]
-    assert f"not the server's: pid {pid}, no name, from a socket, since " in said[2]
+    assert f"not closed by the server: pid {pid}, no name, from a socket, since " in said[2]
     assert "held it as plain text before" in done.stderr
     with pytest.raises(psycopg.OperationalError):
         stranger.execute("SELECT 1")

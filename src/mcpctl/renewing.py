@@ -102,7 +102,8 @@ class Renewing(Departing):
             return path
         raise ConfigError(
             f"databases.{name} has no {key}, so its password is not kept where mcpctl could put a new one",
-            f"put it into a file of the service's user, 0600, and name that: databases.{name}.{key}",
+            f"put it into a file of the service's user, 0600, and name that: databases.{name}.{key}; where a unit "
+            "hands it over (LoadCredential=), change it in PostgreSQL and at its source, and restart",
         )
 
     def of_user(self, name: str, database: str) -> list[Renewal]:
@@ -172,12 +173,12 @@ class Renewing(Departing):
         return Done(moment, before, plain)
 
     def end_older(self, one: Renewal, who: Administrator, done: Done) -> list[Backend]:
-        """End whoever connected before the change; which the server itself had not closed by then."""
+        """End whoever connected before the change; those whom the server itself had not closed by then."""
         with who.connected() as connection:
             return self._end(connection, one, done)
 
     def _end(self, connection: Connection, one: Renewal, done: Done) -> list[Backend]:
-        _, strangers = passwords.older(connection, one.role, done.moment)
+        strangers = passwords.others(connection, one.role, done.moment)
         passwords.end_older(connection, self._now(one), one.role, done.moment)
         return strangers
 

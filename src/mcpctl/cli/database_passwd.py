@@ -121,7 +121,7 @@ class _Work:
                 done = self.renewing.believe(one) if ours is None else self.renewing.apply(one, ours, given)
                 rows.append(self._finished(one, who, done, failed))
         if self.json:
-            output.put_json({"applied": True, "roles": rows})
+            output.put_json({"applied": len(rows) == len(wanted), "roles": rows})
         failed.check()
 
     def _administrator(self, one: "Renewal", *, needed: bool) -> "Administrator | None":
@@ -146,7 +146,7 @@ class _Work:
             )
         many = len(done.before)
         ended = f"ended: {many} {'connection' if many == 1 else 'connections'} of {one.role}"
-        strangers = "".join(f"; not the server's: {other.words()}" for other in others[:20])
+        strangers = "".join(f"; not closed by the server: {other.words()}" for other in others[:20])
         reason = f"new password for {one.role}; {ended}{strangers}"
         databases = ", ".join(one.databases)
         note(found, "config.database_password", user=one.user, database=databases, reason=by_whom(self.context, reason))
@@ -160,7 +160,7 @@ class _Work:
                 output.say(f"{path} held it as plain text before, and holds it sealed now")
             output.put(f"{ended}; {words}")
             for other in others:
-                output.put(f"ended, and not the server's: {other.words()}")
+                output.put(f"ended, and not closed by the server: {other.words()}")
         return {
             "role": one.role, "user": one.user, "databases": list(one.databases), "sealed_in": where,
             "were_plain": [str(path) for path in done.plain], "ended": many, "logs_in": logs_in, "cut": cut,

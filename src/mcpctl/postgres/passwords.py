@@ -12,6 +12,8 @@ from mcpctl.postgres import administrator, roles
 from mcpctl.postgres.administrator import Connection
 from mcpctl.postgres.login import Login, same_place
 
+_CLOSING = 0.5
+"""Seconds in which the backend of a connection that was closed has ended."""
 _GONE_WITHIN = 5.0
 """Seconds: some of what PostgreSQL does is not interrupted at once."""
 
@@ -92,6 +94,17 @@ SELECT pid, coalesce(backend_start::timestamptz(0)::text, ''), client_addr::text
 FROM pg_catalog.pg_stat_activity
 WHERE usename = %s AND pid <> pg_catalog.pg_backend_pid() AND coalesce(backend_start <= %s::timestamptz, true)
 ORDER BY backend_start"""
+
+
+def others(connection: Connection, role: str, moment: str) -> list[Backend]:
+    """The role's connections from before that moment that no server of ours has closed: what it closes has a moment to
+    end."""
+    until = time.monotonic() + _CLOSING
+    while True:
+        left = older(connection, role, moment)[1]
+        if not any(one.application.startswith("mcpctl") for one in left) or time.monotonic() > until:
+            return left
+        time.sleep(0.02)
 
 
 def end_older(connection: Connection, login: Login, role: str, moment: str) -> None:
