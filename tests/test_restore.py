@@ -140,6 +140,60 @@ def test_what_was_taken_away_since_does_not_come_back(home: Home, tmp_path: Path
     assert "whole" in home("audit", "verify").good
 
 
+def test_what_only_the_log_or_what_waits_beside_it_tells_is_not_undone(home: Home, tmp_path: Path) -> None:
+    revoked, _ = home.token("--user", "alice")
+    logs = tmp_path / "logs"
+    logs.mkdir(0o700)
+    with home.config.open("a") as file:
+        file.write(f"audit: {{file: {logs}/audit.jsonl}}\n")
+    (home.folder / "audit.jsonl").rename(logs / "audit.jsonl")
+    text = home.config.read_text()
+    home.config.write_text(text.replace("databases:\n", "databases:\n  old: {host: /nonexistent, user: reader}\n"))
+    path = kept.made(home, tmp_path / "b.age")
+    home("database", "remove", "old", "--yes").good  # noqa: B018
+    home("lockdown", "--reason", "a leak").good  # noqa: B018
+    (logs / "audit.jsonl").rename(logs / "away")
+    (logs / "audit.jsonl").mkdir()  # no line can be written
+    assert "not in the audit log yet" in home("token", "revoke", revoked).err
+    (logs / "audit.jsonl").rmdir()
+    (logs / "away").rename(logs / "audit.jsonl")
+    shutil.rmtree(home.folder)
+    done = kept.restored(home, path)
+    assert done.code == 0, done.err
+    assert "the server was locked, and stays so" in done.err
+    assert "a leak" in home("lockdown").out
+    assert _tokens(home) == {revoked: "revoked"}
+    assert "the database old was removed since" in done.err
+    assert list(config.load(home.config).databases) == ["shop"]
+    assert "whole" in home("audit", "verify").good
+
+
+def test_files_that_are_older_than_the_backup_lose_what_was_taken_away_until_then(home: Home, tmp_path: Path) -> None:
+    removed, revoked = home.token("--user", "alice")[0], home.token("--user", "bob")[0]
+    shutil.copytree(home.folder, tmp_path / "older", dirs_exist_ok=True)
+    home("token", "remove", removed, "--yes").good  # noqa: B018
+    home("token", "revoke", revoked).good  # noqa: B018
+    home("user", "disable", "bob").good  # noqa: B018
+    home("user", "roles", "alice", "mcp-user").good  # noqa: B018
+    with users.user_file(home.folder / "users.yaml").edit() as entries:
+        del entries["carol"]
+    _note(home, "user.removed", user="carol")
+    home("lockdown").good  # noqa: B018
+    path = kept.made(home, tmp_path / "b.age")
+    shutil.rmtree(home.folder)
+    (tmp_path / "older").rename(home.folder)  # a disk of before
+    done = kept.restored(home, path)
+    assert done.code == 0, done.err
+    assert _tokens(home) == {revoked: "revoked"}
+    found = users.user_file(home.folder / "users.yaml").current()
+    assert sorted(found) == ["alice", "bob"]
+    assert found["bob"].disabled_at is not None
+    assert found["alice"].roles == ()
+    assert _sessions(home) == []
+    assert "was locked already" in home("lockdown").out
+    assert "whole" in home("audit", "verify").good
+
+
 def _note(home: Home, event: str, **fields: str) -> None:
     from mcpctl.audit.log import AuditLog, read_key
 
@@ -388,7 +442,7 @@ def _until(home: Home, path: Path, steps: int, monkeypatch: pytest.MonkeyPatch) 
         ):
             since = restoring.survey(found, here or found.settings)
             plan = restoring.planned(found, here, since, utcnow(), other=False, revoke_all=False)
-            restoring.place(plan, "said", utcnow(), other=False, revoke_all=False)
+            restoring.place(plan, "said", utcnow(), other=False)
     except _KilledError:
         return True
     finally:

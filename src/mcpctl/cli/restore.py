@@ -83,7 +83,7 @@ def restore(
                 with restoring.quiet(target):
                     done = restoring.planned(found, here, since, now, other=other, revoke_all=revoke_all)
                     said = _said(file, found, done, revoke_all)
-                    restoring.place(done, said, now, other=other, revoke_all=revoke_all)
+                    restoring.place(done, said, now, other=other)
                 after = placing.unfinished(restoring.journal_of(done.settings))
                 if after is not None:
                     restoring.finish(after, restoring.journal_of(done.settings), now, _noting(context))
