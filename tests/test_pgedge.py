@@ -100,6 +100,7 @@ def test_what_is_not_in_order_imports_nothing(tmp_path: Path) -> None:
         ("--users", "users: {A.b: {enabled: true}, a-b: {enabled: true}}", 5),
         ("--users", "users: {'!!!': {enabled: true}}", 3),
         ("--users", "users: [[[]]]", 3),
+        ("--tokens", 'tokens: {"a\\tb\\nc": {hash: x}}', 3),
     ):
         done = home("import", "pgedge", name, _file(tmp_path, "bad", text), "--out", out)
         assert done.code == code, (text, done.err)

@@ -6,7 +6,9 @@ import gzip
 import io
 import json
 import shutil
+import signal
 import sqlite3
+import subprocess
 import tarfile
 from collections.abc import Callable
 from contextlib import closing
@@ -25,12 +27,13 @@ from mcpctl.backup import age, opening, placing, restoring
 from mcpctl.backup.archive import Entry
 from mcpctl.config_keys import Settings
 from mcpctl.identity import sessions, tokens, users
+from mcpctl.identity.browsers import Browsers
 from mcpctl.identity.grants import Grant
 from mcpctl.identity.own_databases import OwnDatabase, OwnDatabases
 from mcpctl.identity.tokens import utcnow
 from mcpctl.keyring import Keyring
 from mcpctl.state import State
-from site_of_mcpctl import PASSWORD, Site, record
+from site_of_mcpctl import COMMAND, PASSWORD, Site, environment, eventually, record
 from site_of_mcpctl import Shop as PgShop
 
 ROW = OwnDatabase("alice", "mine", "db.example.org", "203.0.113.7", 5432, "mine", "me", "", "2026-11-01T00:00:00Z")
@@ -49,6 +52,7 @@ def home(tmp_path: Path) -> Home:
     with closing(State(home.folder / "state.db")) as store:
         OwnDatabases(store, ring, people).add(replace(ROW, created_at="2999-01-01T00:00:00Z"), "own", 5)
         sessions.Sessions(store, RULES).open("alice", sessions.mark_of(None))
+        Browsers(store, people.current, utcnow).sign_in("a cookie", "alice", sessions.mark_of(None))
     private_file.create(home.folder / "shop.password", ring.seal("sealed").encode())
     home.config.write_text(
         home.config.read_text().replace("user: reader", "user: reader, password_file: shop.password")
@@ -137,6 +141,7 @@ def test_what_was_taken_away_since_does_not_come_back(home: Home, tmp_path: Path
     assert _sessions(home) == []
     with closing(State(home.folder / "state.db")) as store:
         assert store.rows("SELECT * FROM own_databases") == []
+        assert store.rows("SELECT * FROM browsers") == []
     assert "whole" in home("audit", "verify").good
 
 
@@ -481,6 +486,20 @@ def test_what_a_killed_restore_had_unpacked_is_removed_by_the_next(home: Home, t
     assert kept.restored(home, path).code == 0
     assert not left.exists()
     assert not beside.exists()
+
+
+def test_a_restore_that_is_told_to_end_leaves_nothing_of_what_it_has_unpacked(home: Home, tmp_path: Path) -> None:
+    path, key = kept.made(home, tmp_path / "b.age"), kept.identity(tmp_path)
+    before = home.files()
+    with open(home.folder / "audit.jsonl.lock", "rb") as log:
+        private_file.lock(log.fileno(), 1.0)  # it waits for that, when it has unpacked all
+        line = [*COMMAND, "restore", str(path), "--identity", key, "--config", str(home.config)]
+        with subprocess.Popen(line, env=environment(TMPDIR=str(tmp_path)), stderr=subprocess.DEVNULL) as run:
+            eventually(lambda: len(list(home.folder.glob(f"{opening.STAGE}*/0*"))) > 5)
+            run.terminate()
+            assert run.wait(30) == -signal.SIGTERM
+    assert home.files() == before
+    assert [one.name for one in tmp_path.iterdir() if one.name.startswith("tmp")] == []
 
 
 def test_a_server_that_lost_everything_serves_again(

@@ -136,12 +136,7 @@ def _unpacked(
 
 def _settings_of(text: bytes, at: Path) -> Settings:
     """The backup's config, read as if it stood there. It is written nowhere yet."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "config.yaml")
-        private_file.create(path, text)
-        return config.load(path, at=at)
+    return config.load(at, data=text)
 
 
 def _check_room(folder: Path, size: int) -> None:

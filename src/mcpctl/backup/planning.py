@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import keyring, private_file
-from mcpctl.audit import anchors
-from mcpctl.audit import late
+from mcpctl.audit import anchors, late
 from mcpctl.audit import log as audit_log
 from mcpctl.audit.parts import opened
 from mcpctl.backup import contents, merging
@@ -28,7 +27,7 @@ from mcpctl.backup.since import NONE, OTHER, SHORTER, Since, add_late, look
 from mcpctl.backup.snapshot import LOG_NAME
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, ConflictError
-from mcpctl.identity import sessions, tenants, tokens, users
+from mcpctl.identity import browsers, sessions, tenants, tokens, users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.keyring import Keyring
 from mcpctl.state import APPLICATION, State
@@ -259,6 +258,9 @@ def _told(said: Said) -> str:
 
 def _plan_state(found: Backup, done: Plan, again: Reseal, cleared: bool) -> None:
     place, store = done.settings.server.state_file, found.state
+    if store is None and done.since.blocked:  # one is needed, to say so
+        found.files[contents.STATE, ""] = found.stage / "state.db"
+        store = State(found.files[contents.STATE, ""])
     if store is None or (os.path.lexists(place) and not cleared):
         if os.path.lexists(place):
             _check_store(place)
@@ -294,7 +296,9 @@ def _check_store(place: Path) -> None:
 
 
 def _narrow(store: State, since: Since, again: Reseal) -> None:
-    """Take out of the backup's store what was taken away since."""
+    """Take out of the backup's store what was taken away since. No line tells who has left a browser, or was made to:
+    everybody signs in again."""
+    browsers.forget(store, None)
     of = sessions.Sessions(store, {})
     of.end(since.closed)
     for user in since.gone | since.passwords:

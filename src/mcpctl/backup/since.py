@@ -28,8 +28,8 @@ SAME, SHORTER, OTHER, NONE = "same", "shorter", "other", "none"
 @dataclass
 class Since:
     """`known`: the log here goes on from the backup's last line without a gap, so that whatever it does not tell of did
-    not happen. Else what it tells counts all the same. `earlier` is what the backup's log tells after the end of the log
-    here, where that is SHORTER: what is here may be as old as its log."""
+    not happen. Else what it tells counts all the same. `earlier` is what the backup's log tells after the end of the
+    log here, where that is SHORTER: what is here may be as old as its log."""
 
     relation: str = NONE
     known: bool = False

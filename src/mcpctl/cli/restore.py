@@ -17,6 +17,7 @@ from mcpctl.cli.common import (
     read_password,
     read_secret,
     settings,
+    undone_when_ended,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def restore(
     if identity is not None and passphrase_file is not None:
         raise UsageError("a backup is opened by a key or by a passphrase, not by both", "leave one of them out")
     now = utcnow()
-    with _opened(file) as backup:
+    with undone_when_ended(), _opened(file) as backup:
         key = _key(backup, identity, passphrase_file)
         here, place = _here(context, config)
         at = placing.journal_of(place, here.auth.token_file if here else None)
