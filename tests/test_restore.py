@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import shutil
 import signal
 import sqlite3
@@ -147,10 +148,10 @@ def test_what_was_taken_away_since_does_not_come_back(home: Home, tmp_path: Path
 
 def test_what_only_the_log_or_what_waits_beside_it_tells_is_not_undone(home: Home, tmp_path: Path) -> None:
     revoked, _ = home.token("--user", "alice")
-    logs = tmp_path / "logs"
+    logs = home.folder / "logs"
     logs.mkdir(0o700)
     with home.config.open("a") as file:
-        file.write(f"audit: {{file: {logs}/audit.jsonl}}\n")
+        file.write("audit: {file: logs/audit.jsonl}\n")
     (home.folder / "audit.jsonl").rename(logs / "audit.jsonl")
     text = home.config.read_text()
     home.config.write_text(text.replace("databases:\n", "databases:\n  old: {host: /nonexistent, user: reader}\n"))
@@ -162,7 +163,7 @@ def test_what_only_the_log_or_what_waits_beside_it_tells_is_not_undone(home: Hom
     assert "not in the audit log yet" in home("token", "revoke", revoked).err
     (logs / "audit.jsonl").rmdir()
     (logs / "away").rename(logs / "audit.jsonl")
-    shutil.rmtree(home.folder)
+    _lose(home, *(one.name for one in home.folder.iterdir() if one != logs))
     done = kept.restored(home, path)
     assert done.code == 0, done.err
     assert "the server was locked, and stays so" in done.err
@@ -483,9 +484,47 @@ def test_what_a_killed_restore_had_unpacked_is_removed_by_the_next(home: Home, t
     beside = home.folder / ".users.yaml.restored"
     beside.write_text("x")
     _lose(home, "users.yaml")
-    assert kept.restored(home, path).code == 0
+    at_work = home.folder / f"{opening.STAGE}4567"
+    at_work.mkdir()
+    with placing.alone(at_work):
+        assert kept.restored(home, path).code == 0
+    assert at_work.exists()
     assert not left.exists()
     assert not beside.exists()
+
+
+def test_nothing_is_changed_that_an_interrupted_restore_would_undo(home: Home, tmp_path: Path) -> None:
+    name, _ = home.token("--user", "alice")
+    path, journal = kept.made(home, tmp_path / "b.age"), home.folder / placing.UNFINISHED
+    journal.touch(0o600)
+    for line in (("token", "revoke", name), ("lockdown", "--lift"), ("backup", str(tmp_path / "c.age"))):
+        done = home(*line, *(("--recipient", kept.FOR) if line[0] == "backup" else ()))
+        assert done.code == 5, done.err
+        assert "a restore was interrupted here" in done.error
+    journal.unlink()
+    assert kept.restored(home, path).code == 0
+    home("token", "revoke", name).good  # noqa: B018
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may write everywhere")
+def test_as_root_a_backup_does_not_say_where_else_files_are_written_to(home: Home, tmp_path: Path) -> None:
+    away = tmp_path / "cron.d"
+    away.mkdir(0o700)
+    (home.folder / "shop.password").rename(away / "job")
+    home.config.write_text(
+        home.config.read_text().replace("password_file: shop.password", f"password_file: {away}/job")
+    )
+    text, path = home.config.read_text(), kept.made(home, tmp_path / "b.age")
+    shutil.rmtree(home.folder)
+    (away / "job").unlink()
+    home.folder.mkdir(0o700)
+    done = kept.restored(home, path)
+    assert done.code == 5, done.err
+    assert f"{away}/job" in done.error
+    assert list(away.iterdir()) == list(home.folder.iterdir()) == []
+    private_file.create(home.config, text.encode())  # looked at, and put there
+    assert kept.restored(home, path).code == 0
+    assert (away / "job").exists()
 
 
 def test_a_restore_that_is_told_to_end_leaves_nothing_of_what_it_has_unpacked(home: Home, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ interrupted."""
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ from mcpctl.errors import ConflictError, Error
 from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.tokens import rfc3339
 from mcpctl.state import State
+
+_LAYOUT = tuple(Path(one, "mcpctl") for one in ("/etc", "/var/lib", "/var/log", "/var/backups", "/run"))
 
 
 def check_stopped(settings: Settings) -> None:
@@ -56,10 +58,13 @@ def planned(
     installation's, and is moved aside."""
     if not other:
         told = _without_removed(found, since) if here is None else []
+        if here is None:
+            _check_places(found.settings)
         done = plan(found, here or found.settings, since, now, revoke_all=revoke_all)
         done.warnings += told
         return done
     settings = here or found.settings
+    _check_places(found.settings)
     steps, aside = move_aside(settings, now)
     done = plan(found, found.settings, since, now, revoke_all=revoke_all, cleared=True)
     done.steps = [*steps, *done.steps]
@@ -80,6 +85,23 @@ def quiet(settings: Settings) -> Iterator[None]:
                 holding.enter_context(held(path))
         check_stopped(settings)
         yield
+
+
+def _check_places(settings: Settings) -> None:
+    """Raises ConflictError where root would write to wherever a backup's config says, such as /etc/cron.d: anybody can
+    make one who knows the public key."""
+    if getattr(os, "geteuid", lambda: -1)() != 0 or settings.source is None:
+        return
+    ours = [settings.source.parent, *_LAYOUT]
+    files = [*contents.places(settings).values(), *contents.secrets(settings).values(), settings.audit.file]
+    far = sorted({str(path) for path in files if not any(path.resolve().is_relative_to(one.resolve()) for one in ours)})
+    if far:
+        raise ConflictError(
+            f"the backup's config names files outside of {settings.source.parent}, where root would write whatever is "
+            f"in it: {', '.join(far)}",
+            "if that is right, give that folder to the owner of the service before; or take the config out with "
+            f"`age -d`, look at it, put it to {settings.source}, and restore again",
+        )
 
 
 def _without_removed(found: Backup, since: Since) -> list[str]:
@@ -143,7 +165,8 @@ def sweep(done: Plan) -> None:
     ours = {folder for step in done.steps for folder in Path(step.path).parents}
     for left in near(done.settings).glob(f"{STAGE}*"):
         if left not in ours:
-            shutil.rmtree(left, ignore_errors=True)
+            with suppress(ConflictError, OSError), placing.alone(left):  # another's, such as of a --dry-run
+                shutil.rmtree(left, ignore_errors=True)
     placing.sweep(done.steps)
 
 

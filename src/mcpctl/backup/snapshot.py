@@ -24,6 +24,7 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, NotFoundError, NotWrittenError
 from mcpctl.identity import tenants, tokens, users
 from mcpctl.identity.blocked import store
+from mcpctl.identity.lockdown import refuse_unfinished
 
 ANY_BEGINNING = datetime.max.replace(tzinfo=UTC)
 """As `kept_since`: old files of the log may have been removed on purpose."""
@@ -94,6 +95,7 @@ def take(settings: Settings, open_until: ExitStack) -> Snapshot:
     found, small = Snapshot(), dict[str, bytes]()
     places, unread = contents.places(settings), list[tuple[str, str]]()
     state = store(settings)
+    refuse_unfinished(settings.auth.token_file)
     with ExitStack() as holding:
         holding.callback(state.close)
         for kind in (contents.USERS, contents.TOKENS, contents.TENANTS):
