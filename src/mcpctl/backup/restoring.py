@@ -58,7 +58,7 @@ def planned(
     installation's, and is moved aside."""
     if not other:
         told = _without_removed(found, since) if here is None else []
-        if here is None:
+        if here is None and not since.known:  # else the log here says that it is ours: its key is known to us alone
             _check_places(found.settings)
         done = plan(found, here or found.settings, since, now, revoke_all=revoke_all)
         done.warnings += told
