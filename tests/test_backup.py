@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
+import sqlite3
 import stat
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,8 +19,9 @@ from command_line import Home, on_a_terminal, run
 from mcpctl import private_file
 from mcpctl.backup import age, making, names
 from mcpctl.errors import ConfigError
-from mcpctl.identity import tokens
-from site_of_mcpctl import in_background
+from mcpctl.identity import sessions, tokens
+from mcpctl.state import State
+from site_of_mcpctl import eventually, in_background
 
 PASSPHRASE = "several words that nobody guesses"
 
@@ -158,3 +161,31 @@ def test_a_folder_that_others_can_write_to_gets_no_backup(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="can be written by anybody"):
         making.folder(folder / "in it")
     assert not (folder / "in it").exists()
+
+
+def test_the_store_is_no_older_than_the_log(tmp_path: Path) -> None:
+    """Else who signed out in between would be signed in again after a restore: the log's later lines do not tell."""
+    home = _home(tmp_path)
+    with closing(State(home.folder / "state.db")) as store:
+        of = sessions.Sessions(store, {sessions.PASSWORD: sessions.Rules()})
+        opened = of.open("alice", sessions.mark_of(None)).session.id
+        with open(home.folder / "audit.jsonl.lock", "rb") as log, open(home.config, "rb") as config:
+            private_file.lock(log.fileno(), 1.0)
+            done = in_background(kept.made, home, tmp_path / "b.age")
+            eventually(lambda: _is_locked(config.fileno()))
+            of.end([opened])
+        done.result()
+    manifest, files = kept.parts(tmp_path / "b.age")
+    data = next(data for one, data in zip(manifest.files, files, strict=True) if one.kind == "state")
+    (tmp_path / "state.db").write_bytes(data)
+    with closing(sqlite3.connect(tmp_path / "state.db")) as found:
+        assert found.execute("SELECT count(*) FROM sessions WHERE ended = 0").fetchone() == (0,)
+
+
+def _is_locked(fd: int) -> bool:
+    try:
+        private_file.lock(fd, 0)
+    except TimeoutError:
+        return True
+    private_file.unlock(fd)
+    return False

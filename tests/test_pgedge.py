@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from command_line import Home
 from mcpctl import pgedge, private_file
 from mcpctl.errors import ConfigError
 from mcpctl.identity import tokens, users
+from site_of_mcpctl import COMMAND
 
 TOKENS = """
 tokens:
@@ -100,6 +102,7 @@ def test_what_is_not_in_order_imports_nothing(tmp_path: Path) -> None:
         ("--users", "users: {A.b: {enabled: true}, a-b: {enabled: true}}", 5),
         ("--users", "users: {'!!!': {enabled: true}}", 3),
         ("--users", "users: [[[]]]", 3),
+        ("--tokens", 'tokens: {"a\\tb\\nc": {hash: x}}', 3),
     ):
         done = home("import", "pgedge", name, _file(tmp_path, "bad", text), "--out", out)
         assert done.code == code, (text, done.err)
@@ -108,6 +111,20 @@ def test_what_is_not_in_order_imports_nothing(tmp_path: Path) -> None:
         assert not Path(out).exists()
     assert home("import", "pgedge", "--users", str(tmp_path / "none")).code == 4
     assert home("import", "pgedge").code == 2
+
+
+def test_a_list_that_nobody_reads_imports_nothing(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    line = ("import", "pgedge", "--tokens", _file(tmp_path, "t", "tokens: {a: {hash: x, annotation: b c}}"))
+    line = (*line, "--users", _file(tmp_path, "u", "users: {bob: {}}"), "--user", "bob", "--out", "-")
+    assert home(*line, "--json").code == 2
+    with open("/dev/full", "w") as full:
+        command = [*COMMAND, *line, "--config", str(home.config)]
+        assert subprocess.run(command, stdout=full, stderr=subprocess.DEVNULL, timeout=60, check=False).returncode == 1
+    assert not tokens.token_file(home.folder / "tokens.yaml").current()
+    assert "bob" not in users.user_file(home.folder / "users.yaml").current()
+    listed = home(*line).good.splitlines()[0].split("\t")
+    assert (listed[0], listed[2][:4], listed[3]) == ("a", "mcp_", "b c")
 
 
 def test_the_listed_form_of_their_documentation_is_read_too() -> None:

@@ -11,7 +11,6 @@ import tarfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +19,22 @@ import pytest
 import kept
 import signed_in
 from command_line import Home
-from mcpctl import config, private_file
+from mcpctl import config
 from mcpctl.backup import age, opening, placing, restoring
 from mcpctl.backup.archive import Entry
 from mcpctl.config_keys import Settings
-from mcpctl.identity import sessions, tokens, users
-from mcpctl.identity.grants import Grant
-from mcpctl.identity.own_databases import OwnDatabase, OwnDatabases
+from mcpctl.identity import tokens, users
+from mcpctl.identity.own_databases import OwnDatabases
 from mcpctl.identity.tokens import utcnow
 from mcpctl.keyring import Keyring
 from mcpctl.state import State
-from site_of_mcpctl import PASSWORD, Site, record
+from site_of_mcpctl import PASSWORD, Site
 from site_of_mcpctl import Shop as PgShop
-
-ROW = OwnDatabase("alice", "mine", "db.example.org", "203.0.113.7", 5432, "mine", "me", "", "2026-11-01T00:00:00Z")
-RULES = {sessions.PASSWORD: sessions.Rules()}
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
-    """Some users, a token of each, sealed passwords and a session."""
-    home = Home(tmp_path / "home", "auth: {sessions: {enabled: true}}\n")
-    people = users.user_file(home.folder / "users.yaml")
-    ring = Keyring(home.folder / "secret.key")
-    for name in ("alice", "bob", "carol"):
-        users.add(people, name, None, datetime.now(UTC), roles=["mcp-tools"], password=None)
-        record(people, name, Grant("shop", read=("public",), passwords={"read": ring.seal("a password")}))
-    with closing(State(home.folder / "state.db")) as store:
-        OwnDatabases(store, ring, people).add(replace(ROW, created_at="2999-01-01T00:00:00Z"), "own", 5)
-        sessions.Sessions(store, RULES).open("alice", sessions.mark_of(None))
-    private_file.create(home.folder / "shop.password", ring.seal("sealed").encode())
-    home.config.write_text(
-        home.config.read_text().replace("user: reader", "user: reader, password_file: shop.password")
-    )
-    return home
-
-
-def _lose(home: Home, *names: str) -> None:
-    for one in [home.folder / name for name in names] or list(home.folder.iterdir()):
-        one.unlink()
-
-
-def _tokens(home: Home) -> dict[str, str]:
-    return {one["id"]: one["status"] for one in json.loads(home("token", "list", "--json").good)["tokens"]}
-
-
-def _sessions(home: Home) -> list[str]:
-    with closing(State(home.folder / "state.db")) as store:
-        return [one.id for one in sessions.Sessions(store, RULES).all()]
+    return kept.populated(tmp_path)
 
 
 def _events(home: Home) -> list[str]:
@@ -78,7 +45,7 @@ def test_on_a_machine_that_lost_everything_all_of_it_is_good_again(home: Home, t
     name, _ = home.token("--user", "alice")
     home("audit", "rotate").good  # noqa: B018
     path = kept.made(home, tmp_path / "b.age")
-    before, signed_in = home.files(), _sessions(home)
+    before, signed_in = home.files(), kept.sessions(home)
     shutil.rmtree(home.folder)
     dry = kept.restored(home, path, "--dry-run")
     assert "nothing was changed" in dry.err
@@ -89,8 +56,8 @@ def test_on_a_machine_that_lost_everything_all_of_it_is_good_again(home: Home, t
     assert "--revoke-all" in done.err
     same = {one for one in before if "/audit.jsonl" not in one and not one.endswith((".db", "-wal", "-shm", "key"))}
     assert {one: home.files()[one] for one in same} == {one: before[one] for one in same}
-    assert _tokens(home) == {name: "active"}
-    assert _sessions(home) == signed_in != []
+    assert kept.tokens(home) == {name: "active"}
+    assert kept.sessions(home) == signed_in != []
     assert _events(home)[-1] == "backup.restored"
     assert "whole" in home("audit", "verify").good
     ring = Keyring(home.folder / "secret.key")
@@ -120,32 +87,25 @@ def test_what_was_taken_away_since_does_not_come_back(home: Home, tmp_path: Path
         del entries["carol"]
     with (home.folder / "lines").open("w") as out:
         out.write("")
-    _note(home, "user.removed", user="carol")
-    _note(home, "grant.removed", user="bob", database="shop")
-    _lose(home, "tokens.yaml", "users.yaml", "state.db", "lines")
+    kept.note(home, "user.removed", user="carol")
+    kept.note(home, "grant.removed", user="bob", database="shop")
+    kept.lose(home, "tokens.yaml", "users.yaml", "state.db", "lines")
     done = kept.restored(home, path)
     assert done.code == 0, done.err
     assert "is not known here" not in done.err
     assert late in done.err
-    assert _tokens(home) == {revoked: "revoked", made[1]: "disabled", made[2]: "blocked", rotated: "revoked"}
+    assert kept.tokens(home) == {revoked: "revoked", made[1]: "disabled", made[2]: "blocked", rotated: "revoked"}
     found = people.current()
     assert "carol" not in found
     assert found["bob"].disabled_at is not None
     assert found["bob"].grants == {}
     assert found["alice"].roles == ()
     assert found["alice"].grants["shop"].read == ("public",)
-    assert _sessions(home) == []
+    assert kept.sessions(home) == []
     with closing(State(home.folder / "state.db")) as store:
         assert store.rows("SELECT * FROM own_databases") == []
+        assert store.rows("SELECT * FROM browsers") == []
     assert "whole" in home("audit", "verify").good
-
-
-def _note(home: Home, event: str, **fields: str) -> None:
-    from mcpctl.audit.log import AuditLog, read_key
-
-    log = AuditLog(home.folder / "audit.jsonl", read_key(home.folder / "audit.key"), utcnow)
-    log.append(event, **fields)
-    log.close()
 
 
 def test_files_that_are_here_stay_and_what_they_lack_comes_back_where_no_log_says_that_it_went(
@@ -161,12 +121,12 @@ def test_files_that_are_here_stay_and_what_they_lack_comes_back_where_no_log_say
     with file.edit() as entries:
         entries.clear()
     assert kept.restored(home, path).code == 0
-    assert _tokens(home) == {name: "active"}
+    assert kept.tokens(home) == {name: "active"}
     with file.edit() as entries:
         entries.clear()
     (home.folder / "audit.jsonl").unlink()
     done = kept.restored(home, path)
-    assert _tokens(home) == {}
+    assert kept.tokens(home) == {}
     assert "no log says why" in done.err
     assert "whole" in home("audit", "verify").good
 
@@ -175,7 +135,7 @@ def test_what_comes_back_is_sealed_with_the_key_that_is_here(home: Home, tmp_pat
     path = kept.made(home, tmp_path / "b.age")
     home("key", "rotate").good  # noqa: B018
     keys = (home.folder / "secret.key").read_bytes()
-    _lose(home, "users.yaml", "shop.password", "state.db")
+    kept.lose(home, "users.yaml", "shop.password", "state.db")
     assert kept.restored(home, path).code == 0
     assert (home.folder / "secret.key").read_bytes() == keys
     ring = Keyring(home.folder / "secret.key")
@@ -190,8 +150,8 @@ def test_with_revoke_all_nothing_of_before_opens_anything(home: Home, tmp_path: 
     shutil.rmtree(home.folder)
     done = kept.restored(home, path, "--revoke-all")
     assert done.code == 0, done.err
-    assert _tokens(home) == {name: "revoked"}
-    assert _sessions(home) == []
+    assert kept.tokens(home) == {name: "revoked"}
+    assert kept.sessions(home) == []
 
 
 def test_of_two_logs_the_one_that_goes_on_from_the_other_is_in_force(home: Home, tmp_path: Path) -> None:
@@ -205,9 +165,9 @@ def test_of_two_logs_the_one_that_goes_on_from_the_other_is_in_force(home: Home,
     assert next(home.folder.glob("log-before-restore-*/audit.jsonl")).read_bytes() == first
     assert "whole" in home("audit", "verify").good
     (home.folder / "audit.jsonl").write_bytes(first)
-    _note(home, "user.added", user="dave")
+    kept.note(home, "user.added", user="dave")
     ours = (home.folder / "audit.jsonl").read_bytes()
-    _note(home, "user.added", user="erin")
+    kept.note(home, "user.added", user="erin")
     done = kept.restored(home, path)
     assert "both are kept" in done.err
     assert (home.folder / "audit.jsonl").read_bytes().startswith(ours)
@@ -231,7 +191,7 @@ def test_a_backup_of_another_installation_changes_nothing_unless_that_is_said(ho
         assert other.files() == before
     done = kept.restored(other, path, "--other-installation")
     assert done.code == 0, done.err
-    assert _tokens(other) == {name: "active"}
+    assert kept.tokens(other) == {name: "active"}
     assert b"zoe" in next(other.folder.glob("before-restore-*/users.yaml")).read_bytes()
     assert "whole" in other("audit", "verify").good
 
@@ -388,7 +348,7 @@ def _until(home: Home, path: Path, steps: int, monkeypatch: pytest.MonkeyPatch) 
         ):
             since = restoring.survey(found, here or found.settings)
             plan = restoring.planned(found, here, since, utcnow(), other=False, revoke_all=False)
-            restoring.place(plan, "said", utcnow(), other=False, revoke_all=False)
+            restoring.place(plan, "said", utcnow(), other=False)
     except _KilledError:
         return True
     finally:
@@ -409,7 +369,7 @@ def test_a_restore_that_was_killed_at_any_step_is_finished_by_the_next(
         assert (home.folder / "lockdown").exists()  # no server answers a call on half of it
         done = kept.restored(home, path)
         assert "is finished now" in done.out, done.err
-        assert _tokens(home) == {name: "active"}
+        assert kept.tokens(home) == {name: "active"}
         assert _events(home)[-1] == "backup.restored"
         assert not [one for one in home.folder.iterdir() if "restore" in one.name or one.name == "lockdown"]
         steps += 4
@@ -423,8 +383,12 @@ def test_what_a_killed_restore_had_unpacked_is_removed_by_the_next(home: Home, t
     (left / "x").write_text("x")
     beside = home.folder / ".users.yaml.restored"
     beside.write_text("x")
-    _lose(home, "users.yaml")
-    assert kept.restored(home, path).code == 0
+    kept.lose(home, "users.yaml")
+    at_work = home.folder / f"{opening.STAGE}4567"
+    at_work.mkdir()
+    with placing.alone(at_work):
+        assert kept.restored(home, path).code == 0
+    assert at_work.exists()
     assert not left.exists()
     assert not beside.exists()
 

@@ -79,12 +79,14 @@ def load(
     *,
     forgiven: list[str] | None = None,
     at: Path | None = None,
+    data: bytes | None = None,
     mode: int = 0o640,
 ) -> Settings:
     """Read and check the configuration, or raise ConfigError with every fault in it (exit 3).
     Where there is no file, `MCPCTL_DATABASE_URL` alone is enough; without either NotFoundError (exit 3). With
     `forgiven`, faults outside of _NEEDED are added to it; then all but _NEEDED is as if it were not there. `at`: where
-    it is read as if it stood there. `mode`: the most that the file may have.
+    it is read as if it stood there. `data`: what it holds, where it is not written yet. `mode`: the most that the file
+    may have.
     """
     source = find(path, environ)
     if source is None and not environ.get("MCPCTL_DATABASE_URL"):
@@ -94,8 +96,7 @@ def load(
             "`serve --stdio`",
             exit_code=3,
         )
-    data = None
-    if source is not None:
+    if source is not None and data is None:
         private_file.become_owner(source)
         data = private_file.read(source, mode=mode, trusted_owner=0, limit=4 << 20).data
     faults: list[str] = []

@@ -79,7 +79,9 @@ def _entries(found: Any, faults: list[str], where: str) -> Iterator[tuple[str, d
     else:
         pairs = [("", found)]
     for name, fields in pairs:
-        if not name or not isinstance(fields, dict):
+        if not name.isprintable():  # it would be more than one line or field of the list of new tokens
+            faults.append(f"{where}: {name!r}: a name may hold no control character")
+        elif not name or not isinstance(fields, dict):
             faults.append(f"{where}: {name or 'an entry'}: expected a name with fields")
         else:
             yield name, fields

@@ -122,19 +122,34 @@ def _write(path: Path, end: Callable[[], int], append: Callable[[str, dict[str, 
     with _held(path, os.O_RDWR) as fd, os.fdopen(os.dup(fd), "rb") as file:
         head, *lines = file.read(_MOST).splitlines(keepends=True) or [b""]
         begun = head[:19].strip(b"-\n ")
-        lost = int(head[20:39]) if _HEAD.fullmatch(head) else int(not head)
         seq = end()
         if head and not begun:
             os.lseek(fd, 0, os.SEEK_SET)
             os.write(fd, b"%019d" % seq)
             os.fsync(fd)
         done = seq - int(begun) if begun.isdigit() else 0
-        kept = [_read(line) for line in lines]
-        if lost:
-            kept.append(("audit.lost", {"reason": f"at least {lost} lines could neither be written nor be kept"}))
-        for event, fields in kept[max(0, done) :]:
+        for event, fields in _all(head, lines)[max(0, done) :]:
             append(event, fields)
         path.unlink()
+
+
+def kept(log: Path, spare: Path | None) -> list[tuple[str, dict[str, Any]]]:
+    """(event, fields) of what waits there to be written, in the order in which it happened; it goes on waiting."""
+    found = []
+    for path in places(log, spare):
+        if os.path.lexists(path):
+            with _held(path, os.O_RDONLY) as fd, os.fdopen(os.dup(fd), "rb") as file:
+                head, *lines = file.read(_MOST).splitlines(keepends=True) or [b""]
+                found += _all(head, lines)
+    return sorted(found, key=lambda one: str(one[1].get("happened_at") or ""))
+
+
+def _all(head: bytes, lines: list[bytes]) -> list[tuple[str, dict[str, Any]]]:
+    found = [_read(line) for line in lines]
+    lost = int(head[20:39]) if _HEAD.fullmatch(head) else int(not head)
+    if lost:
+        found.append(("audit.lost", {"reason": f"at least {lost} lines could neither be written nor be kept"}))
+    return found
 
 
 def _read(line: bytes) -> tuple[str, dict[str, Any]]:

@@ -28,10 +28,11 @@ def merged_tokens(
     backup: Mapping[str, Token], here: Mapping[str, Token] | None, since: Since, said: Said
 ) -> dict[str, Token]:
     """The tokens that there are to be. `here` is None where there is no token file."""
-    found = dict(here or {})
+    found = _older_tokens(backup, here or {}, since.earlier, said)
     for name, token in backup.items():
         if here is not None and name in here:
-            found[name] = _sooner(here[name], token, said)
+            if name in found:
+                found[name] = _sooner(found[name], token, said)
         elif name in since.removed:
             said.out.append((name, "it was removed"))
         elif here is not None and not since.known:
@@ -40,6 +41,21 @@ def merged_tokens(
             found[name] = _ended(token, since, said)
             said.back.append(name)
     said.lost += sorted(since.added - found.keys() - since.removed - backup.keys()) if here is None else []
+    return found
+
+
+def _older_tokens(
+    backup: Mapping[str, Token], here: Mapping[str, Token], earlier: Since | None, said: Said
+) -> dict[str, Token]:
+    """Those that are here, without what the backup's log says was taken away after the log here ends."""
+    if earlier is None:
+        return dict(here)
+    found = {}
+    for name, token in here.items():
+        if name in earlier.removed:
+            said.out.append((name, "it was removed before the backup was made"))
+        else:
+            found[name] = _ended(token, earlier, said)
     return found
 
 
@@ -63,20 +79,37 @@ def merged_users(
     backup: Mapping[str, User], here: Mapping[str, User] | None, since: Since, again: Reseal, said: Said
 ) -> dict[str, User]:
     """The users that there are to be, likewise. What comes back is sealed `again`."""
-    found = dict(here or {})
+    found = _older_users(backup, here or {}, since.earlier, said)
     identities = {link for user in found.values() for link in user.links}
     for name, user in backup.items():
-        if here is not None and name in here:
+        if here is not None and name in here and name in found:
             continue
         if name in since.gone:
             said.out.append((name, "they were removed"))
-        elif here is not None and not since.known:
+        elif here is not None and not since.known and name not in here:
             said.out.append((name, "they are not in users.yaml any more, and no log says why"))
         else:
             back = _narrowed(user, since, said)
             back = replace(back, links=tuple(link for link in back.links if link not in identities))
             found[name] = _resealed(back, again)
             said.back.append(name)
+    return found
+
+
+def _older_users(
+    backup: Mapping[str, User], here: Mapping[str, User], earlier: Since | None, said: Said
+) -> dict[str, User]:
+    """Those that are here, likewise. Who was removed and made anew is as the backup has them."""
+    if earlier is None:
+        return dict(here)
+    found = {}
+    for name, user in here.items():
+        if user == backup.get(name):
+            found[name] = user
+        elif name not in earlier.gone:
+            found[name] = _narrowed(user, earlier, said)
+        elif name not in backup:
+            said.out.append((name, "they were removed before the backup was made"))
     return found
 
 
@@ -117,7 +150,7 @@ def merged_tenants(
     backup: Mapping[str, Tenant], here: Mapping[str, Tenant] | None, since: Since, said: Said
 ) -> dict[str, Tenant]:
     """The tenants that there are to be. One that comes back takes its database from everybody else."""
-    found = dict(here or {})
+    found = {name: one for name, one in (here or {}).items() if not _is_gone(name, backup, since.earlier)}
     taken = {(one.database, one.schema) for one in found.values()}
     for name, tenant in backup.items():
         if here is not None and name in here:
@@ -128,6 +161,10 @@ def merged_tenants(
         found[name] = tenant
         said.back.append(name)
     return found
+
+
+def _is_gone(name: str, backup: Mapping[str, Tenant], earlier: Since | None) -> bool:
+    return earlier is not None and name in earlier.tenants and name not in backup
 
 
 def all_revoked(tokens: Mapping[str, Token], now: datetime) -> dict[str, Token]:

@@ -125,6 +125,9 @@ def _unpacked(
     stage = near(settings) / f"{STAGE}{os.urandom(6).hex()}"
     stage.mkdir(mode=0o700)
     stack.callback(shutil.rmtree, stage, ignore_errors=True)
+    fd = os.open(stage, os.O_RDONLY)
+    stack.callback(os.close, fd)
+    private_file.lock(fd, 0)  # somebody is at work in it, and it is nobody's to sweep
     _check_room(stage, sum(entry.size for entry in reader.manifest.files))
     found = Backup(reader.manifest, stage, settings, b"")
     (stage / "log").mkdir(mode=0o700)
@@ -136,12 +139,7 @@ def _unpacked(
 
 def _settings_of(text: bytes, at: Path) -> Settings:
     """The backup's config, read as if it stood there. It is written nowhere yet."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "config.yaml")
-        private_file.create(path, text)
-        return config.load(path, at=at)
+    return config.load(at, data=text)
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from mcpctl import private_file
 from mcpctl.errors import ConfigError, ConflictError, NotFoundError
-from mcpctl.identity.lockdown import Lockdown
+from mcpctl.identity.lockdown import UNFINISHED, Lockdown
 
 PUT, MOVE, DROP = "put", "move", "drop"
 """A file into its place; one that is there, out of it; one that belonged to another that is replaced, away."""
@@ -50,7 +50,7 @@ def journal_of(config: Path, token_file: Path | None) -> Path:
     """Where it stands: beside the config, of which alone one always knows where it is to be; where that folder is
     another's, beside the token file."""
     at = config if token_file is None or os.access(config.parent, os.W_OK) else token_file
-    return at.with_name(".restore")
+    return at.with_name(UNFINISHED)
 
 
 @contextlib.contextmanager
@@ -128,11 +128,23 @@ def sweep(steps: Sequence[Step]) -> None:
 def begin(at: Path, journal: Journal) -> None:
     """From here on it is done, by whomever. Raises FullError, ConfigError: then nothing has been changed."""
     said: dict[str, Any] = {**vars(journal), "steps": [vars(step) for step in journal.steps]}
-    beside = at.with_name(".restore.new")
-    beside.unlink(missing_ok=True)
-    private_file.create(beside, json.dumps(said).encode("ascii"))
-    os.rename(beside, at)
-    private_file._sync_folder(at.parent)
+    places = _places(at, journal)
+    try:
+        for one in places:
+            beside = one.with_name(f"{UNFINISHED}.new")
+            beside.unlink(missing_ok=True)
+            private_file.create(beside, json.dumps(said).encode("ascii"))
+            os.rename(beside, one)
+            private_file._sync_folder(one.parent)
+    except BaseException:
+        for one in places[:-1]:
+            one.unlink(missing_ok=True)
+        raise
+
+
+def _places(at: Path, journal: Journal) -> list[Path]:
+    """Where it stands, that beside the config last: and beside the token file, whose entries nobody changes then."""
+    return [*({Path(journal.token_file).with_name(UNFINISHED)} - {at}), at]
 
 
 def carry_out(journal: Journal, since: str) -> None:
@@ -163,6 +175,7 @@ def _do(step: Step) -> None:
 def end(at: Path, journal: Journal) -> None:
     """It is done: the server may start again."""
     if journal.locked:
-        Lockdown(Path(journal.token_file)).lift()
-    at.unlink(missing_ok=True)
-    private_file._sync_folder(at.parent)
+        Lockdown(Path(journal.token_file)).lifted()
+    for one in reversed(_places(at, journal)):
+        one.unlink(missing_ok=True)
+        private_file._sync_folder(one.parent)

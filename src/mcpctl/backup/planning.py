@@ -5,6 +5,7 @@ what was taken away. A file that is not here comes from the backup, without what
 two logs the longer one stays in force where one goes on from the other; else the one that is here.
 """
 
+import json
 import os
 import sqlite3
 from collections.abc import Mapping
@@ -15,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import keyring, private_file
-from mcpctl.audit import anchors
+from mcpctl.audit import anchors, late
 from mcpctl.audit import log as audit_log
 from mcpctl.audit.parts import opened
 from mcpctl.backup import contents, merging
 from mcpctl.backup.merging import Reseal, Said
 from mcpctl.backup.opening import Backup
 from mcpctl.backup.placing import DROP, MOVE, PUT, Step
-from mcpctl.backup.since import NONE, OTHER, SHORTER, Since, look
+from mcpctl.backup.since import NONE, OTHER, SHORTER, Since, add_late, look
 from mcpctl.backup.snapshot import LOG_NAME
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, ConflictError
-from mcpctl.identity import sessions, tenants, tokens, users
+from mcpctl.identity import browsers, sessions, tenants, tokens, users
 from mcpctl.identity.entry_file import EntryFile
 from mcpctl.keyring import Keyring
 from mcpctl.state import APPLICATION, State
@@ -47,11 +48,13 @@ class Plan:
     since: Since = field(default_factory=Since)
     tokens: int = 0
     users: int = 0
+    end_sessions: bool = False
 
 
 def there_already(settings: Settings) -> list[Path]:
     """The files of an installation that stand where that config says, the log's too."""
     found = [*contents.places(settings).values(), *contents.secrets(settings).values()]
+    found += late.places(settings.audit.file, settings.auth.token_file.parent)
     return [path for path in dict.fromkeys(found) if os.path.lexists(path)] + _log_files(settings.audit.file)
 
 
@@ -93,14 +96,17 @@ def plan(
     done = Plan(settings, since=since)
     again = _resealing(found, settings, cleared)
     places = contents.places(settings)
-    fresh = cleared or not any(os.path.lexists(places[kind]) for kind in _ENTRIES)
+    _end_what_is_blocked(since, places[contents.STATE])
     _plan_entries(found, done, again, cleared, now if revoke_all else None)
     for kind in (contents.CONFIG, contents.SECRET_KEY, contents.AUDIT_KEY, contents.ANCHORS, contents.LOCKDOWN):
-        if kind in places and (kind != contents.LOCKDOWN or fresh):
+        if kind == contents.LOCKDOWN:
+            _plan_lockdown(found, done, places, cleared)
+        elif kind in places:
             _plan_file(found, done, kind, "", places[kind], cleared)
     for key, path in contents.secrets(settings).items():
         _plan_secret(found, done, key, path, again, cleared)
     _plan_state(found, done, again, cleared)
+    done.end_sessions = revoke_all or _is_older(done)
     _plan_log(found, done, now, cleared)
     return done
 
@@ -110,16 +116,17 @@ def survey(found: Backup, settings: Settings) -> Since:
     than the backup."""
     check_same(found, settings)
     theirs = (found.stage / "log" / LOG_NAME, found.log) if found.log is not None else None
-    path = settings.audit.file
-    if not path.parent.is_dir():
-        return Since()
+    path, since = settings.audit.file, Since()
     try:
-        return look(path, found.key, (found.manifest.seq, found.manifest.hash), theirs)
+        if path.parent.is_dir():
+            since = look(path, found.key, (found.manifest.seq, found.manifest.hash), theirs)
     except ConfigError as problem:
         raise ConflictError(
             f"the audit log here is another installation's: {problem.message}",
             "--other-installation moves what is here aside, and keeps it",
         ) from None
+    add_late(since, path, settings.auth.token_file.parent)
+    return since
 
 
 def _resealing(found: Backup, settings: Settings, cleared: bool) -> Reseal:
@@ -159,6 +166,28 @@ def _kept(place: Path, source: Path | None) -> str:
     except OSError:
         same = False
     return "stays" if same or source is None else "stays as it is here, and differs from the backup's"
+
+
+def _plan_lockdown(found: Backup, done: Plan, places: Mapping[str, Path], cleared: bool) -> None:
+    """It comes back where it was lost with the token file beside it, and where what is here is older than it."""
+    since = done.since if done.since.earlier is None else done.since.earlier
+    if not (cleared or done.since.earlier is not None or not os.path.lexists(places[contents.TOKENS])):
+        return
+    if since.locked is not None and (contents.LOCKDOWN, "") not in found.files:
+        made = found.stage / "locked"
+        when, why = since.locked
+        private_file.create(made, json.dumps({"since": when, "by": "", "reason": why}).encode() + b"\n")
+        found.files[contents.LOCKDOWN, ""] = made
+    if (contents.LOCKDOWN, "") in found.files and not os.path.lexists(places[contents.LOCKDOWN]):
+        done.warnings.append("the server was locked, and stays so: mcpctl lockdown --lift")
+    _plan_file(found, done, contents.LOCKDOWN, "", places[contents.LOCKDOWN], cleared)
+
+
+def _end_what_is_blocked(since: Since, store: Path) -> None:
+    """A store that stays, and is older than the backup, may not know of what a canary has blocked: that ends."""
+    if since.earlier is not None and os.path.lexists(store):
+        for token, (at, _) in since.earlier.blocked.items():
+            since.earlier.ended.setdefault(token, users.read_time(at, "at"))
 
 
 def _plan_secret(found: Backup, done: Plan, key: str, place: Path, again: Reseal, cleared: bool) -> None:
@@ -229,6 +258,9 @@ def _told(said: Said) -> str:
 
 def _plan_state(found: Backup, done: Plan, again: Reseal, cleared: bool) -> None:
     place, store = done.settings.server.state_file, found.state
+    if store is None and done.since.blocked:  # one is needed, to say so
+        found.files[contents.STATE, ""] = found.stage / "state.db"
+        store = State(found.files[contents.STATE, ""])
     if store is None or (os.path.lexists(place) and not cleared):
         if os.path.lexists(place):
             _check_store(place)
@@ -238,6 +270,17 @@ def _plan_state(found: Backup, done: Plan, again: Reseal, cleared: bool) -> None
         _narrow(store, done.since, again)
     done.steps += [Step(DROP, f"{place}{end}") for end in ("-wal", "-shm")]
     _plan_file(found, done, contents.STATE, "", place, True)
+
+
+def _is_older(done: Plan) -> bool:
+    """Whether a store stays that may be older than the backup: who has signed out since is signed in there."""
+    earlier = done.since.earlier
+    if earlier is None or not os.path.lexists(done.settings.server.state_file):
+        return False
+    done.warnings.append("what is here may be older than the backup, so all sessions end")
+    for user, name in sorted(earlier.unregistered):
+        done.warnings.append(f"{user}'s {name} was removed before the backup: mcpctl database unregister {user} {name}")
+    return True
 
 
 def _check_store(place: Path) -> None:
@@ -253,7 +296,9 @@ def _check_store(place: Path) -> None:
 
 
 def _narrow(store: State, since: Since, again: Reseal) -> None:
-    """Take out of the backup's store what was taken away since."""
+    """Take out of the backup's store what was taken away since. No line tells who has left a browser, or was made to:
+    everybody signs in again."""
+    browsers.forget(store, None)
     of = sessions.Sessions(store, {})
     of.end(since.closed)
     for user in since.gone | since.passwords:

@@ -4,11 +4,12 @@ interrupted."""
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
-from mcpctl import config, control, reserve
+from mcpctl import config, config_file, control, reserve
 from mcpctl.backup import contents, placing
 from mcpctl.backup.opening import STAGE, Backup
 from mcpctl.backup.placing import Journal, Step
@@ -16,10 +17,12 @@ from mcpctl.backup.planning import Plan, end_sessions, move_aside, plan, survey
 from mcpctl.backup.since import Since
 from mcpctl.backup.snapshot import held, log_held
 from mcpctl.config_keys import Settings
-from mcpctl.errors import ConflictError
+from mcpctl.errors import ConflictError, Error
 from mcpctl.identity.lockdown import Lockdown
 from mcpctl.identity.tokens import rfc3339
 from mcpctl.state import State
+
+_LAYOUT = tuple(Path(one, "mcpctl") for one in ("/etc", "/var/lib", "/var/log", "/var/backups", "/run"))
 
 
 def check_stopped(settings: Settings) -> None:
@@ -53,9 +56,15 @@ def planned(
 ) -> Plan:
     """What is to be done, `here` being the settings that hold now, if any do. `other`: what is here is another
     installation's, and is moved aside."""
-    settings = here or found.settings
     if not other:
-        return plan(found, settings, since, now, revoke_all=revoke_all)
+        told = _without_removed(found, since) if here is None else []
+        if here is None and not since.known:  # else the log here says that it is ours: its key is known to us alone
+            _check_places(found.settings)
+        done = plan(found, here or found.settings, since, now, revoke_all=revoke_all)
+        done.warnings += told
+        return done
+    settings = here or found.settings
+    _check_places(found.settings)
     steps, aside = move_aside(settings, now)
     done = plan(found, found.settings, since, now, revoke_all=revoke_all, cleared=True)
     done.steps = [*steps, *done.steps]
@@ -78,7 +87,42 @@ def quiet(settings: Settings) -> Iterator[None]:
         yield
 
 
-def place(done: Plan, said: str, now: datetime, *, other: bool, revoke_all: bool) -> None:
+def _check_places(settings: Settings) -> None:
+    """Raises ConflictError where root would write to wherever a backup's config says, such as /etc/cron.d: anybody can
+    make one who knows the public key."""
+    if getattr(os, "geteuid", lambda: -1)() != 0 or settings.source is None:
+        return
+    ours = [settings.source.parent, *_LAYOUT]
+    files = [*contents.places(settings).values(), *contents.secrets(settings).values(), settings.audit.file]
+    far = sorted({str(path) for path in files if not any(path.resolve().is_relative_to(one.resolve()) for one in ours)})
+    if far:
+        raise ConflictError(
+            f"the backup's config names files outside of {settings.source.parent}, where root would write whatever is "
+            f"in it: {', '.join(far)}",
+            "if that is right, give that folder to the owner of the service before; or take the config out with "
+            f"`age -d`, look at it, put it to {settings.source}, and restore again",
+        )
+
+
+def _without_removed(found: Backup, since: Since) -> list[str]:
+    """Take out of the backup's config the databases that the log says were removed from it since; what to say of it."""
+    path, place, told = found.files[contents.CONFIG, ""], found.settings.source, []
+    for name in sorted(since.databases & found.settings.databases.keys()):
+        try:
+            config_file.remove(path, "databases", name, partial(_read, place))
+            told.append(f"the database {name} was removed since, and is taken out of the config that comes back")
+        except Error as problem:
+            told.append(f"the database {name} was removed since, and is back with the config: {problem.message}")
+    if told:
+        found.settings = config.load(path, at=place)
+    return told
+
+
+def _read(place: Path | None, path: Path) -> None:
+    config.load(path, at=place)
+
+
+def place(done: Plan, said: str, now: datetime, *, other: bool) -> None:
     """Carry out a plan, all of it or, where anything fails, none; `finish` is to follow, outside of `quiet`."""
     settings = done.settings
     (settings.source or settings.auth.token_file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -86,7 +130,7 @@ def place(done: Plan, said: str, now: datetime, *, other: bool, revoke_all: bool
     sweep(done)
     ready = sorted(placing.make_ready(done.steps), key=lambda step: (step.do != placing.DROP, not _locks(step)))
     locked = (other or not Lockdown(token_file).on()) and not any(map(_locks, ready))
-    journal = Journal(str(settings.source), str(token_file), tuple(ready), said, revoke_all, locked)
+    journal = Journal(str(settings.source), str(token_file), tuple(ready), said, done.end_sessions, locked)
     try:
         placing.begin(at, journal)
     except BaseException:
@@ -121,7 +165,8 @@ def sweep(done: Plan) -> None:
     ours = {folder for step in done.steps for folder in Path(step.path).parents}
     for left in near(done.settings).glob(f"{STAGE}*"):
         if left not in ours:
-            shutil.rmtree(left, ignore_errors=True)
+            with suppress(ConflictError, OSError), placing.alone(left):  # another's, such as of a --dry-run
+                shutil.rmtree(left, ignore_errors=True)
     placing.sweep(done.steps)
 
 

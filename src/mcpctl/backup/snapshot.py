@@ -24,6 +24,7 @@ from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, NotFoundError, NotWrittenError
 from mcpctl.identity import tenants, tokens, users
 from mcpctl.identity.blocked import store
+from mcpctl.identity.lockdown import refuse_unfinished
 
 ANY_BEGINNING = datetime.max.replace(tzinfo=UTC)
 """As `kept_since`: old files of the log may have been removed on purpose."""
@@ -94,19 +95,20 @@ def take(settings: Settings, open_until: ExitStack) -> Snapshot:
     found, small = Snapshot(), dict[str, bytes]()
     places, unread = contents.places(settings), list[tuple[str, str]]()
     state = store(settings)
+    refuse_unfinished(settings.auth.token_file)
     with ExitStack() as holding:
         holding.callback(state.close)
         for kind in (contents.USERS, contents.TOKENS, contents.TENANTS):
             holding.enter_context(held(places[kind]))
         holding.enter_context(held(places[contents.CONFIG], mode=contents.mode(contents.CONFIG)))
-        if state.path.exists():
-            small[contents.STATE] = state.copied()
         for kind in places.keys() - {contents.STATE, contents.ANCHORS}:
             with contextlib.suppress(NotFoundError):
                 small[kind] = _read(kind, places[kind])
         anchors = _anchors(places.get(contents.ANCHORS), open_until)  # before the log: none is of a line beyond its end
         with log_held(settings.audit.file):
             opened = log_parts.opened(settings.audit.file, open_until, unread)
+        if state.path.exists():  # after the log: of what the log tells that it ended, nothing is alive in it
+            small[contents.STATE] = state.copied()
     found.key = read_key(settings.audit.key_file)
     found.tokens = len(tokens.token_file(settings.auth.token_file).current())
     found.users = len(users.user_file(settings.auth.user_file).current())

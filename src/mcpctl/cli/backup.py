@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mcpctl.cli import output
-from mcpctl.cli.common import ConfigOption, JsonOption, by_whom, note, read_password, read_secret, settings
+from mcpctl.cli.common import (
+    ConfigOption,
+    JsonOption,
+    by_whom,
+    note,
+    read_password,
+    read_secret,
+    settings,
+    undone_when_ended,
+)
 
 if TYPE_CHECKING:
     from mcpctl.backup.age import Passphrase, Recipients
@@ -61,7 +70,8 @@ def backup(
     now = utcnow()
     to = _whom_for(found, named, passphrase)
     where, ours = _target(found, file, names.of(now))
-    made = making.make(found, to, where, now, _about())
+    with undone_when_ended():
+        made = making.make(found, to, where, now, _about())
     removed = making.prune(where, now, timedelta(seconds=found.backup.keep)) if ours else ()
     many = f"{len(made.manifest.files)} files, {made.size} bytes, sha256 {made.sha256}, up to line {made.manifest.seq}"
     gone = f"; removed {len(removed)} older" if removed else ""

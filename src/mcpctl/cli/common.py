@@ -224,6 +224,30 @@ def ready_to_note(found: "Settings") -> None:
         raise ConfigError(f"nothing was done: {problem.message}", problem.hint) from None
 
 
+@contextlib.contextmanager
+def undone_when_ended() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, and the process after it: what was unpacked does not stay."""
+    import signal
+
+    came: list[int] = []
+
+    def end(number: int, _: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {one: signal.getsignal(one) for one in numbers if signal.getsignal(one) == signal.SIG_DFL}
+    try:
+        for one in before:
+            signal.signal(one, end)
+        yield
+    finally:
+        for one, was in before.items():
+            signal.signal(one, was)
+        if came:
+            signal.raise_signal(came[0])
+
+
 def note(found: "Settings", event: str, **fields: Any) -> None:
     """An audit line of a command's. A log that cannot be written is a warning: it never stops a revocation."""
     note_all(found, [(event, fields)])

@@ -1,6 +1,7 @@
 """mcpctl import: users and tokens of another server, made anew here."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,6 +65,10 @@ def pgedge(
         raise UsageError("there is nothing to import", "name pgEdge's files: --tokens, --users, or both")
     if tokens_file is not None and out is None and not dry_run:
         raise UsageError("new tokens are made, and nobody would have them", "name a file for their list: --out FILE")
+    if json and str(out) == "-":
+        raise UsageError(
+            "--json and the list of --out - would both be on stdout", "name a file for the list: --out FILE"
+        )
     their_tokens, left = pgedge.tokens(_data(tokens_file), Path(tokens_file)) if tokens_file else ([], [])
     their_users, more = pgedge.users(_data(users_file), Path(users_file)) if users_file else ([], [])
     found = settings(context, config)
@@ -162,10 +167,9 @@ def _make(
                 for one in people:
                     here[one.name] = users.User(one.name, now, one.note, disabled_at=now)
             undo.callback(_take_out, file, [one.name for one in people])
+            if str(out) == "-":  # last of all, and before anything counts: nobody may have a reader that is gone
+                _print([line.split("\t") for line in lines])
         undo.pop_all()
-    if str(out) == "-":
-        for line in lines:
-            output.put(line)
     return [(theirs, token) for theirs, token, _ in made]
 
 
@@ -185,6 +189,15 @@ def _list(out: Path | None, lines: list[str], undo: "ExitStack") -> None:
     if out is not None and str(out) != "-" and lines:
         private_file.create(out, "\n".join([_HEAD, *lines, ""]).encode())
         undo.callback(out.unlink, missing_ok=True)
+
+
+def _print(rows: list[list[str]]) -> None:
+    """The list on stdout: on a terminal no token is broken into two lines."""
+    from mcpctl.errors import Error
+
+    heard = all(output.put("  ".join(row)) for row in rows) if sys.stdout.isatty() else output.put_table((), rows)
+    if not heard:
+        raise Error("nobody reads stdout, where the new tokens go", "nothing was imported; name a file: --out FILE")
 
 
 def _note(

@@ -17,6 +17,7 @@ from mcpctl.cli.common import (
     read_password,
     read_secret,
     settings,
+    undone_when_ended,
 )
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def restore(
     if identity is not None and passphrase_file is not None:
         raise UsageError("a backup is opened by a key or by a passphrase, not by both", "leave one of them out")
     now = utcnow()
-    with _opened(file) as backup:
+    with undone_when_ended(), _opened(file) as backup:
         key = _key(backup, identity, passphrase_file)
         here, place = _here(context, config)
         at = placing.journal_of(place, here.auth.token_file if here else None)
@@ -83,7 +84,7 @@ def restore(
                 with restoring.quiet(target):
                     done = restoring.planned(found, here, since, now, other=other, revoke_all=revoke_all)
                     said = _said(file, found, done, revoke_all)
-                    restoring.place(done, said, now, other=other, revoke_all=revoke_all)
+                    restoring.place(done, said, now, other=other)
                 after = placing.unfinished(restoring.journal_of(done.settings))
                 if after is not None:
                     restoring.finish(after, restoring.journal_of(done.settings), now, _noting(context))

@@ -26,6 +26,7 @@ import yaml
 
 from mcpctl import plain_yaml, private_file, reserve
 from mcpctl.errors import ConfigError, Error, NotFoundError, NotWrittenError
+from mcpctl.identity.lockdown import refuse_unfinished
 from mcpctl.plain_yaml import Branch
 from mcpctl.private_file import Fingerprint
 
@@ -110,6 +111,7 @@ class EntryFile(Generic[E]):
         """The entries, held under the file's lock; what the block leaves in them is written when it ends well.
         `though_full` as in `private_file.Edit.replace`; it does not wait for ever for another who holds the file."""
         with private_file.edit(self.path, patience=private_file.PATIENCE if though_full else None) as held:
+            refuse_unfinished(self.path)
             before = self._parse(held.data)
             entries = dict(before)
             yield entries

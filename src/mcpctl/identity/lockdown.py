@@ -13,6 +13,18 @@ from mcpctl import private_file, reserve
 from mcpctl.errors import ConfigError, ConflictError, Error, FullError, LockedError
 
 _MOST = 16 << 10
+UNFINISHED = ".restore"
+"""The file beside tokens.yaml that is there while a restore is at work, or was interrupted."""
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Raises ConflictError where a restore beside that file is unfinished: whoever finishes it would undo a change."""
+    if os.path.lexists(path.with_name(UNFINISHED)):
+        raise ConflictError(
+            "a restore was interrupted here, and this would be half of each; nothing was changed, and the server is "
+            "locked",
+            "finish it first: mcpctl restore FILE",
+        )
 
 
 class Lockdown:
@@ -55,7 +67,12 @@ class Lockdown:
         raise FullError(f"{self.path} cannot be made: the disk is full", "stop the server; make room on that disk")
 
     def lift(self) -> bool:
-        """Turn it off; False where it was not on."""
+        """Turn it off; False where it was not on. ConflictError while a restore is unfinished."""
+        refuse_unfinished(self.path)
+        return self.lifted()
+
+    def lifted(self) -> bool:
+        """As `lift`, for whoever finishes a restore."""
         try:
             self.path.unlink()
         except FileNotFoundError:
