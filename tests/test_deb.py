@@ -74,3 +74,48 @@ def kept(folder: Path, asked: str | None) -> str:
     assert function is not None
     script = f"set -e; CONFIG={folder}; {function[0]}; kept"
     return subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_purge_puts_a_log_beside_the_config_over_no_newer_one(tmp_path: Path) -> None:
+    system(tmp_path)
+    (tmp_path / "etc/mcpctl/audit.jsonl").write_text("older")
+    (tmp_path / "var/log/mcpctl/audit.jsonl").write_text("newer")
+    purge(tmp_path)
+    (place,) = (tmp_path / "var/log/mcpctl").iterdir()
+    assert (place / "audit.jsonl").read_text() == "newer"
+    assert (place / "audit.key").exists()
+    assert (place / "config/audit.jsonl").read_text() == "older"
+
+
+def test_a_purge_means_what_a_link_in_a_folders_place_leads_to(tmp_path: Path) -> None:
+    system(tmp_path)
+    for name in ("var/log/mcpctl", "var/lib/mcpctl"):
+        elsewhere = tmp_path / "elsewhere" / name
+        elsewhere.parent.mkdir(parents=True)
+        (tmp_path / name).rename(elsewhere)
+        (tmp_path / name).symlink_to(elsewhere)
+    (tmp_path / "var/log/mcpctl/audit.jsonl").write_text("a line")
+    purge(tmp_path)
+    (place,) = (tmp_path / "elsewhere/var/log/mcpctl").iterdir()
+    assert (place / "audit.jsonl").exists()
+    assert f"-R --no-dereference root:root {place.parent}\n" in (tmp_path / "given").read_text()
+    assert not (tmp_path / "elsewhere/var/lib/mcpctl").exists()
+    assert not (tmp_path / "var/lib/mcpctl").is_symlink()
+    assert not (tmp_path / "etc/mcpctl").exists()
+
+
+def system(root: Path) -> None:
+    """The folders as an installation has them, with a key, a state and the file that asks to keep."""
+    for name in ("etc/mcpctl", "var/lib/mcpctl", "var/log/mcpctl", "var/backups/mcpctl"):
+        (root / name).mkdir(parents=True)
+    for name in ("etc/mcpctl/audit.key", "etc/mcpctl/keep-on-purge", "var/lib/mcpctl/state.db"):
+        (root / name).touch()
+
+
+def purge(root: Path) -> None:
+    """Run postrm, for a system in this folder. What concerns users and systemd is done by nobody; `given` says what is
+    given to whom."""
+    script = re.sub(r"(?<=[ =])/(?=(etc|var|run)/)", f"{root}/", (PACKAGING / "deb" / "postrm").read_text())
+    nobody = "getent() { false; }; systemctl() { :; };"
+    chown = f'chown() {{ echo "$@" >>{root}/given; }};'
+    subprocess.run(["sh", "-c", f"{nobody}{chown}{script}", "postrm", "purge"], check=True, capture_output=True)
