@@ -104,6 +104,14 @@ def test_a_purge_means_what_a_link_in_a_folders_place_leads_to(tmp_path: Path) -
     assert not (tmp_path / "etc/mcpctl").exists()
 
 
+@pytest.mark.parametrize(("number", "taken"), [(105, True), (1001, False)])
+def test_a_purge_takes_away_the_systems_user_and_no_person(tmp_path: Path, number: int, taken: bool) -> None:
+    system(tmp_path)
+    purge(tmp_path, f"mcpctl:x:{number}:{number}::/:/bin/sh")
+    said = (tmp_path / "given").read_text()
+    assert ("userdel mcpctl" in said, "groupdel mcpctl" in said) == (taken, taken)
+
+
 def system(root: Path) -> None:
     """The folders as an installation has them, with a key, a state and the file that asks to keep."""
     for name in ("etc/mcpctl", "var/lib/mcpctl", "var/log/mcpctl", "var/backups/mcpctl"):
@@ -112,10 +120,11 @@ def system(root: Path) -> None:
         (root / name).touch()
 
 
-def purge(root: Path) -> None:
-    """Run postrm, for a system in this folder. What concerns users and systemd is done by nobody; `given` says what is
-    given to whom."""
+def purge(root: Path, entry: str = "") -> None:
+    """Run postrm, for a system in this folder, where users and groups have this entry. What concerns users and systemd
+    is done by nobody; `given` says what would be."""
     script = re.sub(r"(?<=[ =])/(?=(etc|var|run)/)", f"{root}/", (PACKAGING / "deb" / "postrm").read_text())
-    nobody = "getent() { false; }; systemctl() { :; };"
-    chown = f'chown() {{ echo "$@" >>{root}/given; }};'
-    subprocess.run(["sh", "-c", f"{nobody}{chown}{script}", "postrm", "purge"], check=True, capture_output=True)
+    stubs = f"getent() {{ echo '{entry}'; }}; systemctl() {{ :; }}; deluser() {{ false; }}; delgroup() {{ false; }};"
+    for name in ("chown", "userdel", "groupdel"):
+        stubs += f'{name}() {{ echo {name} "$@" >>{root}/given; }};'
+    subprocess.run(["sh", "-c", f"{stubs}{script}", "postrm", "purge"], check=True, capture_output=True)
