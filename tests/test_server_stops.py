@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from command_line import Home
 from mcpctl import config
 from mcpctl.errors import ConfigError
 from mcpctl.server.parts import running
-from site_of_mcpctl import Shop, Site, eventually
+from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually
 
 MakeSite = Callable[..., Site]
 
@@ -43,6 +44,15 @@ def test_what_never_started_does_not_stop_in_the_log(tmp_path: Path) -> None:
         asyncio.run(run())
     log = home.folder / "audit.jsonl"
     assert not log.exists() or [line for line in lines(log) if line["event"].startswith("server.")] == []
+
+
+def test_what_cannot_serve_says_why_and_no_more(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home", extra=f"server: {{runtime_dir: {tmp_path / 'none'}}}\n")
+    serve = [*COMMAND, "--config", home.config, "serve", "--http", "--port", "0"]
+    done = subprocess.run(serve, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment())
+    assert done.returncode == 3
+    assert "cannot make the control socket" in done.stderr
+    assert "RuntimeWarning" not in done.stderr
 
 
 def test_more_workers_than_the_login_roles_have_room_for_are_warned_of(make_site: MakeSite, newest_shop: Shop) -> None:

@@ -271,6 +271,8 @@ async def _serve(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for work in works:
+            work.close()  # what never began, since it could not serve
         await serving.end(at_once=server.force_exit)
 
 
