@@ -104,6 +104,14 @@ def test_a_purge_means_what_a_link_in_a_folders_place_leads_to(tmp_path: Path) -
     assert not (tmp_path / "etc/mcpctl").exists()
 
 
+def test_a_folder_that_stays_is_left_to_no_later_user(tmp_path: Path) -> None:
+    system(tmp_path)
+    (tmp_path / "etc/mcpctl/keep-on-purge").unlink()
+    (tmp_path / "var/log/mcpctl/purged-20260101T000000Z").mkdir()
+    purge(tmp_path)
+    assert (tmp_path / "given").read_text() == f"chown root:root {tmp_path}/var/log/mcpctl\n"
+
+
 @pytest.mark.parametrize(("number", "taken"), [(105, True), (1001, False)])
 def test_a_purge_takes_away_the_systems_user_and_no_person(tmp_path: Path, number: int, taken: bool) -> None:
     system(tmp_path)
