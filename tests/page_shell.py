@@ -20,9 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyrage
-
 import commands
+import kept
 from site_of_mcpctl import environment, starter
 
 SECONDS = 120
@@ -74,7 +73,7 @@ class Shell:
             program.write_text(_CLIENT.format(python=sys.executable, door=str(self._short / "door")))
             program.chmod(0o755)
         path = f"{self._short}:{environment()['PATH']}"
-        self._env = environment(**{"HOME": str(there), "PATH": path, "NO_COLOR": "1", **env})
+        self.env = environment(**{"HOME": str(there), "PATH": path, "NO_COLOR": "1", **env})
         self._server: commands.Started | None = None
         self._reader = threading.Thread()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -82,7 +81,7 @@ class Shell:
     def run(self, page: str) -> str:
         """Run a page's commands; returns what they have said. AssertionError with its end where one fails."""
         done = subprocess.run(
-            ["bash", "-c", _BEGIN + script(page)], cwd=self.there, env=self._env, timeout=SECONDS, check=False,
+            ["bash", "-c", _BEGIN + script(page)], cwd=self.there, env=self.env, timeout=SECONDS, check=False,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:]
@@ -114,9 +113,7 @@ class Shell:
 
     def _do(self, name: str, arguments: list[str], there: str, env: dict[str, str], fds: list[int]) -> int:
         if name == "age-keygen":
-            key = pyrage.x25519.Identity.generate()
-            Path(there, arguments[-1]).write_text(f"# public key: {key.to_public()}\n{key}\n")
-            Path(there, arguments[-1]).chmod(0o600)
+            kept.identity(Path(there))
             return 0
         if name == "systemctl":
             if {"stop", "restart"} & {*arguments}:

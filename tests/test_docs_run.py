@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
+import kept
 import site_of_mcpctl as site
 from mcpctl import private_file
 from mcpctl.postgres.embedded import Binaries
@@ -76,3 +78,101 @@ def test_the_quick_start(cluster_shop: site.Shop, certificates: Path, tmp_path: 
     assert "serving at" in begun
     assert said.count('"structuredContent"') == 2
     assert "cut: 0 queries, 0 backends left" in said
+
+
+@contextlib.contextmanager
+def at_work(shop: site.Shop, folder: Path, extra: str = "", database: str = "", **env: str) -> Iterator[tuple[site.Site, Shell]]:
+    """A shell beside an installation whose server runs, with a free port, and an administrator."""
+    made = site.Site(folder, shop, extra=extra, database=database)
+    private_file.create(folder / "admin.dsn", made.admin_dsn().encode() + b"\n")
+    home = folder.with_name(f"{folder.name}-home")
+    home.mkdir()
+    with free_port() as port:
+        more = {"MCPCTL_CONFIG": str(made.config), "MCPCTL_SERVER__PORT": str(port), **env}
+        with shell(home, postgres(shop, **more)) as found:
+            found.run("```sh\nsystemctl start mcpctl\n```\n")
+            yield made, found
+
+
+def per_user(shop: site.Shop, name: str, dbname: str = "shop", more: str = "") -> str:
+    """A database of the config whose users have login roles."""
+    cluster = shop.cluster
+    return f"  {name}: {{host: {cluster.host}, port: {cluster.port}, dbname: {dbname}, roles: per_user{more}}}\n"
+
+
+def test_onboarding(cluster_shop: site.Shop, tmp_path: Path) -> None:
+    where = f"--host {cluster_shop.cluster.host} --port {cluster_shop.cluster.port}"
+    other = per_user(cluster_shop, "people")
+    words = {
+        "--host 127.0.0.1": where,
+        "--database shop": "--database people",
+        "--database stock": "--database shop",
+        "databases:stock:read": "databases:shop:read",
+        "update public.products": "update public.products --database people",
+        "carl select public.customers": "carl select public.customers --database people",
+        "who-can select public.customers": "who-can select public.customers --database people",
+    }  # fmt: skip
+    with at_work(cluster_shop, tmp_path / "site", database=other) as (_, found):
+        said = found.run(replaced(page("onboarding.md"), words))
+    assert "acme-ann removed" in said
+
+
+def test_incidents(cluster_shop: site.Shop, tmp_path: Path) -> None:
+    cluster = cluster_shop.cluster
+    with cluster_shop.admin() as connection:
+        connection.execute("CREATE SCHEMA sales")
+        connection.execute("CREATE TABLE sales.customers (id int); CREATE TABLE sales.orders (id int)")
+        connection.execute("CREATE ROLE leaked_reader LOGIN PASSWORD 'the leaked one, with 16'; GRANT USAGE ON SCHEMA sales TO leaked_reader")
+    more = per_user(cluster_shop, "sales", more=", default: true")
+    with at_work(cluster_shop, tmp_path / "site", database=more) as (made, found):
+        made.run("user", "grant", "alice", "--database", "sales", "--schema", "sales", "--access", "read", "--apply")
+        one, _ = made.token(databases=("sales",))
+        two, kept = made.token(databases=("shop", "sales"))
+        made.run("user", "grant", "alice", "--database", "sales", "--table", "sales.customers", "--access", "read", "--apply")
+        words = {
+            "1hrspjl1": one, "7k2m9qxd": two, "mcpctl_reader": "leaked_reader",
+            "--host db.example.org": f"--host 127.0.0.1 --port {cluster.port}",
+            "mcpctl-20261128T020000Z.tar.gz.age": "backup.age",
+            "anchors-from-elsewhere.txt": "anchors.txt",
+        }  # fmt: skip
+        found.run(f"```sh\nage-keygen -o backup.key\nmcpctl backup backup.age --recipient {kept.FOR}\n```\n")
+        (found.there / "anchors.txt").write_text("".join(made.stderr))
+        said = found.run(replaced(page("incidents.md"), words))
+    assert "cut: 0 queries, 0 backends left" in said
+
+
+def test_is_it_healthy(cluster_shop: site.Shop, tmp_path: Path) -> None:
+    with at_work(cluster_shop, tmp_path / "site") as (_, found):
+        assert "warn" in found.run(page("doctor.md"))
+
+
+def test_backups(cluster_shop: site.Shop, tmp_path: Path) -> None:
+    nights = tmp_path / "backups"
+    nights.mkdir(0o700)
+    clean, rehearsal = tmp_path / "clean", tmp_path / "rehearsal"
+    clean.mkdir(0o700)
+    rehearsal.mkdir(0o700)
+    public = re.findall(r"age1[a-z0-9]{58}", page("backup.md"))[0]
+    name = "mcpctl-20261128T020000Z.tar.gz.age"
+    new = f"mcpctl restore {name} --identity backup.key\nmcpctl audit verify\nmcpctl config check"
+    words = {
+        new: f"export MCPCTL_CONFIG={clean}/config.yaml\n" + new.replace("\n", "; "),
+        "/srv/rehearsal": rehearsal,
+        name: f"$(ls {nights}/*.age | head -n 1)",
+        "/var/backups/mcpctl": nights,
+        public: kept.FOR,
+        "--database shop --access read --print-sql": "--database people --access read --print-sql",
+    }
+    extra = f"backup: {{directory: {nights}, recipients: [{kept.FOR}]}}\n"
+    with at_work(cluster_shop, tmp_path / "site", extra, per_user(cluster_shop, "people")) as (_, found):
+        (found.there / "pgedge-postgres-mcp-tokens.yaml").touch(0o600)
+        (found.there / "pgedge-postgres-mcp-users.yaml").touch(0o600)
+        found.run(replaced(page("backup.md"), words))
+
+
+def test_troubleshooting(cluster_shop: site.Shop, tmp_path: Path) -> None:
+    with at_work(cluster_shop, tmp_path / "site") as (made, found):
+        private_file.create(found.there / "alice.token", made.token()[1].encode())
+        port = found.env["MCPCTL_SERVER__PORT"]
+        words = {"127.0.0.1:8080": f"127.0.0.1:{port}", "pg_isready -h 127.0.0.1": "pg_isready"}
+        found.run(replaced(page("troubleshooting.md"), words))
