@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import commands
 import kept
@@ -76,6 +76,7 @@ class Shell:
         self.env = environment(**{"HOME": str(there), "PATH": path, "NO_COLOR": "1", **env})
         self._server: commands.Started | None = None
         self._reader = threading.Thread()
+        self.told = ""
         threading.Thread(target=self._listen, daemon=True).start()
 
     def run(self, page: str) -> str:
@@ -130,12 +131,17 @@ class Shell:
         assert told is not None
         for line in told:
             os.write(fds[2], line.encode())
+            self.told += line
             if line.startswith("serving at "):
-                self._reader = threading.Thread(target=told.read, daemon=True)
+                self._reader = threading.Thread(target=self._read, args=(told,), daemon=True)
                 self._reader.start()
                 return 0
         told.close()
         return 1
+
+    def _read(self, told: IO[str]) -> None:
+        for line in told:
+            self.told += line
 
     def _stop(self) -> None:
         if self._server is not None:

@@ -14,12 +14,19 @@ import pytest
 
 import kept
 import site_of_mcpctl as site
+import test_pgedge
 from mcpctl import private_file
 from mcpctl.postgres.embedded import Binaries
 from page_shell import Shell, replaced, script, shell
 
 DOCS = Path(__file__).parents[1] / "docs"
 pytestmark = pytest.mark.skipif(shutil.which("psql") is None, reason="the pages' commands need psql")
+
+
+def part(text: str, begin: str, end: str) -> str:
+    """A page from one line on, up to another one."""
+    assert begin in text
+    return begin + (text.partition(begin)[2] if begin else text).partition(end or "\0")[0]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +78,11 @@ def test_the_quick_start(cluster_shop: site.Shop, certificates: Path, tmp_path: 
             "/etc/mcpctl": etc,
             "token revoke 1hrspjl1": "token revoke $(mcpctl token list | cut -f1)",
         }  # fmt: skip
-        env = {"MCPCTL_CONFIG": str(demo.config), "MCP_TOKEN": demo.token("demo")[1], "SSL_CERT_FILE": str(certificates / "ca.pem")}
+        env = {
+            "MCPCTL_CONFIG": str(demo.config),
+            "MCP_TOKEN": demo.token("demo")[1],
+            "SSL_CERT_FILE": str(certificates / "ca.pem"),
+        }
         with shell(home, postgres(cluster_shop, **env)) as found:
             begun = found.run(f"```sh\nmcpctl --config {demo.config} serve --port {plain}\n```\n")
             said = found.run(replaced(page("quick-start.md"), words))
@@ -81,7 +92,9 @@ def test_the_quick_start(cluster_shop: site.Shop, certificates: Path, tmp_path: 
 
 
 @contextlib.contextmanager
-def at_work(shop: site.Shop, folder: Path, extra: str = "", database: str = "", **env: str) -> Iterator[tuple[site.Site, Shell]]:
+def at_work(
+    shop: site.Shop, folder: Path, extra: str = "", database: str = "", **env: str
+) -> Iterator[tuple[site.Site, Shell]]:
     """A shell beside an installation whose server runs, with a free port, and an administrator."""
     made = site.Site(folder, shop, extra=extra, database=database)
     private_file.create(folder / "admin.dsn", made.admin_dsn().encode() + b"\n")
@@ -118,26 +131,42 @@ def test_onboarding(cluster_shop: site.Shop, tmp_path: Path) -> None:
 
 
 def test_incidents(cluster_shop: site.Shop, tmp_path: Path) -> None:
-    cluster = cluster_shop.cluster
+    where = f"--host 127.0.0.1 --port {cluster_shop.cluster.port} --dbname shop"
     with cluster_shop.admin() as connection:
         connection.execute("CREATE SCHEMA sales")
         connection.execute("CREATE TABLE sales.customers (id int); CREATE TABLE sales.orders (id int)")
-        connection.execute("CREATE ROLE leaked_reader LOGIN PASSWORD 'the leaked one, with 16'; GRANT USAGE ON SCHEMA sales TO leaked_reader")
+        connection.execute(
+            "CREATE ROLE leaked_reader LOGIN PASSWORD 'the leaked one, with 16'; GRANT CONNECT ON DATABASE shop TO leaked_reader"
+        )
     more = per_user(cluster_shop, "sales", more=", default: true")
     with at_work(cluster_shop, tmp_path / "site", database=more) as (made, found):
         made.run("user", "grant", "alice", "--database", "sales", "--schema", "sales", "--access", "read", "--apply")
         one, _ = made.token(databases=("sales",))
-        two, kept = made.token(databases=("shop", "sales"))
-        made.run("user", "grant", "alice", "--database", "sales", "--table", "sales.customers", "--access", "read", "--apply")
+        two, _ = made.token(databases=("shop", "sales"))
+        made.run(
+            "user", "grant", "alice", "--database", "sales", "--table", "sales.customers", "--access", "read", "--apply"
+        )
         words = {
             "1hrspjl1": one, "7k2m9qxd": two, "mcpctl_reader": "leaked_reader",
-            "--host db.example.org": f"--host 127.0.0.1 --port {cluster.port}",
+            "--host db.example.org": where,
             "mcpctl-20261128T020000Z.tar.gz.age": "backup.age",
             "anchors-from-elsewhere.txt": "anchors.txt",
         }  # fmt: skip
         found.run(f"```sh\nage-keygen -o backup.key\nmcpctl backup backup.age --recipient {kept.FOR}\n```\n")
-        (found.there / "anchors.txt").write_text("".join(made.stderr))
-        said = found.run(replaced(page("incidents.md"), words))
+        found.run(
+            f"```sh\nmcpctl database remove shop --yes; rm {made.folder}/shop.password\nprintf 'the leaked one, with 16' |"
+            f" mcpctl database add shop {where} --user leaked_reader --password-file -\nmcpctl config reload\n```\n"
+        )
+        text = replaced(page("incidents.md"), words)
+        said = found.run(part(text, "", "**Look that it is done**"))
+        (token,) = (found.there / "new-tokens").glob(f"alice-{two}.token")
+        with site.Client(
+            f"http://127.0.0.1:{found.env['MCPCTL_SERVER__PORT']}/mcp", token.read_text().strip()
+        ) as client:
+            assert client.rows("select session_user", database="shop") == [["leaked_reader"]]
+        said += found.run(part(text, "**Look that it is done**", "**3. Keep the evidence**"))
+        (found.there / "anchors.txt").write_text(found.told)
+        said += found.run(part(text, "**3. Keep the evidence**", ""))
     assert "cut: 0 queries, 0 backends left" in said
 
 
@@ -159,14 +188,14 @@ def test_backups(cluster_shop: site.Shop, tmp_path: Path) -> None:
         new: f"export MCPCTL_CONFIG={clean}/config.yaml\n" + new.replace("\n", "; "),
         "/srv/rehearsal": rehearsal,
         name: f"$(ls {nights}/*.age | head -n 1)",
-        "/var/backups/mcpctl": nights,
+        "mcpctl backup /var/backups/mcpctl ": "mcpctl backup first.age ",
+        "directory: /var/backups/mcpctl": "",
         public: kept.FOR,
-        "--database shop --access read --print-sql": "--database people --access read --print-sql",
     }
     extra = f"backup: {{directory: {nights}, recipients: [{kept.FOR}]}}\n"
-    with at_work(cluster_shop, tmp_path / "site", extra, per_user(cluster_shop, "people")) as (_, found):
-        (found.there / "pgedge-postgres-mcp-tokens.yaml").touch(0o600)
-        (found.there / "pgedge-postgres-mcp-users.yaml").touch(0o600)
+    with at_work(cluster_shop, tmp_path / "site", extra) as (_, found):
+        for one, text in (("tokens", test_pgedge.TOKENS), ("users", test_pgedge.USERS)):
+            private_file.create(found.there / f"pgedge-postgres-mcp-{one}.yaml", text.encode())
         found.run(replaced(page("backup.md"), words))
 
 
