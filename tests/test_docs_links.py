@@ -12,7 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [
     *sorted(ROOT.glob("*.md")),
-    *(path for folder in ("docs", "packaging", "systemd", "benchmarks") for path in sorted((ROOT / folder).rglob("*.md"))),
+    *(
+        path
+        for folder in ("docs", "packaging", "systemd", "benchmarks")
+        for path in sorted((ROOT / folder).rglob("*.md"))
+    ),
 ]
 LINK = re.compile(r"\]\(<?([^)\s>]+)>?[^)]*\)|(?:src|href)=\"([^\"]+)\"")
 
@@ -71,7 +75,9 @@ def said() -> str:
     found = []
     for path in sorted((ROOT / "src").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        found += [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        found += [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
     return "\0".join(found)
 
 

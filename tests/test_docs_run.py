@@ -9,7 +9,6 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 
 import kept
@@ -17,7 +16,7 @@ import site_of_mcpctl as site
 import test_pgedge
 from mcpctl import private_file
 from mcpctl.postgres.embedded import Binaries
-from page_shell import Shell, replaced, script, shell
+from page_shell import Shell, replaced, shell
 
 DOCS = Path(__file__).parents[1] / "docs"
 pytestmark = pytest.mark.skipif(shutil.which("psql") is None, reason="the pages' commands need psql")
@@ -71,7 +70,8 @@ def test_the_quick_start(cluster_shop: site.Shop, certificates: Path, tmp_path: 
             "http://127.0.0.1:8080": f"http://127.0.0.1:{plain}",
             "unset MCPCTL_CONFIG": f"systemctl stop mcpctl; export MCPCTL_CONFIG={own}/config.yaml; unset",
             "mcpctl init --db-host 127.0.0.1": f"mcpctl init {own} --port {plain} --db-host 127.0.0.1",
-            "sudo mcpctl init --db-host db.example.org": f"systemctl stop mcpctl; export MCPCTL_CONFIG={etc}/config.yaml;"
+            "sudo mcpctl init --db-host db.example.org":
+            f"systemctl stop mcpctl; export MCPCTL_CONFIG={etc}/config.yaml;"
             f" mcpctl init {etc} --port {secure} --db-user mcpctl_second --db-host 127.0.0.1",
             "--db-name shop": f"--db-port {cluster_shop.cluster.port} --db-name shop",
             "mcp.example.org:8443": f"localhost:{secure}",
@@ -136,7 +136,8 @@ def test_incidents(cluster_shop: site.Shop, tmp_path: Path) -> None:
         connection.execute("CREATE SCHEMA sales")
         connection.execute("CREATE TABLE sales.customers (id int); CREATE TABLE sales.orders (id int)")
         connection.execute(
-            "CREATE ROLE leaked_reader LOGIN PASSWORD 'the leaked one, with 16'; GRANT CONNECT ON DATABASE shop TO leaked_reader"
+            "CREATE ROLE leaked_reader LOGIN PASSWORD 'the leaked one, with 16';"
+            " GRANT CONNECT ON DATABASE shop TO leaked_reader"
         )
     more = per_user(cluster_shop, "sales", more=", default: true")
     with at_work(cluster_shop, tmp_path / "site", database=more) as (made, found):
@@ -154,8 +155,9 @@ def test_incidents(cluster_shop: site.Shop, tmp_path: Path) -> None:
         }  # fmt: skip
         found.run(f"```sh\nage-keygen -o backup.key\nmcpctl backup backup.age --recipient {kept.FOR}\n```\n")
         found.run(
-            f"```sh\nmcpctl database remove shop --yes; rm {made.folder}/shop.password\nprintf 'the leaked one, with 16' |"
-            f" mcpctl database add shop {where} --user leaked_reader --password-file -\nmcpctl config reload\n```\n"
+            f"```sh\nmcpctl database remove shop --yes; rm {made.folder}/shop.password\n"
+            f"printf 'the leaked one, with 16' | mcpctl database add shop {where} --user leaked_reader"
+            " --password-file -\nmcpctl config reload\n```\n"
         )
         text = replaced(page("incidents.md"), words)
         said = found.run(part(text, "", "**Look that it is done**"))
