@@ -133,6 +133,7 @@ limits:
   {rate: 100000, burst: 100000, concurrent: 200, failed_sign_ins: 100000, connections: 8, max_rows: 200000, max_bytes: 16MiB,
    users: {named: {slow: {rate: 1, burst: 1}}}}
 canaries: {tables: [shop.public.old_passwords]}
+backup: {directory: $work/backups}
 YAML
 "$mcpctl" tenant add acme --database acme >/dev/null 2>&1
 "$mcpctl" user add acme-ann --tenant acme >/dev/null 2>&1
@@ -201,6 +202,7 @@ ask "$tenants" 'SELECT 1' acme >/dev/null
 fires McpctlCertificateExpires 'a certificate of one day'
 fires McpctlCertificateEnds 'the same'
 fires McpctlTokenExpires 'a token of 12 hours'
+fires McpctlBackupOld 'backup.directory is named, and nobody makes one'
 
 quiet McpctlConfigChanged
 printf '# changed\n' >>"$home/config.yaml"

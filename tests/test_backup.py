@@ -15,7 +15,7 @@ import pytest
 import kept
 from command_line import Home, on_a_terminal, run
 from mcpctl import private_file
-from mcpctl.backup import age, making
+from mcpctl.backup import age, making, names
 from mcpctl.errors import ConfigError
 from mcpctl.identity import tokens
 from site_of_mcpctl import in_background
@@ -110,7 +110,7 @@ def test_what_is_older_than_a_week_goes_when_a_newer_one_is_there(tmp_path: Path
     home = _home(tmp_path, f"backup: {{directory: {folder}, recipients: [{kept.FOR}]}}\n")
     folder.mkdir(0o700)
     now = datetime.now(UTC)
-    old, young = (folder / making.name(now - timedelta(days=days)) for days in (8, 6))
+    old, young = (folder / names.of(now - timedelta(days=days)) for days in (8, 6))
     others = [folder / "mcpctl-old.tar.gz.age", folder / "shop-20200101T000000Z.tar.gz.age", folder / "notes"]
     for one in (old, young, *others, folder / ".mcpctl-20200101T000000Z.tar.gz.age.0123456789ab.tmp"):
         one.write_bytes(b"x")

@@ -201,9 +201,12 @@ def test_backups(cluster_shop: site.Shop, tmp_path: Path) -> None:
         found.run(replaced(page("backup.md"), words))
 
 
-def test_troubleshooting(cluster_shop: site.Shop, tmp_path: Path) -> None:
+def test_troubleshooting_and_what_else_is_run_each_day(cluster_shop: site.Shop, tmp_path: Path) -> None:
     with at_work(cluster_shop, tmp_path / "site") as (made, found):
         private_file.create(found.there / "alice.token", made.token()[1].encode())
         port = found.env["MCPCTL_SERVER__PORT"]
         words = {"127.0.0.1:8080": f"127.0.0.1:{port}", "pg_isready -h 127.0.0.1": "pg_isready"}
         found.run(replaced(page("troubleshooting.md"), words))
+        for name in ("reload.md", "monitoring.md"):
+            found.run(page(name))
+        found.run(replaced(page("audit.md"), {"/var/log/mcpctl": made.folder}))

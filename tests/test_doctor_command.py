@@ -125,12 +125,12 @@ def test_what_cannot_be_read_at_all_is_told_and_does_not_stop_it(ward: Ward, pla
 
 def test_of_a_server_that_runs_it_asks_what_a_client_would(ward: Ward, original: Original) -> None:
     """With its own certificate; then that one is renewed, and calls are locked out."""
-    from site_of_mcpctl import UNLIMITED, _commands, environment
+    from site_of_mcpctl import UNLIMITED, environment, starter
 
     text = re.sub(r"server: .*\n", "server: {tls: {cert: cert.pem, key: key.pem}}\n", ward.config.read_text())
     ward.config.write_text(text)
     ward.certificate("127.0.0.1")
-    started = _commands().start(["--config", str(ward.config), "serve", "--port", "0"], environment(**UNLIMITED))
+    started = starter().start(["--config", str(ward.config), "serve", "--port", "0"], environment(**UNLIMITED))
     try:
         assert started.stderr is not None
         assert any(line.startswith("serving at https://") for line in started.stderr)

@@ -23,6 +23,7 @@ import trustme
 from copied import PASSWORD
 from mcpctl import keyring
 from mcpctl.audit import late
+from mcpctl.backup import names
 from mcpctl.diagnosis import mending
 from mcpctl.diagnosis.machine import UNIT
 from mcpctl.identity import tokens, users
@@ -190,6 +191,22 @@ def environ(**values: str) -> Plant:
     return lambda ward: setattr(ward, "environ", {**ward.environ, **values})
 
 
+def backups(days: float | None, *, recipient: bool = True, folder: bool = True) -> Plant:
+    """A folder for backups, whose newest is so many days old."""
+
+    def planted(ward: Ward) -> None:
+        place = ward.folder / "backups"
+        key = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"
+        ward.add(f"backup: {{directory: {place}, recipients: [{key if recipient else ''}]}}")
+        if folder:
+            place.mkdir(0o700)
+        if days is not None:
+            for age in (days, days + 1):
+                (place / names.of(tokens.utcnow() - timedelta(days=age))).touch(0o600)
+
+    return planted
+
+
 AS_BEFORE = "GRANT EXECUTE ON FUNCTION pg_export_snapshot() TO PUBLIC"
 FAULTS: list[Any] = [
     # files: name → what plants it, what else it brings with it, and whether --fix mends it
@@ -212,6 +229,10 @@ FAULTS: list[Any] = [
     ("disk.low", disk(f_bavail=100_000), False),
     ("disk.inodes", disk(f_favail=7), False),
     ("disk.read-only", disk(f_flag=os.ST_RDONLY), False),
+    ("backups.no-recipient", backups(0.5, recipient=False), False),
+    ("backups.no-folder", backups(None, folder=False), False),
+    ("backups.none", backups(None), False),
+    ("backups.old", backups(2.1), False),
     ("files.broken", edited("users.yaml", "version: 1", "version: 1\njunk: 1"), False),
     ("files.unknown-user", added("auth: {admin_users: [typo]}"), False),
     ("files.tenant-gone", member_of_nothing, False),
@@ -293,6 +314,12 @@ def test_on_a_healthy_installation_it_says_nothing(ward: Ward) -> None:
         "audit",
         "database",
     }
+
+
+def test_a_backup_of_last_night_is_well(ward: Ward) -> None:
+    backups(1.1)(ward)
+    assert [one.what for one in ward.wrong()] == []
+    assert [one.status for one in ward.look() if one.check == "backups"] == ["ok"]
 
 
 @pytest.mark.parametrize(("name", "plant", "fixable"), FAULTS)

@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -322,9 +323,9 @@ def test_a_worker_that_hangs_is_left_out_and_counted(newest_shop: Shop, make_sit
 
 
 def test_revocations_refusals_and_events_are_counted_where_they_happen(
-    newest_shop: Shop, make_site: Callable[..., Site]
+    newest_shop: Shop, make_site: Callable[..., Site], tmp_path: Path
 ) -> None:
-    site = make_site(newest_shop, extra=ON).start()
+    site = make_site(newest_shop, extra=f"{ON}backup: {{directory: {tmp_path}}}\n").start()
     url, (name, token) = listener(site), site.token()
     with site.client(token) as client:
         client.rows("select 1")
@@ -356,6 +357,11 @@ def test_revocations_refusals_and_events_are_counted_where_they_happen(
         "mcpctl_pools", "mcpctl_pool_connections", "mcpctl_pool_waiting",
     }  # fmt: skip
     assert value(series, "mcpctl_audit_failing") == 0
+    assert value(series, "mcpctl_backup_last_timestamp_seconds") == 0
+    for when in ("20261127T020000Z", "20261128T020000Z"):
+        (tmp_path / f"mcpctl-{when}.tar.gz.age").touch()
+    made = datetime(2026, 11, 28, 2, tzinfo=UTC).timestamp()
+    assert value(scrape(url), "mcpctl_backup_last_timestamp_seconds") == made
     assert abs(value(series, "mcpctl_audit_last_line_timestamp_seconds") - time.time()) < 60
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from command_line import Home
 from mcpctl import config
 from mcpctl.errors import ConfigError
 from mcpctl.server.parts import running
-from site_of_mcpctl import Shop, Site, eventually
+from site_of_mcpctl import COMMAND, Shop, Site, environment, eventually
 
 MakeSite = Callable[..., Site]
 
@@ -43,6 +44,18 @@ def test_what_never_started_does_not_stop_in_the_log(tmp_path: Path) -> None:
         asyncio.run(run())
     log = home.folder / "audit.jsonl"
     assert not log.exists() or [line for line in lines(log) if line["event"].startswith("server.")] == []
+
+
+def test_a_server_that_cannot_make_its_control_socket_says_so_and_nothing_else(tmp_path: Path) -> None:
+    """By an interpreter of its own, which tells at its end what was begun and never awaited."""
+    home = Home(tmp_path / "home", extra=f"server: {{runtime_dir: {tmp_path / 'none'}}}\n")
+    done = subprocess.run(
+        [*COMMAND, "--config", str(home.config), "serve", "--port", "0"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, env=environment(), check=False,
+    )  # fmt: skip
+    _, error, *rest = done.stderr.splitlines()
+    assert error.startswith(f"mcpctl: error: cannot make the control socket {tmp_path / 'none'}/control.")
+    assert (done.returncode, rest) == (3, ["mcpctl: hint: set server.runtime_dir to a folder of yours"])
 
 
 def test_more_workers_than_the_login_roles_have_room_for_are_warned_of(make_site: MakeSite, newest_shop: Shop) -> None:

@@ -30,7 +30,7 @@ from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
 from mcpctl.policy.limits import Limiter
 from mcpctl.postgres.answer import Bounds
-from mcpctl.postgres.cutting import Cut
+from mcpctl.postgres.cutting import RENEWED, Cut
 from mcpctl.postgres.login import OWN, Login
 from mcpctl.postgres.logins import Logins
 from mcpctl.postgres.own import Own
@@ -408,6 +408,8 @@ class Calls:
             self._pools.check(principal, login.name)
         except Error as problem:
             return problem
+        if session.pool.ended == RENEWED:
+            return UnavailableError(RENEWED, "your token is fine; ask again")
         return NarrowedError(session.pool.ended or f"the database {login.name!r} was removed while the call ran")
 
     def _bounds(self, database: Database, principal: Principal, address: str | None) -> Bounds:

@@ -83,6 +83,9 @@ FAMILIES: dict[str, Family] = {
         "gauge", (), "1 while the config file is another than the one in force.", shared=True
     ),
     "mcpctl_tls_cert_expiry_seconds": Family("gauge", (), "Seconds until the certificate ends.", shared=True),
+    "mcpctl_backup_last_timestamp_seconds": Family(
+        "gauge", (), "When the newest backup in backup.directory was begun; 0 where there is none.", shared=True
+    ),
     "mcpctl_workers": Family("gauge", ("state",), "Workers: wanted, and answering this scrape.", shared=True),
     "mcpctl_event_loop_lag_seconds": Family("gauge", (), "The longest delay of the event loop in the last 15 to 30 s."),
     "mcpctl_connections_turned_away": Family(

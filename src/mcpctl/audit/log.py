@@ -46,8 +46,8 @@ EVENTS = (
     "user.removed",
     "user.disabled", "user.enabled", "user.linked", "user.unlinked", "tenant.added", "tenant.removed",
     "grant.printed", "grant.added", "grant.removed", "database.registered", "database.unregistered", "config.created",
-    "config.database_added", "config.database_removed", "config.database_hardened", "config.key_rotated",
-    "config.certificate_renewed", "config.reloaded", "config.reload_refused",
+    "config.database_added", "config.database_removed", "config.database_hardened", "config.database_password",
+    "config.key_rotated", "config.certificate_renewed", "config.reloaded", "config.reload_refused",
     "server.started", "server.stopped", "server.locked", "server.unlocked", "token.blocked", "token.unblocked",
     "audit.rotated", "audit.lost", "backup.made", "backup.restored", "doctor.mended",
 )  # fmt: skip

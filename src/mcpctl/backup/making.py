@@ -3,22 +3,19 @@
 import contextlib
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from mcpctl import private_file
 from mcpctl.audit.log import installation
-from mcpctl.backup import age, archive, snapshot
+from mcpctl.backup import age, archive, names, snapshot
 from mcpctl.backup.archive import Manifest
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConfigError, ConflictError
 from mcpctl.identity.users import rfc3339
-
-_NAME = re.compile(r"mcpctl-([0-9]{8}T[0-9]{6}Z)\.tar\.gz\.age")
 
 
 @dataclass(frozen=True)
@@ -32,11 +29,6 @@ class Made:
     missing: tuple[Path, ...]
     fault: str | None
     removed: tuple[Path, ...] = ()
-
-
-def name(when: datetime) -> str:
-    """How a backup of that time is called."""
-    return f"mcpctl-{when.astimezone(UTC):%Y%m%dT%H%M%SZ}.tar.gz.age"
 
 
 def make(
@@ -114,15 +106,10 @@ def prune(made: Path, now: datetime, keep: timedelta) -> tuple[Path, ...]:
     """Remove what is older than that in the folder of a backup that was just made: files of such a name, and never the
     one that was made. What a killed run left goes, too."""
     gone = []
-    for one in sorted(made.parent.glob("mcpctl-*.tar.gz.age")):
-        found = _NAME.fullmatch(one.name)
-        if found is None or one == made or not one.is_file() or one.is_symlink():
-            continue
-        with contextlib.suppress(ValueError):  # the thirtieth of February is nobody's backup
-            when = datetime.strptime(found[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-            if now - when > keep:
-                one.unlink()
-                gone.append(one)
+    for one, when in names.there(made.parent):
+        if one != made and now - when > keep:
+            one.unlink()
+            gone.append(one)
     for left in made.parent.glob(".mcpctl-*.tar.gz.age.*.tmp"):
         _sweep(left)
     return tuple(gone)

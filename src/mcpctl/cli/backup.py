@@ -47,7 +47,7 @@ def backup(
     """
     from datetime import timedelta
 
-    from mcpctl.backup import making
+    from mcpctl.backup import making, names
     from mcpctl.identity.tokens import utcnow
 
     _check_flags(recipient, recipient_file, passphrase_file)
@@ -60,7 +60,7 @@ def backup(
     found = settings(context, config)
     now = utcnow()
     to = _whom_for(found, named, passphrase)
-    where, ours = _target(found, file, making.name(now))
+    where, ours = _target(found, file, names.of(now))
     made = making.make(found, to, where, now, _about())
     removed = making.prune(where, now, timedelta(seconds=found.backup.keep)) if ours else ()
     many = f"{len(made.manifest.files)} files, {made.size} bytes, sha256 {made.sha256}, up to line {made.manifest.seq}"

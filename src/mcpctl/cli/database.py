@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from mcpctl.keyring import Keyring
     from mcpctl.postgres.logins import Logins
 
-app = typer.Typer(help="Add, list, test, harden and remove databases.", no_args_is_help=True)
+app = typer.Typer(
+    help="Add, list, test, harden and remove databases, and change their passwords.", no_args_is_help=True
+)
 app.command("register")(own_database.register)
 app.command("unregister")(own_database.unregister)
 
@@ -106,7 +108,7 @@ def add(
     values |= {"limits": limits} if limits else {}
     values |= {"required": False} if not_required else {}
     values |= {"default": True} if default else {}
-    password = _password(password_file, ask=ask_password, name=name)
+    password = given_password(password_file, ask=ask_password, name=name)
     source = _add(context, config, name, values, password, test=not no_test)
     where = "sealed" if password is not None else "no password kept"
     if json:
@@ -118,7 +120,7 @@ def add(
         output.say(f"next: mcpctl user grant U --database {name} --access read --apply")
 
 
-def _password(file: str | None, *, ask: bool, name: str) -> str | None:
+def given_password(file: str | None, *, ask: bool, name: str) -> str | None:
     """The password, from where it was said to be; never from the command line's own words."""
     import getpass
     import sys

@@ -45,7 +45,11 @@ TOP = {
         "link",
     ),
     "tenant": ("Make, list and remove tenants.", "tenant"),
-    "database": ("Add, list, test, harden and remove databases.", "database"),
+    "database": (
+        "Add, list, test, harden and remove databases, and change their passwords.",
+        "database",
+        "database_passwd",
+    ),
     "grant": ("Compare what is recorded with what PostgreSQL has.", "grant"),
     "session": ("See who is signed in and what tokens have open in the running server, and end it.", "session"),
     "audit": ("Read the audit log.", "audit", "audit_read", "audit_report", "audit_verify"),

@@ -8,6 +8,7 @@ from time import monotonic
 
 from mcpctl.diagnosis import (
     auditing,
+    backups,
     calling,
     certificate,
     databases,
@@ -61,6 +62,7 @@ _HERE: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "modes": modes.modes,
     "leftovers": modes.leftovers,
     "disk": machine.disk,
+    "backups": backups.backups,
     "lockdown": people.lockdown,
     "files": people.files,
     "state": keys.state,

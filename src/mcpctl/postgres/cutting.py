@@ -19,6 +19,8 @@ GRACE = 0.1
 """Seconds that a cancelled statement has before its backend is terminated."""
 PATIENCE = 0.6
 """Seconds after which the sockets are closed whatever the backends do."""
+RENEWED = "the password of the database's login was changed while the call ran"
+"""Why a pool is cut whose login got another password: the next call's connection takes it."""
 _LOOK = 0.5
 _BURST = 0.2
 

@@ -298,9 +298,11 @@ def set_login(role: str, *, on: bool) -> str:
     return f"ALTER ROLE {identifier(role)} {'LOGIN' if on else 'NOLOGIN'};"
 
 
-def end_connections(role: str) -> str:
-    """What ends a role's connections. Who is no superuser becomes a member for it, and is none afterwards."""
-    return do(_END_CONNECTIONS % {"role": literal(role)})
+def end_connections(role: str, before: str | None = None) -> str:
+    """What ends a role's connections, or those that began no later than a timestamp of PostgreSQL's. Who is no
+    superuser becomes a member for it, and is none afterwards."""
+    older = "true" if before is None else f"coalesce(backend_start <= {literal(before)}::timestamptz, true)"
+    return do(_END_CONNECTIONS % {"role": literal(role), "older": older})
 
 
 def leave_here(role: str, mark: str) -> str:
@@ -330,7 +332,7 @@ BEGIN
   IF joins THEN
     EXECUTE format('GRANT %%I TO %%I', %(role)s, current_user);
   END IF;
-  PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %(role)s;
+  PERFORM pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %(role)s AND %(older)s;
   IF joins THEN
     EXECUTE format('REVOKE %%I FROM %%I', %(role)s, current_user);
   END IF;

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import __version__
+from mcpctl.backup.names import newest
 from mcpctl.calls import Calls
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error
@@ -308,6 +309,9 @@ class Live:
         found += [("mcpctl_database_up", [name], float(up)) for name, up in (await self.reached()).items()]
         if counts is not None:
             found += _by_days_left(left)
+        if (folder := self.settings.backup.directory) is not None:
+            when = await asyncio.to_thread(newest, folder)  # it may be on a disk that is far away
+            found.append(("mcpctl_backup_last_timestamp_seconds", [], when.timestamp() if when else 0))
         if (end := self.tls_not_after()) is not None:
             found.append(("mcpctl_tls_cert_expiry_seconds", [], end - time.time()))
         return found

@@ -48,6 +48,7 @@ from mcpctl.shared_counters import Counters
 
 log = logging.getLogger("mcpctl")
 Ready = Callable[[str], None]
+Work = Callable[[], Coroutine[Any, Any, None]]
 COUNTED = "limits.bin"
 """The name of what the limits count, beside the state file."""
 
@@ -217,11 +218,11 @@ async def _alone(
     process = Process(place, shared.counters)
     serving, config = _prepared(shared.calls, process)
     server = _Uvicorn(config, up, stopping(hangup), shared.systemd.stopping)
-    works = [shared.systemd.keep_alive()]
+    works: list[Work] = [shared.systemd.keep_alive]
     if read is not None:
         alone = Alone(serving, read, lambda: server.should_exit, shared.systemd)
         serving.reload = alone.outcome
-        works.append(alone.run())
+        works.append(alone.run)
         if hangup is not None:
             here = asyncio.get_running_loop()
             hangup.stop = server.handle_exit
@@ -241,7 +242,7 @@ async def _worker(shared: _Shared, first: Place, listening: Listening, link: Lin
     serving.reload = link.outcome
     serving.taken = link.taken
     link.stop = server.leave
-    await _serve(serving, config, server, listening, shared, process, [link.obey(serving), link.keep_alive()])
+    await _serve(serving, config, server, listening, shared, process, [partial(link.obey, serving), link.keep_alive])
 
 
 async def _serve(
@@ -251,13 +252,13 @@ async def _serve(
     listening: Listening,
     shared: _Shared,
     process: Process,
-    works: list[Coroutine[Any, Any, None]],
+    works: list[Work],
 ) -> None:
     """Serve until told to stop, with this work beside it, and take everything down."""
     tasks: list[asyncio.Task[None]] = []
     try:
         await serving.begin(listening)
-        tasks += map(asyncio.create_task, works)
+        tasks += (asyncio.create_task(work()) for work in works)
         if process.place.worker == 0:
             tasks.append(asyncio.create_task(process.save()))
         if shared.metrics is not None:

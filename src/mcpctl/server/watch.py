@@ -18,7 +18,7 @@ from mcpctl.errors import ConfigError, Error, LockedError, UnavailableError
 from mcpctl.identity.authenticate import LOCKED, Authenticator
 from mcpctl.identity.sessions import is_id
 from mcpctl.identity.tokens import EXPIRING, utcnow
-from mcpctl.postgres.cutting import Cut
+from mcpctl.postgres.cutting import RENEWED, Cut
 from mcpctl.postgres.own import Own
 from mcpctl.postgres.pools import Pools
 from mcpctl.recorder import Recorder
@@ -66,7 +66,7 @@ class Watch:
         self._databases = own
         self.answers = Answers(self._settle, calls, own, keys)
         self.answers.add({"reload": self._reloaded, "lock": self._locked, "bar": self._barred, "note": self._noted})
-        self.answers.add({"kept_out": self._kept_out})
+        self.answers.add({"kept_out": self._kept_out, "renewed": self._renewed})
         self.was_cut: Callable[[str, int, int], None] = lambda reason, queries, left: None
         self.told = told or Table()
         self._heard: Mapping[str, str] = {}
@@ -309,6 +309,22 @@ class Watch:
             self._bar(answer.get("barred", []))
             self._calls.canaries.unwritten.change(answer.get("blocked", {}))
         self._calls.canaries.look()
+
+    async def _renewed(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Close what is open as logins, [database, role or null], whose password is another one now: the next
+        connection takes the new one."""
+        self._look()
+        done = Cut()
+        for database, role in request["logins"]:
+            key = (str(database), role and str(role))
+            for pool in self._pools.all:
+                if pool.login.key == key:
+                    pool.ended = RENEWED
+            one = await self._pools.cut_login(key, RENEWED)
+            done.queries += one.queries
+            done.lingering += one.lingering
+        done.backends_left = len(done.lingering)
+        return values(done)
 
     async def _noted(self, request: dict[str, Any]) -> dict[str, Any]:
         """Take a line of a command's that found no room for it anywhere, and write it when there is some."""

@@ -1,0 +1,36 @@
+"""Whether there is a backup to restore from, where the config says that there are some."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+from mcpctl.backup import names
+from mcpctl.diagnosis.patient import Check, Finding, Patient
+
+OLD = timedelta(days=2)
+"""One night's run may have been missed, as where the machine was off."""
+
+
+def backups(patient: Patient) -> Iterator[Finding]:
+    """When the newest was made, and whether a run without anybody there could make one."""
+    check, wanted = Check("backups"), patient.settings.backup
+    if wanted.directory is None:
+        yield check.skip("no backup.directory is configured", "docs/backup.md")
+        return
+    if not wanted.recipients:
+        hint = "name a public key: backup.recipients: [age1…]; docs/backup.md says how to make one"
+        yield check.warn("backups.no-recipient", "backup.recipients is empty, so that no timer can make one", hint)
+    if not wanted.directory.is_dir():
+        hint = "`mcpctl backup` makes it; or is a disk not mounted?"
+        yield check.warn("backups.no-folder", f"there is no folder {wanted.directory} for backups", hint)
+        return
+    newest = names.newest(wanted.directory)
+    hint = "systemctl status mcpctl-backup.timer mcpctl-backup.service; by hand: mcpctl backup"
+    if newest is None:
+        yield check.warn("backups.none", f"there is no backup in {wanted.directory}", hint)
+        return
+    when = f"{newest:%Y-%m-%d %H:%M} UTC"
+    if patient.now - newest > OLD:
+        what = f"the newest backup in {wanted.directory} is of {when}, more than {OLD.days} days ago"
+        yield check.warn("backups.old", what, hint)
+    elif wanted.recipients:
+        yield check.ok(f"the newest in {wanted.directory} is of {when}")
