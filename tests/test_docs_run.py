@@ -115,8 +115,14 @@ def per_user(shop: site.Shop, name: str, dbname: str = "shop", more: str = "") -
 
 def test_onboarding(cluster_shop: site.Shop, tmp_path: Path) -> None:
     where = f"--host {cluster_shop.cluster.host} --port {cluster_shop.cluster.port}"
-    other = per_user(cluster_shop, "people")
+    with cluster_shop.admin() as connection:
+        connection.execute("CREATE DATABASE trial")
+        connection.execute("REVOKE ALL ON DATABASE trial FROM PUBLIC")
+    other = per_user(cluster_shop, "people") + per_user(cluster_shop, "trial", "trial")
     words = {
+        "psql -d shop": "psql -d trial",
+        "--database shop --schema $one": "--database trial --schema $one",
+        "--tenant $one --database shop": "--tenant $one --database trial",
         "--host 127.0.0.1": where,
         "--database shop": "--database people",
         "--database stock": "--database shop",
@@ -131,7 +137,7 @@ def test_onboarding(cluster_shop: site.Shop, tmp_path: Path) -> None:
 
 
 def test_incidents(cluster_shop: site.Shop, tmp_path: Path) -> None:
-    where = f"--host 127.0.0.1 --port {cluster_shop.cluster.port} --dbname shop"
+    where = f"--host {cluster_shop.cluster.host} --port {cluster_shop.cluster.port} --dbname shop"
     with cluster_shop.admin() as connection:
         connection.execute("CREATE SCHEMA sales")
         connection.execute("CREATE TABLE sales.customers (id int); CREATE TABLE sales.orders (id int)")
@@ -149,7 +155,6 @@ def test_incidents(cluster_shop: site.Shop, tmp_path: Path) -> None:
         )
         words = {
             "1hrspjl1": one, "7k2m9qxd": two, "mcpctl_reader": "leaked_reader",
-            "--host db.example.org": where,
             "mcpctl-20261128T020000Z.tar.gz.age": "backup.age",
             "anchors-from-elsewhere.txt": "anchors.txt",
         }  # fmt: skip
