@@ -19,7 +19,9 @@ from mcpctl.postgres.embedded import Binaries
 from page_shell import Shell, replaced, shell
 
 DOCS = Path(__file__).parents[1] / "docs"
-pytestmark = pytest.mark.skipif(shutil.which("psql") is None, reason="the pages' commands need psql")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("psql") and shutil.which("curl")), reason="the pages' commands need psql and curl"
+)
 
 
 def part(text: str, begin: str, end: str) -> str:
