@@ -104,7 +104,8 @@ def sick(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 # -- a healthy database -----------------------------------------------------------------------------------------
 
 
-def test_of_a_healthy_database_there_is_little_to_say_and_nothing_to_advise(well: Client) -> None:
+def test_of_a_healthy_database_there_is_little_to_say_and_nothing_to_advise(well: Client, shop: Shop) -> None:
+    shop.close()
     eventually(lambda: ask(well)["limited"] is False)  # whoever else was there has left
     found = ask(well)
     assert found["advice"] == []
@@ -123,6 +124,8 @@ def test_of_a_healthy_database_there_is_little_to_say_and_nothing_to_advise(well
 
 
 def test_sessions_of_other_roles_are_numbers_and_the_answer_says_that_it_is_limited(well: Client, shop: Shop) -> None:
+    shop.close()
+    eventually(lambda: ask(well)["limited"] is False)  # whoever else was there has left
     secret = shop.cluster.dsn_for("postgres", shop.cluster.superuser_password, "shop")
     with psycopg.connect(secret, application_name="payroll") as other:
         other.execute("SELECT 'a secret question'")

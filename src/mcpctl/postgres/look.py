@@ -1,7 +1,7 @@
 """What the doctor asks a database as its login: which tables it may write, what time it is there."""
 
-from datetime import UTC, date, datetime
-from typing import Any
+from datetime import date, datetime
+from typing import Any, cast
 
 import psycopg
 from psycopg import pq
@@ -36,6 +36,5 @@ def writable(connection: psycopg.Connection[Any]) -> list[str]:
 
 def time(connection: psycopg.Connection[Any]) -> datetime:
     """What time it is there."""
-    row = connection.execute("SELECT pg_catalog.clock_timestamp()").fetchone() or (datetime.now(UTC),)
-    found: datetime = row[0]
-    return found
+    [(found,)] = connection.execute("SELECT pg_catalog.clock_timestamp()").fetchall()
+    return cast(datetime, found)
