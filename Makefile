@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 # Tests start mcpctl some thousand times: it is not compiled anew each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test bench soak lint mcpb pictures clean
+.PHONY: demo test bench soak lint mcpb pictures docs clean
 
 demo: $(STAMP)
 	@exec $(BIN)/mcpctl demo --port $(or $(PORT),8080)
@@ -47,6 +47,10 @@ mcpb: $(STAMP)
 # The pictures of the README and the docs, from a demo that runs. The one of the sign-in page takes Chromium.
 pictures: $(STAMP)
 	$(BIN)/python docs/images/make.py
+
+# docs/ as a site, in build/site.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -18,11 +18,10 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import pyrage
+from typing import IO, Any
 
 import commands
+import kept
 from site_of_mcpctl import environment, starter
 
 SECONDS = 120
@@ -74,15 +73,16 @@ class Shell:
             program.write_text(_CLIENT.format(python=sys.executable, door=str(self._short / "door")))
             program.chmod(0o755)
         path = f"{self._short}:{environment()['PATH']}"
-        self._env = environment(**{"HOME": str(there), "PATH": path, "NO_COLOR": "1", **env})
+        self.env = environment(**{"HOME": str(there), "PATH": path, "NO_COLOR": "1", **env})
         self._server: commands.Started | None = None
         self._reader = threading.Thread()
+        self.told = ""
         threading.Thread(target=self._listen, daemon=True).start()
 
     def run(self, page: str) -> str:
         """Run a page's commands; returns what they have said. AssertionError with its end where one fails."""
         done = subprocess.run(
-            ["bash", "-c", _BEGIN + script(page)], cwd=self.there, env=self._env, timeout=SECONDS, check=False,
+            ["bash", "-c", _BEGIN + script(page)], cwd=self.there, env=self.env, timeout=SECONDS, check=False,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:]
@@ -114,9 +114,7 @@ class Shell:
 
     def _do(self, name: str, arguments: list[str], there: str, env: dict[str, str], fds: list[int]) -> int:
         if name == "age-keygen":
-            key = pyrage.x25519.Identity.generate()
-            Path(there, arguments[-1]).write_text(f"# public key: {key.to_public()}\n{key}\n")
-            Path(there, arguments[-1]).chmod(0o600)
+            kept.identity(Path(there))
             return 0
         if name == "systemctl":
             if {"stop", "restart"} & {*arguments}:
@@ -133,12 +131,17 @@ class Shell:
         assert told is not None
         for line in told:
             os.write(fds[2], line.encode())
+            self.told += line
             if line.startswith("serving at "):
-                self._reader = threading.Thread(target=told.read, daemon=True)
+                self._reader = threading.Thread(target=self._read, args=(told,), daemon=True)
                 self._reader.start()
                 return 0
         told.close()
         return 1
+
+    def _read(self, told: IO[str]) -> None:
+        for line in told:
+            self.told += line
 
     def _stop(self) -> None:
         if self._server is not None:

@@ -149,7 +149,7 @@ def test_the_reference_has_the_exit_code_of_every_error() -> None:
 
 def commands_in(text: str) -> Iterator[list[str]]:
     """Every mcpctl command that a page shows, in a block or within a sentence."""
-    for block in blocks(text, "sh"):
+    for block in [*blocks(text, "sh"), *blocks(text, "bash")]:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["sudo"]:

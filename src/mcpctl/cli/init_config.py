@@ -20,7 +20,7 @@ databases:
   # shop:
   #   host: /var/run/postgresql        # or db.example.org, which is then asked for a certificate (verify-full)
   #   dbname: shop
-  #   user: shop_reader                # a role that can only read; README.md has the SQL that makes one
+  #   user: shop_reader                # a role that can only read; docs/quick-start.md says how to make one
   #   password_file: shop.password     # 0600, beside this file
 """
 ISSUER = "idp"
