@@ -136,6 +136,17 @@ def test_what_is_wrong_is_said_and_leaves_nothing(flags: list[str], code: int, s
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_fails_takes_away_what_it_made_and_no_log_or_state_that_was_there(tmp_path: Path) -> None:
+    old = {name: f"{name} of before" for name in ("audit.jsonl.1.gz", "audit.jsonl-20260101", "state.db")}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "alice.token").touch()
+    done = run("init", str(tmp_path), "--user", "alice", "--expiry", "1d", "--out", str(tmp_path / "alice.token"))
+    assert (done.code, "exists already" in done.err) == (5, True)
+    assert {path.name for path in tmp_path.iterdir()} == {*old, "alice.token"}
+    assert {name: (tmp_path / name).read_text() for name in old} == old
+
+
 def test_a_terminal_is_asked_and_wrong_answers_again(newest_shop: Shop, tmp_path: Path) -> None:
     folder = tmp_path / "new"
     shown = on_a_terminal(
