@@ -140,7 +140,7 @@ class Screen:
         from rich.console import Group
         from rich.text import Text
 
-        seen, said, room = self.seen, self._said, max(2, height - _AROUND)
+        seen, room = self.seen, max(2, height - _AROUND)
         below = min(len(seen.used), max(1, room // 2, room - len(seen.running)))
         above = min(len(seen.running), room - below)
         told = f"; no answer from {', '.join(map(str, seen.silent))}" if seen.silent else ""
