@@ -62,6 +62,7 @@ def test_what_else_stands_in_json_stays_and_a_copy_is_kept(home: Path, client: s
     assert path.read_text() == before
     assert "nothing was written" in shown.err
     assert f"+++ {path}" in shown.good
+    assert SECRET not in shown.out  # it stands in the line that changes
     done = written(home, client)
     copy = path.with_name(path.name + client_files.COPY)
     assert str(copy) in done.err
@@ -78,13 +79,13 @@ def test_toml_keeps_comments_and_other_tables_and_takes_the_old_entry_out(home: 
     path = home / ".codex" / "config.toml"
     path.parent.mkdir()
     path.write_text(
-        'model = "x" # mine\n\n[mcp_servers.mcpctl]\nurl = "old"\n\n[mcp_servers.mcpctl.env]\nA = "1"\n\n'
-        '# of another\n[mcp_servers.other]\ncommand = "c"\n'
+        'model = "x" # mine\n\n[mcp_servers.mcpctl]\nurl = "old"\n\n[mcp_servers.mcpctl.env] # old\nA = "1"\n\n'
+        '# of another\n[mcp_servers.other] # it\ncommand = "c"\n'
     )
     assert written(home, "codex").code == 0
     text = path.read_text()
     assert text.startswith('model = "x" # mine\n\n[mcp_servers.mcpctl]\n')
-    assert '# of another\n[mcp_servers.other]\ncommand = "c"\n' in text
+    assert '# of another\n[mcp_servers.other] # it\ncommand = "c"\n' in text
     assert tomllib.loads(text)["mcp_servers"] == {
         "mcpctl": {"url": URL, "bearer_token_env_var": "MCP_TOKEN"}, "other": {"command": "c"},
     }  # fmt: skip
@@ -162,6 +163,8 @@ def test_no_config_is_needed_where_the_url_is_said_and_a_url_in_clear_is_refused
     assert "OAuth" in done.err
     refused = run("client-config", "cursor", "--url", "http://mcp.example.org/mcp", "--write", env={"HOME": str(home)})
     assert (refused.code, "not encrypted" in refused.error) == (2, True)
+    refused = run("client-config", "cursor", "--url", f"{URL}?token=mcp_ab12cd34_{'x' * 43}_abc123", "--write")
+    assert (refused.code, "no user, password or token" in refused.error) == (2, True)
     values = json.loads(written(home, "gemini", "--json").good)
     assert (values["changed"], values["file"]) == (True, str(home / ".gemini" / "settings.json"))
     assert files(home).keys() == {".gemini/settings.json"}

@@ -183,6 +183,10 @@ def test_keys_that_are_missing_wrong_or_left_over_are_told(doctor: Doctor, here:
     doctor.appears(WARN, "an old key", changed(file, f"{keyring.new_key()}\n{key}"), changed(file, key))
     doctor.appears(FAIL, "cannot be opened with any key", changed(file, keyring.new_key()), changed(file, key))
     doctor.appears(FAIL, "is no Fernet key", changed(file, "junk"), changed(file, key))
+    people = here.folder / "users.yaml"
+    people.chmod(0o666)  # which no reader of what is sealed there goes on with
+    doctor.appears(FAIL, "is no Fernet key", changed(file, "junk"), changed(file, key))
+    people.chmod(0o600)
     assert doctor.found(OK, "1 sealed passwords open")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -134,6 +135,38 @@ def test_what_is_wrong_is_said_and_leaves_nothing(flags: list[str], code: int, s
     nothing_left(done, tmp_path / "new", code, "")
     assert said in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_takes_away_what_it_made_and_no_log_or_state_that_was_there(tmp_path: Path) -> None:
+    old = {name: f"{name} of before" for name in ("audit.jsonl.1.gz", "audit.jsonl-20260101", "state.db")}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "alice.token").touch()
+    done = run("init", str(tmp_path), "--user", "alice", "--expiry", "1d", "--out", str(tmp_path / "alice.token"))
+    assert (done.code, "exists already" in done.err) == (5, True)
+    assert {path.name for path in tmp_path.iterdir()} == {*old, "alice.token"}
+    assert {name: (tmp_path / name).read_text() for name in old} == old
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_ends_it_while_it_makes_them_finds_all_of_the_files(number: signal.Signals, tmp_path: Path) -> None:
+    ended = f"""
+import os, sys
+from mcpctl import private_file
+from mcpctl.cli.main import run
+create = private_file.create
+def ending(path, data):
+    create(path, data)
+    if path.name == "users.yaml":
+        os.kill(os.getpid(), {int(number)})
+private_file.create = ending
+sys.argv = ["mcpctl", "init", {str(tmp_path / "new")!r}, "--user", "alice"]
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", ended], capture_output=True, timeout=60, text=True, check=False)
+    assert done.returncode in (-number, 130), done
+    assert {*FILES, "audit.jsonl", "state.db"} <= {path.name for path in (tmp_path / "new").iterdir()}
+    assert run("user", "list", "--config", str(tmp_path / "new" / "config.yaml")).good.startswith("alice\t")
 
 
 def test_a_terminal_is_asked_and_wrong_answers_again(newest_shop: Shop, tmp_path: Path) -> None:

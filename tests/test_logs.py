@@ -193,9 +193,14 @@ def test_a_log_that_cannot_be_written_is_a_fault_of_the_config(tmp_path: Path) -
     home = Home(tmp_path / "home")
     before = home.config.read_text()
     (home.folder / "link").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(home.folder / "pipe")
     wrong = {
         "{file: nowhere/log}": "nowhere/log cannot be written",
-        "{file: audit.jsonl}": "which is the audit log's",
+        "{file: audit.jsonl}": "which is another file of mcpctl's",
+        "{file: secret.key}": "which is another file of mcpctl's",
+        "{file: tokens.yaml}": "which is another file of mcpctl's",
+        "{file: config.yaml}": "which is another file of mcpctl's",
+        "{file: pipe}": "pipe cannot be written: No such device",
         "{file: link}": "link cannot be written",
         "{file: log, format: journald}": "goes with text or json",
         "{format: yaml}": "auto, text, json, journald",

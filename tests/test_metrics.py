@@ -182,8 +182,16 @@ def test_refused_sign_ins_are_told_on_stderr_with_the_address_last_and_boundedly
     lines = [record.getMessage() for record in caplog.records]
     page = (Path(__file__).parent.parent / "docs" / "monitoring.md").read_text(encoding="utf-8")
     pattern = re.findall(r"^failregex = (.*)$", page, flags=re.MULTILINE)[0].replace("<HOST>", "(?P<host>[0-9a-f.:]+)")
-    found = [re.search(pattern, line) for line in lines]
-    assert [one["host"] if one else None for one in found] == ["2001:db8::7"] * STRANGERS_IN_FULL + ["192.0.2.9", None]
+    for before in (
+        "vm mcpctl[714]: ",  # the journal's
+        " WARNING mcpctl.audit: ",  # a file's, without its time
+        "vm mcpctl[714]: 2026-11-20 13:05:10,188 WARNING mcpctl.audit: ",  # text that the journal was handed
+    ):
+        found = [re.search(pattern, before + line) for line in lines]
+        hosts = [one["host"] if one else None for one in found]
+        assert hosts == ["2001:db8::7"] * STRANGERS_IN_FULL + ["192.0.2.9", None]
+    for forged in (" DEBUG mcpctl.sql: request 1f: select 1 -- ", "", "vm mcpctl[714]: request 1f: select 1 -- "):
+        assert re.search(pattern, f"{forged}{lines[0]}") is None
     assert lines[0] == "Unauthorized: wrong secret client=2001:db8::7"
     assert lines[-2] == "Unauthorized: not from this address (192.0.2.9) client=192.0.2.9"
     assert len(lines) == STRANGERS_IN_FULL + 2

@@ -30,8 +30,12 @@ def test_it_tells_what_a_report_needs_without_statements_secrets_and_names(
     done = site.run("support-bundle")
     assert done.stderr == ""
     text = done.stdout
+    site.run("token", "revoke", bob, "--reason", "for Mallory Smith")
+    site.run("user", "add", "carol")
+    site.run("user", "remove", "carol", "--yes")
+    text += site.run("support-bundle").stdout
     secrets = [token, PASSWORD, (site.folder / "audit.key").read_text().strip(), "geheim", "hmac"]
-    names = ["alice", alice, bob, "shop_reader", "shop", "corner", "127.0.0.1"]
+    names = ["alice", alice, bob, "shop_reader", "shop", "corner", "carol", "Mallory", "127.0.0.1"]
     for one in [*secrets, *names[:-1]]:
         assert one not in text, one
     assert text.startswith("This is for whoever helps you with mcpctl")
@@ -46,6 +50,18 @@ def test_it_tells_what_a_report_needs_without_statements_secrets_and_names(
         assert said in text, (said, text)
     assert re.search(r"^(ok|warn|fail): files: ", text, re.MULTILINE)
     assert json.loads(site.run("support-bundle", "--json").stdout)["versions"][0] in text
+
+
+def test_a_connection_string_names_nobody_nor_does_a_config_that_cannot_be_read(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    (home.folder / "fred.pw").touch(0o600)
+    databases = "{ledger: {dsn: 'host=/geheim dbname=accounts user=fred', password_file: fred.pw}}"
+    for extra in ("", "tracing: {endpoint: 'http://collector.example:1'}\nlimits: {users: {fred: {rate: no}}}\n"):
+        home.config.write_text(f"databases: {databases}\n{extra}")
+        text = home("support-bundle").good
+        for one in ("geheim", "accounts", "fred", "ledger", "collector.example"):
+            assert one not in text.replace("fred.pw", ""), (one, text)
+        assert ("fail: database database1: " in text) == (not extra), text
 
 
 def test_where_something_cannot_be_told_the_rest_is(tmp_path: Path) -> None:
@@ -67,6 +83,7 @@ def test_where_something_cannot_be_told_the_rest_is(tmp_path: Path) -> None:
         ("on 127.0.0.1 at 12:30:45 in 2026-11-28T12:30:45.123Z", None),
         ("version 3.11.2 of 15.4", None),
         ("anna@example.org", "mail1"),
+        ("mcp_alice_r; databases.own.dsn and databases.1.dsn", "mcp_alice_r; databases.name1.dsn and databases.1.dsn"),
         (
             "http://127.0.0.1:80/mcp https://id.example.org:8/x, https://id.example.org",
             "http://127.0.0.1:80/mcp https://host1:8/x, https://host1",

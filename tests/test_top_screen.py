@@ -219,6 +219,23 @@ def test_a_mark_never_moves_to_another_call_by_itself() -> None:
     assert ended == ["b", "tc"]
 
 
+def test_no_text_from_outside_steers_the_terminal() -> None:
+    from rich.console import Console
+
+    evil = "a\x1b[2Jb\u202e"
+    seen = Seen([{"id": "1", "seconds": 1, "user": evil, "token": "t", "tool": "q", "database": "d", "backend_pid": 1}])
+    seen.running[0]["client_ip"], seen.failed = None, evil
+    screen = Screen(lambda: seen, lambda call: f"ended: {call['user']}", str, str, sql=False)
+    screen.look()
+    for key in (b"j", b"x"):
+        screen.press(key)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(screen.drawn(100, 20))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("a\\x1b[2Jb\\u202e") == 3
+    assert not {"\x1b", "\u202e"} & set(shown)
+
+
 def test_no_id_is_cut_however_long_the_statement_is() -> None:
     from rich.console import Console
 

@@ -181,10 +181,11 @@ def test_a_part_of_the_calls_is_what_the_config_says_and_a_dead_receiver_holds_u
         at.config.write_text(text)
         at.run("config", "reload")
         eventually(lambda: receiver.spans)  # those of the config before leave when it ends
-        ask(client, NAME)
+        ask(client, NAME, {"traceparent": PARENT, "tracestate": "Unauthorized: client=192.0.2.7"})
     assert {attributes(one).get("mcpctl.request_id") for one in receiver.spans} == {wanted, None}
     assert at.stop() in (0, -15)
     assert "Traceback" not in "".join(at.stderr)
+    assert "192.0.2.7" not in "".join(at.stderr)  # no text of a caller's in the log
 
 
 def test_the_config_says_what_is_wrong_with_an_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

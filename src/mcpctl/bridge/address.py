@@ -2,7 +2,7 @@
 
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
-from mcpctl.errors import UsageError
+from mcpctl.errors import UsageError, masked
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _PORTS = {"https": 443, "http": 80}
@@ -11,15 +11,15 @@ _PORTS = {"https": 443, "http": 80}
 def check(url: str) -> str:
     """The URL of an MCP server, as it is kept and compared. Raises UsageError for one that must not be used.
 
-    https, or http to this machine alone: else whoever is in between reads the token. No user and password in it: they
-    would stand in lists of processes and in logs.
+    https, or http to this machine alone: else whoever is in between reads the token. No user, password or token of ours
+    in it: they would stand in lists of processes, in logs and in clients' files.
     """
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
         raise UsageError(f"{url[:200]!r} is no URL", _EXAMPLE) from None
-    if "@" in parts.netloc:
+    if "@" in parts.netloc or masked(url) != url:
         raise UsageError("a URL must hold no user, password or token", "leave them out, and use --token-file")
     if parts.scheme not in _PORTS or not parts.hostname or any(ord(one) <= 32 or ord(one) == 127 for one in url):
         raise UsageError(f"{url[:200]!r} is no URL of an MCP server", _EXAMPLE)

@@ -1,14 +1,14 @@
 """A client's own configuration file: where it is, and our entry merged into it. Everything else in it stays as it was,
 to the byte; a copy of it is kept."""
 
-import difflib
 import json
 import os
 import re
 import stat
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 COPY = ".before-mcpctl"
 """What the name of the kept copy ends in."""
 _LARGEST = 64 << 20
-_HEAD = re.compile(r"\s*\[{1,2}\s*([^\]#]*?)\s*\]{1,2}\s*(?:#.*)?")
+_HEAD = re.compile(r"\s*\[{1,2}\s*([^\]#]*?)\s*\]{1,2}\s*(?:#.*)?\s*")
 """A line of TOML that begins a table."""
 
 
@@ -57,11 +57,14 @@ class ClientFile:
         self._seen: Fingerprint = fingerprint(self.path)
         self.old = _read(self.path)
         try:
-            self.new = _with_table(self.old, name, snippet) if client == "codex" else _with_entry(self.old, snippet)
+            make = [_with_table(self.old, name, snippet)] if client == "codex" else _with_entry(self.old, snippet)
+            self._steps: list[str] = [self.old, *make]
         except (ValueError, RecursionError) as problem:
             raise ConfigError(
                 f"{path} cannot be changed: {problem}", "nothing was written; mend it first, or add it by hand"
             ) from None
+
+        self.new = self._steps[-1]
 
     @property
     def changes(self) -> bool:
@@ -69,9 +72,10 @@ class ClientFile:
         return self.old != self.new
 
     def diff(self) -> str:
-        """What would change, line by line; no line around it, since other servers' secrets may stand there."""
-        old, new = self.old.splitlines(), self.new.splitlines()
-        return "\n".join(difflib.unified_diff(old, new, str(self.path), str(self.path), "", "", 0, ""))
+        """What would change, step by step; nothing around it, not in the same line either, since other servers' secrets
+        may stand there."""
+        steps = [line for old, new in pairwise(self._steps) if old != new for line in _changed(old, new)]
+        return "\n".join([f"--- {self.path}", f"+++ {self.path}", *steps])
 
     def write(self) -> Path | None:
         """Put the new content in place in one step, with owner and mode kept; where the copy of the old one is."""
@@ -93,6 +97,23 @@ class ClientFile:
                 "--file FILE names another",
             ) from None
         return copy
+
+
+def _changed(old: str, new: str) -> list[str]:
+    """The lines of a change, without what both texts begin and end with."""
+    begin = _alike(zip(old, new, strict=False))
+    end = _alike(zip(reversed(old[begin:]), reversed(new[begin:]), strict=False))
+    told = [f"@@ line {old.count(chr(10), 0, begin) + 1} @@"]
+    for sign, text in (("-", old), ("+", new)):
+        if middle := text[begin : len(text) - end]:
+            inside = begin > 0 and text[begin - 1] != "\n"
+            told += [f"{sign}{line}" for line in f"{'…' if inside else ''}{middle}{'…' if end else ''}".splitlines()]
+    return told
+
+
+def _alike(pairs: Iterable[tuple[str, str]]) -> int:
+    """How many pairs at the beginning have twice the same."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _read(path: Path) -> str:
@@ -129,16 +150,15 @@ def _put(path: Path, text: str, about: os.stat_result | None) -> None:
         raise
 
 
-def _with_entry(text: str, snippet: str) -> str:
-    """JSON with our entry: servers by their name, questions (`inputs`) by their id."""
+def _with_entry(text: str, snippet: str) -> Iterator[str]:
+    """JSON with our entry, after each step: servers by their name, questions (`inputs`) by their id."""
     for key, value in json.loads(snippet).items():
         if isinstance(value, list):
             for item in value:
-                text = jsonc.put_item(text, key, item, "id")
+                yield (text := jsonc.put_item(text, key, item, "id"))
         else:
             for name, entry in value.items():
-                text = jsonc.put(text, [key, name], entry)
-    return text
+                yield (text := jsonc.put(text, [key, name], entry))
 
 
 def _with_table(text: str, name: str, snippet: str) -> str:

@@ -1,7 +1,10 @@
 """mcpctl init: the first hour. Questions or flags, the files with their modes, the first user, and what comes next."""
 
+import contextlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -124,7 +127,22 @@ def init(
             private_file.check_folder(layout.config)
         if not no_check:
             making.logged_in = _tried(making, asking)
-        making.as_owner(making.run)
+        with _to_the_end():
+            making.as_owner(making.run)
+
+
+@contextlib.contextmanager
+def _to_the_end() -> Iterator[None]:
+    """What would end us here, a Ctrl-C or a terminal that goes away, waits until all is made: it takes a moment, and
+    half of it would be in the way of the next `mcpctl init`."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _terminal() -> bool:

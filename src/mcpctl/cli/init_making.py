@@ -71,17 +71,16 @@ class Making:
 
     @contextmanager
     def _undone(self) -> Iterator[list[Path]]:
-        """A list of what is made, for whoever makes it; all of it is taken away again after a failure."""
+        """A list of what is made, for whoever makes it; all of it is taken away again after a failure, and nothing that
+        was there before: an older log is a proof, whoever kept it there."""
         from mcpctl import reserve
 
         files: list[Path] = []
-        there_already = os.path.lexists(self.layout.config)
+        there_already, before = os.path.lexists(self.layout.config), self._by_themselves()
         try:
             yield files
         except BaseException:
-            log, state = self.layout.log, self.layout.state
-            left = [*log.glob("audit.jsonl*"), *state.glob("state.db*")] if files else []
-            for path in [*files, *left]:
+            for path in [*files, *(self._by_themselves() - before if files else ())]:
                 path.unlink(missing_ok=True)
             if files:
                 reserve.give_up(self.layout.config)
@@ -89,6 +88,10 @@ class Making:
                     if not there_already:
                         self.layout.config.rmdir()
             raise
+
+    def _by_themselves(self) -> set[Path]:
+        """Files that come to be beside those that are made by name."""
+        return {*self.layout.log.glob("audit.jsonl*"), *self.layout.state.glob("state.db*")}
 
     def _files(self, files: list[Path]) -> "Settings":
         """The files, and the config as it is read from them; everything that the server would refuse is refused."""
@@ -171,6 +174,7 @@ class Making:
     def _token(self, found: "Settings") -> str | None:
         """The first user's token: in its file, or on stdout, or, for --json, given back."""
         from mcpctl.cli.new_token import expiry_of, handing_over
+        from mcpctl.errors import Error
         from mcpctl.identity import tokens
 
         answers, now = self.answers, tokens.utcnow()
@@ -179,7 +183,11 @@ class Making:
             entry, text = tokens.add(tokens.token_file(found.auth.token_file), wanted, now)
             note(found, "token.added", token=entry.id, user=answers.user, reason=self.who)
             if answers.out is not None or not self.json:
-                give(entry, text, False, now)
+                try:
+                    give(entry, text, False, now)
+                except Error as problem:
+                    problem.hint = "nothing is left of it, nor of the rest; --out FILE puts it into a file"
+                    raise
         ends = f", until {tokens.rfc3339(entry.expires_at)}" if entry.expires_at else ""
         output.say(f"token {entry.id} of {answers.user}{ends}: keep it now, it is not shown again")
         return text if answers.out is None else None

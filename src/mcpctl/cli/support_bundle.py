@@ -4,7 +4,8 @@ The rules:
 - no secret: texts of the config are not shown at all, of audit lines only what is listed here, and what this
   installation's own password files and connection strings hold is looked for in all of it once more;
 - no statement;
-- no name: users, tokens, tenants, databases, hosts and addresses become user1, token1 and so on, the same everywhere.
+- no name: users, tokens, tenants, databases, hosts and addresses become user1, token1 and so on, the same everywhere,
+  also those that were removed since; what a person gave as a reason is left out.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -38,6 +40,8 @@ _ADDRESS = re.compile(
 _TIME = re.compile(r"\d{1,2}:\d\d:\d\d")
 _OPEN = ("127.0.0.1", "::1", "0.0.0.0", "::")  # noqa: S104 - named, not listened on
 _URL = re.compile(r"(?<=://)[\w.-]+(?=[:/\s]|$)")
+_KEY = re.compile(r"(\b(?:databases|auth\.oidc|limits\.(?:users|tenants|tokens))\.)(?!\d+\b)([\w-]+)")
+"""A key of the config that is a name, as in the faults of one that cannot be read."""
 _MAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
 _STATEMENTS = re.compile(r" mcpctl\.sql: |\"logger\": \"mcpctl\.sql\"")
 _ABOUT = (
@@ -109,6 +113,7 @@ class Hidden:
         text = masked(text)
         if self._known is not None:
             text = self._known.sub(lambda found: self._words[found[0]], text)
+        text = _KEY.sub(lambda found: found[1] + self._word("name", found[2]), text)
         text = _URL.sub(lambda found: found[0] if found[0] in _OPEN else self._word("host", found[0]), text)
         text = _MAIL.sub(lambda found: self._word("mail", found[0]), text)
         return _ADDRESS.sub(lambda found: self._address(found[0]), text)
@@ -117,6 +122,8 @@ class Hidden:
         return found if found in _OPEN or _TIME.fullmatch(found) else self._word("address", found)
 
     def _word(self, kind: str, name: str) -> str:
+        if name in self._words.values():  # it has one already
+            return name
         if name not in self._words:
             self._words[name] = self._next(kind)
         return self._words[name]
@@ -156,8 +163,12 @@ def _names(settings: "Settings") -> Iterator[tuple[str, str]]:
         yield "database", database.dbname or ""
         yield "login", database.user or ""
         yield "host", database.host or ""
+        for dsn in (database.dsn, database.service_dsn):
+            yield from _parts(dsn or "")
     yield "host", settings.server.host if settings.server.host not in _OPEN else ""
-    yield "host", (settings.server.public_url or "").partition("://")[2]
+    for url in (settings.server.public_url, settings.tracing.endpoint):
+        name = urlsplit(url or "").hostname or ""
+        yield "host", name if name not in _OPEN else ""
     yield "host", socket.gethostname()
     for kind, file in (
         ("user", users.user_file(settings.auth.user_file)),
@@ -167,12 +178,29 @@ def _names(settings: "Settings") -> Iterator[tuple[str, str]]:
         with contextlib.suppress(Error, OSError):
             for name in file.current():
                 yield kind, name
+                if kind == "user":
+                    yield from (("login", f"mcp_{name}_{right}") for right in "rwa")
+    with contextlib.suppress(Error, OSError):
+        for line in _last(settings):
+            for kind in ("user", "token", "tenant", "database", "role"):
+                yield "login" if kind == "role" else kind, str(line.get(kind) or "")
     for issuer in settings.auth.oidc:
         yield "issuer", issuer
     with contextlib.suppress(KeyError, OSError, ImportError):
         who = getpass.getuser()
         yield "account", who if who not in ("root", "mcpctl") else ""
     yield "folder", str(Path.home()) if Path.home() != Path("/") else ""
+
+
+def _parts(dsn: str) -> Iterator[tuple[str, str]]:
+    """(kind, name) of what a connection string names."""
+    from psycopg import ProgrammingError, conninfo
+
+    with contextlib.suppress(ProgrammingError):
+        known = conninfo.conninfo_to_dict(dsn)
+        yield from (("host", one) for one in str(known.get("host", "")).split(","))
+        yield "database", str(known.get("dbname", ""))
+        yield "login", str(known.get("user", ""))
 
 
 # -- the parts ------------------------------------------------------------------------------------------------------
@@ -256,14 +284,21 @@ def _doctor(visit: Visit) -> Iterator[str]:
 
 
 def _audit(settings: "Settings") -> Iterator[str]:
+    """Of a command's lines not the reason: it holds a person's words, and who they are."""
     import json
+
+    for line in reversed(_last(settings)):
+        told = [name for name in _AUDITED if name != "reason" or line.get("transport") != "cli"]
+        yield json.dumps({name: line[name] for name in told if line.get(name) is not None}, ensure_ascii=False)
+
+
+def _last(settings: "Settings") -> list[dict[str, Any]]:
+    """The last lines of the audit log, the last one first."""
     from itertools import islice
 
     from mcpctl.audit import files
 
-    lines = list(islice(files.read_back(settings.audit.file), _AUDIT_LINES))
-    for line in reversed(lines):
-        yield json.dumps({name: line[name] for name in _AUDITED if line.get(name) is not None}, ensure_ascii=False)
+    return list(islice(files.read_back(settings.audit.file), _AUDIT_LINES))
 
 
 def _log(settings: "Settings") -> Iterator[str]:

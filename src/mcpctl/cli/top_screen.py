@@ -133,7 +133,7 @@ class Screen:
             done = f"NOT DONE: {problem.message}{f' ({problem.hint})' if problem.hint else ''}"
         except OSError as problem:
             done = f"NOT DONE: {problem}"
-        return " ".join([done, *warned.getvalue().split()])
+        return " ".join([*done.split(), *warned.getvalue().split()])
 
     def drawn(self, width: int, height: int) -> "RenderableType":
         """All of it, in so many columns and lines."""
@@ -148,7 +148,7 @@ class Screen:
         calls = f"{len(seen.running)} {'call runs' if len(seen.running) == 1 else 'calls run'}"
         shown = f" ({above} shown)" if above < len(seen.running) else ""
         return Group(
-            Text(f"{self._clock()}  {calls}{shown}{told}", no_wrap=True, overflow="ellipsis"),
+            Text(output.clean(f"{self._clock()}  {calls}{shown}{told}"), no_wrap=True, overflow="ellipsis"),
             self._table(
                 [*RUNNING, *(["STATEMENT"] if self._sql else [])],
                 [("call", one["id"]) for one in seen.running],
@@ -158,7 +158,9 @@ class Screen:
             ),
             Text("\nin the last minute", no_wrap=True, overflow="ellipsis"),
             self._table(USED, [("token", one["token"]) for one in seen.used], used_rows(seen.used), below, width),
-            Text(self._said or KEYS, no_wrap=True, overflow="ellipsis", style="bold" if self._said else ""),
+            Text(
+                output.clean(self._said) or KEYS, no_wrap=True, overflow="ellipsis", style="bold" if self._said else ""
+            ),
         )
 
     def _table(

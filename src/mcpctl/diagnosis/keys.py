@@ -21,6 +21,12 @@ LEAST = 16
 def keys(patient: Patient) -> Iterator[Finding]:
     """Whether all that is sealed opens."""
     check, ring = Check("keys"), Keyring(patient.settings.keyring.file)
+    if ring.path.exists():
+        try:
+            ring.keys()  # whatever else cannot be read
+        except Error as problem:
+            yield check.fail("keys.broken", problem.message, problem.hint or "restore it", cause=str(ring.path))
+            return
     with closing(store(patient.settings)) as state:
         everything = [item for store in rotation.stores(patient.settings, state) for item in store.sealed()]
     try:

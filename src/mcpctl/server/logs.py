@@ -9,7 +9,7 @@ import logging
 import logging.handlers
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -127,7 +127,8 @@ class _File(logging.handlers.WatchedFileHandler):
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    """A pipe that nobody reads is an error, and is not waited for."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o600)
 
 
 if TYPE_CHECKING:
@@ -152,10 +153,18 @@ def check(settings: Settings) -> None:
     if chosen.file is not None:
         if chosen.format == "journald":
             raise ConfigError("log.file goes with text or json, not with journald", "leave one of them out")
-        audit = settings.audit
-        if chosen.file in (audit.file, audit.key_file, audit.anchor_file):
-            raise ConfigError(f"log.file is {chosen.file}, which is the audit log's", "give it a file of its own")
+        if chosen.file in _others(settings):
+            raise ConfigError(f"log.file is {chosen.file}, which is another file of mcpctl's", "give it one of its own")
     _handler(chosen).close()
+
+
+def _others(settings: Settings) -> Iterator[Path | None]:
+    """Files that a line of the log would break."""
+    auth, audit, tls = settings.auth, settings.audit, settings.server.tls
+    yield from (audit.file, audit.key_file, audit.anchor_file, settings.keyring.file, settings.source)
+    yield from (auth.token_file, auth.user_file, auth.tenant_file, settings.server.state_file, tls.key, tls.cert)
+    for one in settings.databases.values():
+        yield from (one.password_file, one.service_password_file)
 
 
 def _handler(chosen: Log) -> logging.Handler:
@@ -191,7 +200,7 @@ def set_up(chosen: Log) -> None:
     root.setLevel(logging.WARNING)
     _levels(chosen)
     # A stranger's bad requests are told to him and counted, not listed; an answer that ends short is one that was cut.
-    for name in ("psycopg", "mcp", "uvicorn"):
+    for name in ("psycopg", "mcp", "uvicorn", "opentelemetry.trace"):  # the last: of callers' broken trace headers
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("uvicorn.error").addFilter(_is_no_short_answer)
 
