@@ -64,7 +64,7 @@ def test_twenty_processes_add_ten_tokens_each_while_the_server_runs_and_all_of_t
         out.seek(0)
         texts = out.read().split()
     assert asked > 0
-    assert len(set(texts)) == PROCESSES * EACH == len(texts)
+    assert (len(set(texts)), len(texts)) == (PROCESSES * EACH, PROCESSES * EACH)
 
     def works(text: str) -> bool:
         with at.client(text) as client:

@@ -174,7 +174,7 @@ def test_it_fits_any_size_and_outlives_the_server(newest_shop: Shop, make_site: 
     for _ in range(12):
         with site.client(site.token()[1]) as client:
             client.rows("select 1")
-    with top(site, size=(200, 40)) as screen:
+    with top(site, size=(200, 40), COLUMNS="80", LINES="24") as screen:  # as readline leaves them
         assert screen.shown.count(" alice ") >= 12
         here = len(screen.shown)
         screen.resize(60, 12)

@@ -91,7 +91,11 @@ class Making:
 
     def _by_themselves(self) -> set[Path]:
         """Files that come to be beside those that are made by name."""
-        return {*self.layout.log.glob("audit.jsonl*"), *self.layout.state.glob("state.db*")}
+        found: set[Path] = set()
+        for folder, begins in ((self.layout.log, "audit.jsonl"), (self.layout.state, "state.db")):
+            with suppress(OSError):  # who makes the folder says why it cannot be
+                found.update(folder / name for name in os.listdir(folder) if name.startswith(begins))
+        return found
 
     def _files(self, files: list[Path]) -> "Settings":
         """The files, and the config as it is read from them; everything that the server would refuse is refused."""

@@ -41,7 +41,8 @@ def _print(text: str) -> bool:
     """Print to stdout; False where whoever read it is gone. That is no failure: the command goes on, unheard, so that
     its exit code is what it would have been."""
     try:
-        print(text, flush=True)
+        sys.stdout.write(f"{text}\n")  # in one piece: several commands may write to one file
+        sys.stdout.flush()
     except OSError as problem:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the last flush, at the exit, does not fail again
         if not isinstance(problem, BrokenPipeError):

@@ -196,7 +196,9 @@ def show(screen: Screen, interval: float) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    console, told = Console(highlight=False), list[int]()
+    # What a shell or a library has put there once does not follow the terminal, when that has another size.
+    environ = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    console, told = Console(highlight=False, _environ=environ), list[int]()
     with _signals(told) as woken, _keys():
         screen.look()
         with Live(screen.drawn(*console.size), console=console, screen=True, auto_refresh=False) as live:
