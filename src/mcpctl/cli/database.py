@@ -384,7 +384,7 @@ def remove(
         output.put_json({"removed": name})
     else:
         output.put(f"{name} removed")
-        output.say("a server that runs keeps it until it is started anew")
+        output.say("a server that runs keeps it until it is told: mcpctl config reload")
 
 
 def _must_load(path: Path) -> None:
