@@ -98,7 +98,9 @@ def test_a_no_exits_1_and_ends_with_the_link_that_says_it(
 ) -> None:
     code, [word, *chain] = _can(house, *arguments)
     assert (code, word) == (1, ["no"])
-    [refusing] = [one for one in chain if one[1] == "no"]
+    [*before, refusing] = chain
+    assert {one[1] for one in before} == {"yes"}
+    assert refusing[1] == "no"
     assert refusing[0] == link
     assert why in refusing[2]
 

@@ -348,6 +348,25 @@ def test_a_grant_that_is_pending_or_for_no_database_fails(doctor: Doctor, here: 
     doctor.appears(FAIL, f"{user} has a grant in gone, which is not in the config", elsewhere, removed)
 
 
+def test_what_waits_for_its_sql_is_neither_to_be_granted_again_nor_a_stray(
+    doctor: Doctor, here: Place, user: str
+) -> None:
+    here.grant(user, "read", "public.orders")
+    sql = ""
+
+    def printed() -> None:
+        nonlocal sql
+        _, sql = here.granting().printed(user, "shop", lambda old: old.less(None, ()))
+        assert not doctor.found(WARN, f"mcp_{user}_r: is there, and no grant needs it")
+
+    def done() -> None:
+        here.psql(sql)
+        here.site.run("grant", "diff", "--user", user)
+
+    found = doctor.appears(FAIL, "the grant is revoking", printed, done)
+    assert found.hint == "have the SQL run that `mcpctl user ungrant` printed in shop; then: mcpctl grant diff"
+
+
 def test_functions_that_a_users_role_alone_may_execute_are_told(doctor: Doctor, here: Place, user: str) -> None:
     here.site.run("database", "harden", "shop", "--apply")
     here.grant(user, "read", "public.orders")
@@ -359,12 +378,15 @@ def test_functions_that_a_users_role_alone_may_execute_are_told(doctor: Doctor, 
     )  # fmt: skip
 
 
-def test_a_login_role_that_no_grant_needs_is_told(doctor: Doctor, here: Place) -> None:
-    doctor.appears(
-        WARN, "mcp_stray_r: is there, and no grant needs it",
-        lambda: here.do("CREATE ROLE mcp_stray_r", f"COMMENT ON ROLE mcp_stray_r IS '{here.granting().mark('stray')}'"),
-        lambda: here.do("DROP ROLE mcp_stray_r"),
-    )  # fmt: skip
+def test_a_login_role_that_no_grant_needs_is_told_once_a_cluster(doctor: Doctor, here: Place) -> None:
+    stray = "mcp_stray_r: is there, and no grant needs it"
+
+    def made() -> None:
+        here.do("CREATE ROLE mcp_stray_r", f"COMMENT ON ROLE mcp_stray_r IS '{here.granting().mark('stray')}'")
+        # other is of shop's cluster; alias is, too, and its address does not say so
+        assert {one.check for one in doctor.found(WARN, stray)} == {"database shop", "database alias"}
+
+    doctor.appears(WARN, stray, made, lambda: here.do("DROP ROLE mcp_stray_r"))
 
 
 def test_without_an_administrator_it_says_what_nobody_looked_at(doctor: Doctor, here: Place, user: str) -> None:

@@ -4,7 +4,7 @@ What takes a right away is recorded first, and the server refuses whoever could 
 refuse too; what gives one is recorded as pending, which the server honours as far as PostgreSQL lets the role in.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from mcpctl.config import check_database
@@ -355,9 +355,16 @@ class Granting(Departing):
             return False
         return self._confirm(user.name, grant)
 
-    def strays(self, dsns: Mapping[str, str], only: str | None) -> list[tuple[str, str]]:
-        """(database, sentence) of each login role that bears our mark, and that no grant in users.yaml needs; and of
-        what the roles have that stand for all of them."""
+    def cluster(self, database: str) -> list[str]:
+        """The databases of its cluster whose roles are per user, itself among them, in the config's order."""
+        place = self.logins.host(database).place
+        names = [name for name in self._settings.databases if self.logins.per_user(name)]
+        return [name for name in names if self.logins.host(name).place == place]
+
+    def strays(self, dsns: Mapping[str, str], among: Collection[str]) -> list[tuple[str, str]]:
+        """(database, sentence) of each login role in these databases that bears our mark, and that no grant in
+        users.yaml needs; and of what the roles have that stand for all of them. A role that is being taken back is no
+        stray: its grant says what is still to be done."""
         found: dict[str, tuple[str, str]] = {}
         people = self.people()
         wanted = {
@@ -365,11 +372,10 @@ class Granting(Departing):
             for user in people.values()
             for grant in user.grants.values()
             for access in ACCESSES
-            if getattr(grant, access)
+            if getattr(grant, access) or (grant.state is not None and access in grant.passwords)
         }
         for database in self._settings.databases:
-            per_user = self.logins.per_user(database) and (only is None or database == only)
-            if not per_user or database not in dsns:
+            if database not in among or database not in dsns or not self.logins.per_user(database):
                 continue
             with Administrator.of(dsns, self.logins.host(database)).connected() as connection:
                 for sentence in (*of_group(connection, hba.GROUP), *of_group(connection, roles.HEIR)):

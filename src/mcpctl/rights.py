@@ -287,7 +287,8 @@ class Rights:
                 except UnavailableError as problem:
                     self._not_known(login, f"{login.name} {login.role} {target}", problem)
                     raise
-                self._add_verdict(verdict, action, answer)
+                if not self._add_verdict(verdict, action, answer):
+                    return
             if login.crowd != OWN and (
                 still := self._still_open(login, partial(harden.still_open, connection, login.role))
             ):
@@ -309,12 +310,13 @@ class Rights:
         return self._open[asked]
 
     @staticmethod
-    def _add_verdict(verdict: privileges.Verdict, action: str, answer: Answer) -> None:
+    def _add_verdict(verdict: privileges.Verdict, action: str, answer: Answer) -> bool:
+        """Add the links of what PostgreSQL says; whether it lets through."""
         answer.hides_all, answer.columns = verdict.hides_all, verdict.columns
         for reason in verdict.reasons[:-1]:
             answer.add("postgresql", True, reason)
         if not answer.add("postgresql", verdict.allowed, verdict.reasons[-1]):
-            return
+            return False
         if verdict.triggers:
             answer.add("triggers", True, f"{', '.join(verdict.triggers)} may still refuse it, or do something else")
         if not verdict.row_security:
@@ -325,6 +327,7 @@ class Rights:
         else:
             which = "every row" if verdict.every_row else "some rows only"
             answer.add("row security", True, f"{which}, by {'; '.join(verdict.policies)}")
+        return True
 
     # -- everything ------------------------------------------------------------------------------------------------
 

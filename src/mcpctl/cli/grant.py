@@ -338,7 +338,7 @@ def diff(
             if one in unasked:
                 continue
             with _reaching(one, unasked):
-                for where, said in granting.strays(files.dsns, one):
+                for where, said in granting.strays(files.dsns, (one,)):
                     strays.setdefault(said, where)
         rows += [("", where, said) for said, where in strays.items()]
     if json:

@@ -7,7 +7,7 @@ from mcpctl.diagnosis.databases import clock, guard_nothing, open_still, version
 from mcpctl.diagnosis.patient import Check, Finding, Patient
 from mcpctl.granting import Granting
 from mcpctl.identity import tenants
-from mcpctl.identity.grants import ACCESSES, login_role
+from mcpctl.identity.grants import ACCESSES, PENDING, Grant, login_role
 from mcpctl.postgres import administrator, arithmetic, hba, roles
 from mcpctl.postgres.administrator import Administrator
 from mcpctl.postgres.differences import BY_HAND
@@ -24,10 +24,7 @@ def grants(patient: Patient, check: Check) -> Iterator[Finding]:
             continue
         wrong = granting.disagreements(user, grant, patient.dsns)
         for one in wrong:
-            again = f"mcpctl user grant {user.name} … again mends it; `mcpctl grant diff` shows all"
-            if GONE in one:
-                again = "take it back so, or make it and grant it again"
-            yield check.fail("grants.differ", one, "run that SQL as a superuser" if BY_HAND in one else again)
+            yield check.fail("grants.differ", one, _remedy(one, user.name, grant))
         if not wrong:
             yield check.ok(f"{user.name}: PostgreSQL has what is recorded")
         connection = granting.connection(user, grant, patient.dsns)
@@ -39,13 +36,25 @@ def grants(patient: Patient, check: Check) -> Iterator[Finding]:
                 if grant.has(access) and f"{role}: is not there" not in wrong:
                     yield from open_still(check, connection, role, functions=access not in asked)
                     asked.add(access)
-    for database, sentence in granting.strays(patient.dsns, name):
+    cluster = granting.cluster(name)
+    for database, sentence in granting.strays(patient.dsns, cluster if cluster[:1] == [name] else ()):
         there = Check("database", database)
         if sentence.startswith((f"{hba.GROUP}:", f"{roles.HEIR}:")):
             yield there.fail("grants.group", sentence, "REVOKE it")
         else:
             yield there.warn("grants.stray", sentence, "DROP OWNED BY and DROP ROLE it, or add the user again")
     yield from _administered(patient, granting, check)
+
+
+def _remedy(sentence: str, user: str, grant: Grant) -> str:
+    if BY_HAND in sentence:
+        return "run that SQL as a superuser"
+    if GONE in sentence:
+        return "take it back so, or make it and grant it again"
+    if grant.state is not None:  # to grant it again would give back what is being taken
+        change = "grant" if grant.state == PENDING else "ungrant"
+        return f"have the SQL run that `mcpctl user {change}` printed in {grant.database}; then: mcpctl grant diff"
+    return f"mcpctl user grant {user} … again mends it; `mcpctl grant diff` shows all"
 
 
 def _administered(patient: Patient, granting: Granting, check: Check) -> Iterator[Finding]:
