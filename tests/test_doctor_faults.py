@@ -233,6 +233,8 @@ FAULTS: list[Any] = [
     ("backups.no-folder", backups(None, folder=False), False),
     ("backups.none", backups(None), False),
     ("backups.old", backups(2.1), False),
+    ("restores.unfinished", lambda ward: ward.file(".restore").touch(0o600), False),
+    ("restores.unpacked", lambda ward: ward.file(".mcpctl-restore-0123").mkdir(0o700), True),
     ("files.broken", edited("users.yaml", "version: 1", "version: 1\njunk: 1"), False),
     ("files.unknown-user", added("auth: {admin_users: [typo]}"), False),
     ("files.tenant-gone", member_of_nothing, False),

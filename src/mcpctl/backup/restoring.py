@@ -3,7 +3,7 @@ interrupted."""
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime
 from functools import partial
@@ -18,7 +18,7 @@ from mcpctl.backup.since import Since
 from mcpctl.backup.snapshot import held, log_held
 from mcpctl.config_keys import Settings
 from mcpctl.errors import ConflictError, Error
-from mcpctl.identity.lockdown import Lockdown
+from mcpctl.identity.lockdown import UNFINISHED, Lockdown
 from mcpctl.identity.tokens import rfc3339
 from mcpctl.state import State
 
@@ -163,13 +163,33 @@ def finish(journal: Journal, at: Path, now: datetime, note: Callable[[Settings, 
 def sweep(done: Plan) -> None:
     """Remove what a restore has left that was killed before it changed anything."""
     ours = {folder for step in done.steps for folder in Path(step.path).parents}
-    for left in near(done.settings).glob(f"{STAGE}*"):
-        if left not in ours:
-            with suppress(ConflictError, OSError), placing.alone(left):  # another's, such as of a --dry-run
-                shutil.rmtree(left, ignore_errors=True)
+    remove(one for one in unpacked(done.settings) if one not in ours)
     placing.sweep(done.steps)
 
 
+def unpacked(settings: Settings) -> list[Path]:
+    """The folders that backups have been unpacked into and in which nobody is at work; one may be, in a --dry-run."""
+    found = []
+    for folder in sorted(near(settings).glob(f"{STAGE}*")):
+        with suppress(ConflictError, OSError), placing.alone(folder):
+            found.append(folder)
+    return found
+
+
+def remove(folders: Iterable[Path]) -> None:
+    """Remove such folders, but for one in which somebody has begun to work since."""
+    for folder in folders:
+        with suppress(ConflictError, OSError), placing.alone(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def unfinished(settings: Settings) -> Path | None:
+    """The journal of a restore that was interrupted here."""
+    beside = (settings.source, settings.auth.token_file)
+    return next((at for at in (one.with_name(UNFINISHED) for one in beside if one) if os.path.lexists(at)), None)
+
+
 __all__ = [
-    "Since", "check_stopped", "finish", "journal_of", "near", "place", "planned", "quiet", "survey",
+    "Since", "check_stopped", "finish", "journal_of", "near", "place", "planned", "quiet", "remove", "survey",
+    "unfinished", "unpacked",
 ]  # fmt: skip

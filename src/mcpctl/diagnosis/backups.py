@@ -1,10 +1,11 @@
-"""Whether there is a backup to restore from, where the config says that there are some."""
+"""Whether there is a backup to restore from, where the config says that there are some; and what a restore left."""
 
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 
-from mcpctl.backup import names
-from mcpctl.diagnosis.patient import Check, Finding, Patient
+from mcpctl.backup import names, restoring
+from mcpctl.diagnosis.patient import Check, Finding, Mend, Patient, some
 
 OLD = timedelta(days=2)
 """One night's run may have been missed, as where the machine was off."""
@@ -34,3 +35,17 @@ def backups(patient: Patient) -> Iterator[Finding]:
         yield check.warn("backups.old", what, hint)
     elif wanted.recipients:
         yield check.ok(f"the newest in {wanted.directory} is of {when}")
+
+
+def restores(patient: Patient) -> Iterator[Finding]:
+    """Whether a restore was interrupted, and what one that was killed has left."""
+    check = Check("restores")
+    if (journal := restoring.unfinished(patient.settings)) is not None:
+        hint = "finish it, as the same user: mcpctl restore FILE"
+        yield check.fail("restores.unfinished", f"a restore was interrupted, and half of it is done: {journal}", hint)
+    elif left := restoring.unpacked(patient.settings):
+        what = (
+            f"the content of a backup, keys and all, left unpacked by a restore that was killed: {some(map(str, left))}"
+        )
+        mend = Mend(f"rm -r {some(map(str, left))}", partial(restoring.remove, left))
+        yield check.fail("restores.unpacked", what, f"rm -r {left[0]}", mend)

@@ -63,6 +63,7 @@ _HERE: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "leftovers": modes.leftovers,
     "disk": machine.disk,
     "backups": backups.backups,
+    "restores": backups.restores,
     "lockdown": people.lockdown,
     "files": people.files,
     "state": keys.state,
