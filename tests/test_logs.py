@@ -23,7 +23,7 @@ from mcpctl.server import journal, logs
 from site_of_mcpctl import Shop, Site, eventually
 
 SECRET = "mcp_abcdefgh_" + "x" * 43 + "_AbC123"
-HOSTILE = f"a\x1b[31m\x9b\u2028\n2026-01-01 00:00:00,000 ERROR mcpctl: forged {SECRET}"
+HOSTILE = f"a\x1b[31m\x9b\u2028\u202e\n2026-01-01 00:00:00,000 ERROR mcpctl: forged {SECRET}"
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_text_is_one_line_that_nobody_can_forge_or_make_tell_a_secret(tmp_path: 
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING mcpctl\.audit: Unauthorized: a.+", ours)
     assert ours.endswith(" client=192.0.2.7")
     assert theirs.endswith(" ERROR uvicorn.error: boom")
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u202e]", text)
     assert "x" * 20 not in text
     assert "mcp_abcdefgh_…" in text
 
@@ -194,6 +194,8 @@ def test_a_log_that_cannot_be_written_is_a_fault_of_the_config(tmp_path: Path) -
     before = home.config.read_text()
     (home.folder / "link").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(home.folder / "pipe")
+    (home.folder / "open").touch()
+    (home.folder / "open").chmod(0o664)
     wrong = {
         "{file: nowhere/log}": "nowhere/log cannot be written",
         "{file: audit.jsonl}": "which is another file of mcpctl's",
@@ -201,6 +203,7 @@ def test_a_log_that_cannot_be_written_is_a_fault_of_the_config(tmp_path: Path) -
         "{file: tokens.yaml}": "which is another file of mcpctl's",
         "{file: config.yaml}": "which is another file of mcpctl's",
         "{file: pipe}": "pipe cannot be written: No such device",
+        "{file: open}": "open has mode 0664, which lets others in",
         "{file: link}": "link cannot be written",
         "{file: log, format: journald}": "goes with text or json",
         "{format: yaml}": "auto, text, json, journald",

@@ -8,6 +8,7 @@ import json
 import logging
 import logging.handlers
 import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -31,8 +32,12 @@ _FIELDS = (
     "elapsed_ms",
 )
 """What a line may say of the request that it belongs to, in this order."""
+_OTHERS = 0o027
+"""Of a log's mode: its group may read it, as is the custom with adm."""
 _CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if code != 9}
-_CONTROL |= {0x2028: "\\u2028", 0x2029: "\\u2029"}
+_TURNING = [0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)]
+"""What ends a line, or turns the direction in which the rest of it is shown (Unicode Standard Annex 9)."""
+_CONTROL |= {code: f"\\u{code:04x}" for code in _TURNING}
 _IN_TRACES = {code: text for code, text in _CONTROL.items() if code != 10}
 
 
@@ -156,6 +161,11 @@ def check(settings: Settings) -> None:
         if chosen.file in _others(settings):
             raise ConfigError(f"log.file is {chosen.file}, which is another file of mcpctl's", "give it one of its own")
     _handler(chosen).close()
+    if chosen.file is not None:
+        mode = chosen.file.stat().st_mode
+        if stat.S_ISREG(mode) and mode & _OTHERS:
+            hint = f"look at what is in it; then chmod 0640 {chosen.file}"
+            raise ConfigError(f"{chosen.file} has mode {stat.S_IMODE(mode):04o}, which lets others in", hint)
 
 
 def _others(settings: Settings) -> Iterator[Path | None]:
