@@ -1,6 +1,7 @@
 """What every command needs: the config named on the command line, and the files with the right user's rights."""
 
 import contextlib
+import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -354,7 +355,31 @@ def proof(found: "Settings", names: list[str], user: str | None = None) -> tuple
     """What the running servers did about ended tokens, and whatever else this user has come in with, waiting 2 s at
     most: as words, and as values."""
     answers = asked_to_settle(found, names, user)
-    return told(answers) if answers else ("no server runs", None)
+    if answers:
+        return told(answers)
+    _say_where_one_may_run(found)
+    return "no server runs", None
+
+
+def _say_where_one_may_run(found: "Settings") -> None:
+    """A server whose control sockets are elsewhere, such as by a drop-in of its unit, is not asked; it has its store
+    open, where it has one."""
+    from contextlib import closing
+
+    from mcpctl import control
+    from mcpctl.cli import output
+    from mcpctl.state import State
+
+    store = found.server.state_file
+    if store.exists() and os.access(store, os.W_OK):
+        with closing(State(store)) as state:
+            if not state.is_alone():
+                folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
+                output.warn(
+                    f"no server listens in {folder}, and another process has {store} open",
+                    "a server with another server.runtime_dir sees the files by itself, within a second; "
+                    f"who it is: fuser -v {store}",
+                )
 
 
 def asked_to_settle(found: "Settings", names: list[str], user: str | None = None) -> list[dict[str, Any]]:
