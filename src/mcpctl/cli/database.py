@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcpctl.cli import output, own_database
-from mcpctl.cli.administration import files_of, lines_of
+from mcpctl.cli.administration import files_of, lines_for_us
 from mcpctl.cli.common import (
     ConfigOption,
     JsonOption,
@@ -144,11 +144,16 @@ def _add(
     context: typer.Context, config: Path | None, name: str, values: dict[str, Any], password: str | None, *, test: bool
 ) -> Path:
     """Check it as the config would be with it, try it, seal the password, and write the config, in this order."""
+    import os
+
     from mcpctl import config as configuration
     from mcpctl import config_file, private_file
     from mcpctl.errors import ConflictError, NotFoundError, UsageError
     from mcpctl.postgres import administrator
 
+    source = configuration.find(config or context.find_root().obj.config, os.environ)
+    looks = source is not None and test and values.get("roles") == "per_user"
+    lines = lines_for_us(source.parent / administrator.FILE) if source is not None and looks else {}  # as root still
     found = loaded(context, config)
     if found.source is None:
         raise NotFoundError("there is no config file to put it into", "make one with `mcpctl init`", exit_code=3)
@@ -159,7 +164,6 @@ def _add(
     if name in found.databases:
         raise ConflictError(f"there is a database {name} already", "`mcpctl database list` shows all")
     admin = found.source.parent / administrator.FILE
-    lines = lines_of(admin) if test and values.get("roles") == "per_user" else {}
     source, own = found.source, found.auth.token_file.parent / f"{name}.password"
     if password is not None:
         values["service_password_file" if "service_dsn" in values else "password_file"] = str(own)
