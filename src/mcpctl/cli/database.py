@@ -315,7 +315,7 @@ def try_(
 ) -> None:
     """Log in to each database as the server would, and say what was found. Exits 1 where one does not answer.
 
-    Where roles are per user, the service login is tried and each user's own.
+    Where roles are per user, the service login is tried and each user's own, but for users who are disabled.
     """
     from mcpctl.config import check_database
     from mcpctl.errors import Error
@@ -328,7 +328,8 @@ def try_(
     for name in names or ():
         check_database(found, name)
     logins = Logins(found.databases, Keyring(found.keyring.file))
-    people = users.user_file(found.auth.user_file).current()
+    everybody = users.user_file(found.auth.user_file).current()
+    people = {name: user for name, user in everybody.items() if user.disabled_at is None}
     rows: list[dict[str, Any]] = []
     for name in names or found.databases:
         for login in (*logins.own(name), *logins.of_people(name, people)):
@@ -340,12 +341,13 @@ def try_(
             except Error as problem:
                 rows.append({"database": name, "login": who, "ok": False, "about": problem.message})
         if logins.per_user(name) and not any(row["database"] == name for row in rows):
+            none = "nobody but disabled users" if logins.of_people(name, everybody) else "nobody"
             rows.append(
                 {
                     "database": name,
                     "login": None,
                     "ok": False,
-                    "about": "nobody has a grant there, and there is no service_dsn",
+                    "about": f"{none} has a grant there, and there is no service_dsn",
                 }
             )
     if json:
