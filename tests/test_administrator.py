@@ -51,6 +51,8 @@ def test_disable_takes_the_login_ends_its_connections_and_enable_gives_it_back(h
     assert roles_of(here, user) == [(role, False) for role, _ in both]
     with pytest.raises(psycopg.OperationalError, match="not permitted to log in"):
         here.connect(user)
+    tried = here.site.run("database", "test", "shop", check=False).stdout  # as the server would, which lets nobody in
+    assert (f"mcp_{user}_" in tried, "nobody but disabled users has a grant there" in tried) == (False, True), tried
     assert here.site.run("grant", "diff", "--user", user).returncode == 0
     here.grant(user, "read", "public.customers")  # a grant lets nobody in who is disabled
     assert roles_of(here, user) == [(role, False) for role, _ in both]

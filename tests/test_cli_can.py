@@ -164,7 +164,7 @@ def test_with_a_token_its_own_limits_and_its_end_count(house: House) -> None:
     "arguments, code, words",
     [
         (("nobody", "select", "house.rooms"), 4, "there is no user nobody"),
-        (("nora", "select", "house.none"), 4, "there is no table house.none"),
+        (("nora", "select", "house.none"), 4, "there is no table house.none in shop"),
         (("nora", "call", "no_such_tool"), 4, "there is no tool no_such_tool"),
         (("nora", "select", "house.rooms", "--database", "none"), 4, "there is no database none in the config"),
         (("nora", "select", "house.rooms", "--token", "zzzzzzzz"), 4, "there is no token zzzzzzzz"),

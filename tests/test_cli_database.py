@@ -413,3 +413,26 @@ def test_root_adds_and_removes_a_database_of_a_service_whose_files_are_another_u
     assert run(*config, "key", "rotate").good.endswith("1 password sealed again\n")
     assert run(*config, "user", "remove", "alice", "--yes").good.startswith("alice removed\nrole mcp_alice_r dropped\n")
     assert all(path.stat().st_uid == NOBODY for path in var.iterdir())
+
+
+@needs_root
+def test_roots_admin_dsn_beside_the_services_config_is_read_by_root_alone(
+    tmp_path: Path, newest_shop: site.Shop
+) -> None:
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o005:
+            folder.chmod(0o755)
+    home = Home(tmp_path / "etc")
+    for path in (home.folder, *home.folder.iterdir()):
+        os.chown(path, NOBODY, NOBODY)
+    cluster = newest_shop.cluster
+    admin = home.folder / "admin.dsn"
+    private_file.create(admin, cluster.dsn_for("postgres", cluster.superuser_password, "shop").encode())
+    per_user = ["--host", cluster.host, "--port", str(cluster.port), "--dbname", "shop", "--roles", "per_user"]
+    seen = home("database", "add", "sales", *per_user)
+    assert (seen.code, "nobody has looked" in seen.err) == (0, False), seen.err
+    assert home("user", "add", "alice").code == 0
+    arguments = ["--config", str(home.config), "user", "disable", "alice"]
+    by_owner = site.starter().run(arguments, b"", site.environment(), 60, "/", (NOBODY, NOBODY))
+    assert (by_owner.returncode, by_owner.stdout.startswith(b"alice disabled\n")) == (0, True), by_owner.stderr
+    assert f"{admin} is root's, and this goes on without an administrator" in by_owner.stderr.decode()

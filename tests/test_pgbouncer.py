@@ -115,6 +115,8 @@ def test_a_users_own_login_does_not_go_through_a_pooler(
             said = client.error("select 1")
             assert "a pooler stands before it" in said or "cannot be reached right now" in said
             assert ("a pooler" in said) == bool(settings)
+        done = at.run("database", "test", "pooled", check=False)
+        assert (done.returncode, "a pooler stands before it" in done.stdout) == (1, bool(settings))
 
 
 def test_a_connection_that_a_pooler_gives_another_backend_is_served_no_more(

@@ -8,6 +8,7 @@ import json
 import shutil
 import sqlite3
 import tarfile
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -194,6 +195,42 @@ def test_a_backup_of_another_installation_changes_nothing_unless_that_is_said(ho
     assert kept.tokens(other) == {name: "active"}
     assert b"zoe" in next(other.folder.glob("before-restore-*/users.yaml")).read_bytes()
     assert "whole" in other("audit", "verify").good
+
+
+SHM = Path("/dev/shm")
+
+
+@pytest.mark.skipif(not SHM.is_dir() or SHM.stat().st_dev == Path("/tmp").stat().st_dev, reason="there is one disk")
+def test_another_installations_files_on_another_disk_are_moved_aside_though_it_is_interrupted(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _ = home.token("--user", "alice")
+    path = kept.made(home, tmp_path / "b.age")
+    with tempfile.TemporaryDirectory(dir=SHM) as disk:
+        other = Home(tmp_path / "other", f"audit: {{file: {disk}/audit.jsonl}}\n")
+        other("user", "add", "zoe").good  # noqa: B018
+        theirs = Path(disk, "audit.jsonl").read_bytes()
+        at, to = Path(disk, "audit.jsonl"), tmp_path / "other" / "aside" / "audit.jsonl"
+        step = placing.Step(placing.MOVE, str(at), str(to))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(placing, "_carry_over", interrupted)
+            placing._do(step)
+        for _ in range(2):  # what a run does that goes on, and one that finds it done
+            placing._do(step)
+        assert (at.exists(), to.read_bytes(), to.stat().st_mode & 0o777) == (False, theirs, 0o600)
+        to.rename(tmp_path / "back")
+        shutil.copy(tmp_path / "back", at)
+        at.chmod(0o600)
+        done = kept.restored(other, path, "--other-installation")
+        assert done.code == 0, done.err
+        assert kept.tokens(other) == {name: "active"}
+        assert next(other.folder.glob("before-restore-*/audit.jsonl")).read_bytes() == theirs
+        assert [one.name for one in Path(disk).iterdir() if "leaving" in one.name] == []
+        assert "whole" in other("audit", "verify").good
+
+
+def interrupted(path: Path, to: Path) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_damaged_backup_changes_nothing(home: Home, tmp_path: Path) -> None:

@@ -284,6 +284,8 @@ class Rights:
             else:
                 try:
                     verdict = privileges.may(connection, action, target)
+                except NotFoundError as problem:  # who named no database sees which one was meant
+                    raise NotFoundError(f"{problem.message} in {login.name}", problem.hint) from None
                 except UnavailableError as problem:
                     self._not_known(login, f"{login.name} {login.role} {target}", problem)
                     raise

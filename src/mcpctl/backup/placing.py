@@ -22,6 +22,8 @@ from mcpctl.identity.lockdown import UNFINISHED, Lockdown
 PUT, MOVE, DROP = "put", "move", "drop"
 """A file into its place; one that is there, out of it; one that belonged to another that is replaced, away."""
 _READY = ".restored"
+_LEAVING = ".leaving"
+"""Ends the name of what is on its way to another disk."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,16 @@ def _laid(step: Step) -> Step:
         private_file.create(beside, b"")
         shutil.copyfile(step.path, beside, follow_symlinks=False)
     os.chmod(beside, step.mode)
-    fd = os.open(beside, os.O_RDONLY)
+    _to_the_disk(beside)
+    return Step(PUT, str(beside), step.to, step.mode)
+
+
+def _to_the_disk(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
-    return Step(PUT, str(beside), step.to, step.mode)
 
 
 def sweep(steps: Sequence[Step]) -> None:
@@ -165,11 +171,34 @@ def carry_out(journal: Journal, since: str) -> None:
 
 
 def _do(step: Step) -> None:
+    beside = Path(step.path).with_name(f".{Path(step.path).name}{_LEAVING}")
     if step.do == DROP:
         Path(step.path).unlink(missing_ok=True)
+    elif step.do == MOVE and os.path.lexists(beside):
+        _carry_over(beside, Path(step.to))
     elif os.path.lexists(step.path) and not (step.do == MOVE and os.path.lexists(step.to)):  # else it was done already
         Path(step.to).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.replace(step.path, step.to)
+        try:
+            os.replace(step.path, step.to)
+        except OSError as problem:
+            if problem.errno != errno.EXDEV:
+                raise
+            os.rename(step.path, beside)  # so that whoever comes after a crash sees that this one is not over yet
+            _carry_over(beside, Path(step.to))
+
+
+def _carry_over(path: Path, to: Path) -> None:
+    """Move a file to another disk."""
+    part = to.with_name(f".{to.name}.part")
+    part.unlink(missing_ok=True)
+    if not path.is_symlink():
+        private_file.create(part, b"")
+    shutil.copyfile(path, part, follow_symlinks=False)
+    if not part.is_symlink():
+        _to_the_disk(part)
+    os.replace(part, to)
+    private_file._sync_folder(to.parent)
+    path.unlink()
 
 
 def end(at: Path, journal: Journal) -> None:

@@ -116,6 +116,23 @@ def lines_of(admin: Path) -> "Lines":
         return {}
 
 
+def lines_for_us(admin: Path) -> "Lines":
+    """The same, but nothing, with a warning, where the file is root's and we are not: who owns mcpctl's other files may
+    cut a user off without it."""
+    import os
+
+    from mcpctl.cli import output
+    from mcpctl.errors import ConfigError
+
+    try:
+        return lines_of(admin)
+    except ConfigError:
+        if os.lstat(admin).st_uid != 0 or os.access(admin, os.R_OK):
+            raise
+        output.warn(f"{admin} is root's, and this goes on without an administrator", "as root it has one")
+        return {}
+
+
 def files_of(context: typer.Context, config: Path | None, *, needs_log: bool, forgiving: bool = False) -> Files:
     """The installation; root reads the administrator's file before it becomes the owner of the others."""
     import os
@@ -125,7 +142,7 @@ def files_of(context: typer.Context, config: Path | None, *, needs_log: bool, fo
 
     source = configuration.find(config or context.find_root().obj.config, os.environ)
     admin = source.parent / administrator.FILE if source is not None else None
-    lines = lines_of(admin) if admin is not None else {}
+    lines = lines_for_us(admin) if admin is not None else {}
     found = common.settings(context, config, needs_log=needs_log, forgiving=forgiving)
     known = admin is not None and (found.databases or not forgiving)
     dsns = administrator.by_database(admin, lines, found) if admin is not None and known else {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcpctl.cli import output, own_database
-from mcpctl.cli.administration import files_of, lines_of
+from mcpctl.cli.administration import files_of, lines_for_us
 from mcpctl.cli.common import (
     ConfigOption,
     JsonOption,
@@ -144,11 +144,16 @@ def _add(
     context: typer.Context, config: Path | None, name: str, values: dict[str, Any], password: str | None, *, test: bool
 ) -> Path:
     """Check it as the config would be with it, try it, seal the password, and write the config, in this order."""
+    import os
+
     from mcpctl import config as configuration
     from mcpctl import config_file, private_file
     from mcpctl.errors import ConflictError, NotFoundError, UsageError
     from mcpctl.postgres import administrator
 
+    source = configuration.find(config or context.find_root().obj.config, os.environ)
+    looks = source is not None and test and values.get("roles") == "per_user"
+    lines = lines_for_us(source.parent / administrator.FILE) if source is not None and looks else {}  # as root still
     found = loaded(context, config)
     if found.source is None:
         raise NotFoundError("there is no config file to put it into", "make one with `mcpctl init`", exit_code=3)
@@ -159,7 +164,6 @@ def _add(
     if name in found.databases:
         raise ConflictError(f"there is a database {name} already", "`mcpctl database list` shows all")
     admin = found.source.parent / administrator.FILE
-    lines = lines_of(admin) if test and values.get("roles") == "per_user" else {}
     source, own = found.source, found.auth.token_file.parent / f"{name}.password"
     if password is not None:
         values["service_password_file" if "service_dsn" in values else "password_file"] = str(own)
@@ -311,7 +315,7 @@ def try_(
 ) -> None:
     """Log in to each database as the server would, and say what was found. Exits 1 where one does not answer.
 
-    Where roles are per user, the service login is tried and each user's own.
+    Where roles are per user, the service login is tried and each user's own, but for users who are disabled.
     """
     from mcpctl.config import check_database
     from mcpctl.errors import Error
@@ -324,7 +328,8 @@ def try_(
     for name in names or ():
         check_database(found, name)
     logins = Logins(found.databases, Keyring(found.keyring.file))
-    people = users.user_file(found.auth.user_file).current()
+    everybody = users.user_file(found.auth.user_file).current()
+    people = {name: user for name, user in everybody.items() if user.disabled_at is None}
     rows: list[dict[str, Any]] = []
     for name in names or found.databases:
         for login in (*logins.own(name), *logins.of_people(name, people)):
@@ -336,12 +341,13 @@ def try_(
             except Error as problem:
                 rows.append({"database": name, "login": who, "ok": False, "about": problem.message})
         if logins.per_user(name) and not any(row["database"] == name for row in rows):
+            none = "nobody but disabled users" if logins.of_people(name, everybody) else "nobody"
             rows.append(
                 {
                     "database": name,
                     "login": None,
                     "ok": False,
-                    "about": "nobody has a grant there, and there is no service_dsn",
+                    "about": f"{none} has a grant there, and there is no service_dsn",
                 }
             )
     if json:

@@ -58,6 +58,7 @@ As `role`, a login could otherwise be made another one, which can neither see no
 SHARED_BACKENDS = (
     "a pooler stands before it that gives several clients one backend (pool_mode transaction or statement)"
 )
+POOLED_LOGINS = "a pooler stands before it, which does not pass on what a user's own login asks for when it connects"
 PRIVILEGED: LiteralString = """
 EXISTS (SELECT FROM pg_catalog.pg_roles r
         WHERE (r.rolsuper OR r.rolbypassrls OR r.rolreplication

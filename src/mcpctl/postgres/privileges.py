@@ -175,7 +175,7 @@ def _verdict(connection: Connection, action: str, target: Target) -> Verdict:
     }
     row = connection.execute(_ABOUT, named).fetchone()
     if row is None:
-        raise NotFoundError(f"there is no table {target}", "write schema.table, as PostgreSQL has it")
+        raise NotFoundError(f"there is no table {target}", "write schema.table, as PostgreSQL has it, or --database D")
     oid, usage, whole, some, active, granted = row
     some = some and action != "delete"
     only = tuple(granted or ()) if some and not whole else ()

@@ -12,7 +12,7 @@ from psycopg import pq
 
 from mcpctl.errors import Error, ForbiddenError, UnavailableError
 from mcpctl.identity.principal import Principal
-from mcpctl.postgres.login import SETTINGS, SHARED_BACKENDS, Login
+from mcpctl.postgres.login import POOLED_LOGINS, SETTINGS, SHARED_BACKENDS, Login
 from mcpctl.postgres.session import Connection, Session, Use
 from mcpctl.postgres.terminator import Terminator, alive, bounded, ending, unreachable
 from mcpctl.postgres.verdicts import Verdicts
@@ -24,7 +24,6 @@ _AT_HAND = 5.0
 """Seconds that a connection is kept for the next call before psycopg_pool has it back."""
 _IDLE = pq.TransactionStatus.IDLE
 TELL = "tell the administrator"
-POOLED_LOGINS = "a pooler stands before it, which does not pass on what a user's own login asks for when it connects"
 Turn = asyncio.Future[Session | None]
 MakeRoom = Callable[["TokenPool"], Awaitable[None]]
 

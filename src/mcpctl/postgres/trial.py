@@ -11,7 +11,7 @@ from psycopg.conninfo import make_conninfo
 
 from mcpctl.errors import Error
 from mcpctl.identity.grants import identifier
-from mcpctl.postgres.login import PRIVILEGED, SHARED_BACKENDS, Login
+from mcpctl.postgres.login import POOLED_LOGINS, PRIVILEGED, SHARED_BACKENDS, Login
 
 _ANSWERING = """extract(epoch FROM pg_catalog.pg_postmaster_start_time())::text,
        (SELECT oid::int8 FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())"""
@@ -75,6 +75,8 @@ def log_in(login: Login) -> About:
         raise Error(f"{login.name}: {said}", hint) from None
     if shared:
         raise Error(f"{login.name}: {SHARED_BACKENDS}", "set pool_mode = session there, or name PostgreSQL itself")
+    if pooled and login.role is not None:
+        raise Error(f"{login.name}: {POOLED_LOGINS}", "name PostgreSQL itself for a database with roles: per_user")
     if row is None:
         raise Error(f"{login.name}: PostgreSQL gave no answer", "try again")
     return About(row[0], row[1], row[2], bool(row[3]), row[6], (monotonic() - begun) * 1000, (row[4], row[5]), pooled)
