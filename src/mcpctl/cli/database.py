@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcpctl.cli import output, own_database
-from mcpctl.cli.administration import files_of, lines_of
+from mcpctl.cli.administration import files_of, lines_beside
 from mcpctl.cli.common import (
     ConfigOption,
     JsonOption,
@@ -149,6 +149,8 @@ def _add(
     from mcpctl.errors import ConflictError, NotFoundError, UsageError
     from mcpctl.postgres import administrator
 
+    looks = test and values.get("roles") == "per_user"
+    admin, lines = lines_beside(context, config) if looks else (None, {})  # root's, who may be gone with `loaded`
     found = loaded(context, config)
     if found.source is None:
         raise NotFoundError("there is no config file to put it into", "make one with `mcpctl init`", exit_code=3)
@@ -158,8 +160,6 @@ def _add(
         raise UsageError("own cannot be a database's name", "the log names users' own databases own:NAME")
     if name in found.databases:
         raise ConflictError(f"there is a database {name} already", "`mcpctl database list` shows all")
-    admin = found.source.parent / administrator.FILE
-    lines = lines_of(admin) if test and values.get("roles") == "per_user" else {}
     source, own = found.source, found.auth.token_file.parent / f"{name}.password"
     if password is not None:
         values["service_password_file" if "service_dsn" in values else "password_file"] = str(own)
@@ -188,7 +188,7 @@ def _add(
                 _try(new, name, keyring, test=test)
                 if test and not Logins({name: new.databases[name]}, keyring).own(name):
                     mine = {one: line for one, line in lines.items() if one in ("", name)}  # others may come yet
-                    _look(new, name, administrator.by_database(admin, mine, new))
+                    _look(new, name, administrator.by_database(admin, mine, new) if admin else {})
                 _check_twin(new, name, keyring, test=test)
             except BaseException:
                 if password is not None:
