@@ -277,7 +277,9 @@ def test_what_is_kept_is_sealed_where_the_system_has_a_keyring(tmp_path: Path) -
             again.ask(modern("x"))
         assert server.seen[-1][1]["authorization"] == "Bearer mcp_token"
         done = run(tmp_path, server.url)
-        assert (done.returncode, "no key" in done.stderr) == (3, True), "the file alone opens nothing"
+        assert (done.returncode, "there is no keyring in this session" in done.stderr) == (3, True), (
+            "the file alone opens nothing"
+        )
         assert run(tmp_path, server.url, "--sign-out", **keyring).returncode == 0
         assert json.loads((tmp_path / "vault.json").read_text()) == {}
 

@@ -109,6 +109,12 @@ class SignIn:
             self._record = found
         return self._token is not None and self._token != used
 
+    def rotated(self, used: str | None) -> bool:
+        try:
+            return self._by_another(used)
+        except Error:  # it is told when the token itself is refused
+            return False
+
     async def another(self, used: str | None, refused: httpx2.Response) -> None:
         """Renew the token that was refused, or sign in anew. Raises Error. It goes on when the call that needs it is
         cancelled: a client waits less long than a person needs."""
