@@ -203,10 +203,12 @@ def test_sign_in_and_sign_out_without_a_client(node: Path, tmp_path: Path) -> No
         done = run(tmp_path, server.url, "--sign-in", BROWSER=BROWSER)
         assert done.returncode == 0, done.stderr
         assert done.stdout == ""
-        assert done.stderr.endswith("signed in\n")
+        assert done.stderr.endswith("\nsigned in\n")
+        assert done.stderr.count("\nsigned in") == 1, done.stderr
         tokens = record(tmp_path)["tokens"]
         assert not expired(issuer, tokens["access_token"])
-        assert run(tmp_path, server.url, "--sign-in").returncode == 0, "it is kept"
+        again = run(tmp_path, server.url, "--sign-in")
+        assert (again.returncode, again.stderr) == (0, "signed in\n"), "it is kept"
         done = run(tmp_path, server.url, "--sign-out")
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "signed out\n")
         assert expired(issuer, tokens["access_token"])

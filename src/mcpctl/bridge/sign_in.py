@@ -22,6 +22,7 @@ from mcpctl.errors import ConfigError, Error
 if TYPE_CHECKING:
     from mcpctl.bridge.flow import Flow
 
+SIGNED_IN = "signed in"
 PATIENCE = 600.0
 """Seconds for a person to sign in."""
 _REST = 60.0
@@ -148,7 +149,7 @@ class SignIn:
             return
         await flow.sign_in(self._record, refused)
         self._keep(flow)
-        self._say("signed in")
+        self._say(SIGNED_IN)
 
     def _flow(self) -> "Flow":
         from mcpctl.bridge.flow import Flow
