@@ -87,6 +87,21 @@ def test_a_token_that_is_revoked_is_told_with_what_to_do_and_a_new_one_in_the_fi
         assert bridge.ask(question("select 3"))["result"]["structuredContent"]["rows"] == [[3]]
 
 
+def test_a_new_token_in_the_file_is_taken_also_where_too_many_wrong_ones_came_before(tmp_path: Path) -> None:
+    def guarded(visitor: Visitor, seen: Seen) -> None:
+        if seen[1]["authorization"] == "Bearer right":
+            visitor.result(seen[2], {})
+        else:
+            visitor.reply(429, b'{"error": "too many wrong tokens"}')
+
+    file = token_file(tmp_path, "wrong")
+    with scripted(guarded) as server, Bridge(tmp_path, server.url, "--token-file", file) as bridge:
+        assert "429" in bridge.ask(modern("tools/list", 1))["error"]["message"]
+        assert len(server.seen) == 1
+        token_file(tmp_path, "right")
+        assert bridge.ask(modern("tools/list", 2))["result"] == {}
+
+
 def running(site: Site) -> int:
     return len(site.shop.backends("query LIKE '%pg_sleep(60)%' AND state = 'active'"))
 

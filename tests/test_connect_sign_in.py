@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import httpx
 import pytest
@@ -29,6 +30,7 @@ from connecting import (
     run,
     scripted,
 )
+from mcpctl.bridge.kept import Kept
 from site_of_mcpctl import Shop, Site, eventually
 
 
@@ -201,10 +203,12 @@ def test_sign_in_and_sign_out_without_a_client(node: Path, tmp_path: Path) -> No
         done = run(tmp_path, server.url, "--sign-in", BROWSER=BROWSER)
         assert done.returncode == 0, done.stderr
         assert done.stdout == ""
-        assert done.stderr.endswith("signed in\n")
+        assert done.stderr.endswith("\nsigned in\n")
+        assert done.stderr.count("\nsigned in") == 1, done.stderr
         tokens = record(tmp_path)["tokens"]
         assert not expired(issuer, tokens["access_token"])
-        assert run(tmp_path, server.url, "--sign-in").returncode == 0, "it is kept"
+        again = run(tmp_path, server.url, "--sign-in")
+        assert (again.returncode, again.stderr) == (0, "signed in\n"), "it is kept"
         done = run(tmp_path, server.url, "--sign-out")
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "signed out\n")
         assert expired(issuer, tokens["access_token"])
@@ -212,6 +216,32 @@ def test_sign_in_and_sign_out_without_a_client(node: Path, tmp_path: Path) -> No
         assert not list((tmp_path / "mcpctl" / "connect").glob("*.json"))
         done = run(tmp_path, server.url, "--sign-out")
         assert (done.returncode, done.stderr) == (0, "nothing was kept for this URL\n")
+
+
+def test_a_sign_out_is_one_where_access_tokens_are_never_taken_back(tmp_path: Path) -> None:
+    hints: list[str] = []
+
+    def script(visitor: Visitor, seen: Seen) -> None:
+        hints.append(parse_qs(seen[2].decode())["token_type_hint"][0])
+        refused = hints[-1] == "access_token" or len(hints) > 2
+        visitor.reply(400 if refused else 200, b'{"error": "unsupported_token_type"}' if refused else b"")
+
+    with scripted(script) as server:
+        about = metadata(server, revocation_endpoint=f"{server.url}/revoke")
+        client = {
+            "client_id": "c",
+            "token_endpoint_auth_method": "none",
+            "redirect_uris": ["http://127.0.0.1/callback"],
+        }
+        tokens = {"access_token": "a", "token_type": "Bearer", "refresh_token": "r"}
+        kept = Kept(tmp_path / "mcpctl" / "connect", server.url, lambda: None)
+        kept.write({"tokens": tokens, "client": client, "server": about})
+        done = run(tmp_path, server.url, "--sign-out")
+        assert (done.returncode, "ends by itself" in done.stderr) == (0, True), done.stderr
+        assert hints == ["refresh_token", "access_token"]
+        kept.write({"tokens": tokens, "client": client, "server": about})
+        done = run(tmp_path, server.url, "--sign-out")
+        assert (done.returncode, "did not confirm its end" in done.stderr) == (1, True), "of a refresh token it is none"
 
 
 def test_a_sign_out_forgets_even_where_the_authorization_server_is_away(node: Path, tmp_path: Path) -> None:
@@ -277,7 +307,9 @@ def test_what_is_kept_is_sealed_where_the_system_has_a_keyring(tmp_path: Path) -
             again.ask(modern("x"))
         assert server.seen[-1][1]["authorization"] == "Bearer mcp_token"
         done = run(tmp_path, server.url)
-        assert (done.returncode, "no key" in done.stderr) == (3, True), "the file alone opens nothing"
+        assert (done.returncode, "there is no keyring in this session" in done.stderr) == (3, True), (
+            "the file alone opens nothing"
+        )
         assert run(tmp_path, server.url, "--sign-out", **keyring).returncode == 0
         assert json.loads((tmp_path / "vault.json").read_text()) == {}
 

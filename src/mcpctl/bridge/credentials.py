@@ -1,5 +1,6 @@
 """What the bridge shows to the server: nothing, a token that was given, or what a sign-in has led to (sign_in.py)."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,11 @@ class Given:
 
     async def bearer(self) -> str:
         return self._token
+
+    def rotated(self, used: str | None) -> bool:
+        with contextlib.suppress(Error):  # it is told when the token itself is refused
+            self._token = self._read()
+        return self._token != used
 
     async def another(self, used: str | None, refused: httpx2.Response) -> None:
         try:

@@ -165,7 +165,9 @@ class Flow:
             if token is None:
                 continue
             answer = await self._send(self._form(str(endpoint), {"token": token, "token_type_hint": kind}))
-            if answer.status_code != 200:
+            if kind == "access_token" and tokens.refresh_token and _is_kept_there(answer):
+                self._say("the authorization server takes back no access token: the last one ends by itself")
+            elif answer.status_code != 200:
                 said = f"the sign-in is forgotten here, but {address.shown(str(endpoint))} did not confirm its end"
                 raise Error(f"{said}: {_said(answer)}", "end it on the page of your authorization server")
 
@@ -321,6 +323,11 @@ def _object(answer: httpx2.Response) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _is_kept_there(answer: httpx2.Response) -> bool:
+    """Whether tokens of that kind are never taken back, as often with JWTs (RFC 7009, section 2.2.1)."""
+    return answer.status_code == 400 and _object(answer).get("error") == "unsupported_token_type"
 
 
 def _said(answer: httpx2.Response) -> str:

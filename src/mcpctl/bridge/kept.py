@@ -95,7 +95,10 @@ class Kept:
         from cryptography.fernet import Fernet, InvalidToken
 
         vault: Vault | None = self._find_vault()
-        key = _asked(lambda: vault.get(self.url), self._hint()) if vault is not None else None
+        if vault is None:
+            said = f"{self.path} is sealed, and there is no keyring in this session, where its key would be"
+            raise ConfigError(said, f"start it in your desktop's session; or {self._hint()}")
+        key = _asked(lambda: vault.get(self.url), self._hint())
         if key is None:
             raise ConfigError(f"{self.path} is sealed, and the system's keyring has no key for it", self._hint())
         try:

@@ -38,6 +38,9 @@ class Credential(Protocol):
         """See to it that `bearer` gives another token than `used`, which the server has refused so (401, or 403 for
         want of scope). Raises Error where there is none to be had."""
 
+    def rotated(self, used: str | None) -> bool:
+        """Whether `bearer` gives another token than `used` by now, as somebody has put one there. It asks nobody."""
+
 
 class AwayError(UnavailableError):
     """The server cannot be reached, or broke off."""
@@ -189,13 +192,20 @@ class Remote:
                 request = self._http.build_request(method, self.url, content=body, headers={**headers, **shown})
                 answer = await self._http.send(request, stream=True)
                 try:
-                    if not again or answer.status_code in refused or not _wants_credential(answer):
+                    if not again or answer.status_code in refused or not self._helps(bearer, answer):
                         yield answer
                         return
                 finally:
                     await answer.aclose()
             refused.add(answer.status_code)
-            await self._credential.another(bearer, answer)
+            if answer.status_code != 429:
+                await self._credential.another(bearer, answer)
+
+    def _helps(self, used: str | None, answer: httpx2.Response) -> bool:
+        """Whether to send it again. 429 may be for the wrong tokens until now: the right one may be there since."""
+        if answer.status_code == 429:
+            return self._credential.rotated(used)
+        return _wants_credential(answer)
 
     async def _refused(self, sent: Message, answer: httpx2.Response) -> None:
         """Tell the client what a server says that does not do it. Its own JSON-RPC error goes on as it is, but for an

@@ -22,6 +22,7 @@ from mcpctl.errors import ConfigError, Error
 if TYPE_CHECKING:
     from mcpctl.bridge.flow import Flow
 
+SIGNED_IN = "signed in"
 PATIENCE = 600.0
 """Seconds for a person to sign in."""
 _REST = 60.0
@@ -109,6 +110,12 @@ class SignIn:
             self._record = found
         return self._token is not None and self._token != used
 
+    def rotated(self, used: str | None) -> bool:
+        try:
+            return self._by_another(used)
+        except Error:  # it is told when the token itself is refused
+            return False
+
     async def another(self, used: str | None, refused: httpx2.Response) -> None:
         """Renew the token that was refused, or sign in anew. Raises Error. It goes on when the call that needs it is
         cancelled: a client waits less long than a person needs."""
@@ -142,7 +149,7 @@ class SignIn:
             return
         await flow.sign_in(self._record, refused)
         self._keep(flow)
-        self._say("signed in")
+        self._say(SIGNED_IN)
 
     def _flow(self) -> "Flow":
         from mcpctl.bridge.flow import Flow

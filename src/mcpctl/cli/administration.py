@@ -107,7 +107,7 @@ class Files:
 
 
 def lines_of(admin: Path) -> "Lines":
-    """What the administrator's file says; nothing where it is not there, or root's, and we are not."""
+    """What the administrator's file says; nothing where it is not there, or its folder is closed to us."""
     from mcpctl.postgres import administrator
 
     try:
@@ -116,33 +116,39 @@ def lines_of(admin: Path) -> "Lines":
         return {}
 
 
-def lines_for_us(admin: Path) -> "Lines":
-    """The same, but nothing, with a warning, where the file is root's and we are not: who owns mcpctl's other files may
-    cut a user off without it."""
+def lines_beside(context: typer.Context, config: Path | None) -> "tuple[Path | None, Lines]":
+    """The administrator's file of this installation, and what it says, read before root is given up; nothing, and a
+    warning, where it is another user's and closed to us."""
     import os
 
+    from mcpctl import config as configuration
     from mcpctl.cli import output
-    from mcpctl.errors import ConfigError
+    from mcpctl.postgres import administrator
+
+    source = configuration.find(config or context.find_root().obj.config, os.environ)
+    if source is None:
+        return None, {}
+    admin = source.parent / administrator.FILE
+    if _closed(admin):
+        output.warn(f"{admin} is another user's: this goes on as if it were not there", "run it as root")
+        return admin, {}
+    return admin, lines_of(admin)
+
+
+def _closed(admin: Path) -> bool:
+    import os
 
     try:
-        return lines_of(admin)
-    except ConfigError:
-        if os.lstat(admin).st_uid != 0 or os.access(admin, os.R_OK):
-            raise
-        output.warn(f"{admin} is root's, and this goes on without an administrator", "as root it has one")
-        return {}
+        return not os.access(admin, os.R_OK) and admin.stat().st_uid != os.geteuid()
+    except OSError:  # it is not there, or we do not see it
+        return False
 
 
 def files_of(context: typer.Context, config: Path | None, *, needs_log: bool, forgiving: bool = False) -> Files:
     """The installation; root reads the administrator's file before it becomes the owner of the others."""
-    import os
-
-    from mcpctl import config as configuration
     from mcpctl.postgres import administrator
 
-    source = configuration.find(config or context.find_root().obj.config, os.environ)
-    admin = source.parent / administrator.FILE if source is not None else None
-    lines = lines_for_us(admin) if admin is not None else {}
+    admin, lines = lines_beside(context, config)
     found = common.settings(context, config, needs_log=needs_log, forgiving=forgiving)
     known = admin is not None and (found.databases or not forgiving)
     dsns = administrator.by_database(admin, lines, found) if admin is not None and known else {}

@@ -117,9 +117,16 @@ def _once(url: str, ca_file: Path | None, options: "Options", *, out: bool) -> N
                 found = await sign_in.sign_out(http, kept, options, output.say)
                 output.say("signed out" if found else "nothing was kept for this URL")
                 return
-            credential = sign_in.SignIn(http, kept, options, output.say)
+            said: list[str] = []  # who has just signed in was told so; who was signed in already was not
+
+            def say(line: str) -> None:
+                said.append(line)
+                output.say(line)
+
+            credential = sign_in.SignIn(http, kept, options, say)
             asked = await remote.look(url, http, credential)
-            output.say("signed in" if asked else "the server asks for no sign-in")
+            if not asked or sign_in.SIGNED_IN not in said:
+                output.say(sign_in.SIGNED_IN if asked else "the server asks for no sign-in")
 
     asyncio.run(main())
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcpctl.cli import output, own_database
-from mcpctl.cli.administration import files_of, lines_for_us
+from mcpctl.cli.administration import files_of, lines_beside
 from mcpctl.cli.common import (
     ConfigOption,
     JsonOption,
@@ -144,16 +144,14 @@ def _add(
     context: typer.Context, config: Path | None, name: str, values: dict[str, Any], password: str | None, *, test: bool
 ) -> Path:
     """Check it as the config would be with it, try it, seal the password, and write the config, in this order."""
-    import os
 
     from mcpctl import config as configuration
     from mcpctl import config_file, private_file
     from mcpctl.errors import ConflictError, NotFoundError, UsageError
     from mcpctl.postgres import administrator
 
-    source = configuration.find(config or context.find_root().obj.config, os.environ)
-    looks = source is not None and test and values.get("roles") == "per_user"
-    lines = lines_for_us(source.parent / administrator.FILE) if source is not None and looks else {}  # as root still
+    looks = test and values.get("roles") == "per_user"
+    admin, lines = lines_beside(context, config) if looks else (None, {})  # root's, who may be gone with `loaded`
     found = loaded(context, config)
     if found.source is None:
         raise NotFoundError("there is no config file to put it into", "make one with `mcpctl init`", exit_code=3)
@@ -163,7 +161,6 @@ def _add(
         raise UsageError("own cannot be a database's name", "the log names users' own databases own:NAME")
     if name in found.databases:
         raise ConflictError(f"there is a database {name} already", "`mcpctl database list` shows all")
-    admin = found.source.parent / administrator.FILE
     source, own = found.source, found.auth.token_file.parent / f"{name}.password"
     if password is not None:
         values["service_password_file" if "service_dsn" in values else "password_file"] = str(own)
@@ -192,7 +189,7 @@ def _add(
                 _try(new, name, keyring, test=test)
                 if test and not Logins({name: new.databases[name]}, keyring).own(name):
                     mine = {one: line for one, line in lines.items() if one in ("", name)}  # others may come yet
-                    _look(new, name, administrator.by_database(admin, mine, new))
+                    _look(new, name, administrator.by_database(admin, mine, new) if admin else {})
                 _check_twin(new, name, keyring, test=test)
             except BaseException:
                 if password is not None:
