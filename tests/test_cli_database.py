@@ -353,6 +353,23 @@ def test_harden_prints_what_apply_takes_from_public(newest_shop: site.Shop, tmp_
 
 
 @needs_root
+def test_where_the_config_is_the_services_root_still_has_the_administrator_look(
+    home: Home, newest_shop: site.Shop, tmp_path: Path
+) -> None:
+    cluster = newest_shop.cluster
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and not folder.stat().st_mode & 0o005:
+            folder.chmod(0o755)
+    for path in (home.folder, *home.folder.iterdir()):
+        os.chown(path, NOBODY, NOBODY)
+    admin = f"{cluster.dsn_for('postgres', cluster.superuser_password, 'postgres')}\n"
+    private_file.create(home.folder / "admin.dsn", f"sales: {admin}".encode())
+    there = ["--host", cluster.host, "--port", str(cluster.port), "--roles", "per_user", "--dbname", "shop"]
+    done = run("--config", str(home.config), "database", "add", "sales", *there)
+    assert (done.code, "nobody has looked" in done.err) == (0, False), done.err
+
+
+@needs_root
 def test_root_adds_and_removes_a_database_of_a_service_whose_files_are_another_users(
     newest_shop: site.Shop, tmp_path: Path
 ) -> None:

@@ -116,15 +116,22 @@ def lines_of(admin: Path) -> "Lines":
         return {}
 
 
-def files_of(context: typer.Context, config: Path | None, *, needs_log: bool, forgiving: bool = False) -> Files:
-    """The installation; root reads the administrator's file before it becomes the owner of the others."""
+def file_of(context: typer.Context, config: Path | None) -> Path | None:
+    """Where the administrator's file would be; None without a config file."""
     import os
 
     from mcpctl import config as configuration
     from mcpctl.postgres import administrator
 
     source = configuration.find(config or context.find_root().obj.config, os.environ)
-    admin = source.parent / administrator.FILE if source is not None else None
+    return source.parent / administrator.FILE if source is not None else None
+
+
+def files_of(context: typer.Context, config: Path | None, *, needs_log: bool, forgiving: bool = False) -> Files:
+    """The installation; root reads the administrator's file before it becomes the owner of the others."""
+    from mcpctl.postgres import administrator
+
+    admin = file_of(context, config)
     lines = lines_of(admin) if admin is not None else {}
     found = common.settings(context, config, needs_log=needs_log, forgiving=forgiving)
     known = admin is not None and (found.databases or not forgiving)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mcpctl.cli import output, own_database
-from mcpctl.cli.administration import files_of, lines_of
+from mcpctl.cli.administration import file_of, files_of, lines_of
 from mcpctl.cli.common import (
     ConfigOption,
     JsonOption,
@@ -149,8 +149,11 @@ def _add(
     from mcpctl.errors import ConflictError, NotFoundError, UsageError
     from mcpctl.postgres import administrator
 
+    admin = file_of(context, config)
+    looks = test and values.get("roles") == "per_user"
+    lines = lines_of(admin) if looks and admin is not None else {}  # before root becomes the config's owner
     found = loaded(context, config)
-    if found.source is None:
+    if found.source is None or admin is None:
         raise NotFoundError("there is no config file to put it into", "make one with `mcpctl init`", exit_code=3)
     if not configuration.NAME.fullmatch(name):
         raise UsageError("that cannot be a database's name", "a-z first, then a-z 0-9 - _, at most 63")
@@ -158,8 +161,6 @@ def _add(
         raise UsageError("own cannot be a database's name", "the log names users' own databases own:NAME")
     if name in found.databases:
         raise ConflictError(f"there is a database {name} already", "`mcpctl database list` shows all")
-    admin = found.source.parent / administrator.FILE
-    lines = lines_of(admin) if test and values.get("roles") == "per_user" else {}
     source, own = found.source, found.auth.token_file.parent / f"{name}.password"
     if password is not None:
         values["service_password_file" if "service_dsn" in values else "password_file"] = str(own)
