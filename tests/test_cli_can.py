@@ -14,6 +14,7 @@ import pytest
 import site_of_mcpctl as site
 from mcpctl.identity import tokens, users
 from mcpctl.identity.grants import Grant
+from mcpctl.identity.links import Link
 from mcpctl.keyring import Keyring
 from site_of_mcpctl import Shop, Site
 
@@ -250,6 +251,16 @@ def test_the_tokens_of_an_earlier_user_of_that_name_are_none_of_the_living(house
     assert _can(house, "zoe", "call", "whoami")[1][1] == ["token", "yes", words]
     listed = house.at.run("token", "list").stdout.splitlines()
     assert [line.split("\t")[6] for line in listed if line.startswith(old)] == ["blocked"]
+
+
+def test_who_is_linked_is_told_that_the_issuers_tokens_are_not_looked_at(house: House) -> None:
+    house.at.user("lea", "mcp-user")
+    house.at.edit_user("lea", links=(Link("https://id.example.org", "1"),))
+    words = (
+        "any of the user's tokens (none is alive; not looked at: those of 1 linked identities, "
+        "with roles of their issuer's); one may be limited further (--token)"
+    )
+    assert _can(house, "lea", "call", "whoami")[1][1] == ["token", "yes", words]
 
 
 def test_who_may_read_some_columns_only_may_read_and_the_columns_are_said(house: House) -> None:

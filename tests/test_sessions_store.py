@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from authenticating import HERE, THERE, House, enter, house, refused
+from authenticating import FAILED, HERE, THERE, House, enter, house, refused
 from mcpctl.errors import ConfigError, masked
 from mcpctl.identity import passwords, sessions, tokens, users
 from mcpctl.identity.sessions import OAUTH, PASSWORD, Opened, Rules, Sessions, mark_of
@@ -236,6 +236,18 @@ def test_access_that_has_ended_closes_what_is_open_until_it_is_renewed(house: Ho
     house.later(hours=1)
     assert house.door.expired() == [session.id]
     assert not house.door.still_valid(found)
+
+
+def test_an_access_that_its_client_can_renew_is_401_however_many_were_wrong(house: House, store: Store) -> None:
+    ended = [store.open(kind=OAUTH, access=HOUR, client="a").text for _ in range(FAILED + 2)]
+    own = store.open().text
+    house.later(hours=1)
+    assert {refused(house, text).status for text in ended} == {401}  # and none of them counts
+    assert [refused(house, own).status for _ in range(FAILED + 1)] == [401] * FAILED + [429]
+    assert refused(house, ended[0]).status == 401
+    house.later(days=90)
+    assert {refused(house, text).status for text in ended[:FAILED]} == {401}
+    assert refused(house, ended[0]).status == 429, "what is over for good is not renewed"
 
 
 def test_sessions_that_are_over_are_swept(house: House, store: Store) -> None:

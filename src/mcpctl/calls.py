@@ -230,7 +230,8 @@ class Calls:
         decision = self._access.may(principal, tool.permission)
         if not decision.allowed:
             self._access.check_scope(principal, tool.permission)
-            raise ForbiddenError(f"{tool.name}: {decision.reason}", "whoami shows what you have")
+            hint = "whoami shows what you have" if name != "whoami" else "ask the administrator for a role that may"
+            raise ForbiddenError(f"{tool.name}: {decision.reason}", hint)
         if tool.own is not None and principal.tenant is not None:
             raise ForbiddenError(f"{tool.name}: you belong to a tenant, whose users have its place alone")
         if tool.own is not None and not self._brings(principal):

@@ -147,11 +147,12 @@ class Rights:
             own = [one for one in self._tokens.values() if one.user == principal.user]
             alive = ("active", "expiring", "disabled")
             living = [one.id for one in own if tokens.standing(one, self._people, self._now) in alive]
-            shown = (
-                f"{len(living)} living: {', '.join(living[:5])}"
-                if living
-                else "none is alive, so nobody can use it now"
-            )
+            shown = f"{len(living)} living: {', '.join(living[:5])}" if living else "none is alive"
+            linked = len(self._people[principal.user].links) if principal.user in self._people else 0
+            if linked:
+                shown += f"; not looked at: those of {linked} linked identities, with roles of their issuer's"
+            elif not living:
+                shown += ", so nobody can use it now"
             answer.add("token", True, f"any of the user's tokens ({shown}); one may be limited further (--token)")
         if principal.user is None:
             return True

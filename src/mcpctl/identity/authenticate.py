@@ -113,6 +113,9 @@ class Authenticator(Standing):
         if name in self.canaries:
             self.tripped(token, address)
         if not self._opens(name) and (why := self._why_not(token)):
+            if isinstance(token, Session) and token.waits_for_renewal(self._now()):
+                # At 401 alone its client renews it; and many clients come from one address of their maker's.
+                raise UnauthorizedError(why, token_id=name, proven=True)
             raise self._is_over(why, address, name)
         if not self._is_from(token, principal, address):
             raise self._is_over(f"not from this address ({address})", address, name)

@@ -76,6 +76,10 @@ class Session(Token):
         """The name of its own pools, which stays when its secret is renewed."""
         return _digest(f"session {self.id} {self.created_at.timestamp()}")
 
+    def waits_for_renewal(self, now: datetime) -> bool:
+        """Whether only the access of an OAuth client has ended, which it can renew."""
+        return self.client is not None and self.expires_at is not None and self.expires_at <= now < self.over_at
+
     def is_current(self, text: str) -> bool:
         """Whether this text is the session's."""
         return secrets.compare_digest(_digest(text), self.hash)
