@@ -400,6 +400,9 @@ def test_root_adds_and_removes_a_database_of_a_service_whose_files_are_another_u
     assert not (var / "sales.password").exists()
     user = ["user", "add", "alice"]
     assert run(*config, *user).code == 0
+    out = str(var / "alice.token")
+    assert run(*config, "token", "add", "--user", "alice", "--expiry", "30d", "--out", out).code == 0
+    assert run(*config, "token", "verify", "--file", out).good.endswith("is active\n")  # it is the service's, not root's
     per_user = ["--host", newest_shop.cluster.host, "--port", str(newest_shop.cluster.port), "--dbname", "shop"]
     assert run(*config, "database", "add", "mine", *per_user, "--roles", "per_user").code == 0
     admin = newest_shop.cluster.dsn_for("postgres", newest_shop.cluster.superuser_password, "shop")
@@ -413,3 +416,8 @@ def test_root_adds_and_removes_a_database_of_a_service_whose_files_are_another_u
     assert run(*config, "key", "rotate").good.endswith("1 password sealed again\n")
     assert run(*config, "user", "remove", "alice", "--yes").good.startswith("alice removed\nrole mcp_alice_r dropped\n")
     assert all(path.stat().st_uid == NOBODY for path in var.iterdir())
+    assert run(*config, "database", "remove", "mine", "--yes").code == 0
+    for path in (etc, etc / "config.yaml"):  # as `mcpctl init` makes them: root becomes their owner to read them
+        os.chown(path, NOBODY, NOBODY)
+    seen = run(*config, "database", "add", "mine", *per_user, "--roles", "per_user")
+    assert (seen.code, "nobody has looked whether" in seen.err) == (0, False), seen.err

@@ -144,23 +144,27 @@ def _add(
     context: typer.Context, config: Path | None, name: str, values: dict[str, Any], password: str | None, *, test: bool
 ) -> Path:
     """Check it as the config would be with it, try it, seal the password, and write the config, in this order."""
+    import os
+
     from mcpctl import config as configuration
     from mcpctl import config_file, private_file
     from mcpctl.errors import ConflictError, NotFoundError, UsageError
     from mcpctl.postgres import administrator
 
-    found = loaded(context, config)
-    if found.source is None:
+    source = configuration.find(config or context.find_root().obj.config, os.environ)
+    if source is None:
         raise NotFoundError("there is no config file to put it into", "make one with `mcpctl init`", exit_code=3)
+    admin = source.parent / administrator.FILE
+    # As root still: where the config is the service user's, root becomes that user as soon as it is read.
+    lines = lines_of(admin) if test and values.get("roles") == "per_user" else {}
+    found = loaded(context, config)
     if not configuration.NAME.fullmatch(name):
         raise UsageError("that cannot be a database's name", "a-z first, then a-z 0-9 - _, at most 63")
     if name == "own":
         raise UsageError("own cannot be a database's name", "the log names users' own databases own:NAME")
     if name in found.databases:
         raise ConflictError(f"there is a database {name} already", "`mcpctl database list` shows all")
-    admin = found.source.parent / administrator.FILE
-    lines = lines_of(admin) if test and values.get("roles") == "per_user" else {}
-    source, own = found.source, found.auth.token_file.parent / f"{name}.password"
+    own = found.auth.token_file.parent / f"{name}.password"
     if password is not None:
         values["service_password_file" if "service_dsn" in values else "password_file"] = str(own)
 
