@@ -402,7 +402,8 @@ def test_root_adds_and_removes_a_database_of_a_service_whose_files_are_another_u
     assert run(*config, *user).code == 0
     out = str(var / "alice.token")
     assert run(*config, "token", "add", "--user", "alice", "--expiry", "30d", "--out", out).code == 0
-    assert run(*config, "token", "verify", "--file", out).good.endswith("is active\n")  # it is the service's, not root's
+    verified = run(*config, "token", "verify", "--file", out)  # the file is the service's, not root's
+    assert verified.good.endswith("is active\n")
     per_user = ["--host", newest_shop.cluster.host, "--port", str(newest_shop.cluster.port), "--dbname", "shop"]
     assert run(*config, "database", "add", "mine", *per_user, "--roles", "per_user").code == 0
     admin = newest_shop.cluster.dsn_for("postgres", newest_shop.cluster.superuser_password, "shop")

@@ -52,7 +52,7 @@ class About:
 
 
 def reason(problem: psycopg.Error) -> str:
-    """The last thing that libpq says went wrong; below it are indented lines, DETAIL and "Either …", which are advice."""
+    """The last thing that libpq says went wrong; indented lines, DETAIL and "Either …" below it are advice."""
     said = str(problem).strip().splitlines()
     lines = [line for line in said if not line[:1].isspace() and not line.startswith("Either provide the file")]
     fatal = [line for line in lines if "FATAL:" in line]
