@@ -101,6 +101,14 @@ def test_what_doctor_says_of_a_plain_password_leads_to_a_sealed_one(home: Home, 
     assert sealed(home) == PASSWORD
 
 
+def test_a_password_that_waits_for_a_dba_goes_with_its_database(home: Home, newest_shop: site.Shop) -> None:
+    assert add(home, newest_shop, "--password-file", "-", stdin=PASSWORD).code == 0
+    assert home("database", "passwd", "sales").code == 0
+    assert (home.folder / "sales.new.password").exists()
+    assert home("database", "remove", "sales", "--yes").code == 0
+    assert not [path for path in home.folder.iterdir() if path.name.startswith("sales.")]
+
+
 def test_a_database_without_a_login_yet_is_looked_for_by_the_administrator(home: Home, newest_shop: site.Shop) -> None:
     cluster = newest_shop.cluster
     per_user = ["--host", cluster.host, "--port", str(cluster.port), "--roles", "per_user", "--dbname"]
