@@ -289,6 +289,16 @@ def test_a_token_that_nobody_could_read_is_said_to_be_lost(alice: Home, command:
     assert alice("token", "revoke", lost[1]).good
 
 
+def test_a_no_stays_a_no_where_nobody_reads_stderr_either(home: Home) -> None:
+    reading, nobody = os.pipe()
+    os.close(reading)
+    with os.fdopen(nobody, "wb") as broken:
+        asked = [*COMMAND, "--config", str(home.config), "user", "add", "bob"]
+        env = environment(PYTHONUNBUFFERED="")  # as for people: what could not be written is tried again at the exit
+        done = [subprocess.run(asked, stdout=broken, stderr=broken, env=env, timeout=60) for _ in range(2)]
+    assert [one.returncode for one in done] == [0, 5]
+
+
 def test_rotate_replaces_at_once_or_after_the_overlap(alice: Home) -> None:
     name, text = alice.token("--user", "alice", "--note", "n")
     done = alice("token", "rotate", name, "--overlap", "24h")

@@ -101,6 +101,14 @@ def test_what_doctor_says_of_a_plain_password_leads_to_a_sealed_one(home: Home, 
     assert sealed(home) == PASSWORD
 
 
+def test_a_password_that_waits_for_a_dba_goes_with_its_database(home: Home, newest_shop: site.Shop) -> None:
+    assert add(home, newest_shop, "--password-file", "-", stdin=PASSWORD).code == 0
+    assert home("database", "passwd", "sales").code == 0
+    assert (home.folder / "sales.new.password").exists()
+    assert home("database", "remove", "sales", "--yes").code == 0
+    assert not [path for path in home.folder.iterdir() if path.name.startswith("sales.")]
+
+
 def test_a_database_without_a_login_yet_is_looked_for_by_the_administrator(home: Home, newest_shop: site.Shop) -> None:
     cluster = newest_shop.cluster
     per_user = ["--host", cluster.host, "--port", str(cluster.port), "--roles", "per_user", "--dbname"]
@@ -400,6 +408,10 @@ def test_root_adds_and_removes_a_database_of_a_service_whose_files_are_another_u
     assert not (var / "sales.password").exists()
     user = ["user", "add", "alice"]
     assert run(*config, *user).code == 0
+    out = str(var / "alice.token")
+    assert run(*config, "token", "add", "--user", "alice", "--expiry", "30d", "--out", out).code == 0
+    verified = run(*config, "token", "verify", "--file", out)  # the file is the service's, not root's
+    assert verified.good.endswith("is active\n")
     per_user = ["--host", newest_shop.cluster.host, "--port", str(newest_shop.cluster.port), "--dbname", "shop"]
     assert run(*config, "database", "add", "mine", *per_user, "--roles", "per_user").code == 0
     admin = newest_shop.cluster.dsn_for("postgres", newest_shop.cluster.superuser_password, "shop")

@@ -14,7 +14,7 @@ import trustme
 
 import mcpctl
 from command_line import Home, run
-from mcpctl import config
+from mcpctl import config, private_file
 from mcpctl.cli import config as config_command
 from mcpctl.config_keys import Pool
 from mcpctl.errors import ConfigError
@@ -242,3 +242,19 @@ def test_the_sections_are_frozen_dataclasses() -> None:
         made.wait = 1.0  # type: ignore[misc]
     with pytest.raises(TypeError):
         Pool(size=3)  # type: ignore[call-arg]
+
+
+def test_the_secrets_of_clients_are_read_as_the_server_would(home: Home) -> None:
+    clients = "\n".join(
+        f"      {name}: {{redirect_uris: ['https://a.example/cb'], secret_file: {name}.secret}}"
+        for name in ("gone", "short")
+    )
+    sign_in = f"auth:\n  oauth:\n    enabled: true\n    clients:\n{clients}\n"
+    home.config.write_text(sign_in + home.config.read_text())
+    private_file.create(home.folder / "short.secret", b"short\n")
+    key = "auth.oauth.clients"
+    assert [line.split(" (")[0] for line in faults(home)] == [
+        f"{home.config}:5: {key}.gone.secret_file: there is no file {home.folder}/gone.secret",
+        f"{home.config}:6: {key}.short.secret_file: {home.folder}/short.secret: the secret of the client short has "
+        "fewer than 32 ASCII characters",
+    ]

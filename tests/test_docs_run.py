@@ -129,9 +129,6 @@ def test_onboarding(cluster_shop: site.Shop, tmp_path: Path) -> None:
         "--database shop": "--database people",
         "--database stock": "--database shop",
         "databases:stock:read": "databases:shop:read",
-        "update public.products": "update public.products --database people",
-        "carl select public.customers": "carl select public.customers --database people",
-        "who-can select public.customers": "who-can select public.customers --database people",
     }  # fmt: skip
     with at_work(cluster_shop, tmp_path / "site", database=other) as (_, found):
         said = found.run(replaced(page("onboarding.md"), words))

@@ -449,6 +449,7 @@ def test_the_command_exits_one_only_where_something_is_wrong(here: Place) -> Non
 def test_who_could_change_the_program_is_told(here: Place) -> None:
     assert "the server runs as root" in here.site.run("doctor").stdout
     everything = [here.folder, *(path for path in here.folder.iterdir() if path.name != "admin.dsn")]
+    text = here.config.read_text()
     for path in everything:
         os.chown(path, NOBODY, NOBODY)
     try:
@@ -458,7 +459,11 @@ def test_who_could_change_the_program_is_told(here: Place) -> None:
         shown = here.site.run("doctor").stdout
         assert "the server runs as root" not in shown
         assert "the user that serves cannot change the program" in shown
+        here.config.write_text(f"{text}\nbogus: 1\n")
+        broken = here.site.run("doctor", check=False).stdout
+        assert ("bogus" in broken, "sudo mcpctl doctor" in broken) == (True, False)
     finally:
+        here.config.write_text(text)
         for path in everything:
             os.chown(path, 0, 0)
 

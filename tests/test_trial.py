@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
@@ -162,3 +163,11 @@ def test_a_service_login_that_leads_elsewhere_is_a_fault(service: str) -> None:
     with pytest.raises(ConfigError, match=r"databases\.d\.service_dsn leads to another database"):
         Logins({"d": settings}, NO_KEYS)
     Logins({"d": replace(settings, service_dsn="host=A. port=5432 dbname=shop user=reports")}, NO_KEYS)
+
+
+def test_a_ca_that_is_not_there_is_named_and_not_what_libpq_advises() -> None:
+    lost = 'connection failed: root certificate file "/etc/ca.pem" does not exist'
+    advice = "Either provide the file, use the system's trusted roots with sslrootcert=system, or change sslmode"
+    assert trial.reason(psycopg.OperationalError(f"{lost}\n{advice} to disable it.\n")) == lost
+    assert trial.hint_of(lost, "else").startswith("sslrootcert names the CA")
+    assert trial.hint_of("Connection refused", "else") == "else"

@@ -26,7 +26,7 @@ from mcpctl.postgres.passwords import Backend
 
 SHORTEST = 15
 """Characters that a given password has at least, as one to sign in with."""
-_PENDING = ".new.password"
+PENDING = ".new.password"
 """How the file ends that keeps a password until a DBA has run the SQL for it. `key rotate` knows what ends so."""
 
 
@@ -89,7 +89,7 @@ class Renewing(Departing):
         found = {other: login for other in self._settings.databases for login in self.logins.own(other)}
         same = [name, *(one for one, login in found.items() if one != name and passwords.is_one(own[0], login))]
         files = tuple(dict.fromkeys(self._file_of(one) for one in same))
-        pending = self._folder / f"{name}{'.service' if service else ''}{_PENDING}"
+        pending = self._folder / f"{name}{'.service' if service else ''}{PENDING}"
         return Renewal(role, own[0], tuple(same), pending, files)
 
     def _file_of(self, name: str) -> Path:
@@ -117,7 +117,7 @@ class Renewing(Departing):
                 sealed = user.grants[where[0]].passwords[access]
                 role = login_role(name, access)
                 login = self.logins.with_role(database if database in where else where[0], role, sealed)
-                pending = self._folder / f"{database}.{role}{_PENDING}"
+                pending = self._folder / f"{database}.{role}{PENDING}"
                 found.append(Renewal(role, login, where, pending, (), name, access))
         if not found:
             raise NotFoundError(

@@ -37,7 +37,7 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
     from mcpctl import control
     from mcpctl.config import where
     from mcpctl.errors import ConfigError, Error
-    from mcpctl.identity import tokens, users
+    from mcpctl.identity import oauth_clients, tokens, users
     from mcpctl.keyring import Keyring
     from mcpctl.postgres.logins import Logins
     from mcpctl.server import logs, tls, tracing
@@ -79,6 +79,8 @@ def check(context: typer.Context, json: JsonOption = False, config: ConfigOption
         tried(lambda: tls.context(found), "server.tls")
     for name in found.auth.oidc:
         tried(partial(_check_issuer, found, name), f"auth.oidc.{name}")
+    for name, client in found.auth.oauth.clients.items() if found.auth.oauth.enabled else ():
+        tried(partial(oauth_clients.secret_of, name, client.secret_file), f"auth.oauth.clients.{name}.secret_file")
 
     folder = control.folder_of(found.server.runtime_dir, found.auth.token_file)
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -413,13 +413,15 @@ def _check_unused(found: "Settings", name: str) -> None:
 
 def _forget(context: typer.Context, found: "Settings", name: str) -> None:
     """Remove the sealed password, if it is ours, write the audit line, and say which tokens still name it."""
-    from mcpctl import private_file
+    from mcpctl import private_file, renewing
     from mcpctl.keyring import is_sealed
 
     own = found.auth.token_file.parent / f"{name}.password"
     used = (found.databases[name].password_file, found.databases[name].service_password_file)
     if own in used and own.exists() and is_sealed(private_file.read(own, limit=4096).data.decode("utf-8", "replace")):
         own.unlink()
+    for pending in own.parent.glob(f"{name}.*{renewing.PENDING.removeprefix('.')}"):  # of a login, .service or .ROLE
+        pending.unlink()
     note(found, "config.database_removed", database=name, reason=by_whom(context))
     warn_of_tokens(found, name, "would open a new database of that name")
 

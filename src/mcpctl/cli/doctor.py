@@ -75,12 +75,15 @@ def _token(file: str | None) -> str | None:
     return text
 
 
-def _as_root(found: "Finding") -> "Finding":
-    """What may only be closed to us."""
+def _is_root() -> bool:
+    """Whether nothing is closed to us. On Windows there is no such user, and no sudo either."""
     import os
 
-    if not hasattr(os, "geteuid") or os.geteuid() == 0:
-        return found
+    return not hasattr(os, "geteuid") or os.geteuid() == 0
+
+
+def _as_root(found: "Finding") -> "Finding":
+    """What may only be closed to us."""
     return replace(found, hint=f"{found.hint}; where it is a service's: sudo mcpctl doctor")
 
 
@@ -122,6 +125,7 @@ class Visit:
     mended: "list[Mended]" = field(default_factory=list)
     unread: bool = False
     pruned: bool = False
+    by_root: bool = field(default_factory=_is_root)  # who became the files' owner since is root no more
 
     def arrive(self, fix: bool) -> None:
         """Read what there is; what cannot be is a finding."""
@@ -169,7 +173,8 @@ class Visit:
                 found = common.settings(self.context, self.config, needs_log=False, forgiving=forgiving, mode=0o644)
             except Error as problem:
                 if not forgiving:
-                    self.early.append(_as_root(Check("config").broken(problem)))
+                    broken = Check("config").broken(problem)
+                    self.early.append(broken if self.by_root else _as_root(broken))
                 continue
             except OSError as problem:
                 name, hint = problem.filename or "a file", "run as the owner of mcpctl's files, or as root"

@@ -7,7 +7,6 @@
 - a token goes to stdout, where it is asked for, and never into a message.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -53,9 +52,13 @@ def _print(text: str) -> bool:
 
 def say(text: str) -> None:
     """A line for the person, on stderr. Where nobody reads it, the exit code says enough."""
-    with contextlib.suppress(OSError):
+    try:
         sys.stderr.write(_lines(masked(text)) + "\n")  # in one piece: workers write there, too
         sys.stderr.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # as in _print: else the last flush fails, and Python exits 120
+    except OSError:
+        pass
 
 
 def warn(text: str, hint: str | None = None) -> None:

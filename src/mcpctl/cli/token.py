@@ -15,6 +15,7 @@ from mcpctl.cli.common import (
     note,
     note_all,
     proof,
+    read_secret,
     ready_to_note,
     settings,
 )
@@ -413,10 +414,9 @@ def verify(
 
     Exits 0 for a good one, 1 for any other.
     """
-    from mcpctl import private_file
     from mcpctl.identity import tokens
 
-    text = private_file.read(file, limit=4096).data.decode("utf-8", "replace").strip() if file else _from_stdin()
+    text = read_secret(str(file)).decode("utf-8", "replace").strip() if file else _from_stdin()
     found = settings(context, config, needs_log=False)
     now = tokens.utcnow()
     name = tokens.token_id(text)

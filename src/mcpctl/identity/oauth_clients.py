@@ -12,12 +12,13 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
-from mcpctl import redirect_uris
+from mcpctl import private_file, redirect_uris
 from mcpctl.config_sign_in import Oauth
 from mcpctl.config_values import CONTROL
-from mcpctl.errors import Error, LimitedError, UnavailableError
+from mcpctl.errors import ConfigError, Error, LimitedError, UnavailableError
 from mcpctl.identity import tokens
 from mcpctl.shared_counters import source
 from mcpctl.state import State
@@ -34,6 +35,8 @@ _BEGUN = timedelta(minutes=15)
 """For which it stays even so, so that a flow that has begun ends."""
 _FORGOTTEN = timedelta(days=90)
 """After which a client goes that nobody has a connection with any more."""
+_SECRET = 1024
+"""Bytes of a secret's file."""
 _COLUMNS = "id, name, redirects, renews"
 
 
@@ -164,3 +167,17 @@ def read(said: Mapping[str, Any], schemes: Sequence[str]) -> tuple[str, tuple[st
     if not isinstance(name, str) or len(name) > NAME or CONTROL.search(name):
         raise MetadataError(f"client_name: expected a text of {NAME} characters at most, without control characters")
     return name, tuple(dict.fromkeys(uris)), "refresh_token" in grants
+
+
+def secret_of(name: str, file: Path | None) -> str | None:
+    """The secret of a client that the config lists; None for a public one. ConfigError for a file that cannot be it."""
+    if file is None:
+        return None
+    try:
+        found = private_file.read(file, limit=_SECRET).data.decode("ascii").strip()
+    except UnicodeDecodeError:
+        found = ""
+    if len(found) < 32:
+        hint = "make one with: openssl rand -hex 32"
+        raise ConfigError(f"{file}: the secret of the client {name} has fewer than 32 ASCII characters", hint)
+    return found

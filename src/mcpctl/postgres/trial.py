@@ -52,10 +52,18 @@ class About:
 
 
 def reason(problem: psycopg.Error) -> str:
-    """The last thing that libpq says went wrong; indented lines and DETAIL below it are advice."""
-    lines = [line for line in str(problem).strip().splitlines() if not line[:1].isspace()]
+    """The last thing that libpq says went wrong; indented lines, DETAIL and "Either …" below it are advice."""
+    said = str(problem).strip().splitlines()
+    lines = [line for line in said if not line[:1].isspace() and not line.startswith("Either provide the file")]
     fatal = [line for line in lines if "FATAL:" in line]
     return (fatal or lines or [type(problem).__name__])[-1]
+
+
+def hint_of(said: str, otherwise: str) -> str:
+    """What to do about a reason: where nobody here believes PostgreSQL's certificate, to say whose it is."""
+    if "certificate verify failed" in said or "root certificate file" in said:
+        return "sslrootcert names the CA of its certificate; `mcpctl init` takes it as --db-sslrootcert FILE"
+    return otherwise
 
 
 def log_in(login: Login) -> About:
@@ -72,7 +80,7 @@ def log_in(login: Login) -> About:
         hint = "see `mcpctl database list`; the server's own log says more"
         if "no password supplied" in said:
             hint = "`mcpctl database add` takes one with --ask-password, or --password-file FILE"
-        raise Error(f"{login.name}: {said}", hint) from None
+        raise Error(f"{login.name}: {said}", hint_of(said, hint)) from None
     if shared:
         raise Error(f"{login.name}: {SHARED_BACKENDS}", "set pool_mode = session there, or name PostgreSQL itself")
     if pooled and login.role is not None:
@@ -91,7 +99,9 @@ def answers(login: Login) -> None:
     try:
         psycopg.connect(conninfo, application_name="mcpctl test").close()
     except psycopg.Error as problem:
-        raise Error(f"{login.name}: {reason(problem)}", "is PostgreSQL there, and does it take connections?") from None
+        said = reason(problem)
+        hint = hint_of(said, "is PostgreSQL there, and does it take connections?")
+        raise Error(f"{login.name}: {said}", hint) from None
 
 
 def _pid(connection: psycopg.Connection[Any]) -> int:

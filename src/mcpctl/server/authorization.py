@@ -4,16 +4,14 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 
-from mcpctl import private_file
 from mcpctl.config_sign_in import Oauth
-from mcpctl.errors import ConfigError, UnavailableError
+from mcpctl.errors import UnavailableError
 from mcpctl.identity.browsers import Browsers
 from mcpctl.identity.client_documents import Documents
 from mcpctl.identity.oauth import Connections
-from mcpctl.identity.oauth_clients import Client, Clients
+from mcpctl.identity.oauth_clients import Client, Clients, secret_of
 from mcpctl.identity.tokens import utcnow
 from mcpctl.identity.users import User
 from mcpctl.in_turn import in_turn
@@ -27,7 +25,6 @@ from mcpctl.server.routes import Addition
 
 log = logging.getLogger("mcpctl.oauth")
 _SWEEP = 60.0
-_SECRET = 1024
 
 
 class Authorization(NamedTuple):
@@ -82,19 +79,6 @@ async def build(core: Core) -> Authorization | None:
 def listed(oauth: Oauth) -> dict[str, Client]:
     """The clients that the config lists, by id."""
     return {
-        name: Client(name, one.title or name, one.redirect_uris, listed=True, secret=_secret(name, one.secret_file))
+        name: Client(name, one.title or name, one.redirect_uris, listed=True, secret=secret_of(name, one.secret_file))
         for name, one in oauth.clients.items()
     }
-
-
-def _secret(name: str, file: Path | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        found = private_file.read(file, limit=_SECRET).data.decode("ascii").strip()
-    except UnicodeDecodeError:
-        found = ""
-    if len(found) < 32:
-        hint = "make one with: openssl rand -hex 32"
-        raise ConfigError(f"{file}: the secret of the client {name} has fewer than 32 ASCII characters", hint)
-    return found

@@ -93,6 +93,8 @@ def bind(host: str, port: int) -> Door:
         hint = "is another server there?"
         if isinstance(problem, socket.gaierror) or problem.errno == errno.EADDRNOTAVAIL:
             hint = "server.host and --host take an address of this machine, such as 127.0.0.1"
+        elif problem.errno in (errno.EACCES, errno.EPERM):
+            hint = "a port below 1024 is root's; docs/deployment.md has a socket that systemd holds"
         raise Error(f"cannot listen on {host} port {port}: {problem.strerror}", hint) from None
     made.set_inheritable(True)
     return made
