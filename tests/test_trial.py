@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
@@ -42,6 +43,16 @@ def test_a_member_of_a_role_with_too_much_power_has_it_too(shop: Shop, group: st
         with shop.admin() as admin:
             admin.execute("REVOKE CONNECT ON DATABASE postgres FROM sneaky")
             admin.execute("DROP ROLE sneaky")
+
+
+def test_of_a_certificate_that_nobody_knows_it_is_said_what_names_its_ca(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise psycopg.OperationalError("SSL error: certificate verify failed")
+
+    monkeypatch.setattr(psycopg, "connect", refused)
+    with pytest.raises(Error, match="certificate verify failed") as found:
+        trial.answers(Login("shop", Database(host="/nowhere"), NO_KEYS))
+    assert "--db-sslrootcert" in str(found.value.hint)
 
 
 @pytest.fixture

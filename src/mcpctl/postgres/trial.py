@@ -89,7 +89,10 @@ def answers(login: Login) -> None:
     try:
         psycopg.connect(conninfo, application_name="mcpctl test").close()
     except psycopg.Error as problem:
-        raise Error(f"{login.name}: {reason(problem)}", "is PostgreSQL there, and does it take connections?") from None
+        said, hint = reason(problem), "is PostgreSQL there, and does it take connections?"
+        if "certificate" in said:
+            hint = "whose certificate is it? --db-sslrootcert FILE names the CA"
+        raise Error(f"{login.name}: {said}", hint) from None
 
 
 def _pid(connection: psycopg.Connection[Any]) -> int:
