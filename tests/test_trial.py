@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import ssl
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -95,6 +97,28 @@ def test_who_shows_a_certificate_may_ask_for_the_password_in_clear(monkeypatch: 
     assert required("host=/run/postgresql sslmode=verify-full sslrootcert=ca.pem") == "!password"
     monkeypatch.setattr(login_, "KNOWS_REQUIRE_AUTH", False)
     assert required("host=localhost") is None
+
+
+def test_libpq_is_shown_the_cas_of_this_machine_unless_somebody_has_said_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An OpenSSL that came in a wheel knows of none."""
+    places = ssl.get_default_verify_paths()
+    here = places._replace(cafile=None, capath=str(tmp_path))
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: here)
+
+    def shown(dsn: str, **said: str) -> tuple[str | None, str | None]:
+        for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+            monkeypatch.setenv(name, said.get(name, ""))
+            if name not in said:
+                monkeypatch.delenv(name)
+        Login("shop", Database(dsn=dsn), NO_KEYS).dsn()
+        return os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+
+    assert shown("host=db.example.org") == (None, str(tmp_path))
+    assert shown("host=db.example.org", SSL_CERT_DIR="/mine") == (None, "/mine")
+    assert shown("host=db.example.org sslmode=verify-full sslrootcert=/ca.pem") == (None, None)
+    assert shown("host=localhost") == (None, None)
 
 
 ELSEWHERE = [
