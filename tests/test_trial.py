@@ -99,6 +99,20 @@ def test_who_shows_a_certificate_may_ask_for_the_password_in_clear(monkeypatch: 
     assert required("host=localhost") is None
 
 
+def test_in_a_database_without_an_encoding_text_is_text_too(newest_shop: Shop) -> None:
+    with newest_shop.admin() as admin:
+        admin.execute("CREATE DATABASE plain TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'")
+    try:
+        dsn = newest_shop.cluster.dsn_for("postgres", newest_shop.cluster.superuser_password, "plain")
+        connection = administrator.connect_as(Login("plain", Database(dsn=dsn), NO_KEYS))
+        assert connection is not None
+        with connection:
+            assert connection.execute("SELECT 'lo_create(oid)'::text").fetchone() == ("lo_create(oid)",)
+    finally:
+        with newest_shop.admin() as admin:
+            admin.execute("DROP DATABASE plain WITH (FORCE)")
+
+
 def test_libpq_is_shown_the_cas_of_this_machine_unless_somebody_has_said_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
