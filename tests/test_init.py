@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,15 @@ def test_the_config_of_the_service_names_its_folders(tmp_path: Path) -> None:
     assert known["server"] == {"state_file": "/var/lib/mcpctl/state.db", "runtime_dir": "/run/mcpctl"}
     assert known["audit"] == {"file": "/var/log/mcpctl/audit.jsonl"}
     assert known["backup"] == {"directory": "/var/backups/mcpctl"}
+
+
+@pytest.mark.parametrize(("owner", "run"), [((1, 1), "sudo mcpctl"), (None, "mcpctl")])
+def test_what_comes_next_is_roots_where_the_files_are_a_services(owner: tuple[int, int] | None, run: str) -> None:
+    layout = replace(init_layout.service(Path("/"), (1, 1)), owner=owner)
+    found = init_config.steps(Answers(None, LOCAL, None, None, None, None), layout, sql=False, token=False, flag="")
+    assert f"{run} config check && {run} doctor" in found
+    assert f"{run} user add alice" in found
+    assert found[-1].startswith("mcpctl client-config")
 
 
 def test_a_flag_is_asked_for_only_where_nobody_has_said_it(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -212,6 +213,21 @@ def test_a_server_that_is_starting_takes_no_connections_and_one_that_is_full_doe
             return await ping.takes_connections(f"host=127.0.0.1 port={port} user=a", 5)
 
     assert asyncio.run(run()) is takes
+
+
+def test_a_certificate_that_libpq_takes_is_taken_by_every_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = ssl.create_default_context
+
+    def as_of_3_13(**options: str | None) -> ssl.SSLContext:
+        context = usual(**options)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", as_of_3_13)
+    context = ping._context({"sslmode": "verify-full"})
+    assert not context.verify_flags & ssl.VERIFY_X509_STRICT
+    assert context.check_hostname
+    assert context.verify_mode == ssl.CERT_REQUIRED
 
 
 def test_of_several_hosts_one_that_takes_connections_is_enough(newest_shop: Shop) -> None:

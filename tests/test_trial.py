@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import ssl
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +47,16 @@ def test_a_member_of_a_role_with_too_much_power_has_it_too(shop: Shop, group: st
             admin.execute("DROP ROLE sneaky")
 
 
+def test_of_a_certificate_that_nobody_knows_it_is_said_what_names_its_ca(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise psycopg.OperationalError("SSL error: certificate verify failed")
+
+    monkeypatch.setattr(psycopg, "connect", refused)
+    with pytest.raises(Error, match="certificate verify failed") as found:
+        trial.answers(Login("shop", Database(host="/nowhere"), NO_KEYS))
+    assert "--db-sslrootcert" in str(found.value.hint)
+
+
 @pytest.fixture
 def fake() -> Iterator[Hostile]:
     """A server that speaks no TLS and asks for the password in clear."""
@@ -85,6 +97,42 @@ def test_who_shows_a_certificate_may_ask_for_the_password_in_clear(monkeypatch: 
     assert required("host=/run/postgresql sslmode=verify-full sslrootcert=ca.pem") == "!password"
     monkeypatch.setattr(login_, "KNOWS_REQUIRE_AUTH", False)
     assert required("host=localhost") is None
+
+
+def test_in_a_database_without_an_encoding_text_is_text_too(newest_shop: Shop) -> None:
+    with newest_shop.admin() as admin:
+        admin.execute("CREATE DATABASE plain TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'")
+    try:
+        dsn = newest_shop.cluster.dsn_for("postgres", newest_shop.cluster.superuser_password, "plain")
+        connection = administrator.connect_as(Login("plain", Database(dsn=dsn), NO_KEYS))
+        assert connection is not None
+        with connection:
+            assert connection.execute("SELECT 'lo_create(oid)'::text").fetchone() == ("lo_create(oid)",)
+    finally:
+        with newest_shop.admin() as admin:
+            admin.execute("DROP DATABASE plain WITH (FORCE)")
+
+
+def test_libpq_is_shown_the_cas_of_this_machine_unless_somebody_has_said_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An OpenSSL that came in a wheel knows of none."""
+    places = ssl.get_default_verify_paths()
+    here = places._replace(cafile=None, capath=str(tmp_path))
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: here)
+
+    def shown(dsn: str, **said: str) -> tuple[str | None, str | None]:
+        for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+            monkeypatch.setenv(name, said.get(name, ""))
+            if name not in said:
+                monkeypatch.delenv(name)
+        Login("shop", Database(dsn=dsn), NO_KEYS).dsn()
+        return os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+
+    assert shown("host=db.example.org") == (None, str(tmp_path))
+    assert shown("host=db.example.org", SSL_CERT_DIR="/mine") == (None, "/mine")
+    assert shown("host=db.example.org sslmode=verify-full sslrootcert=/ca.pem") == (None, None)
+    assert shown("host=localhost") == (None, None)
 
 
 ELSEWHERE = [

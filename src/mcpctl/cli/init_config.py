@@ -158,35 +158,36 @@ def _psql(postgres: Postgres) -> str:
 
 
 def steps(answers: Answers, layout: Layout, *, sql: bool, token: bool, flag: str) -> list[str]:
-    """The commands that come next, in order; `flag` is what they need to find the config."""
+    """The commands that come next, in order; `flag` is what they need to find the config. A service's are root's."""
     found: list[str] = []
+    run = "mcpctl" if layout.owner is None else "sudo mcpctl"
     if answers.postgres is None:
-        found.append(f"name your database: mcpctl database add shop --host H --user R --ask-password{flag}")
+        found.append(f"name your database: {run} database add shop --host H --user R --ask-password{flag}")
     elif sql:
         script, psql = shlex.quote(str(layout.config / "roles.sql")), _psql(answers.postgres)
-        run = f"{psql} < {script}" if layout.owner is None else f"sudo cat {script} | {psql}"
-        found.append(f"as a superuser of PostgreSQL, the login role: {run}")
+        taken = f"{psql} < {script}" if layout.owner is None else f"sudo cat {script} | {psql}"
+        found.append(f"as a superuser of PostgreSQL, the login role: {taken}")
         if answers.postgres.host.startswith("/") and answers.postgres.user:
             line = f"local  {answers.postgres.dbname}  {answers.postgres.user}  scram-sha-256"
             found.append(f"in pg_hba.conf, where a line `local all all peer` is, before that: {line}")
     if sql and answers.postgres is not None and answers.postgres.roles == "per_user":
         found.append(
-            f"see that PostgreSQL is as recorded: mcpctl grant diff{flag}   (pg_hba.conf: docs/users-and-grants.md)"
+            f"see that PostgreSQL is as recorded: {run} grant diff{flag}   (pg_hba.conf: docs/users-and-grants.md)"
         )
     if answers.postgres is not None:
-        harden = f"mcpctl database harden {answers.postgres.name} --print-sql{flag}"
+        harden = f"{run} database harden {answers.postgres.name} --print-sql{flag}"
         found.append(f"dangerous functions away from PUBLIC: {harden} | {_psql(answers.postgres)}")
-    found.append(f"mcpctl config check{flag} && mcpctl doctor{flag}")
+    found.append(f"{run} config check{flag} && {run} doctor{flag}")
     if answers.user is None:
-        found.append(f"mcpctl user add alice{flag}")
+        found.append(f"{run} user add alice{flag}")
     if not token:
-        found.append(f"mcpctl token add --user {answers.user or 'alice'} --expiry {LIFETIME}{flag}")
+        found.append(f"{run} token add --user {answers.user or 'alice'} --expiry {LIFETIME}{flag}")
     unit = any(
         Path(one, "mcpctl.service").exists()
         for one in ("/etc/systemd/system", "/lib/systemd/system", "/usr/lib/systemd/system")
     )
     behind = " --behind-proxy" if answers.listening.proxies and answers.listening.host != "127.0.0.1" else ""
     service = layout.owner is not None and unit
-    found.append("systemctl enable --now mcpctl" if service else f"mcpctl serve{behind}{flag}")
+    found.append("sudo systemctl enable --now mcpctl" if service else f"{run} serve{behind}{flag}")
     found.append(f"mcpctl client-config claude-code --url {answers.listening.url}/mcp --write   (where the client is)")
     return found

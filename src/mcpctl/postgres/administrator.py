@@ -294,7 +294,7 @@ _AFTER_THE_PASSWORD = ("permission denied for database", "is not permitted to lo
 def connect_as(login: Login) -> Connection | None:
     """A connection as that login; None where PostgreSQL gives none."""
     try:
-        made = psycopg.connect(login.dsn(), autocommit=True, application_name="mcpctl look")
+        made = psycopg.connect(login.dsn(), autocommit=True, application_name="mcpctl look", client_encoding="UTF8")
         made.execute("SET search_path = pg_catalog, pg_temp")
         return made
     except psycopg.Error:

@@ -235,10 +235,23 @@ def secure(values: dict[str, Any], where: str) -> None:
                 f"{where}: sslmode {values['sslmode']} may send rows and passwords in clear to {elsewhere[0]}",
                 "leave it out (verify-full), or say require or verify-ca; disable is for loopback and sockets",
             )
+    if (values.get("sslrootcert") or known.get("sslrootcert")) == "system":
+        show_cas()
     over_tcp = bool(named) and not any(one[:1] in ("", "/", "@") for text in named for one in text.split(","))
     verified = over_tcp and str(values.get("sslmode") or known.get("sslmode")).startswith("verify-")
     if KNOWS_REQUIRE_AUTH and not verified and not known.get("require_auth"):
         values["require_auth"] = "!password"
+
+
+def show_cas() -> None:
+    """Show libpq where the CAs of this machine are, for sslrootcert=system: a wheel's own OpenSSL looks for them where
+    it was built, and finds none. OpenSSL, SSL_CTX_set_default_verify_paths."""
+    import ssl
+
+    places = ssl.get_default_verify_paths()
+    for name, place in ((places.openssl_cafile_env, places.cafile), (places.openssl_capath_env, places.capath)):
+        if place is not None:
+            os.environ.setdefault(name, place)
 
 
 _LOOPBACK = "localhost"
