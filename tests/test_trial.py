@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+import pg
 from hostile import Hostile, hostile
 from mcpctl.config_keys import Database
 from mcpctl.errors import ConfigError, Error, ForbiddenError
@@ -16,6 +18,7 @@ from mcpctl.keyring import Keyring
 from mcpctl.postgres import administrator, privileges, trial
 from mcpctl.postgres import login as login_
 from mcpctl.postgres.administrator import Administrator
+from mcpctl.postgres.embedded import Cluster
 from mcpctl.postgres.login import Login, same_database
 from mcpctl.postgres.logins import Logins
 from site_of_mcpctl import Shop
@@ -84,6 +87,23 @@ def test_who_shows_a_certificate_may_ask_for_the_password_in_clear(monkeypatch: 
     assert required("host=/run/postgresql sslmode=verify-full sslrootcert=ca.pem") == "!password"
     monkeypatch.setattr(login_, "KNOWS_REQUIRE_AUTH", False)
     assert required("host=localhost") is None
+
+
+def test_the_systems_cas_are_found_though_the_openssl_of_libpqs_wheel_looks_elsewhere(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binaries = next((found for found in pg.supported() if not found.bundled), None)
+    if binaries is None:
+        pytest.skip("the PostgreSQL of the wheel is built without TLS, and the system has none")
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    paths = ssl.get_default_verify_paths()._replace(cafile=str(certificates / "ca.pem"), capath=None)
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths)
+    pair = (certificates / "cert.pem", certificates / "key.pem")
+    with Cluster.start(binaries, tcp=True, ssl=pair) as cluster:
+        dsn = make_conninfo(cluster.dsn, host="localhost", sslmode="verify-full", sslrootcert="system")
+        assert trial.log_in(Login("shop", Database(dsn=dsn), NO_KEYS)).privileged
 
 
 ELSEWHERE = [

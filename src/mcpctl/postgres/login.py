@@ -6,6 +6,7 @@ PostgreSQL, "Database Connection Control Functions", lists the keywords; the ope
 import ipaddress
 import os
 import socket
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +34,8 @@ no certificate from asking for it in clear."""
 SCRAM_ONLY = {"require_auth": "scram-sha-256"} if KNOWS_REQUIRE_AUTH else {}
 CONNECT_TIMEOUT = 5
 """Seconds that opening a connection may take, unless the DSN says otherwise."""
+SYSTEM = "system"
+"""What libpq calls the system's CAs as an sslrootcert."""
 _MEANT = {"read-write": "primary", "read-only": "standby"}
 """What who asks for such a server means. libpq goes by default_transaction_read_only as well, which is on for a login
 that can only read, wherever it is."""
@@ -228,16 +231,29 @@ def secure(values: dict[str, Any], where: str) -> None:
     if elsewhere := [one for one in named if not is_here(one)]:
         if "sslmode" not in values:
             values["sslmode"] = "verify-full"
-            values.setdefault("sslrootcert", "system")
+            values.setdefault("sslrootcert", SYSTEM)
         elif values["sslmode"] in ("disable", "allow", "prefer"):
             raise ConfigError(
                 f"{where}: sslmode {values['sslmode']} may send rows and passwords in clear to {elsewhere[0]}",
                 "leave it out (verify-full), or say require or verify-ca; disable is for loopback and sockets",
             )
+    if values.get("sslrootcert") == SYSTEM:
+        find_cas()
     over_tcp = bool(named) and not any(one[:1] in ("", "/", "@") for text in named for one in text.split(","))
     verified = over_tcp and str(values.get("sslmode") or known.get("sslmode")).startswith("verify-")
     if KNOWS_REQUIRE_AUTH and not verified and not known.get("require_auth"):
         values["require_auth"] = "!password"
+
+
+def find_cas() -> None:
+    """Tell libpq where this system's CAs are, as Python knows it, unless the environment says so. The OpenSSL in
+    psycopg's wheel looks for them in a folder of its own, which no system has, and would trust nobody."""
+    if os.environ.keys() & {"SSL_CERT_FILE", "SSL_CERT_DIR"}:
+        return
+    found = ssl.get_default_verify_paths()
+    for name, path in (("SSL_CERT_FILE", found.cafile), ("SSL_CERT_DIR", found.capath)):
+        if path is not None:
+            os.environ[name] = path
 
 
 _LOOPBACK = "localhost"

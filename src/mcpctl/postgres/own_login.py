@@ -21,7 +21,7 @@ from mcpctl.errors import ConfigError, Error, ForbiddenError, UnavailableError, 
 from mcpctl.identity.own_databases import OwnDatabase
 from mcpctl.lookups import Lookups
 from mcpctl.postgres.hba import GROUP
-from mcpctl.postgres.login import CONNECT_TIMEOUT, OWN, Login
+from mcpctl.postgres.login import CONNECT_TIMEOUT, OWN, SYSTEM, Login, find_cas
 from mcpctl.postgres.terminator import bounded
 
 CHECK = 10.0
@@ -261,7 +261,10 @@ class OwnLogin(Login):
     def _root(self) -> str:
         if self.rules.sslrootcert is not None:
             return str(self.rules.sslrootcert)
-        return "system" if self.rules.sslmode == "verify-full" else ""
+        if self.rules.sslmode != "verify-full":
+            return ""
+        find_cas()
+        return SYSTEM
 
 
 async def check(login: OwnLogin) -> None:
