@@ -468,6 +468,18 @@ def test_who_could_change_the_program_is_told(here: Place) -> None:
             os.chown(path, 0, 0)
 
 
+def test_a_certificate_of_six_days_is_warned_of_when_it_ought_to_have_been_renewed(tmp_path: Path) -> None:
+    issued = trustme.CA().issue_cert("localhost", not_before=END - timedelta(days=6), not_after=END)
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    issued.cert_chain_pems[0].write_to_path(cert)
+    key.touch(0o600)
+    issued.private_key_pem.write_to_path(key)
+    settings = Settings(server=Server(tls=Tls(cert, key)))
+    for left, status in ((3, OK), (1, WARN)):
+        patient = Patient(settings, {}, None, END - timedelta(days=left), {})
+        assert next(iter(certificate.certificate(patient))).status == status
+
+
 def test_the_certificate_is_looked_at(tmp_path: Path) -> None:
     issued, other = trustme.CA().issue_cert("localhost", not_after=END), trustme.CA().issue_cert("localhost")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+import pg
 from hostile import Hostile, hostile
 from mcpctl.config_keys import Database
 from mcpctl.errors import ConfigError, Error, ForbiddenError
@@ -19,6 +20,7 @@ from mcpctl.keyring import Keyring
 from mcpctl.postgres import administrator, privileges, trial
 from mcpctl.postgres import login as login_
 from mcpctl.postgres.administrator import Administrator
+from mcpctl.postgres.embedded import Cluster
 from mcpctl.postgres.login import Login, same_database
 from mcpctl.postgres.logins import Logins
 from site_of_mcpctl import Shop
@@ -133,6 +135,23 @@ def test_libpq_is_shown_the_cas_of_this_machine_unless_somebody_has_said_others(
     assert shown("host=db.example.org", SSL_CERT_DIR="/mine") == (None, "/mine")
     assert shown("host=db.example.org sslmode=verify-full sslrootcert=/ca.pem") == (None, None)
     assert shown("host=localhost") == (None, None)
+
+
+def test_the_systems_cas_are_found_though_the_openssl_of_libpqs_wheel_looks_elsewhere(
+    certificates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binaries = next((found for found in pg.supported() if not found.bundled), None)
+    if binaries is None:
+        pytest.skip("the PostgreSQL of the wheel is built without TLS, and the system has none")
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    paths = ssl.get_default_verify_paths()._replace(cafile=str(certificates / "ca.pem"), capath=None)
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths)
+    pair = (certificates / "cert.pem", certificates / "key.pem")
+    with Cluster.start(binaries, tcp=True, ssl=pair) as cluster:
+        dsn = make_conninfo(cluster.dsn, host="localhost", sslmode="verify-full", sslrootcert="system")
+        assert trial.log_in(Login("shop", Database(dsn=dsn), NO_KEYS)).privileged
 
 
 ELSEWHERE = [

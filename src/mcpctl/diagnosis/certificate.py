@@ -13,6 +13,8 @@ from mcpctl.config_keys import Server
 from mcpctl.diagnosis.patient import Check, Finding, Patient, some
 
 _SOON = timedelta(days=30)
+"""This long before its end a certificate ought to have been renewed; one that lives less than 90 days, as ACME's short
+ones, when a third of its life is left."""
 _NO_ISSUER, _SELF_SIGNED, _SELF_SIGNED_ROOT, _FIRST = 20, 18, 19, 21
 """X509_V_ERR_… of openssl-verify(1): what is missing is somebody to believe."""
 
@@ -28,7 +30,7 @@ def certificate(patient: Patient) -> Iterator[Finding]:
     if wrong := pair.out_of_date(patient.now):
         hint = "renew it; a server that runs takes the new files by itself"
         yield check.fail("certificate.dates", wrong, hint)
-    elif end - patient.now < _SOON:
+    elif end - patient.now < min(_SOON, (end - pair.own.not_valid_before_utc) / 3):
         hint = "renew it, and see why nothing has"
         yield check.warn("certificate.ends", f"{path} ends on {end.date()}", hint)
     else:

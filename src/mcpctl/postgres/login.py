@@ -33,6 +33,8 @@ no certificate from asking for it in clear."""
 SCRAM_ONLY = {"require_auth": "scram-sha-256"} if KNOWS_REQUIRE_AUTH else {}
 CONNECT_TIMEOUT = 5
 """Seconds that opening a connection may take, unless the DSN says otherwise."""
+SYSTEM = "system"
+"""What libpq calls the system's CAs as an sslrootcert."""
 _MEANT = {"read-write": "primary", "read-only": "standby"}
 """What who asks for such a server means. libpq goes by default_transaction_read_only as well, which is on for a login
 that can only read, wherever it is."""
@@ -229,29 +231,32 @@ def secure(values: dict[str, Any], where: str) -> None:
     if elsewhere := [one for one in named if not is_here(one)]:
         if "sslmode" not in values:
             values["sslmode"] = "verify-full"
-            values.setdefault("sslrootcert", "system")
+            values.setdefault("sslrootcert", SYSTEM)
         elif values["sslmode"] in ("disable", "allow", "prefer"):
             raise ConfigError(
                 f"{where}: sslmode {values['sslmode']} may send rows and passwords in clear to {elsewhere[0]}",
                 "leave it out (verify-full), or say require or verify-ca; disable is for loopback and sockets",
             )
-    if (values.get("sslrootcert") or known.get("sslrootcert")) == "system":
-        show_cas()
+    if (values.get("sslrootcert") or known.get("sslrootcert")) == SYSTEM:
+        find_cas()
     over_tcp = bool(named) and not any(one[:1] in ("", "/", "@") for text in named for one in text.split(","))
     verified = over_tcp and str(values.get("sslmode") or known.get("sslmode")).startswith("verify-")
     if KNOWS_REQUIRE_AUTH and not verified and not known.get("require_auth"):
         values["require_auth"] = "!password"
 
 
-def show_cas() -> None:
-    """Show libpq where the CAs of this machine are, for sslrootcert=system: a wheel's own OpenSSL looks for them where
-    it was built, and finds none. OpenSSL, SSL_CTX_set_default_verify_paths."""
+def find_cas() -> None:
+    """Tell libpq where this system's CAs are, as Python knows it, unless the environment says so. The OpenSSL in
+    psycopg's wheel looks for them in a folder of its own, which no system has, and would trust nobody. OpenSSL,
+    SSL_CTX_set_default_verify_paths(3)."""
     import ssl
 
-    places = ssl.get_default_verify_paths()
-    for name, place in ((places.openssl_cafile_env, places.cafile), (places.openssl_capath_env, places.capath)):
-        if place is not None:
-            os.environ.setdefault(name, place)
+    if os.environ.keys() & {"SSL_CERT_FILE", "SSL_CERT_DIR"}:
+        return
+    found = ssl.get_default_verify_paths()
+    for name, path in (("SSL_CERT_FILE", found.cafile), ("SSL_CERT_DIR", found.capath)):
+        if path is not None:
+            os.environ[name] = path
 
 
 _LOOPBACK = "localhost"

@@ -21,7 +21,7 @@ from mcpctl.errors import ConfigError, Error, ForbiddenError, UnavailableError, 
 from mcpctl.identity.own_databases import OwnDatabase
 from mcpctl.lookups import Lookups
 from mcpctl.postgres.hba import GROUP
-from mcpctl.postgres.login import CONNECT_TIMEOUT, OWN, Login, show_cas
+from mcpctl.postgres.login import CONNECT_TIMEOUT, OWN, SYSTEM, Login, find_cas
 from mcpctl.postgres.terminator import bounded
 
 CHECK = 10.0
@@ -263,8 +263,8 @@ class OwnLogin(Login):
             return str(self.rules.sslrootcert)
         if self.rules.sslmode != "verify-full":
             return ""
-        show_cas()
-        return "system"
+        find_cas()
+        return SYSTEM
 
 
 async def check(login: OwnLogin) -> None:
