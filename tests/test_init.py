@@ -269,6 +269,14 @@ assert os.geteuid() == 0
 """
 
 
+def test_who_has_named_a_config_elsewhere_is_not_given_another_installation(tmp_path: Path) -> None:
+    named = {"MCPCTL_CONFIG": str(tmp_path / "one" / "config.yaml")}
+    done = run("init", str(tmp_path / "two"), "--no-input", env=named)
+    assert (done.code, (tmp_path / "two").exists()) == (2, False)
+    assert f"this would make {tmp_path}/two/config.yaml" in done.error
+    assert run("init", str(tmp_path / "one"), "--no-input", env=named).code == 0
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 def test_root_makes_the_services_folders_and_its_user_the_files_or_nothing_is_left(open_folder: Path) -> None:
     for one in ("etc", "var/lib", "var/log", "run", "var/backups"):

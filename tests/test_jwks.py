@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -17,7 +18,7 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from issuer import DISCOVERY, ED25519, P256, Answer, Clock, Issuer, as_json, ca_file, jwk, rsa_key, running, signed
 from mcpctl.config_sign_in import Oidc
 from mcpctl.errors import ConfigError, UnauthorizedError, UnavailableError
-from mcpctl.identity import jwks
+from mcpctl.identity import fetching, jwks
 from mcpctl.identity.fetching import LIMIT, Fetcher
 from mcpctl.identity.oidc import Issuers
 
@@ -273,6 +274,21 @@ def test_an_issuer_has_to_show_a_certificate_of_the_ca_in_the_config(tmp_path: P
             assert asking.verify(issuer.token())
         with Asking(issuer.config(ca_file=None)) as asking:
             assert "certificate" in asking.fails(issuer.token()).lower()
+
+
+def test_a_ca_that_is_named_is_believed_by_every_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = ssl.create_default_context
+
+    def as_of_3_13(**options: Any) -> ssl.SSLContext:
+        context = usual(**options)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", as_of_3_13)
+    made = fetching._trusting(ca_file(trustme.CA(), tmp_path))
+    assert not made.verify_flags & ssl.VERIFY_X509_STRICT
+    assert (made.verify_mode, made.check_hostname) == (ssl.CERT_REQUIRED, True)
+    assert fetching._trusting(None).verify_flags & ssl.VERIFY_X509_STRICT
 
 
 def test_a_ca_file_that_is_none_stops_the_start(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -116,6 +117,7 @@ def init(
         hint = "say --user: with per_user the login roles are the users'" if db_host else "say --db-host and --db-name"
         raise UsageError("--print-sql: there is no login role to make", hint)
     layout = _layout(folder)
+    _refuse_elsewhere(layout)
     _refuse_twice(layout)
     asking = None if no_input or json or not _terminal() else init_answers.Asking()
     answers = init_answers.answered(given, asking, read_password)
@@ -158,6 +160,18 @@ def _layout(folder: Path | None) -> "Layout":
     if folder is not None or not _is_root():
         return init_layout.one_folder((folder or config.default_folder()).absolute())
     return init_layout.system() or init_layout.one_folder(Path("/etc/mcpctl"))
+
+
+def _refuse_elsewhere(layout: "Layout") -> None:
+    """MCPCTL_CONFIG would lead every command that follows to another installation."""
+    from mcpctl.errors import UsageError
+
+    named, made = os.environ.get("MCPCTL_CONFIG"), layout.config / "config.yaml"
+    if named and Path(named).absolute() != made:
+        raise UsageError(
+            f"MCPCTL_CONFIG names {named}, and this would make {made}",
+            f"unset it, or name its folder: mcpctl init {shlex.quote(str(Path(named).absolute().parent))}",
+        )
 
 
 def _refuse_twice(layout: "Layout") -> None:
