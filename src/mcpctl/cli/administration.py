@@ -108,9 +108,13 @@ class Files:
 
 def lines_of(admin: Path) -> "Lines":
     """What the administrator's file says; nothing where it is not there, or root's, and we are not."""
+    import os
+
     from mcpctl.postgres import administrator
 
     try:
+        if hasattr(os, "geteuid") and os.geteuid() != 0 and admin.exists() and admin.stat().st_uid == 0:
+            return {}
         return administrator.lines(admin) if admin.exists() else {}
     except PermissionError:
         return {}
