@@ -420,6 +420,9 @@ def test_root_adds_and_removes_a_database_of_a_service_whose_files_are_another_u
     done = run(*config, "user", "grant", "alice", *grant, "--access", "read", "--apply")
     assert done.good == "alice in mine: read public.orders\n"
     assert (etc / "admin.dsn").stat().st_uid == 0
+    service = starter().run([*config, "user", "disable", "alice"], b"", environment(), 60, user=(NOBODY, NOBODY))
+    assert (service.returncode, b"no administrator to disable" in service.stderr) == (0, True)
+    assert run(*config, "user", "enable", "alice").code == 0
     assert run(*config, "grant", "diff").code == 0
     assert "belongs to the user whom" not in run(*config, "doctor").out
     assert run(*config, "key", "rotate").good.endswith("1 password sealed again\n")
