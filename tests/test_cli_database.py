@@ -423,6 +423,9 @@ def test_root_adds_and_removes_a_database_of_a_service_whose_files_are_another_u
     service = starter().run([*config, "user", "disable", "alice"], b"", environment(), 60, user=(NOBODY, NOBODY))
     assert (service.returncode, b"no administrator to disable" in service.stderr) == (0, True)
     assert run(*config, "user", "enable", "alice").code == 0
+    daily = starter().run([*config, "doctor", "--json"], b"", environment(), 60, user=(NOBODY, NOBODY))
+    told = [one["status"] for one in json.loads(daily.stdout)["checks"] if "admin.dsn" in one["message"]]
+    assert (bool(told), "fail" in told, "failed" in told) == (True, False, False)
     assert run(*config, "grant", "diff").code == 0
     assert "belongs to the user whom" not in run(*config, "doctor").out
     assert run(*config, "key", "rotate").good.endswith("1 password sealed again\n")

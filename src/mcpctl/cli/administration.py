@@ -129,13 +129,14 @@ def lines_beside(context: typer.Context, config: Path | None) -> "tuple[Path | N
     if source is None:
         return None, {}
     admin = source.parent / administrator.FILE
-    if _closed(admin):
+    if closed(admin):
         output.warn(f"{admin} is another user's: this goes on as if it were not there", "run it as root")
         return admin, {}
     return admin, lines_of(admin)
 
 
-def _closed(admin: Path) -> bool:
+def closed(admin: Path) -> bool:
+    """Whether the administrator's file is another user's, as root's beside a service's files, and not ours to read."""
     import os
 
     try:

@@ -148,7 +148,10 @@ class Visit:
         if source is not None:
             self.admin = source.parent / administrator.FILE
             try:
-                lines = administration.lines_of(self.admin)
+                self.unread = administration.closed(
+                    self.admin
+                )  # as the daily check finds it, which runs as the service
+                lines = {} if self.unread else administration.lines_of(self.admin)
             except Error as problem:
                 self._unread(check.broken(problem))
         self._load()
