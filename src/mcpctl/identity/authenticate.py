@@ -140,6 +140,8 @@ class Authenticator(Standing):
         try:
             found = await visitors.admit(text, address, self._now())
         except UnauthorizedError as problem:
+            if problem.proven:  # only over: at 401 alone its client gets another
+                raise
             raise self._is_wrong(problem.message, address) from None
         self._look_for_lock()
         self._renew()

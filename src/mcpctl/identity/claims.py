@@ -105,7 +105,7 @@ def _end(claims: Mapping[str, Any], now: datetime, skew: float) -> datetime:
     if end is None:
         raise UnauthorizedError("it has no end (exp)")
     if seconds >= end + skew:
-        raise UnauthorizedError("it has expired (exp)")
+        raise UnauthorizedError("it has expired (exp)", proven=True)  # its issuer's, ours, and only over
     if max(begin or 0, made or 0) > seconds + skew:
         raise UnauthorizedError("it is from the future (nbf, iat): look at the clocks")
     return datetime.fromtimestamp(min(end, _LAST - skew), UTC) + timedelta(seconds=skew)

@@ -98,7 +98,7 @@ class Issuers:
                 fresh = {**token.claims, **await asked.ask(text)}
                 found = _same(found, outside(issuer.name, issuer.config, fresh, self._now(), access=True))
         except UnauthorizedError as problem:
-            raise UnauthorizedError(f"{issuer.name}: {problem.message}") from None
+            raise UnauthorizedError(f"{issuer.name}: {problem.message}", proven=problem.proven) from None
         return issuer, found
 
     async def _of_opaque(self, text: str) -> tuple[_Issuer, Outside]:
@@ -110,7 +110,7 @@ class Issuers:
             claims = await asked.ask(text)
             return issuer, outside(issuer.name, issuer.config, claims, self._now(), access=True)
         except UnauthorizedError as problem:
-            raise UnauthorizedError(f"{issuer.name}: {problem.message}") from None
+            raise UnauthorizedError(f"{issuer.name}: {problem.message}", proven=problem.proven) from None
 
     def _remember(self, text: str, until: datetime, found: Outside) -> None:
         while len(self._known) >= _MOST:

@@ -115,7 +115,7 @@ class Visitors:
             found = self._entry(await self._issuers.verify(text), now)
         except UnauthorizedError as problem:
             self._texts.pop(text, None)
-            raise UnauthorizedError(f"an outside token: {problem.message}") from None
+            raise UnauthorizedError(f"an outside token: {problem.message}", proven=problem.proven) from None
         self._remember(text, found.id)
         return found
 
