@@ -177,7 +177,7 @@ class Making:
 
     def _token(self, found: "Settings") -> str | None:
         """The first user's token: in its file, or on stdout, or, for --json, given back."""
-        from mcpctl.cli.new_token import expiry_of, handing_over
+        from mcpctl.cli.new_token import expiry_of, handing_over, kept
         from mcpctl.errors import Error
         from mcpctl.identity import tokens
 
@@ -193,7 +193,7 @@ class Making:
                     problem.hint = "nothing is left of it, nor of the rest; --out FILE puts it into a file"
                     raise
         ends = f", until {tokens.rfc3339(entry.expires_at)}" if entry.expires_at else ""
-        output.say(f"token {entry.id} of {answers.user}{ends}: keep it now, it is not shown again")
+        output.say(f"token {entry.id} of {answers.user}{ends}: {kept(answers.out)}")
         return text if answers.out is None else None
 
 

@@ -100,6 +100,7 @@ def handing_over(out: Path | None) -> "Iterator[Callable[[Token, str, bool, date
     if out is not None and str(out) == "-":
         raise UsageError("--out takes a file, not -", "without --out the token goes to stdout")
     if out is not None:
+        private_file.check_folder(out.absolute().parent)  # else the token would be made, and never handed over
         try:
             private_file.create(out, b"\n" * 80)  # its whole room, so that a full disk is known now
         except ConfigError as problem:
@@ -230,7 +231,12 @@ def permission_of(found: "Settings", text: str) -> str:
     return text
 
 
-def tell(found: "Settings", entry: "Token", entries: Any) -> None:
+def kept(out: Path | None) -> str:
+    """What is said of where a new token's text is."""
+    return f"it is in {out}, and nowhere else" if out is not None else "keep it now, it is not shown again"
+
+
+def tell(found: "Settings", entry: "Token", entries: Any, out: Path | None) -> None:
     """The facts of a new token, on stderr."""
     from mcpctl.config import covers
     from mcpctl.identity import tenants, users
@@ -238,7 +244,7 @@ def tell(found: "Settings", entry: "Token", entries: Any) -> None:
 
     whose = f"user {entry.user}" if entry.user else "a service"
     ends = f"expires {rfc3339(entry.expires_at)}" if entry.expires_at else "never expires"
-    output.say(f"token {entry.id} for {whose}, {ends}; keep it now, it is not shown again")
+    output.say(f"token {entry.id} for {whose}, {ends}; {kept(out)}")
     if entry.permissions is not None and not any(text.startswith(("*", "tools:")) for text in entry.permissions):
         output.warn("this token's permissions name no tool, so it can call none", "add --permission 'tools:*'")
     elif entry.permissions is not None:

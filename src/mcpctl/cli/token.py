@@ -27,6 +27,7 @@ from mcpctl.cli.new_token import (
     check_user,
     expiry_of,
     handing_over,
+    kept,
     networks_of,
     not_to_rotate,
     people,
@@ -117,7 +118,7 @@ def add(
         entry, text = tokens.add(file, wanted, made)
         note(found, "token.added", token=entry.id, user=user, reason=by_whom(context, note_))
         give(entry, text, json, now)
-    tell(found, entry, file.current())
+    tell(found, entry, file.current(), out)
 
 
 @app.command("list")
@@ -256,7 +257,7 @@ def rotate(
         return
     old, new = _replace(context, found, id, over, bounded(found, expiry, now), out, json, now)
     ends_at = f"expires {tokens.rfc3339(new.expires_at)}" if new.expires_at else "never expires"
-    output.say(f"token {new.id} replaces {id}, {ends_at}; keep it now, it is not shown again")
+    output.say(f"token {new.id} replaces {id}, {ends_at}; {kept(out)}")
     if old.revoked_at is not None:
         output.say(f"token {id} has ended; {proof(found, [id])[0]}")
     elif old.expires_at is not None:

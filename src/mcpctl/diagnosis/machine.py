@@ -43,19 +43,22 @@ def disk(patient: Patient) -> Iterator[Finding]:
         "the server's store": settings.server.state_file,
         "the tokens": settings.auth.token_file,
     }
-    said: dict[tuple[object, ...], str] = {}
+    seen: set[tuple[object, ...]] = set()
+    room: list[str] = []
     for what, path in wanted.items():
         folder = path.parent
         if not folder.is_dir():
             continue  # said of the modes
         found = patient.disk(folder)
         about = (folder.stat().st_dev, *(getattr(found, name) for name in ("f_bavail", "f_favail", "f_flag")))
-        if about in said:
+        if about in seen:
             continue
-        said[about] = f"{found.f_bavail * found.f_frsize >> 20} MiB at {folder}"
-        yield from _one_disk(check, found, what, folder, written=path is not settings.auth.token_file)
-    if said:
-        yield check.ok(f"room: {', '.join(said.values())}")
+        seen.add(about)
+        faults = list(_one_disk(check, found, what, folder, written=path is not settings.auth.token_file))
+        room += [] if faults else [f"{found.f_bavail * found.f_frsize >> 20} MiB at {folder}"]
+        yield from faults
+    if room:
+        yield check.ok(f"room: {', '.join(room)}")
 
 
 def _one_disk(check: Check, found: "os.statvfs_result", what: str, folder: Path, *, written: bool) -> Iterator[Finding]:
