@@ -61,6 +61,26 @@ def test_disable_takes_the_login_ends_its_connections_and_enable_gives_it_back(h
     here.connect(user).close()
 
 
+def test_disable_goes_on_whatever_is_wrong_with_the_administrators_file(here: Place, user: str) -> None:
+    """An incident does not wait until that is mended; to give the right back does."""
+    here.grant(user, "read", "public.orders")
+    admin = here.config.parent / administrator.FILE
+    text = admin.read_text()
+    try:
+        admin.write_text(f"{text}\ngone: host=/tmp dbname=gone\n")  # as after `mcpctl database remove gone`
+        assert f"NOLOGIN: mcp_{user}_r" in here.site.run("user", "disable", user).stderr
+        assert here.site.run("user", "enable", user, check=False).returncode == 3
+        admin.write_text(text)
+        here.site.run("user", "enable", user)
+        admin.chmod(0o644)
+        said = here.site.run("user", "disable", user)
+        assert said.stdout.startswith(f"{user} disabled")
+        assert all(part in said.stderr for part in ("has mode 0644", "a DBA runs: ", f'"mcp_{user}_r" NOLOGIN'))
+    finally:
+        admin.write_text(text)
+        admin.chmod(0o600)
+
+
 def test_disable_finds_a_role_whose_database_is_no_longer_in_the_config(here: Place, user: str) -> None:
     here.grant(user, "read", "public.orders")
     text = here.config.read_text()

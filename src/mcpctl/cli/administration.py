@@ -116,13 +116,16 @@ def lines_of(admin: Path) -> "Lines":
         return {}
 
 
-def lines_beside(context: typer.Context, config: Path | None) -> "tuple[Path | None, Lines]":
+def lines_beside(
+    context: typer.Context, config: Path | None, *, forgiving: bool = False
+) -> "tuple[Path | None, Lines]":
     """The administrator's file of this installation, and what it says, read before root is given up; nothing, and a
-    warning, where it is another user's and closed to us."""
+    warning, where it is another user's and closed to us, or, `forgiving`, where there is a fault in it."""
     import os
 
     from mcpctl import config as configuration
     from mcpctl.cli import output
+    from mcpctl.errors import Error
     from mcpctl.postgres import administrator
 
     source = configuration.find(config or context.find_root().obj.config, os.environ)
@@ -132,7 +135,13 @@ def lines_beside(context: typer.Context, config: Path | None) -> "tuple[Path | N
     if closed(admin):
         output.warn(f"{admin} is another user's: this goes on as if it were not there", "run it as root")
         return admin, {}
-    return admin, lines_of(admin)
+    try:
+        return admin, lines_of(admin)
+    except Error as problem:
+        if not forgiving:
+            raise
+        output.warn(f"{problem.message}: this goes on as if it were not there", problem.hint)
+        return admin, {}
 
 
 def closed(admin: Path) -> bool:
@@ -146,11 +155,13 @@ def closed(admin: Path) -> bool:
 
 
 def files_of(context: typer.Context, config: Path | None, *, needs_log: bool, forgiving: bool = False) -> Files:
-    """The installation; root reads the administrator's file before it becomes the owner of the others."""
+    """The installation; root reads the administrator's file before it becomes the owner of the others. `forgiving`: as
+    `common.settings` takes it; a fault of the administrator's file is only told then."""
     from mcpctl.postgres import administrator
 
-    admin, lines = lines_beside(context, config)
+    admin, lines = lines_beside(context, config, forgiving=forgiving)
     found = common.settings(context, config, needs_log=needs_log, forgiving=forgiving)
-    known = admin is not None and (found.databases or not forgiving)
-    dsns = administrator.by_database(admin, lines, found) if admin is not None and known else {}
+    if forgiving:  # a line for a database that is gone, or left out for a fault of the config's
+        lines = {name: line for name, line in lines.items() if not name or name in found.databases}
+    dsns = administrator.by_database(admin, lines, found) if admin is not None else {}
     return Files(found, dsns, admin)
