@@ -385,6 +385,15 @@ def test_a_login_role_that_no_grant_needs_is_told_once_a_cluster(doctor: Doctor,
         here.do("CREATE ROLE mcp_stray_r", f"COMMENT ON ROLE mcp_stray_r IS '{here.granting().mark('stray')}'")
         # other is of shop's cluster; alias is, too, and its address does not say so
         assert {one.check for one in doctor.found(WARN, stray)} == {"database shop", "database alias"}
+        text = here.config.read_text()
+        try:  # and also where one of the two does not answer
+            for gone, tells in (("shop", "other"), ("other", "shop")):
+                here.config.write_text(text.replace(f"dbname: {gone}\n", "dbname: gone\n", 1))
+                assert f"database {tells}" in {one.check for one in doctor.found(WARN, stray)}
+                assert [one for one in doctor.found(FAIL, f"cannot reach {gone}") if one.check == f"database {gone}"]
+                assert not [one for one in doctor.found(FAIL, "cannot reach") if one.check == f"database {tells}"]
+        finally:
+            here.config.write_text(text)
 
     doctor.appears(WARN, stray, made, lambda: here.do("DROP ROLE mcp_stray_r"))
 

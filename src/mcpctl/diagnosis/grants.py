@@ -5,6 +5,7 @@ from contextlib import closing
 
 from mcpctl.diagnosis.databases import clock, guard_nothing, open_still, version
 from mcpctl.diagnosis.patient import Check, Finding, Patient
+from mcpctl.errors import UnavailableError
 from mcpctl.granting import Granting
 from mcpctl.identity import tenants
 from mcpctl.identity.grants import ACCESSES, PENDING, Grant, login_role
@@ -36,14 +37,32 @@ def grants(patient: Patient, check: Check) -> Iterator[Finding]:
                 if grant.has(access) and f"{role}: is not there" not in wrong:
                     yield from open_still(check, connection, role, functions=access not in asked)
                     asked.add(access)
-    cluster = granting.cluster(name)
-    for database, sentence in granting.strays(patient.dsns, cluster if cluster[:1] == [name] else ()):
+    for sentence, database in _strays(patient, granting, name).items():
         there = Check("database", database)
         if sentence.startswith((f"{hba.GROUP}:", f"{roles.HEIR}:")):
             yield there.fail("grants.group", sentence, "REVOKE it")
         else:
             yield there.warn("grants.stray", sentence, "DROP OWNED BY and DROP ROLE it, or add the user again")
     yield from _administered(patient, granting, check)
+
+
+def _strays(patient: Patient, granting: Granting, name: str) -> dict[str, str]:
+    """By sentence, where each stray of the cluster was seen; they are told of the first database there that answers."""
+    found: dict[str, str] = {}
+    first = None
+    for one in filter(patient.dsns.__contains__, granting.cluster(name)):
+        try:
+            there = granting.strays(patient.dsns, (one,))
+        except UnavailableError:
+            if one == name:
+                raise
+            continue  # its own check tells it
+        first = first or one
+        if first != name:
+            return {}
+        for database, sentence in there:
+            found.setdefault(sentence, database)
+    return found
 
 
 def _remedy(sentence: str, user: str, grant: Grant) -> str:
