@@ -319,6 +319,14 @@ def test_rotate_replaces_at_once_or_after_the_overlap(alice: Home) -> None:
     assert (done.code, "is revoked already" in done.error) == (5, True)
 
 
+def test_a_store_that_cannot_be_opened_is_no_reason_to_stop_once_a_right_is_taken(alice: Home) -> None:
+    name, _ = alice.token("--user", "alice")
+    (alice.folder / "state.db").unlink(missing_ok=True)
+    (alice.folder / "state.db").mkdir()
+    assert alice("token", "revoke", name).good == f"{name} revoked\nno server runs\n"
+    assert alice("user", "disable", "alice").good == "alice disabled\nno server runs\n"
+
+
 def test_revoke_is_idempotent_never_asks_and_says_what_it_did(alice: Home) -> None:
     one, other = alice.token("--user", "alice")[0], alice.token()[0]
     assert alice("token", "revoke", one, "--reason", "leaked").good == f"{one} revoked\nno server runs\n"

@@ -133,17 +133,17 @@ class State:
     def is_alone(self) -> bool:
         """Whether no other process has the file open."""
         self.close()
-        connection = sqlite3.connect(self.path, timeout=0.2, isolation_level=None)
         try:
-            connection.execute("PRAGMA locking_mode = EXCLUSIVE")  # sqlite.org/wal.html, 6: needs the file for itself
-            connection.execute("BEGIN EXCLUSIVE")
-            connection.execute("ROLLBACK")
+            with contextlib.closing(sqlite3.connect(self.path, timeout=0.2, isolation_level=None)) as connection:
+                connection.execute(
+                    "PRAGMA locking_mode = EXCLUSIVE"
+                )  # sqlite.org/wal.html, 6: needs the file for itself
+                connection.execute("BEGIN EXCLUSIVE")
+                connection.execute("ROLLBACK")
         except sqlite3.OperationalError as problem:
             return not _is_busy(problem)
         except sqlite3.DatabaseError:  # it is none; whoever opens it says so
             return True
-        finally:
-            connection.close()
         return True
 
     @contextlib.contextmanager
