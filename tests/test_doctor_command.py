@@ -56,6 +56,14 @@ def test_a_fault_of_a_check_is_told_as_one(ward: Ward) -> None:
     assert "ZeroDivisionError" in found.what
 
 
+def test_a_restore_that_has_taken_the_config_away_is_told_as_interrupted(ward: Ward) -> None:
+    ward.config.rename(ward.file("aside.yaml"))
+    ward.file(".restore").touch(0o600)
+    code, told = doctor(ward)
+    wrong = [one["name"] for one in told["checks"] if one["status"] == "failed"]
+    assert (code, wrong) == (1, ["config.broken", "restores.unfinished"])
+
+
 def test_the_command_says_it_as_documented_and_exits_one_where_something_is_wrong(ward: Ward) -> None:
     code, told = doctor(ward)
     assert (code, told["ok"], told["mended"]) == (0, True, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import shutil
 import sqlite3
 import tarfile
@@ -227,6 +228,20 @@ def test_another_installations_files_on_another_disk_are_moved_aside_though_it_i
         assert next(other.folder.glob("before-restore-*/audit.jsonl")).read_bytes() == theirs
         assert [one.name for one in Path(disk).iterdir() if "leaving" in one.name] == []
         assert "whole" in other("audit", "verify").good
+
+
+@pytest.mark.skipif(not SHM.is_dir() or SHM.stat().st_dev == Path("/tmp").stat().st_dev, reason="there is one disk")
+def test_where_another_disk_has_no_room_for_what_is_moved_aside_nothing_is_changed(home: Home, tmp_path: Path) -> None:
+    path = kept.made(home, tmp_path / "b.age")
+    with tempfile.TemporaryDirectory(dir=SHM) as disk:
+        other = Home(tmp_path / "other", f"audit: {{file: {disk}/audit.jsonl}}\n")
+        other("user", "add", "zoe").good  # noqa: B018
+        os.truncate(Path(disk, "audit.jsonl"), 1 << 42)  # sparse
+        before = other.files()
+        for more in (["--dry-run"], []):
+            done = kept.restored(other, path, "--other-installation", *more)
+            assert (done.code, "is on another disk and has no room" in done.error) == (1, True), done.err
+        assert (other.files(), list(other.folder.glob("before-restore-*"))) == (before, [])
 
 
 def interrupted(path: Path, to: Path) -> None:

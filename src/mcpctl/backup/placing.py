@@ -10,13 +10,14 @@ import errno
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mcpctl import private_file
-from mcpctl.errors import ConfigError, ConflictError, NotFoundError
+from mcpctl.errors import ConfigError, ConflictError, FullError, NotFoundError
 from mcpctl.identity.lockdown import UNFINISHED, Lockdown
 
 PUT, MOVE, DROP = "put", "move", "drop"
@@ -24,6 +25,8 @@ PUT, MOVE, DROP = "put", "move", "drop"
 _READY = ".restored"
 _LEAVING = ".leaving"
 """Ends the name of what is on its way to another disk."""
+_SPARE = 1 << 20
+"""Bytes of that disk that stay free."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,20 @@ def _to_the_disk(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def check_room(steps: Sequence[Step]) -> None:
+    """Raises FullError where what is moved to another disk, and so is copied, has no room there."""
+    wanted: Counter[Path] = Counter()
+    for step in steps:
+        if step.do == MOVE and os.path.lexists(step.path):
+            there, found = next(one for one in Path(step.to).parents if one.is_dir()), os.lstat(step.path)
+            wanted[there] += found.st_size if found.st_dev != there.stat().st_dev else 0
+    for folder, size in wanted.items():
+        disk = os.statvfs(folder)
+        if size and disk.f_bavail * disk.f_frsize < size + _SPARE:
+            what = f"{size} bytes of what is here are to be kept in {folder}, which is on another disk and has no room"
+            raise FullError(what, "nothing was changed; make room there")
 
 
 def sweep(steps: Sequence[Step]) -> None:

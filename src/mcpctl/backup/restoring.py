@@ -66,6 +66,7 @@ def planned(
     settings = here or found.settings
     _check_places(found.settings)
     steps, aside = move_aside(settings, now)
+    placing.check_room(steps)
     done = plan(found, found.settings, since, now, revoke_all=revoke_all, cleared=True)
     done.steps = [*steps, *done.steps]
     if steps:

@@ -133,9 +133,10 @@ class Visit:
 
         from mcpctl import config as configuration
         from mcpctl.cli import administration
-        from mcpctl.diagnosis import mending, modes
+        from mcpctl.diagnosis import backups, mending, modes
         from mcpctl.diagnosis.patient import Check
         from mcpctl.errors import Error
+        from mcpctl.identity.lockdown import UNFINISHED
         from mcpctl.postgres import administrator
 
         source = configuration.find(self.config or self.context.find_root().obj.config, os.environ)
@@ -155,6 +156,8 @@ class Visit:
             except Error as problem:
                 self._unread(check.broken(problem))
         self._load()
+        if self.settings is None and source is not None and os.path.lexists(source.with_name(UNFINISHED)):
+            self.early.append(backups.interrupted(source.with_name(UNFINISHED)))  # it took the config away, at first
         if self.settings is not None and self.admin is not None:
             try:
                 self.dsns = administrator.by_database(self.admin, lines, self.settings)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 from mcpctl.backup import names, restoring
 from mcpctl.diagnosis.patient import Check, Finding, Mend, Patient, some
@@ -37,12 +38,17 @@ def backups(patient: Patient) -> Iterator[Finding]:
         yield check.ok(f"the newest in {wanted.directory} is of {when}")
 
 
+def interrupted(journal: Path) -> Finding:
+    """What is said of a restore whose journal still stands."""
+    what, hint = f"a restore was interrupted, and half of it is done: {journal}", "finish it, as the same user"
+    return Check("restores").fail("restores.unfinished", what, f"{hint}: mcpctl restore FILE")
+
+
 def restores(patient: Patient) -> Iterator[Finding]:
     """Whether a restore was interrupted, and what one that was killed has left."""
     check = Check("restores")
     if (journal := restoring.unfinished(patient.settings)) is not None:
-        hint = "finish it, as the same user: mcpctl restore FILE"
-        yield check.fail("restores.unfinished", f"a restore was interrupted, and half of it is done: {journal}", hint)
+        yield interrupted(journal)
     elif left := restoring.unpacked(patient.settings):
         what = (
             f"the content of a backup, keys and all, left unpacked by a restore that was killed: {some(map(str, left))}"
