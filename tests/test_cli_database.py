@@ -458,3 +458,7 @@ def test_the_administrator_looks_though_all_files_but_his_are_the_services(
     said = as_it.stderr.decode()
     assert (as_it.returncode, as_it.stdout.decode().splitlines()[0]) == (0, "alice disabled"), said
     assert f"{admin} is another user's" in said
+    os.chown(admin, 0, NOBODY)  # as whoever tried to let the daily check look
+    admin.chmod(0o640)
+    as_it = starter().run([*config, "grant", "diff"], b"", environment(), 60, user=(NOBODY, NOBODY))
+    assert (as_it.returncode, b"open to this one, who could make roles" in as_it.stderr) == (3, True), as_it.stderr

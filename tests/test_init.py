@@ -274,6 +274,8 @@ def test_who_has_named_a_config_elsewhere_is_not_given_another_installation(tmp_
     done = run("init", str(tmp_path / "two"), "--no-input", env=named)
     assert (done.code, (tmp_path / "two").exists()) == (2, False)
     assert f"this would make {tmp_path}/two/config.yaml" in done.error
+    other = run("init", str(tmp_path / "two"), "--no-input", env={"MCPCTL_CONFIG": str(tmp_path / "two" / "my.yaml")})
+    assert (other.code, other.err.splitlines()[-1]) == (2, "mcpctl: hint: unset it")  # no folder makes that one
     assert run("init", str(tmp_path / "one"), "--no-input", env=named).code == 0
 
 

@@ -108,10 +108,20 @@ class Files:
 
 def lines_of(admin: Path) -> "Lines":
     """What the administrator's file says; nothing where it is not there, or its folder is closed to us."""
+    import os
+
+    from mcpctl.errors import ConfigError
     from mcpctl.postgres import administrator
 
     try:
-        return administrator.lines(admin) if admin.exists() else {}
+        if not admin.exists():
+            return {}
+        if hasattr(os, "geteuid") and os.geteuid() not in (0, admin.stat().st_uid):
+            raise ConfigError(
+                f"{admin} is another user's, and open to this one, who could make roles with it",
+                f"as its owner: chmod 0600 {admin}; then give that login another password",
+            )
+        return administrator.lines(admin)
     except PermissionError:
         return {}
 

@@ -168,9 +168,10 @@ def _refuse_elsewhere(layout: "Layout") -> None:
 
     named, made = os.environ.get("MCPCTL_CONFIG"), layout.config / "config.yaml"
     if named and Path(named).absolute() != made:
+        folder = shlex.quote(str(Path(named).absolute().parent))
         raise UsageError(
             f"MCPCTL_CONFIG names {named}, and this would make {made}",
-            f"unset it, or name its folder: mcpctl init {shlex.quote(str(Path(named).absolute().parent))}",
+            "unset it" + (f", or name its folder: mcpctl init {folder}" if Path(named).name == made.name else ""),
         )
 
 

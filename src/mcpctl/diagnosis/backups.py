@@ -1,5 +1,6 @@
 """Whether there is a backup to restore from, where the config says that there are some; and what a restore left."""
 
+import shlex
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
@@ -54,4 +55,4 @@ def restores(patient: Patient) -> Iterator[Finding]:
             f"the content of a backup, keys and all, left unpacked by a restore that was killed: {some(map(str, left))}"
         )
         mend = Mend(f"rm -r {some(map(str, left))}", partial(restoring.remove, left))
-        yield check.fail("restores.unpacked", what, f"rm -r {left[0]}", mend)
+        yield check.fail("restores.unpacked", what, f"rm -r {shlex.quote(str(left[0]))}", mend)
