@@ -375,6 +375,7 @@ def remove(
     from mcpctl.config import check_database
     from mcpctl.errors import NotFoundError
 
+    admin, lines = lines_beside(context, config, forgiving=True)
     found = loaded(context, config)
     check_database(found, name)
     if found.source is None:
@@ -388,6 +389,8 @@ def remove(
     else:
         output.put(f"{name} removed")
         output.say("a server that runs keeps it until it is told: mcpctl config reload")
+    if name in lines:
+        output.warn(f"{admin} still has a line for {name}, and no grant is given or taken until that goes", "remove it")
 
 
 def _must_load(path: Path) -> None:
