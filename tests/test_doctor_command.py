@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mcpctl.backup import restoring
 from mcpctl.diagnosis.examine import elsewhere
 from mcpctl.diagnosis.patient import FAIL, SKIP, Patient
 from mcpctl.identity import tokens
@@ -62,6 +63,14 @@ def test_a_restore_that_has_taken_the_config_away_is_told_as_interrupted(ward: W
     code, told = doctor(ward)
     wrong = [one["name"] for one in told["checks"] if one["status"] == "failed"]
     assert (code, wrong) == (1, ["config.broken", "restores.unfinished"])
+
+
+def test_folders_alone_are_taken_for_what_a_restore_has_unpacked(ward: Ward) -> None:
+    folder = ward.file(".mcpctl-restore-0123")
+    folder.mkdir(0o700)
+    os.mkfifo(ward.file(".mcpctl-restore-pipe"))
+    ward.file(".mcpctl-restore-link").symlink_to(ward.config.parent)
+    assert restoring.unpacked(ward.settings) == [folder]
 
 
 def test_the_command_says_it_as_documented_and_exits_one_where_something_is_wrong(ward: Ward) -> None:

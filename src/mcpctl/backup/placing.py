@@ -61,7 +61,7 @@ def journal_of(config: Path, token_file: Path | None) -> Path:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One restore at a time in that folder. ConflictError where another is at work."""
-    fd = os.open(folder, os.O_RDONLY)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # a pipe of that name would have us wait
     try:
         try:
             private_file.lock(fd, 0)

@@ -173,7 +173,7 @@ def unpacked(settings: Settings) -> list[Path]:
     found = []
     for folder in sorted(near(settings).glob(f"{STAGE}*")):
         with suppress(ConflictError, OSError), placing.alone(folder):
-            found.append(folder)
+            found += [] if folder.is_symlink() else [folder]
     return found
 
 
