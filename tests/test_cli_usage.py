@@ -118,6 +118,15 @@ def test_all_tokens_but_some_are_revoked_at_once(home: Home) -> None:
     }  # fmt: skip
 
 
+def test_no_token_is_made_for_a_file_that_anybody_could_replace(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    done = home("token", "add", "--expiry", "1d", "--out", str(tmp_path / "open" / "x"))
+    assert (done.code, "can be written by anybody" in done.error) == (3, True)
+    assert home("token", "list").good == ""
+    assert not list((tmp_path / "open").iterdir())
+
+
 def test_all_tokens_are_rotated_into_private_files(home: Home) -> None:
     home("user", "add", "alice")
     keep, mine, service = home.token()[0], home.token("--user", "alice")[0], home.token()[0]
