@@ -88,7 +88,7 @@ def on_a_terminal(
     width: int = 200,
 ) -> Done:
     """mcpctl with a terminal for stdin, stdout and stderr. `until`: what has been shown is enough, and Ctrl-C ends it.
-    `answers`: what is typed when a text has been shown."""
+    `answers`: what is typed when a text has been shown, since the last one was typed."""
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         [*COMMAND, *arguments],
@@ -97,7 +97,7 @@ def on_a_terminal(
         preexec_fn=_take_terminal,
     )  # fmt: skip
     os.close(follower)
-    shown, waiting, ended, enough = b"", list(answers), time.monotonic() + 30, float("inf")
+    shown, waiting, typed, ended, enough = b"", list(answers), 0, time.monotonic() + 30, float("inf")
     try:
         while time.monotonic() < ended:
             ready, _, _ = select.select([leader], [], [], 0.05)
@@ -113,14 +113,17 @@ def on_a_terminal(
                 os.write(leader, b"\x03")
                 enough = time.monotonic()
             text = shown.decode("utf-8", "replace")
-            if waiting and waiting[0][0] in text:
-                answer = waiting.pop(0)[1]
+            if waiting and waiting[0][0] in text[typed:]:
+                answer, typed = waiting.pop(0)[1], len(text)
                 os.write(leader, answer.encode())
                 enough = time.monotonic() if answer == "\x03" else enough
             if until is not None and until(text):
                 os.write(leader, b"\x03")
                 until, enough = None, time.monotonic()
-        code = process.wait(max(0.1, ended - time.monotonic()))
+        try:
+            code = process.wait(max(0.1, ended - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it goes on; waiting for {waiting}, shown:\n{shown.decode()}") from None
     finally:
         process.kill()
         process.wait()

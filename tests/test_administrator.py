@@ -10,9 +10,11 @@ import pytest
 
 import pg
 from mcpctl import keyring
+from mcpctl.diagnosis.patient import FAIL, WARN
 from mcpctl.errors import ConflictError, NotFoundError
 from mcpctl.postgres import administrator
 from place import Place, place
+from test_doctor import Doctor
 
 
 @pytest.fixture(scope="module", params=pg.oldest_and_newest(), ids=str)
@@ -445,3 +447,18 @@ def test_no_password_is_sealed_with_another_key_than_the_others(here: Place, use
         file.write_text(right)
     assert here.recorded(user).write == ()  # type: ignore[union-attr]
     assert roles_of(here, user) == [(f"mcp_{user}_r", True)]
+
+
+def test_the_doctor_tells_a_stray_also_where_a_database_of_its_cluster_does_not_answer(here: Place) -> None:
+    doctor, text = Doctor(here), here.config.read_text()
+    here.do("CREATE ROLE mcp_stray_r", f"COMMENT ON ROLE mcp_stray_r IS '{here.granting().mark('stray')}'")
+    try:
+        for gone, tells in (("shop", "other"), ("other", "shop")):
+            here.config.write_text(text.replace(f"dbname: {gone}\n", "dbname: gone\n", 1))
+            found = [(one.status, one.check, one.what) for one in doctor.findings()]
+            assert (WARN, f"database {tells}", "mcp_stray_r: is there, and no grant needs it") in found
+            missed = {check for status, check, what in found if status == FAIL and "cannot reach" in what}
+            assert missed == {f"database {gone}"}
+    finally:
+        here.config.write_text(text)
+        here.do("DROP ROLE mcp_stray_r")

@@ -118,6 +118,15 @@ def test_all_tokens_but_some_are_revoked_at_once(home: Home) -> None:
     }  # fmt: skip
 
 
+def test_no_token_is_made_for_a_file_that_anybody_could_replace(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    done = home("token", "add", "--expiry", "1d", "--out", str(tmp_path / "open" / "x"))
+    assert (done.code, "can be written by anybody" in done.error) == (3, True)
+    assert home("token", "list").good == ""
+    assert not list((tmp_path / "open").iterdir())
+
+
 def test_all_tokens_are_rotated_into_private_files(home: Home) -> None:
     home("user", "add", "alice")
     keep, mine, service = home.token()[0], home.token("--user", "alice")[0], home.token()[0]
@@ -159,3 +168,12 @@ def test_what_does_not_go_with_all_is_said(home: Home, words: tuple[str, ...]) -
     assert done.code == 2
     assert "or say --all" in done.error
     assert "--except goes with --all" in done.error
+
+
+def test_a_store_that_cannot_be_opened_is_no_reason_to_stop_once_a_right_is_taken(home: Home) -> None:
+    home("user", "add", "alice")
+    name, _ = home.token("--user", "alice")
+    (home.folder / "state.db").unlink(missing_ok=True)
+    (home.folder / "state.db").mkdir()
+    assert home("token", "revoke", name).good == f"{name} revoked\nno server runs\n"
+    assert home("user", "disable", "alice").good == "alice disabled\nno server runs\n"

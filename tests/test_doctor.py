@@ -348,19 +348,16 @@ def test_a_grant_that_is_pending_or_for_no_database_fails(doctor: Doctor, here: 
     doctor.appears(FAIL, f"{user} has a grant in gone, which is not in the config", elsewhere, removed)
 
 
-def test_what_waits_for_its_sql_is_neither_to_be_granted_again_nor_a_stray(
-    doctor: Doctor, here: Place, user: str
-) -> None:
+def test_what_waits_for_its_sql_is_not_to_be_granted_again(doctor: Doctor, here: Place, user: str) -> None:
     here.grant(user, "read", "public.orders")
-    sql = ""
+    sql: list[str] = []
 
     def printed() -> None:
-        nonlocal sql
-        _, sql = here.granting().printed(user, "shop", lambda old: old.less(None, ()))
+        sql[:] = here.granting().printed(user, "shop", lambda old: old.less(None, ()))[1:]
         assert not doctor.found(WARN, f"mcp_{user}_r: is there, and no grant needs it")
 
     def done() -> None:
-        here.psql(sql)
+        here.psql(*sql)
         here.site.run("grant", "diff", "--user", user)
 
     found = doctor.appears(FAIL, "the grant is revoking", printed, done)
@@ -383,17 +380,8 @@ def test_a_login_role_that_no_grant_needs_is_told_once_a_cluster(doctor: Doctor,
 
     def made() -> None:
         here.do("CREATE ROLE mcp_stray_r", f"COMMENT ON ROLE mcp_stray_r IS '{here.granting().mark('stray')}'")
-        # other is of shop's cluster; alias is, too, and its address does not say so
-        assert {one.check for one in doctor.found(WARN, stray)} == {"database shop", "database alias"}
-        text = here.config.read_text()
-        try:  # and also where one of the two does not answer
-            for gone, tells in (("shop", "other"), ("other", "shop")):
-                here.config.write_text(text.replace(f"dbname: {gone}\n", "dbname: gone\n", 1))
-                assert f"database {tells}" in {one.check for one in doctor.found(WARN, stray)}
-                assert [one for one in doctor.found(FAIL, f"cannot reach {gone}") if one.check == f"database {gone}"]
-                assert not [one for one in doctor.found(FAIL, "cannot reach") if one.check == f"database {tells}"]
-        finally:
-            here.config.write_text(text)
+        told = {one.check for one in doctor.found(WARN, stray)}
+        assert told == {"database shop", "database alias"}  # of one cluster, which alias's address does not say
 
     doctor.appears(WARN, stray, made, lambda: here.do("DROP ROLE mcp_stray_r"))
 

@@ -177,7 +177,7 @@ def test_a_terminal_is_asked_and_wrong_answers_again(newest_shop: Shop, tmp_path
         answers=[
             ("socket, - to", f"{newest_shop.cluster.host}\n"),
             ("its port", "no\n"), ("takes a port", f"{newest_shop.cluster.port}\n"),
-            ("name there", "-\n"), ("name there: -", "shop\n"),
+            ("name there", "-\n"), ("name there", "shop\n"),
             ("per_user: one for each", "shared\n"), ("can only read", "init_asked\n"),
             ("to make one up", "\n"), ("who connects", "\n"), ("first user", "bob\n"),
             ("it is to last", "1y\n"), ("90d at most", "30d\n"),

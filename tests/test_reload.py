@@ -138,21 +138,6 @@ def test_what_cannot_change_is_named_and_a_restart_asked_for(make_site: MakeSite
     assert (none.returncode, "no server runs" in none.stderr) == (1, True)
 
 
-def test_who_revokes_hears_of_a_server_that_listens_where_the_config_does_not_say(
-    make_site: MakeSite, newest_shop: Shop, tmp_path: Path
-) -> None:
-    at = make_site(newest_shop)
-    name, _ = at.token()
-    (tmp_path / "run").mkdir(0o700)
-    at.limits = {"MCPCTL_SERVER__RUNTIME_DIR": str(tmp_path / "run")}  # as a drop-in of its unit may say
-    at.start()
-    done = at.run("token", "revoke", name)
-    assert done.stdout == f"{name} revoked\nno server runs\n"
-    assert f"no server listens in {at.folder}, and another process has" in done.stderr
-    at.stop()
-    assert "warning" not in at.run("token", "revoke", name).stderr
-
-
 def test_what_cannot_change_while_it_runs() -> None:
     page = (Path(__file__).parents[1] / "docs" / "reload.md").read_text(encoding="utf-8")
     old = Listening(Settings(), port=4711)

@@ -26,6 +26,21 @@ def test_without_a_server_the_answer_is_no(tmp_path: Path) -> None:
     assert "mcpctl: error: no server runs" in home("top").error
 
 
+def test_who_revokes_hears_of_a_server_that_listens_where_the_config_does_not_say(
+    newest_shop: Shop, make_site: Callable[..., Site], tmp_path: Path
+) -> None:
+    at = make_site(newest_shop)
+    name, _ = at.token()
+    (tmp_path / "run").mkdir(0o700)
+    at.limits = {"MCPCTL_SERVER__RUNTIME_DIR": str(tmp_path / "run")}  # as a drop-in of its unit may say
+    at.start()
+    done = at.run("token", "revoke", name)
+    assert done.stdout == f"{name} revoked\nno server runs\n"
+    assert f"no server listens in {at.folder}, and another process has" in done.stderr
+    at.stop()
+    assert "warning" not in at.run("token", "revoke", name).stderr
+
+
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [(0, "0 s"), (59.9, "59 s"), (61, "1 min 1 s"), (3600, "1 h 0 min"), (277_200, "3 d 5 h"), (-5, "0 s")],

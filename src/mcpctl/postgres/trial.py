@@ -77,7 +77,7 @@ def log_in(login: Login) -> About:
             shared = pooled and _shared(connection, conninfo)
     except psycopg.Error as problem:
         said = reason(problem)
-        hint = "see `mcpctl database list`; the server's own log says more"
+        hint = "are host, database, user and password the right ones? PostgreSQL's own log says more"
         if "no password supplied" in said:
             hint = "`mcpctl database add` takes one with --ask-password, or --password-file FILE"
         raise Error(f"{login.name}: {said}", hint_of(said, hint)) from None
