@@ -135,9 +135,8 @@ class State:
         self.close()
         try:
             with contextlib.closing(sqlite3.connect(self.path, timeout=0.2, isolation_level=None)) as connection:
-                connection.execute(
-                    "PRAGMA locking_mode = EXCLUSIVE"
-                )  # sqlite.org/wal.html, 6: needs the file for itself
+                # sqlite.org/wal.html, 6: it needs the file for itself
+                connection.execute("PRAGMA locking_mode = EXCLUSIVE")
                 connection.execute("BEGIN EXCLUSIVE")
                 connection.execute("ROLLBACK")
         except sqlite3.OperationalError as problem:
