@@ -73,7 +73,7 @@ BEGIN
       USING ERRCODE = '{OPEN}',
             HINT = 'a role that writes can change its own password, and come in past mcpctl: put the lines that '
                    'mcpctl user grant prints before these, with +{GROUP} not in quotes, and a single address '
-                   '(192.0.2.7/32) or host name, or clientcert=verify-full, where they let it in';
+                   '(192.0.2.7/32) or host name, where they let it in';
   END IF;
   IF NOT legible THEN
     RAISE WARNING 'the administrator may not read pg_hba.conf, so nobody saw whether +{GROUP} stands in quotes there, '
