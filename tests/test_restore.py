@@ -419,6 +419,7 @@ def test_a_restore_that_was_killed_at_any_step_is_finished_by_the_next(
         if not _until(home, path, steps, monkeypatch):
             break
         assert (home.folder / "lockdown").exists()  # no server answers a call on half of it
+        (home.folder / f"{opening.STAGE}0123").mkdir()  # as SIGKILL leaves it
         done = kept.restored(home, path)
         assert "is finished now" in done.out, done.err
         assert kept.tokens(home) == {name: "active"}

@@ -159,6 +159,7 @@ def finish(journal: Journal, at: Path, now: datetime, note: Callable[[Settings, 
     reserve.keep(settings.auth.token_file.parent)
     note(settings, journal.said)
     placing.end(at, journal)
+    remove(unpacked(settings))  # of the one that was interrupted
 
 
 def sweep(done: Plan) -> None:
