@@ -174,7 +174,8 @@ def unpacked(settings: Settings) -> list[Path]:
     found = []
     for folder in sorted(near(settings).glob(f"{STAGE}*")):
         with suppress(ConflictError, OSError), placing.alone(folder):
-            found += [] if folder.is_symlink() else [folder]
+            if not folder.is_symlink():
+                found.append(folder)
     return found
 
 

@@ -149,9 +149,7 @@ class Visit:
         if source is not None:
             self.admin = source.parent / administrator.FILE
             try:
-                self.unread = administration.closed(
-                    self.admin
-                )  # as the daily check finds it, which runs as the service
+                self.unread = administration.closed(self.admin)  # as for the daily check, which is the service's
                 lines = {} if self.unread else administration.lines_of(self.admin)
             except Error as problem:
                 self._unread(check.broken(problem))
