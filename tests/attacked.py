@@ -68,12 +68,19 @@ async def served(at: Site) -> AsyncIterator[Address]:
 async def converse(address: Address, data: bytes) -> bytes:
     """All that is answered to these bytes, until the server closes the connection."""
     reader, writer = await asyncio.open_connection(*address)
+    writer.write(data)
+    answer = await hear(reader)
+    writer.close()
+    return answer
+
+
+async def hear(reader: asyncio.StreamReader) -> bytes:
+    """All that comes until the connection ends, and no less of it where a reset ends it: who still writes when the
+    server has closed gets one, behind the answer."""
     answer = b""
     with contextlib.suppress(ConnectionError):
-        writer.write(data)
         while more := await reader.read(65536):
             answer += more
-    writer.close()
     return answer
 
 
