@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import mmap
+import sys
 from collections.abc import Callable, Iterator
 
 import psycopg
@@ -117,3 +119,28 @@ def test_who_waits_for_a_turn_hears_at_once_that_the_database_is_down(make_site:
             shop.cluster.stop_server()
             said = [one.result(10) for one in running]
     assert sum("cannot be reached" in one for one in said) >= 2, said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what the process takes is told on Linux alone")
+def test_what_others_take_between_two_statements_of_an_exchange_is_not_libpqs(newest_shop: Shop) -> None:
+    """A change of a setting waits between its questions; a thread's stack alone took more than an answer may."""
+    cluster = newest_shop.cluster
+
+    async def main() -> list[bytes]:
+        dsn = cluster.dsn_for("postgres", cluster.superuser_password, "shop")
+        conn = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
+        conn.pgconn.enter_pipeline_mode()
+        wire, found = Wire(conn.pgconn), []
+        with wire.exchange(1 << 20, 1 << 20, 30.0), contextlib.ExitStack() as held:
+            for _ in range(3):
+                conn.pgconn.send_query_params(b"SELECT 'x' FROM pg_sleep(0.1)", None)
+                wire.sync()
+                await wire.flush()
+                found.append((await wire.command()).get_value(0, 0))
+                await wire.synced()
+                held.enter_context(mmap.mmap(-1, 32 << 20))
+        wire.close()
+        await conn.close()
+        return found
+
+    assert asyncio.run(main()) == [b"x"] * 3

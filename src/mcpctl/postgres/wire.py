@@ -233,6 +233,7 @@ class Wire:
 
     async def flush(self) -> None:
         """Send all that is queued, reading meanwhile, so that neither side waits for the other for ever."""
+        self.forget_size()  # an exchange may have slept since its last results
         if self.sent():
             return
         self._loop.add_writer(self._fd, self._wake)
