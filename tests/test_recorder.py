@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -298,3 +301,114 @@ def test_a_log_that_only_warns_lets_calls_go_on_and_says_so_once(path: Path, cap
         book.recorder.before_call()
         book.recorder.call("tool.called", {})
     assert len([record for record in caplog.records if "cannot be written" in record.getMessage()]) == 1
+
+
+class Counting(AuditLog):
+    """A log that knows how many lines each write had."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, KEY, lambda: NOW)
+        self.writes: list[int] = []
+
+    def add(self, *lines: tuple[str, dict[str, Any]]) -> None:
+        super().add(*lines)
+        self.writes.append(len(lines))
+
+
+async def at_once(book: Book, names: Iterable[str]) -> list[BaseException | None]:
+    """What calls that end in one turn of the event loop are told."""
+    ending = [book.recorder.ended("tool.called", {"user": name, "outcome": "ok"}) for name in names]
+    return await asyncio.gather(*ending, return_exceptions=True)
+
+
+def test_the_lines_of_calls_that_end_together_are_written_at_once_and_in_their_order(path: Path) -> None:
+    book, log = Book(path), Counting(path)
+    recorder = Recorder(log, "full", refuse=True)
+
+    async def work() -> None:
+        book.recorder = recorder
+        assert await at_once(book, "abcd") == [None] * 4
+        assert await at_once(book, "e") == [None]
+
+    asyncio.run(work())
+    assert log.writes == [4, 1]
+    assert "".join(line["user"] for line in lines(path)) == "abcde"
+    assert verify(path) == 5
+    log.close()
+
+
+def test_none_of_the_calls_that_end_together_is_answered_where_their_lines_cannot_be_written(book: Book) -> None:
+    async def work() -> list[BaseException | None]:
+        assert await at_once(book, "a") == [None]
+        book.path.chmod(0o644)
+        book.log.close()
+        return await at_once(book, "bcd")
+
+    told = asyncio.run(work())
+    assert [type(one) for one in told] == [UnavailableError] * 3
+    assert len({id(one) for one in told}) == 3  # each has one of its own, with its own traceback
+    book.path.chmod(0o600)
+    book.recorder.catch_up()
+    assert [line["event"] for line in lines(book.path)] == ["tool.called", "audit.lost"]
+    assert book.events("audit.lost")[0]["reason"].startswith("3 lines could not be written")
+
+
+async def two(book: Book) -> list[asyncio.Task[None]]:
+    """Two calls whose lines wait to be written."""
+    ending = [asyncio.create_task(book.recorder.ended("tool.called", {"user": name})) for name in "ab"]
+    await asyncio.sleep(0)
+    assert len(lines(book.path)) == 1
+    return ending
+
+
+def test_a_call_that_is_cancelled_while_its_line_is_written_has_it_all_the_same(book: Book) -> None:
+    async def work() -> None:
+        book.log.append("audit.rotated")
+        first, second = await two(book)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        await second
+
+    asyncio.run(work())
+    assert [line.get("user") for line in lines(book.path)] == [None, "a", "b"]
+
+
+def test_lines_that_wait_to_be_written_together_are_not_lost_with_the_recorder(book: Book) -> None:
+    async def work() -> None:
+        book.log.append("audit.rotated")
+        ending = await two(book)
+        book.recorder.close()
+        assert [line.get("user") for line in lines(book.path)] == [None, "a", "b"]
+        await asyncio.gather(*ending)
+
+    asyncio.run(work())
+    assert verify(book.path) == 3
+
+
+def test_a_full_disk_takes_all_lines_of_one_write_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    done = subprocess.run([sys.executable, "-c", _FULL, str(path)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "refused\n", done.stderr
+    assert [line["user"] for line in lines(path)] == ["first", "later"]
+    assert verify(path) == 2
+
+
+_FULL = """
+import resource, signal, sys
+from datetime import UTC, datetime
+from pathlib import Path
+from mcpctl.audit.log import AuditLog
+from mcpctl.errors import UnavailableError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = AuditLog(Path(sys.argv[1]), bytes(range(32)), lambda: datetime(2026, 11, 20, tzinfo=UTC))
+log.append("tool.called", user="first")
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+try:
+    log.add(*[("tool.called", {"user": f"user{number}"}) for number in range(10)])
+except UnavailableError:
+    print("refused")
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+log.append("tool.called", user="later")
+"""

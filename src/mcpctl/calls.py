@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
@@ -127,12 +127,13 @@ class Calls:
         """Run one tool. What is wrong with the call is an Answer; UnknownToolError, UnauthorizedError (the token
         ended meanwhile) and UnavailableError (no audit log) are raised."""
         begun = monotonic()
-        task = request.task or asyncio.current_task()
+        own = request.task if request.direct else asyncio.current_task()
+        task = request.task or own
         facts = request.facts = Facts(
-            name if name in TOOLS else "(unknown)", client_ip=request.client_ip, trace=request.trace
+            name if name in TOOLS else "(unknown)", client_ip=request.client_ip, trace=request.trace, task=own
         )
         entry = None
-        if task is not None and (own := asyncio.current_task()) is not None:
+        if task is not None and own is not None:
             entry = Running(principal, request, task, own, facts, arguments or {}, begun)
         base = {"request_id": request.id, "token": principal.token, "user": principal.user, "tenant": principal.tenant,
                 "client_ip": request.client_ip, "transport": request.transport, "tool": facts.tool}  # fmt: skip
@@ -198,7 +199,11 @@ class Calls:
             else:
                 try:
                     facts.values.update(elapsed_ms=elapsed(begun), outcome=outcome, reason=facts.reason(reason))
-                    self._recorder.call(event, {**base, **facts.values}, facts.trace, facts.refusal)
+                    line = {**base, **facts.values}
+                    if outcome == "ok" and self._running:
+                        await self._recorder.ended(event, line, facts.trace)
+                    else:
+                        self._recorder.call(event, line, facts.trace, facts.refusal)
                 finally:
                     self._charge(principal, facts)
             if self._answering is not None:
@@ -208,6 +213,13 @@ class Calls:
                     withheld = "its answer did not leave: its line was not known to be on disk"
                     self._recorder.note("tool.refused", **base, outcome="error", reason=withheld)
                     raise
+
+    def check(self, principal: Principal, request: Request) -> None:
+        """See that what a call answers may still leave, which may have waited for its line: raises as `Pools.check`."""
+        if not request.databases and not self._pools.valid(principal):
+            raise UnauthorizedError(ended(principal), token_id=principal.token)
+        for database in request.databases:
+            self._pools.check(principal, database)
 
     def _charge(self, principal: Principal, facts: Facts) -> None:
         """Charge a call to the budgets, however it ended."""
@@ -258,7 +270,7 @@ class Calls:
                 raise UsageError(f"{tool.name} takes database or databases, not both", "leave one of them out")
             names = [self.reach.one(principal, name, tool.access) for name in dict.fromkeys(several)]
             facts.values["database"] = ",".join(self.reach.shown(name) for name in names)
-            facts.several = len(names) > 1
+            facts.several, facts.task = len(names) > 1, None
             return await self._ask_several(tool, principal, names, checked, facts)
         finally:
             if tool.statement is not None:
@@ -302,23 +314,24 @@ class Calls:
             lambda name: self._access.may(principal, f"databases:{name}:read").allowed,
         )
 
-    async def _ask(self, tool: Tool, way: _Way, arguments: dict[str, Any], bounds: Bounds, facts: Facts) -> Result:
+    def _ask(
+        self, tool: Tool, way: _Way, arguments: dict[str, Any], bounds: Bounds, facts: Facts
+    ) -> Coroutine[Any, Any, Result]:
         """Ask one database."""
-        login = way.login
-        if login.for_settings:
-            async with self._pools.turn(login):
-                result = await self._asked(tool, way, arguments, bounds, facts)
-        else:
-            result = await self._asked(tool, way, arguments, bounds, facts)
-        self._pools.check(way.principal, login.name)
-        return result
+        ask = self._in_turn if way.login.for_settings else self._asked
+        return ask(tool, way, arguments, bounds, facts)
+
+    async def _in_turn(self, tool: Tool, way: _Way, arguments: dict[str, Any], bounds: Bounds, facts: Facts) -> Result:
+        """Ask as one who sees to a database's settings."""
+        async with self._pools.turn(way.login):
+            return await self._asked(tool, way, arguments, bounds, facts)
 
     async def _asked(self, tool: Tool, way: _Way, arguments: dict[str, Any], bounds: Bounds, facts: Facts) -> Result:
         """Ask on a connection of the caller's own pool."""
         if tool.ask is None:
             raise TypeError(f"{tool.name} asks nothing")
         principal, login = way.principal, way.login
-        session = await self._pools.take(principal, login)
+        session = await self._pools.take(principal, login, facts.task)
         try:
             facts.session(session, login.name)
             begun = monotonic()
@@ -340,9 +353,11 @@ class Calls:
                 facts.spent(login.shown, begun)
             if session.cut:
                 raise self._ended(principal, login, session)
-            return result
         finally:
-            await self._pools.give_back(session)
+            if not self._pools.put_back(session):
+                await self._pools.give_back(session)
+        self._pools.check(principal, login.name)
+        return result
 
     def _begins(self, text: str | None, facts: Facts) -> None:
         """Write down what is about to stay: where the process is killed, the call's own line never comes. Raises

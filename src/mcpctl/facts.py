@@ -26,8 +26,9 @@ def refusal(problem: Error) -> str:
 
 
 class Facts(Struct, eq=False):
-    """What the audit line says of one call, gathered on the way. `stopped`: why an administrator has it end, `asked`:
-    which databases it had a connection to, from when to when by the monotonic clock, where its `trace` is wanted."""
+    """What the audit line says of one call, gathered on the way. `task`: what runs it, where that is one alone.
+    `stopped`: why an administrator has it end, `asked`: which databases it had a connection to, from when to when by
+    the monotonic clock, where its `trace` is wanted."""
 
     tool: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Facts(Struct, eq=False):
     trace: str | None = None
     stopped: str | None = None
     asked: list[tuple[str, float, float]] = field(default_factory=list)
+    task: "asyncio.Task[Any] | None" = None
 
     def session(self, session: Session, database: str) -> None:
         """One of several databases that are asked at once adds to what the others have said."""
@@ -89,8 +91,9 @@ class Facts(Struct, eq=False):
 @dataclass(slots=True)
 class Request:
     """Where a call came from. `rpc_id` is the client's own number for it, `task` what to cancel to end it (None: the
-    task that runs it), `databases` what its answer holds something of. `carried`: what the client says of the trace
-    that it is part of, `trace` its id where it is collected, and `facts` what is known of the call, once it has begun.
+    task that runs it), `direct` whether it is that very task, `databases` what its answer holds
+    something of. `carried`: what the client says of the trace that it is part of, `trace` its id where it is collected,
+    and `facts` what is known of the call, once it has begun.
     """
 
     id: str
@@ -98,6 +101,7 @@ class Request:
     transport: str
     rpc_id: str | int | None = None
     task: "asyncio.Task[Any] | None" = None
+    direct: bool = False
     databases: set[str] = attribute(default_factory=set, compare=False)
     carried: Mapping[str, Any] | None = None
     trace: str | None = None

@@ -1,5 +1,6 @@
 """What goes into the audit log, how much of it, and what happens when it cannot be written."""
 
+import asyncio
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
@@ -81,10 +82,12 @@ class Recorder:
         self._minute = self._looked = clock()
         self._uncounted = 0
         self._late = Late() if late is None else late
+        self._together: list[tuple[str, dict[str, Any], asyncio.Future[bool]]] = []
+        """Lines of calls that have ended in this turn of the event loop, and who waits for each."""
 
     def note(self, event: str, **fields: Any) -> None:
         """Write a line, or keep it until the log can be written. What must happen anyway (a revocation) uses this."""
-        if self._write(event, fields):
+        if self._write((event, fields)):
             return
         self._late.lines.append((event, {"happened_at": self._audit.time(), **fields}))
         if len(self._late.lines) > LATE:
@@ -93,22 +96,47 @@ class Recorder:
     def call(self, event: str, fields: dict[str, Any], trace: str | None = None, refusal: str | None = None) -> None:
         """Write a call's line. Raises UnavailableError where it cannot be, and the config wants calls refused.
         `refusal`: the kind of a refused one, to be counted by."""
-        if _calls.isEnabledFor(logging.DEBUG):
-            where, ended, took = fields.get("database") or "-", fields.get("outcome"), fields.get("elapsed_ms")
-            _calls.debug("%s %s: %s: %s, %s ms", event, fields["tool"], where, ended, took, extra=_extra(fields, trace))
+        _say(event, fields, trace)
         if refusal is not None:
             self._count(REFUSED, {"reason": refusal}, None)
-        if not self._write(event, fields):
+        if not self._write((event, fields)):
             self._lose(self._audit.time())
             if self._refuse:
                 raise _no_log()
 
-    def _write(self, event: str, fields: dict[str, Any]) -> bool:
-        """Write what was kept, and this line; whether it was."""
+    async def ended(self, event: str, fields: dict[str, Any], trace: str | None = None) -> None:
+        """`call`, where others run that may end in the same turn of the event loop: their lines are written together,
+        by one lock and one write. The line stands when this returns, also for who was cancelled meanwhile."""
+        _say(event, fields, trace)
+        loop = asyncio.get_running_loop()
+        if not self._together:
+            loop.call_soon(self._write_together)
+        written: asyncio.Future[bool] = loop.create_future()
+        self._together.append((event, fields, written))
+        if not await written and self._refuse:
+            raise _no_log()
+
+    def _write_together(self) -> None:
+        """Write the lines of all calls that have ended in this turn."""
+        together, self._together = self._together, []
+        if not together:
+            return
+        done = False
+        try:
+            done = self._write(*[(event, fields) for event, fields, _ in together])
+        finally:
+            for _, _, written in together:
+                if not done:
+                    self._lose(self._audit.time())
+                if not written.done():
+                    written.set_result(done)
+
+    def _write(self, *lines: tuple[str, dict[str, Any]]) -> bool:
+        """Write what was kept, and these lines; whether they were."""
         try:
             if self._late.lines or self._late.lost:
                 self._write_late()
-            self._audit.add(event, fields)
+            self._audit.add(*lines)
         except UnavailableError as problem:
             if not self._failing:
                 log.error("%s%s", problem.message, f" ({problem.hint})" if problem.hint else "")
@@ -116,7 +144,8 @@ class Recorder:
         else:
             self._failing = False
         written = not self._failing
-        self._count(event, fields, written)
+        for event, fields in lines:
+            self._count(event, fields, written)
         return written
 
     @property
@@ -144,11 +173,10 @@ class Recorder:
 
     def _write_late(self) -> None:
         while self._late.lines:
-            event, fields = self._late.lines[0]
-            self._audit.add(event, fields)
+            self._audit.add(self._late.lines[0])
             self._late.lines.popleft()
         if self._late.lost:
-            self._audit.add("audit.lost", {"reason": _lost(*self._late.lost)})
+            self._audit.add(("audit.lost", {"reason": _lost(*self._late.lost)}))
             self._late.lost = None
 
     def catch_up(self) -> None:
@@ -161,6 +189,7 @@ class Recorder:
 
     def close(self) -> None:
         """Leave what is still kept beside the log, for the next who can write it: this process ends."""
+        self._write_together()
         self.catch_up()
         left, lost = list(self._late.lines), self._late.lost[2] if self._late.lost else 0
         try:
@@ -205,7 +234,7 @@ class Recorder:
         who = (token, source(address))
         if now - self._greeted.get(who, -AGAIN) < AGAIN or not self._in_full("auth.ok", token):
             return
-        if not self._write("auth.ok", {"token": token, "user": user, "client_ip": address, **fields}):
+        if not self._write(("auth.ok", {"token": token, "user": user, "client_ip": address, **fields})):
             return
         self._greeted[who] = now
         self._greeted.move_to_end(who)
@@ -221,7 +250,7 @@ class Recorder:
         self._count("auth.refused", {"reason": reason}, None)
         self._look()
         if self._in_full("auth.refused", fields["token"]) if proven else self._stranger(source(address), fields):
-            if not self._write("auth.refused", {"client_ip": address, "reason": reason, **fields}):
+            if not self._write(("auth.refused", {"client_ip": address, "reason": reason, **fields})):
                 self._lose(self._audit.time())
             if not locked:  # the address last: see docs/monitoring.md
                 extra = {"about": {"client_ip": address, **fields}}
@@ -299,6 +328,13 @@ class Recorder:
                 self.note("auth.refused", reason=reason)
                 self._uncounted = 0
             self._minute = now
+
+
+def _say(event: str, fields: Mapping[str, Any], trace: str | None) -> None:
+    """Say in the server's log how a call ended, where the config wants that."""
+    if _calls.isEnabledFor(logging.DEBUG):
+        where, ended, took = fields.get("database") or "-", fields.get("outcome"), fields.get("elapsed_ms")
+        _calls.debug("%s %s: %s: %s, %s ms", event, fields["tool"], where, ended, took, extra=_extra(fields, trace))
 
 
 def _lost(since: str, until: str, count: int) -> str:

@@ -68,6 +68,8 @@ class End(NamedTuple):
     hash: str
 
 
+_REMEMBERED, _SHORT = 1000, 1000
+"""Statements whose digests are kept, and the characters of the longest of them."""
 _PATIENCE = 0.25
 """Seconds to wait for another writer, who holds the lock for a tenth of a millisecond unless it has stopped."""
 Sync = Callable[[int], None]
@@ -103,6 +105,8 @@ class AuditLog:
         self._left: list[int] = []
         self._doubtful = False
         self._named = 0
+        self._digests: dict[str, str] = {}
+        """Those of statements that came a while ago."""
 
     def close(self) -> None:
         """Let go of the files."""
@@ -115,7 +119,14 @@ class AuditLog:
 
     def statement_hmac(self, statement: str) -> str:
         """The keyed digest that stands for a statement whose text is not kept."""
-        return self._hmac(b"statement\0" + statement.encode("utf-8", "replace"))
+        known = self._digests.get(statement)
+        if known is None:
+            known = self._hmac(b"statement\0" + statement.encode("utf-8", "replace"))
+            if len(statement) <= _SHORT:
+                if len(self._digests) >= _REMEMBERED:
+                    self._digests.clear()
+                self._digests[statement] = known
+        return known
 
     def _hmac(self, data: bytes) -> str:
         """HMAC-SHA-256 with our key, in hex."""
@@ -127,14 +138,16 @@ class AuditLog:
 
     def append(self, event: str, **fields: Any) -> None:
         """Write one line. Raises UnavailableError when it could not be written whole; then nothing was."""
-        self.add(event, fields)
+        self.add((event, fields))
 
-    def add(self, event: str, fields: dict[str, Any]) -> None:
-        """`append`, of fields that are together already, and stay as they are."""
-        if event not in _KNOWN_EVENTS:
-            raise ValueError(f"{event} is no audit event")
-        if not _KNOWN_FIELDS.issuperset(fields):
-            raise ValueError(f"no such audit fields: {sorted(fields.keys() - _KNOWN_FIELDS)}")
+    def add(self, *lines: tuple[str, dict[str, Any]]) -> None:
+        """`append` of lines, (event, fields) each, whose fields are together already and stay as they are: all of them
+        by one write, or none."""
+        for event, fields in lines:
+            if event not in _KNOWN_EVENTS:
+                raise ValueError(f"{event} is no audit event")
+            if not _KNOWN_FIELDS.issuperset(fields):
+                raise ValueError(f"no such audit fields: {sorted(fields.keys() - _KNOWN_FIELDS)}")
         try:  # what `_locked` does, which would cost as much again as the lock
             self._take_lock()
             try:
@@ -142,9 +155,8 @@ class AuditLog:
                     if late.is_there(place):
                         self._write_late()
                         break
-                values = fields.copy()
-                values["time"], values["event"] = self.time(), event
-                self._write(values)
+                now = self.time()
+                self._write(*[{**fields, "time": now, "event": event} for event, fields in lines])
             finally:
                 private_file.unlock(self._lock)
         except (OSError, Error) as problem:
@@ -236,16 +248,21 @@ class AuditLog:
             os.close(self._lock)  # somebody removed it: what the others hold is another one
             self._lock = -1
 
-    def _write(self, fields: dict[str, Any]) -> None:
+    def _write(self, *lines: dict[str, Any]) -> None:
         end = self._find_end()
         if self._doubtful:
             self._sync_files([self._file])
-        line, digest = self._line(end, fields)
-        size = len(line)
-        if os.write(self._file, line) != size:  # a full disk takes a part: take it back, so that every line is whole
+        seq, digest, made = end.seq, end.hash, []
+        for fields in lines:
+            seq += 1
+            line, digest = self._line(seq, digest, fields)
+            made.append(line)
+        data = b"".join(made)
+        size = len(data)
+        if os.write(self._file, data) != size:  # a full disk takes a part: take it back, so that every line is whole
             os.ftruncate(self._file, end.size)
             raise self._full()
-        self._end = self.written = End(end.inode, end.size + size, end.seq + 1, digest)
+        self._end = self.written = End(end.inode, end.size + size, seq, digest)
 
     def sync(self) -> None:
         """Return when all that this process has written is on disk. Raises UnavailableError."""
@@ -320,15 +337,15 @@ class AuditLog:
                 return moved
         raise UnavailableError(f"there is no free name for {self.path}.{when}", "look what fills its folder")
 
-    def _line(self, end: End, fields: dict[str, Any]) -> tuple[bytes, str]:
-        """The line that comes next, in printable ASCII alone, and its hash."""
-        fields["seq"], fields["key_id"] = end.seq + 1, self.key_id
-        fields["prev"], fields["hash"] = end.hash, None
+    def _line(self, seq: int, prev: str, fields: dict[str, Any]) -> tuple[bytes, str]:
+        """The line of that number behind one of that hash, in printable ASCII alone, and its hash."""
+        fields["seq"], fields["key_id"] = seq, self.key_id
+        fields["prev"], fields["hash"] = prev, None
         for name in ("statement", "reason"):
             if isinstance(value := fields.get(name), str):
                 fields[name] = masked(value)
         body = _as_json(fields)[:-1]
-        digest = self._hmac(end.hash.encode("ascii") + body)  # chain_hash
+        digest = self._hmac(prev.encode("ascii") + body)  # chain_hash
         return b"".join((body, b',"hash":"', digest.encode("ascii"), b'"}\n')), digest
 
     def _find_end(self) -> End:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from psycopg import BaseConnection, abc
+from psycopg import abc
 from psycopg.adapt import Transformer
 
-from mcpctl.postgres.shape import Shape, Types
+from mcpctl.postgres.shape import Loaders, Shape, Types
 
 _SMALL = 256 << 10
 """Bytes of text up to which all rows of a result are converted at once."""
@@ -60,11 +60,9 @@ class Answer:
     """Rows as they arrive, until one bound is reached. `trusted`: the text's rows were small when it ran last, so that
     plain ones are measured only when they have been loaded."""
 
-    def __init__(
-        self, types: Types, bounds: Bounds, connection: BaseConnection[Any] | None = None, *, trusted: bool = False
-    ) -> None:
+    def __init__(self, types: Types, bounds: Bounds, loaders: Loaders | None = None, *, trusted: bool = False) -> None:
         self._types = types
-        self._connection = connection
+        self._loaders = loaders or Loaders()
         self._bounds = bounds
         self._trusted = trusted
         self._quick: abc.Transformer | None = None
@@ -84,8 +82,7 @@ class Answer:
         if shape is None:
             shape = self.shape = self._types.shape(result)
             if shape.plain:
-                self._quick = shape.quick(self._connection)
-                self._quick.set_pgresult(result)
+                self._quick = self._loaders.of(shape, result)
         elif self._quick is not None:
             self._quick.set_pgresult(result, set_loaders=False)
         self.heavy = False
@@ -180,6 +177,10 @@ class Answer:
         """The connection was closed under a row that is far too large."""
         self._even = False
         self.note = _note("before a row that is far larger than an answer may be")
+
+    def rest(self) -> None:
+        """Let go of what came last: nothing more will."""
+        self._loaders.rest()
 
     def done(self) -> Rows:
         """The answer as it is now."""

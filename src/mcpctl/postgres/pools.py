@@ -78,7 +78,7 @@ class Pools:
         self._at_once = max(1, budget // 4)
         self._statement_timeout = statement_timeout
         self._told = told
-        self._valid = valid
+        self.valid = valid
         self._in_force = in_force
         self._pools: dict[_Key, TokenPool] = {}
         self._changing: dict[str, asyncio.Lock] = {}
@@ -118,15 +118,15 @@ class Pools:
             return contextlib.nullcontext()
         return self._changing.setdefault(login.name, asyncio.Lock())
 
-    async def take(self, principal: Principal, login: Login) -> Session:
-        """A connection of this principal's own pool for that login, to be given back."""
+    async def take(self, principal: Principal, login: Login, task: "asyncio.Task[object] | None" = None) -> Session:
+        """A connection of this principal's own pool for that login, to be given back. `task`: the current one."""
         if self._closed:
             raise UnavailableError(self.ends, "ask again in a moment")
         self.check(principal, login.name)
         key = (principal.pool, principal.edition_in(login.name), login.key)
         pool = self._pools.get(key) or await self._opened(key, principal, login)
         pool.terminator.login = login  # its password may be another one by now
-        if (session := pool.take_at_hand()) is not None:
+        if (session := pool.take_at_hand(task)) is not None:
             return session
         try:
             session = await pool.take()
@@ -139,6 +139,10 @@ class Pools:
             await self.give_back(session)
             raise
         return session
+
+    def put_back(self, session: Session) -> bool:
+        """`give_back`, where nothing has to be waited for; False where something has, and it is still to be called."""
+        return not self._waiting and session.pool.put_back(session)
 
     async def give_back(self, session: Session) -> None:
         """Have a connection back; one that is not as it was when it was new is closed."""
@@ -185,16 +189,12 @@ class Pools:
         """The databases of the logins for each of which a connection is kept to end the others with."""
         return [shared.terminator.login.shown for shared in self._shared.values() if shared.terminator.open]
 
-    def valid(self, principal: Principal) -> bool:
-        """Whether a principal's token still opens something."""
-        return self._valid(principal)
-
     def check(self, principal: Principal, database: str) -> None:
         """See that a call may go on there: UnauthorizedError where its token has ended, NarrowedError where its rights
         have become fewer since it came in."""
         if self._in_force(principal, database):
             return
-        if not self._valid(principal):
+        if not self.valid(principal):
             raise UnauthorizedError(ended(principal), token_id=principal.token)
         raise NarrowedError(
             f"your access to {database!r} was taken or narrowed while the call ran", "whoami shows what you have"

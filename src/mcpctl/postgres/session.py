@@ -12,6 +12,7 @@ import psycopg
 from psycopg import AsyncConnection, pq
 
 from mcpctl.audit.log import MORE
+from mcpctl.postgres.shape import Loaders
 from mcpctl.postgres.terminator import Backend, ending, place
 from mcpctl.postgres.wire import Wire
 
@@ -34,6 +35,8 @@ class Connection(AsyncConnection[Any]):
 
     wire: Wire | None = None
     """Its way to the event loop, once it is in pipeline mode."""
+    loaders: Loaders | None = None
+    """What loads the rows that come by it."""
 
     async def close(self) -> None:
         if self.wire is not None:

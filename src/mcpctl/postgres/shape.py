@@ -105,6 +105,38 @@ class _On:
     adapters: AdaptersMap
 
 
+class Loaders:
+    """What loads rows of plain columns, to be mended. On a connection whose texts are UTF-8 it is kept, ready for the
+    columns that came last: most calls ask for those again."""
+
+    __slots__ = ("_connection", "_ready", "_shape")
+
+    def __init__(self, connection: BaseConnection[Any] | None = None) -> None:
+        self._connection = connection
+        self._shape: Shape | None = None
+        self._ready: abc.Transformer | None = None
+
+    def of(self, shape: "Shape", result: Any) -> abc.Transformer:
+        """That of a result with these columns."""
+        ready, connection = self._ready, self._connection
+        if connection is None or connection.pgconn.parameter_status(b"client_encoding") != b"UTF8":
+            made = Transformer(_quick())
+            made.set_pgresult(result)
+            return made
+        if ready is not None and self._shape is shape:
+            ready.set_pgresult(result, set_loaders=False)
+            return ready
+        ready = self._ready = Transformer(_On(connection, _quick().adapters))
+        self._shape = shape
+        ready.set_pgresult(result)
+        return ready
+
+    def rest(self) -> None:
+        """Let go of the result that was loaded last."""
+        if self._ready is not None:
+            self._ready.set_pgresult(None, set_loaders=False)
+
+
 class Shape:
     """One list of columns: (name, type) each. `varying` are those whose values have no fixed length, `nested` those
     that are made of many, `unknown` the types of which nothing is known. `plain`: every column is a scalar of
@@ -119,13 +151,6 @@ class Shape:
         self.plain = all(oid in values.plain for oid in oids)
         mends = [(column, _EXACT.get(values.plain.get(oid, ""), _TEXT)[1]) for column, oid in enumerate(oids)]
         self._mends = [(column, mend) for column, mend in mends if mend is not None]
-
-    @staticmethod
-    def quick(connection: BaseConnection[Any] | None) -> abc.Transformer:
-        """What loads rows of plain columns, to be mended."""
-        if connection is None or connection.pgconn.parameter_status(b"client_encoding") != b"UTF8":
-            return Transformer(_quick())
-        return Transformer(_On(connection, _quick().adapters))
 
     def encoded(self, rows: list[tuple[Any, ...]]) -> bytes:
         """Rows, one at least, as a JSON array. A time that all of them have, as now() is, is mended in the JSON."""

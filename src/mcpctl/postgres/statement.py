@@ -409,7 +409,7 @@ class Exchange:
         await (wire.come() if wire.sent() else wire.flush())
         if not self._begun_at_once(wire):
             await self.begun(wire)
-        answer = Answer(self._types, self.bounds, self.session.conn, trusted=small)
+        answer = Answer(self._types, self.bounds, self.session.conn.loaders, trusted=small)
         self._pgconn.set_chunked_rows_mode(min(_SMALL_CHUNK if small else CHUNK, self.bounds.rows + 1))
         take = self._pgconn.get_result
         failed: StatementError | None = None
@@ -442,6 +442,7 @@ class Exchange:
             self._clean = False  # PostgreSQL's last words come before its end
             raise withheld(failed) if must else failed from None
         finally:
+            answer.rest()
             if stop is not None:
                 await asyncio.shield(stop)
         if failed is not None:
@@ -494,4 +495,4 @@ def _limits(seconds: float) -> tuple[bytes]:
 
 def elapsed(since: float) -> float:
     """Milliseconds since a `monotonic()`, to the microsecond."""
-    return round((monotonic() - since) * 1000, 3)
+    return int((monotonic() - since) * 1e6 + 0.5) / 1000  # a fifth of what round() to three places takes

@@ -14,6 +14,7 @@ from mcpctl.errors import Error, ForbiddenError, UnavailableError
 from mcpctl.identity.principal import Principal
 from mcpctl.postgres.login import POOLED_LOGINS, SETTINGS, SHARED_BACKENDS, Login
 from mcpctl.postgres.session import Connection, Session, Use
+from mcpctl.postgres.shape import Loaders
 from mcpctl.postgres.terminator import Terminator, alive, bounded, ending, unreachable
 from mcpctl.postgres.verdicts import Verdicts
 from mcpctl.postgres.wire import Wire
@@ -235,6 +236,7 @@ class TokenPool:
             raise
         conn.pgconn.enter_pipeline_mode()
         conn.wire = Wire(conn.pgconn)
+        conn.loaders = Loaders(conn)
         self.connecting -= 1
         session = self.sessions[conn] = Session(conn, self, row[0], row[1], row[2], pooled=pooled)
         session.until = session.used + self.login.settings.pool.max_lifetime
@@ -250,13 +252,14 @@ class TokenPool:
         if kept == pid or row is None or row[0] != pid:
             raise ForbiddenError(f"database {self.login.name!r} is not served: {SHARED_BACKENDS}", TELL)
 
-    def take_at_hand(self) -> Session | None:
-        """One that a call gave back a moment ago, if there is any, without waiting for anything."""
+    def take_at_hand(self, task: "asyncio.Task[object] | None" = None) -> Session | None:
+        """One that a call gave back a moment ago, if there is any, without waiting for anything, for this task (None:
+        the current one, which it takes a while to find)."""
         if not self._hand or not self.terminator.sure(now := monotonic()) or (session := self._at_hand()) is None:
             return None
         self.last_used = now
         self.out.add(session)
-        session.task = asyncio.current_task()
+        session.task = task or asyncio.current_task()
         session.passes_on = False
         session.use = Use()
         return session
@@ -397,6 +400,11 @@ class TokenPool:
 
     async def give_back(self, session: Session) -> None:
         """Return a connection. One that is not as it was when it was new is closed instead."""
+        if not self.put_back(session):
+            await asyncio.shield(self._laid_back(session))
+
+    def put_back(self, session: Session) -> bool:
+        """`give_back`, where nothing has to be waited for; False where something has."""
         session.task = None
         self.last_used = monotonic()
         if session.pooled:
@@ -404,8 +412,7 @@ class TokenPool:
         if session.pgconn.transaction_status != _IDLE and not session.conn.closed:
             session.close()
         self.out.discard(session)
-        if not self._kept(session):
-            await asyncio.shield(self._laid_back(session))
+        return self._kept(session)
 
     def _kept(self, session: Session) -> bool:
         """Give a connection to whose turn it is, or keep it at hand for the next call: for a moment, since whoever

@@ -7,7 +7,7 @@ the request's task is cancelled, and with it the statement.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 
-from mcpctl.calls import Calls, UnknownToolError
+from mcpctl.calls import Answer, Calls, UnknownToolError
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, LimitedError, LockedError, UnauthorizedError, UnavailableError, UsageError
 from mcpctl.facts import Request
@@ -185,11 +185,16 @@ class Http:
             try:
                 asking.know(principal.token)
                 around = of_headers(found.headers) if self._parts.traced is not None else None
-                request = Request(request_id, address, "http", call.id, asking.answering, carried=around)
-                answer = await self._guarded(principal, request, asking.gone, self._express(call, principal, request))
-                if answer is None:
-                    return False
-                reply = Reply(*answer, request_id, found.more)
+                request = Request(request_id, address, "http", call.id, asking.answering, True, carried=around)
+                express, work = self._begin(call, principal, request)
+                try:
+                    answer = await self._guarded(principal, request, asking.gone, work)
+                    if answer is None:
+                        return False
+                    status, body = express.answer(call, answer)
+                except UnknownToolError as problem:
+                    status, body = express.unknown_tool(call, problem.message)
+                reply = Reply(status, body, request_id, found.more)
                 if len(reply.body) <= PIECE and not asking.flow.write_paused:
                     return asking.write(reply)
                 return await asking.write_long(reply, partial(self._may_leave, principal, request))
@@ -238,7 +243,7 @@ class Http:
             )
 
     async def _guarded(
-        self, principal: Principal, request: Request, gone: Callable[[], bool], work: Coroutine[Any, Any, T]
+        self, principal: Principal, request: Request, gone: Callable[[], bool], work: Awaitable[T]
     ) -> T | None:
         """What a call answers, if its caller's token is still valid then; None where its client has gone. Where all
         calls were ended by a lockdown, that is the reason."""
@@ -253,8 +258,7 @@ class Http:
                 if self._parts.authenticator.still_valid(principal):
                     raise UnavailableError(CANCELLED + self._parts.calls.ends) from None
                 raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
-            if not self._parts.authenticator.still_valid(principal):
-                raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
+            self._parts.calls.check(principal, request)
             return answer
         except UnauthorizedError:
             if self._parts.authenticator.locked:
@@ -405,17 +409,22 @@ class Http:
         scope["mcpctl"] = Caller(principal, request)
         return await exchange.through(self._parts.sdk, scope, body)
 
-    async def _express(self, call: Call, principal: Principal, request: Request) -> tuple[int, bytes]:
-        """The express lane's answer."""
-        express = self._parts.express
-        if express is None:
+    def _begin(self, call: Call, principal: Principal, request: Request) -> tuple[Express, Awaitable[Answer]]:
+        """The express lane, and what answers a call that came by it."""
+        parts = self._parts
+        if parts.express is None:
             raise TypeError("there is no express lane")
         self.answered_express += 1
-        answer: TracedCall = self._parts.calls.call
-        if self._parts.traced is not None:
-            answer, request.carried = self._parts.traced, of_message(request.carried, call.carried)
+        answer: TracedCall = parts.calls.call
+        if parts.traced is not None:
+            answer, request.carried = parts.traced, of_message(request.carried, call.carried)
+        return parts.express, answer(principal, call.name, call.arguments, request)
+
+    async def _express(self, call: Call, principal: Principal, request: Request) -> tuple[int, bytes]:
+        """The express lane's answer."""
+        express, work = self._begin(call, principal, request)
         try:
-            return express.answer(call, await answer(principal, call.name, call.arguments, request))
+            return express.answer(call, await work)
         except UnknownToolError as problem:
             return express.unknown_tool(call, problem.message)
 
