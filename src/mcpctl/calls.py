@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple
@@ -51,8 +51,7 @@ _LATER = 2.0
 """Seconds beyond statement_timeout that one of several databases has, its connection's making included."""
 
 
-@dataclass(slots=True)
-class Answer:
+class Answer(msgspec.Struct, eq=False):
     """What goes back: `text` for people and models, which is JSON but for an error's."""
 
     text: str
@@ -138,8 +137,10 @@ class Calls:
         base = {"request_id": request.id, "token": principal.token, "user": principal.user, "tenant": principal.tenant,
                 "client_ip": request.client_ip, "transport": request.transport, "tool": facts.tool}  # fmt: skip
         facts.base = base
-        self._recorder.before_call()
-        self._own.look()
+        if self._recorder.failing:
+            self._recorder.before_call()
+        if self._own.started:
+            self._own.look()
         event, outcome, reason = "tool.called", "ok", None
         if entry is not None:
             self._running.add(entry)
@@ -147,7 +148,8 @@ class Calls:
         try:
             if request.transport != "http":
                 slots = self.limiter.enter(principal, request.client_ip, visited=request.transport == "sse")
-            self.limiter.check(principal, request.client_ip)
+            if self.limiter.budgets:
+                self.limiter.check(principal, request.client_ip)
             tool = self._find(principal, name)
             result = await self._run(tool, principal, arguments, facts)
             request.databases.update(facts.uses)
@@ -205,7 +207,8 @@ class Calls:
                     else:
                         self._recorder.call(event, line, facts.trace, facts.refusal)
                 finally:
-                    self._charge(principal, facts)
+                    if self.limiter.budgets:
+                        self._charge(principal, facts)
             if self._answering is not None:
                 try:
                     await self._answering()
@@ -216,10 +219,11 @@ class Calls:
 
     def check(self, principal: Principal, request: Request) -> None:
         """See that what a call answers may still leave, which may have waited for its line: raises as `Pools.check`."""
-        if not request.databases and not self._pools.valid(principal):
+        if request.databases:
+            for database in request.databases:
+                self._pools.check(principal, database)
+        elif not self._pools.valid(principal):
             raise UnauthorizedError(ended(principal), token_id=principal.token)
-        for database in request.databases:
-            self._pools.check(principal, database)
 
     def _charge(self, principal: Principal, facts: Facts) -> None:
         """Charge a call to the budgets, however it ended."""

@@ -2,8 +2,6 @@
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field as attribute
 from time import monotonic
 from typing import Any
 
@@ -84,12 +82,16 @@ class Facts(Struct, eq=False):
 
     def reason(self, reason: str | None) -> str | None:
         """What was done, where the line must say it, before how it ended."""
-        did = [use.did for use in self.uses.values() if use.did is not None]
-        return ": ".join([*did, reason] if reason else did) or None if did else reason or None
+        did: list[str] | None = None
+        for use in self.uses.values():
+            if use.did is not None:
+                did = [*(did or ()), use.did]
+        if did is None:
+            return reason or None
+        return ": ".join([*did, reason] if reason else did) or None
 
 
-@dataclass(slots=True)
-class Request:
+class Request(Struct, eq=False):
     """Where a call came from. `rpc_id` is the client's own number for it, `task` what to cancel to end it (None: the
     task that runs it), `direct` whether it is that very task, `databases` what its answer holds
     something of. `carried`: what the client says of the trace that it is part of, `trace` its id where it is collected,
@@ -102,10 +104,10 @@ class Request:
     rpc_id: str | int | None = None
     task: "asyncio.Task[Any] | None" = None
     direct: bool = False
-    databases: set[str] = attribute(default_factory=set, compare=False)
+    databases: set[str] = field(default_factory=set)
     carried: Mapping[str, Any] | None = None
     trace: str | None = None
-    facts: Facts | None = attribute(default=None, compare=False)
+    facts: Facts | None = None
 
 
 class Running(Struct, eq=False):

@@ -74,7 +74,8 @@ class Recorder:
         self._clock = clock
         self._count = count
         self._line = line
-        self._failing = False
+        self.failing = False
+        """Whether the last line could not be written."""
         self._greeted = OrderedDict() if greeted is None else greeted
         self._refused: dict[str | None, _Stranger] = {}
         self._more: dict[tuple[str, str | None], tuple[float, int]] = {}
@@ -138,12 +139,12 @@ class Recorder:
                 self._write_late()
             self._audit.add(*lines)
         except UnavailableError as problem:
-            if not self._failing:
+            if not self.failing:
                 log.error("%s%s", problem.message, f" ({problem.hint})" if problem.hint else "")
-            self._failing = True
+            self.failing = True
         else:
-            self._failing = False
-        written = not self._failing
+            self.failing = False
+        written = not self.failing
         for event, fields in lines:
             self._count(event, fields, written)
         return written
@@ -152,11 +153,6 @@ class Recorder:
     def waiting(self) -> int:
         """How many lines are kept here until the log can be written, also those of which only the number is."""
         return len(self._late.lines) + (self._late.lost[2] if self._late.lost else 0)
-
-    @property
-    def failing(self) -> bool:
-        """Whether the last line could not be written."""
-        return self._failing
 
     def fault(self) -> str | None:
         """Why a line could not be written now; None where it could."""
@@ -204,13 +200,13 @@ class Recorder:
 
     def before_call(self) -> None:
         """While the log cannot be written nothing is run, either. Raises UnavailableError as `call` does."""
-        if self._failing and self._refuse:
+        if self.failing and self._refuse:
             try:
                 self._audit.check()
             except UnavailableError:
                 self._lose(self._audit.time())
                 raise _no_log() from None
-            self._failing = False
+            self.failing = False
 
     def statement(self, text: str, *, described: bool) -> dict[str, str]:
         """How a statement is kept. What PostgreSQL described no columns of may hold a password: never its text."""

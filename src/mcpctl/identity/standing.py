@@ -406,6 +406,8 @@ class Standing:
         no fewer rights there than when it was let in."""
         if not self.still_valid(principal):
             return False
+        if not self._narrowed and not principal.narrowed:
+            return True
         now, then = self._narrowed.get(principal.person or "", {}), principal.narrowed
         if not now and not then:
             return True

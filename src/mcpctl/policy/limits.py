@@ -136,7 +136,7 @@ class Limiter:
         kinds = (limits.tokens, limits.users, limits.tenants, limits.addresses)
         levels = [level for kind in kinds for level in (kind, *kind.named.values())]
         budgets = [limits.budgets, *(level.budgets for level in levels)]
-        self._budgets = any(one != Budgets() for one in budgets)
+        self.budgets = any(one != Budgets() for one in budgets)
         """Whether anybody has a budget, so that one has to be looked for."""
         bounds = [(level.max_rows, level.max_bytes, level.statement_timeout) for level in levels]
         self._bounds = any(one != (None, None, None) for one in bounds)
@@ -266,7 +266,7 @@ class Limiter:
 
     def check(self, principal: Principal, address: str | None) -> None:
         """Raise LimitedError where a budget is used up."""
-        if not self._budgets:
+        if not self.budgets:
             return
         subjects = self._of(principal, address).budgeted
         if not subjects:
@@ -282,7 +282,7 @@ class Limiter:
 
     def charge(self, principal: Principal, address: str | None, *, rows: int, size: int, seconds: float) -> None:
         """Charge one call that has ended to all budgets."""
-        if not self._budgets:
+        if not self.budgets:
             return
         subjects = self._of(principal, address).budgeted
         if not subjects:

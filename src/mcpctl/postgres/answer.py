@@ -34,8 +34,7 @@ class Bounds:
     seconds: float
 
 
-@dataclass(slots=True)
-class Rows:
+class Rows(msgspec.Struct, eq=False):
     """A bounded answer. `json` is the rows as a JSON array, `count` how many, `note` says why it was cut off and what
     to do, `shape` is that of its columns (None where no result came), `even`: no row of it was large."""
 
@@ -83,6 +82,8 @@ class Answer:
             shape = self.shape = self._types.shape(result)
             if shape.plain:
                 self._quick = self._loaders.of(shape, result)
+        elif not result.ntuples:  # the end of what came in pieces
+            return self.note is None
         elif self._quick is not None:
             self._quick.set_pgresult(result, set_loaders=False)
         self.heavy = False

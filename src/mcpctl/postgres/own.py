@@ -57,7 +57,8 @@ class Own:
         self._checking: set[str] = set()
         self._failed: dict[str, list[float]] = {}
         self._broken: str | None = None
-        self._started = False
+        self.started = False
+        """Whether it has anything to look for."""
 
     @property
     def on(self) -> bool:
@@ -85,7 +86,7 @@ class Own:
             own_login.check_environment()
             self._rows.check_sealed()
             self._seen = self._rows.current()
-            self._started = True
+            self.started = True
 
     def close(self) -> None:
         """Close the store."""
@@ -244,7 +245,7 @@ class Own:
 
     def look(self) -> None:
         """Take note of what was removed anywhere, and begin to cut it."""
-        if not self._started:
+        if not self.started:
             return
         try:
             now = self._rows.current()

@@ -3,12 +3,12 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from msgspec import Struct
 from psycopg import AsyncConnection, pq
 
 from mcpctl.audit.log import MORE
@@ -47,8 +47,7 @@ class Connection(AsyncConnection[Any]):
 Guard = Callable[[tuple[str, ...] | None], None]
 
 
-@dataclass(slots=True)
-class Use:
+class Use(Struct, eq=False):
     """What one call learns on a session; it outlives the borrowing, and the session's next use has one of its own.
 
     Of the caller's statement: `described` is whether PostgreSQL described columns of it (a text of which it has not may

@@ -247,7 +247,8 @@ class Visitor(Requests):
         if self.waiting:
             self.waiting.clear()
             self._count_waiting()
-        self._end_turn()
+        if self.turn is not None:
+            self._end_turn()
         self.reading = Reading.WHOLE
         lane.found.app.looked = False
         self.answering = self.loop.create_task(self._again(lane, text, data, start))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import uvicorn
 from mcp.server import Server
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
@@ -323,7 +324,7 @@ async def _app(listening: Listening, core: Core) -> AsyncIterator[Http]:
 
     async def who(context: protocol.Context) -> tuple[Principal, Request]:
         caller = _caller(context)
-        return caller.principal, replace(caller.request, rpc_id=context.request_id)
+        return caller.principal, msgspec.structs.replace(caller.request, rpc_id=context.request_id)
 
     def failed(context: protocol.Context, problem: Error) -> str:
         _caller(context).problem = problem

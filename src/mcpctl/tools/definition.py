@@ -17,8 +17,7 @@ from mcpctl.postgres.session import Session
 encode = msgspec.json.Encoder().encode
 
 
-@dataclass(slots=True)
-class Result:
+class Result(msgspec.Struct, eq=False):
     """What a tool answers, as compact JSON; `structured` is the same as plain values.
 
     `command` is PostgreSQL's tag of what was done, for the audit line.
