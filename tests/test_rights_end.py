@@ -15,10 +15,11 @@ from mcpctl import config
 from mcpctl.audit import top
 from mcpctl.audit.log import AuditLog
 from mcpctl.audit.reading import Reading
-from mcpctl.errors import UnavailableError
+from mcpctl.errors import Error, UnauthorizedError, UnavailableError
 from mcpctl.facts import Request
 from mcpctl.identity import tokens, users
 from mcpctl.postgres import roles
+from mcpctl.postgres.pools import NarrowedError
 from mcpctl.server.parts import running
 from site_of_mcpctl import Client, Shop, Site, eventually, in_background
 
@@ -305,11 +306,12 @@ def test_what_writes_has_a_line_before_it_stays_and_else_does_not_stay(
         with at.shop.admin() as admin:
             return len(admin.execute("SELECT FROM franks.others WHERE body = 'nina'").fetchall())
 
-    def adding(log: AuditLog, event: str, fields: dict[str, Any]) -> None:
-        seen.append((event, rows()))
-        if full and event == "tool.begun":
-            raise UnavailableError("the disk is full")
-        add(log, event, fields)
+    def adding(log: AuditLog, *lines: tuple[str, dict[str, Any]]) -> None:
+        for event, _ in lines:
+            seen.append((event, rows()))
+            if full and event == "tool.begun":
+                raise UnavailableError("the disk is full")
+        add(log, *lines)
 
     async def insert() -> None:
         principal = await core.authenticator.authenticate(text, "127.0.0.1")
@@ -335,3 +337,51 @@ def test_what_writes_has_a_line_before_it_stays_and_else_does_not_stay(
     same = ("request_id", "token", "tool", "database", "role", "backend_pid", "statement_hmac", "relations")
     assert [begun[name] for name in same] == [called[name] for name in same]
     assert top.count(Reading(at.folder / "audit.jsonl"), "user")["nina"].count == 2
+
+
+def test_an_answer_that_waits_for_its_line_leaves_only_to_who_may_still_have_it(at: Site) -> None:
+    """Lines of calls that end together are written together, so that rights may end between a call and its answer."""
+    at.user("lena", "mcp-tools")
+    at.grant("lena", "--table", "franks.others")
+    name, text = at.token("lena")
+    told: list[Error] = []
+
+    async def main() -> None:
+        async with running(config.load(at.config, at.limits), files=True) as core:
+            write = core.recorder.ended
+
+            async def ask(query: str) -> None:
+                principal = await core.authenticator.authenticate(text, "127.0.0.1")
+                request = Request("r", "127.0.0.1", "http")
+                answer = await core.calls.call(principal, "query_database", {"query": query}, request)
+                assert not answer.is_error, answer.text
+
+            async def taking(*command: str) -> None:
+                async def ended(*of: Any) -> None:
+                    await write(*of)
+                    await asyncio.to_thread(at.run, *command)
+                    core.authenticator.refresh()
+
+                core.recorder.ended = ended  # type: ignore[method-assign]
+                other = asyncio.create_task(ask("select pg_sleep(60)"))  # else nobody's line is waited for
+                while len(core.calls.running()) != 1:
+                    await asyncio.sleep(0.01)
+                with pytest.raises(Error) as caught:
+                    await ask("select body from franks.others")
+                told.append(caught.value)
+                other.cancel()
+                await asyncio.wait([other])
+
+            await taking("user", "ungrant", "lena", "--database", "shop", "--apply")
+            at.grant("lena", "--table", "franks.others")
+            await taking("token", "revoke", name)
+
+    asyncio.run(main())
+    assert [type(one) for one in told] == [NarrowedError, UnauthorizedError]
+    assert TAKEN in told[0].message
+    asked = [line for line in at.audit() if line.get("user") == "lena" and line.get("tool") == "query_database"]
+    ends = [(line["event"], line["outcome"], line.get("reason", "")) for line in asked]
+    assert [one for one in ends if "did not leave" in one[2]] == [
+        ("tool.refused", "cut", f"its answer did not leave: {one.message}") for one in told
+    ]
+    assert ends.count(("tool.called", "ok", "")) == 2

@@ -14,7 +14,7 @@ import pytest
 import pg
 import site_of_mcpctl as site
 from mcpctl.postgres.answer import Answer, Bounds, Rows
-from mcpctl.postgres.shape import Types, _mended_in
+from mcpctl.postgres.shape import Loaders, Types, _mended_in
 
 WIDE = Bounds(100_000, 1 << 24, 10.0)
 COLUMNS = {
@@ -50,7 +50,7 @@ def _answer(result: Any, *, plain: bool, on: psycopg.Connection[Any] | None = No
     types = Types()
     if not plain:
         types.plain.clear()
-    answer = Answer(types, WIDE, on)
+    answer = Answer(types, WIDE, Loaders(on))
     assert asyncio.run(answer.take(result))
     assert answer.shape is not None
     assert answer.shape.plain is plain
@@ -181,3 +181,36 @@ def test_a_shape_of_long_names_is_not_kept(connection: psycopg.Connection[Any]) 
         result.set_attributes([psycopg.pq.PGresAttDesc(name, 0, 0, 0, 25, -1, 0)])
         assert types.shape(result).columns == [(name.decode(), "text")]
         assert bool(types._shapes) is kept
+
+
+def test_loaders_are_ready_for_the_columns_that_came_last_and_for_no_others(
+    connection: psycopg.Connection[Any],
+) -> None:
+    types, loaders = Types(), Loaders(connection)
+    words = "SELECT n AS a, n || 'é' AS b FROM (VALUES (1), (2), (NULL)) v (n)"
+    times = "SELECT now() AS a, 'x' AS b FROM generate_series(1, 3)"
+
+    def ask(query: str) -> tuple[bytes, Any]:
+        result = connection.pgconn.exec_(query.encode())
+        answer = Answer(types, WIDE, loaders)
+        assert asyncio.run(answer.take(result))
+        used = answer._quick
+        answer.rest()
+        assert used is not None
+        return answer.done().json, used
+
+    try:
+        first, ready = ask(words)
+        assert ready.pgresult is None  # else an idle connection would keep its last rows
+        assert json.loads(first) == [[1, "1é"], [2, "2é"], [None, None]]
+        assert ask(words) == (first, ready)
+        assert ask("SELECT 7 AS a, 'seven' AS b")[0] == b'[[7,"seven"]]'  # the same columns
+        other, of_times = ask(times)
+        assert of_times is not ready
+        assert [row[1] for row in json.loads(other)] == ["x"] * 3
+        assert ask(words)[0] == first
+        connection.execute("SET client_encoding = 'SQL_ASCII'")
+        assert ask(words)[1] is not ask(words)[1]
+        assert ask(words)[0] == first
+    finally:
+        connection.execute("SET client_encoding = 'UTF8'")

@@ -24,7 +24,7 @@ from mcpctl.errors import (
     UnavailableError,
     UsageError,
 )
-from mcpctl.facts import Facts, Request, Running, noted, refusal
+from mcpctl.facts import Facts, Request, Running, noted, refusal, uncancelled
 from mcpctl.identity.own_databases import check_name
 from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
@@ -180,7 +180,7 @@ class Calls:
             outcome, reason = "error", noted(problem)
             return _failed(problem)
         except asyncio.CancelledError:
-            if facts.stopped is not None and _uncancelled():
+            if facts.stopped is not None and uncancelled():
                 event, outcome, reason = "tool.refused", "cut", facts.stopped
                 return _failed(NarrowedError(facts.stopped))
             outcome, reason = "cancelled", f"the client went away, or {self.ends}"
@@ -203,7 +203,7 @@ class Calls:
                     facts.values.update(elapsed_ms=elapsed(begun), outcome=outcome, reason=facts.reason(reason))
                     line = {**base, **facts.values}
                     if outcome == "ok" and self._running:
-                        await self._recorder.ended(event, line, facts.trace)
+                        await self._write(principal, line, facts)
                     else:
                         self._recorder.call(event, line, facts.trace, facts.refusal)
                 finally:
@@ -217,13 +217,17 @@ class Calls:
                     self._recorder.note("tool.refused", **base, outcome="error", reason=withheld)
                     raise
 
-    def check(self, principal: Principal, request: Request) -> None:
-        """See that what a call answers may still leave, which may have waited for its line: raises as `Pools.check`."""
-        if request.databases:
-            for database in request.databases:
+    async def _write(self, principal: Principal, line: dict[str, Any], facts: Facts) -> None:
+        """Have the line of a call that went well written with those of the others that end now. Rights may end
+        meanwhile: raises as `Pools.check`, and the answer does not leave."""
+        await self._recorder.ended("tool.called", line, facts.trace)
+        try:
+            for database in facts.uses:
                 self._pools.check(principal, database)
-        elif not self._pools.valid(principal):
-            raise UnauthorizedError(ended(principal), token_id=principal.token)
+        except Error as problem:
+            withheld = f"its answer did not leave: {problem.message}"
+            self._recorder.note("tool.refused", **facts.base, outcome="cut", reason=withheld)
+            raise
 
     def _charge(self, principal: Principal, facts: Facts) -> None:
         """Charge a call to the budgets, however it ended."""
@@ -350,7 +354,7 @@ class Calls:
                     raise self._ended(principal, login, session) from None
                 raise
             except asyncio.CancelledError:
-                if session.cut and self._removed(principal) and _uncancelled():
+                if session.cut and self._removed(principal) and uncancelled():
                     raise self._ended(principal, login, session) from None
                 raise
             finally:
@@ -490,12 +494,6 @@ class Calls:
             and one.request.rpc_id == rpc_id
             and type(one.request.rpc_id) is type(rpc_id)
         ]
-
-
-def _uncancelled() -> bool:
-    """Take back the one cancel of this task; False where somebody else has cancelled it too."""
-    task = asyncio.current_task()
-    return task is not None and task.uncancel() == 0
 
 
 def _failed(problem: Error) -> Answer:

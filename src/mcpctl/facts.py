@@ -130,3 +130,9 @@ def noted(problem: Error) -> str:
     if isinstance(problem, StatementError):
         return f"SQLSTATE {problem.fields.get('sqlstate', 'none')}"
     return "there is nothing of that name to read" if isinstance(problem, NothingThereError) else problem.message
+
+
+def uncancelled() -> bool:
+    """Take back the one cancel of this task; False where somebody else has cancelled it too."""
+    task = asyncio.current_task()
+    return task is not None and task.uncancel() == 0

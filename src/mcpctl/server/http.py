@@ -259,7 +259,8 @@ class Http:
                 if self._parts.authenticator.still_valid(principal):
                     raise UnavailableError(CANCELLED + self._parts.calls.ends) from None
                 raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
-            self._parts.calls.check(principal, request)
+            if not self._parts.authenticator.still_valid(principal):
+                raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
             return answer
         except UnauthorizedError:
             if self._parts.authenticator.locked:
