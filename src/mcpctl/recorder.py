@@ -177,6 +177,7 @@ class Recorder:
 
     def catch_up(self) -> None:
         """Write what was kept, here and by commands, if the log can be written again."""
+        self._write_together()
         try:
             self._audit.catch_up()
             self._write_late()
@@ -185,7 +186,6 @@ class Recorder:
 
     def close(self) -> None:
         """Leave what is still kept beside the log, for the next who can write it: this process ends."""
-        self._write_together()
         self.catch_up()
         left, lost = list(self._late.lines), self._late.lost[2] if self._late.lost else 0
         try:
