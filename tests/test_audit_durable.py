@@ -17,9 +17,8 @@ from mcpctl import config
 from mcpctl.audit.anchors import Anchors
 from mcpctl.audit.durable import Durable
 from mcpctl.audit.log import AuditLog
-from mcpctl.calls import Answer
 from mcpctl.errors import UnavailableError
-from mcpctl.facts import Request
+from mcpctl.facts import Answer, Request
 from mcpctl.server.parts import running
 from site_of_mcpctl import Shop, Site
 

@@ -154,8 +154,8 @@ def test_every_refused_credential_is_counted_however_few_are_listed(tmp_path: Pa
     class Book:
         lines = 0
 
-        def add(self, event: str, fields: dict[str, Any]) -> None:
-            self.lines += 1
+        def add(self, *lines: tuple[str, dict[str, Any]]) -> None:
+            self.lines += len(lines)
 
     book, metrics = Book(), Metrics()
     recorder = Recorder(book, "full", refuse=True, count=metrics.count)  # type: ignore[arg-type]
@@ -171,7 +171,7 @@ def test_refused_sign_ins_are_told_on_stderr_with_the_address_last_and_boundedly
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Book:
-        def add(self, event: str, fields: dict[str, Any]) -> None:
+        def add(self, *lines: tuple[str, dict[str, Any]]) -> None:
             pass
 
     recorder = Recorder(Book(), "full", refuse=True)  # type: ignore[arg-type]

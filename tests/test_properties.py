@@ -354,7 +354,7 @@ def test_a_line_s_hash_and_a_statement_s_digest_are_the_hmac_of_rfc_2104_whateve
     key = bytes(number % 251 for number in range(length))
     log = AuditLog(Path("x"), key, lambda: NOW)
     for _ in range(2):
-        line, digest = log._line(audit_log.End(0, 0, 0, audit_log.FIRST), {"user": "alice"})
+        line, digest = log._line(1, audit_log.FIRST, {"user": "alice"})
         body = line.rpartition(b',"hash":"')[0]
         assert digest == audit_log.chain_hash(key, audit_log.FIRST, body)
         assert line == body + b',"hash":"' + digest.encode() + b'"}\n'

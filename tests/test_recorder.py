@@ -353,6 +353,36 @@ def test_none_of_the_calls_that_end_together_is_answered_where_their_lines_canno
     assert book.events("audit.lost")[0]["reason"].startswith("3 lines could not be written")
 
 
+def test_a_line_that_is_none_keeps_no_other_call_from_its_answer(path: Path) -> None:
+    counted: list[tuple[str, Any, bool | None]] = []
+    log = AuditLog(path, KEY, lambda: NOW)
+    count = lambda event, fields, written: counted.append((event, fields.get("user"), written))  # noqa: E731
+    recorder = Recorder(log, "full", refuse=True, count=count)
+
+    async def work() -> list[BaseException | None]:
+        ending = [recorder.ended("tool.called", {"user": name, "rows": rows}) for name, rows in
+                  (("a", 1), ("b", object()), ("c", 3))]  # fmt: skip
+        return await asyncio.gather(*ending, return_exceptions=True)
+
+    told = asyncio.run(work())
+    assert [type(one) for one in told] == [type(None), UnavailableError, type(None)]
+    assert recorder.waiting == 1
+    assert [line["user"] for line in lines(path)] == ["a", "c"]
+    assert counted == [("tool.called", "a", True), ("tool.called", "b", False), ("tool.called", "c", True)]
+    assert verify(path) == 2
+    log.close()
+
+
+def test_what_may_hold_a_password_is_not_kept_in_memory(book: Book) -> None:
+    hashing = Recorder(book.log, "hmac", refuse=True)
+    for text, described in (("select 1", True), ("ALTER ROLE x PASSWORD 'geheim'", False)):
+        first = hashing.statement(text, described=described)
+        assert hashing.statement(text, described=described) == first
+    assert list(book.log._digests) == ["select 1"]
+    book.log.close()
+    assert not book.log._digests
+
+
 async def two(book: Book) -> list[asyncio.Task[None]]:
     """Two calls whose lines wait to be written."""
     ending = [asyncio.create_task(book.recorder.ended("tool.called", {"user": name})) for name in "ab"]

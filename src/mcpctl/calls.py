@@ -8,8 +8,6 @@ from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple
 
-import msgspec
-
 from mcpctl.canaries import Canaries
 from mcpctl.config import NAME
 from mcpctl.config_keys import Database, Settings
@@ -24,7 +22,7 @@ from mcpctl.errors import (
     UnavailableError,
     UsageError,
 )
-from mcpctl.facts import Facts, Request, Running, noted, refusal, uncancelled
+from mcpctl.facts import Answer, Facts, Request, Running, noted, refusal, uncancelled
 from mcpctl.identity.own_databases import check_name
 from mcpctl.identity.principal import Principal
 from mcpctl.policy.access import Access
@@ -49,19 +47,6 @@ log = logging.getLogger("mcpctl.calls")
 _REMEMBERED = 10_000
 _LATER = 2.0
 """Seconds beyond statement_timeout that one of several databases has, its connection's making included."""
-
-
-class Answer(msgspec.Struct, eq=False):
-    """What goes back: `text` for people and models, which is JSON but for an error's."""
-
-    text: str
-    is_error: bool = False
-
-    @property
-    def structured(self) -> dict[str, Any] | None:
-        """The same for programs, read from the text; None with an error."""
-        found: dict[str, Any] | None = None if self.is_error else msgspec.json.decode(self.text)
-        return found
 
 
 class UnknownToolError(NotFoundError):
@@ -141,7 +126,7 @@ class Calls:
             self._recorder.before_call()
         if self._own.started:
             self._own.look()
-        event, outcome, reason = "tool.called", "ok", None
+        event, outcome, reason, narrowed = "tool.called", "ok", None, None
         if entry is not None:
             self._running.add(entry)
         slots: list[Slot] = []
@@ -155,7 +140,7 @@ class Calls:
             request.databases.update(facts.uses)
             facts.values.update(rows=result.rows, bytes=result.bytes)
             reason, outcome = result.command, facts.outcome
-            return Answer(result.text)
+            answer = Answer(result.text)
         except LimitedError as problem:
             facts.limited = problem
             return _failed(problem)
@@ -203,7 +188,7 @@ class Calls:
                     facts.values.update(elapsed_ms=elapsed(begun), outcome=outcome, reason=facts.reason(reason))
                     line = {**base, **facts.values}
                     if outcome == "ok" and self._running:
-                        await self._write(principal, line, facts)
+                        narrowed = await self._write(principal, line, facts)
                     else:
                         self._recorder.call(event, line, facts.trace, facts.refusal)
                 finally:
@@ -216,17 +201,22 @@ class Calls:
                     withheld = "its answer did not leave: its line was not known to be on disk"
                     self._recorder.note("tool.refused", **base, outcome="error", reason=withheld)
                     raise
+        return answer if narrowed is None else _failed(narrowed)
 
-    async def _write(self, principal: Principal, line: dict[str, Any], facts: Facts) -> None:
-        """Have the line of a call that went well written with those of the others that end now. Rights may end
-        meanwhile: raises as `Pools.check`, and the answer does not leave."""
-        await self._recorder.ended("tool.called", line, facts.trace)
+    async def _write(self, principal: Principal, line: dict[str, Any], facts: Facts) -> NarrowedError | None:
+        """Have the line of a call that went well written with those of the others that end now. What ends meanwhile
+        keeps its answer back, which another line says: what is returned, or raised as `Pools.check` does."""
         try:
+            await self._recorder.ended("tool.called", line, facts.trace)
             for database in facts.uses:
                 self._pools.check(principal, database)
-        except Error as problem:
-            withheld = f"its answer did not leave: {problem.message}"
-            self._recorder.note("tool.refused", **facts.base, outcome="cut", reason=withheld)
+            return None
+        except (NarrowedError, UnauthorizedError, asyncio.CancelledError) as problem:
+            gone = isinstance(problem, asyncio.CancelledError)
+            reason = f"its answer did not leave: {f'the client went away, or {self.ends}' if gone else problem}"
+            self._recorder.note("tool.refused", **facts.base, outcome="cancelled" if gone else "cut", reason=reason)
+            if isinstance(problem, NarrowedError):
+                return problem
             raise
 
     def _charge(self, principal: Principal, facts: Facts) -> None:

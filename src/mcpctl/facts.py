@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import Any
 
-from msgspec import Struct, field
+from msgspec import Struct, field, json
 
 from mcpctl.audit.log import MORE
 from mcpctl.errors import Error, ForbiddenError, LimitedError, ScopeError, UsageError
@@ -89,6 +89,19 @@ class Facts(Struct, eq=False):
         if did is None:
             return reason or None
         return ": ".join([*did, reason] if reason else did) or None
+
+
+class Answer(Struct, eq=False):
+    """What goes back: `text` for people and models, which is JSON but for an error's."""
+
+    text: str
+    is_error: bool = False
+
+    @property
+    def structured(self) -> dict[str, Any] | None:
+        """The same for programs, read from the text; None with an error."""
+        found: dict[str, Any] | None = None if self.is_error else json.decode(self.text)
+        return found
 
 
 class Request(Struct, eq=False):

@@ -88,7 +88,7 @@ class Recorder:
 
     def note(self, event: str, **fields: Any) -> None:
         """Write a line, or keep it until the log can be written. What must happen anyway (a revocation) uses this."""
-        if self._write((event, fields)):
+        if self._write(event, fields):
             return
         self._late.lines.append((event, {"happened_at": self._audit.time(), **fields}))
         if len(self._late.lines) > LATE:
@@ -100,7 +100,7 @@ class Recorder:
         _say(event, fields, trace)
         if refusal is not None:
             self._count(REFUSED, {"reason": refusal}, None)
-        if not self._write((event, fields)):
+        if not self._write(event, fields):
             self._lose(self._audit.time())
             if self._refuse:
                 raise _no_log()
@@ -122,17 +122,34 @@ class Recorder:
         together, self._together = self._together, []
         if not together:
             return
-        done = False
         try:
-            done = self._write(*[(event, fields) for event, fields, _ in together])
-        finally:
-            for _, _, written in together:
-                if not done:
-                    self._lose(self._audit.time())
-                if not written.done():
-                    written.set_result(done)
+            done = [self._add(*[(event, fields) for event, fields, _ in together])] * len(together)
+        except Exception:  # a fault of ours in one of them is not the others'
+            log.exception("lines of the audit log could not be made together")
+            done = [self._alone(event, fields) for event, fields, _ in together]
+        for (_, _, written), stands in zip(together, done, strict=True):
+            if not stands:
+                self._lose(self._audit.time())
+            if not written.done():
+                written.set_result(stands)
+        for (event, fields, _), stands in zip(together, done, strict=True):
+            self._count(event, fields, stands)
 
-    def _write(self, *lines: tuple[str, dict[str, Any]]) -> bool:
+    def _alone(self, event: str, fields: dict[str, Any]) -> bool:
+        """Write a line that may be none."""
+        try:
+            return self._add((event, fields))
+        except Exception:
+            log.exception("a line of the audit log could not be made")
+            return False
+
+    def _write(self, event: str, fields: dict[str, Any]) -> bool:
+        """Write what was kept, and this line; whether it was. It is counted."""
+        written = self._add((event, fields))
+        self._count(event, fields, written)
+        return written
+
+    def _add(self, *lines: tuple[str, dict[str, Any]]) -> bool:
         """Write what was kept, and these lines; whether they were."""
         try:
             if self._late.lines or self._late.lost:
@@ -144,10 +161,7 @@ class Recorder:
             self.failing = True
         else:
             self.failing = False
-        written = not self.failing
-        for event, fields in lines:
-            self._count(event, fields, written)
-        return written
+        return not self.failing
 
     @property
     def waiting(self) -> int:
@@ -214,7 +228,7 @@ class Recorder:
             return {}
         if described and self._statements == "full":
             return {"statement": text}
-        return {"statement_hmac": self._audit.statement_hmac(text)}
+        return {"statement_hmac": self._audit.statement_hmac(text, keep=described)}
 
     def ran(self, kept: Mapping[str, str], about: Mapping[str, Any], trace: str | None = None) -> None:
         """Say in the server's log that a statement was run, as far as it is `kept`, where the config wants that."""
@@ -230,7 +244,7 @@ class Recorder:
         who = (token, source(address))
         if now - self._greeted.get(who, -AGAIN) < AGAIN or not self._in_full("auth.ok", token):
             return
-        if not self._write(("auth.ok", {"token": token, "user": user, "client_ip": address, **fields})):
+        if not self._write("auth.ok", {"token": token, "user": user, "client_ip": address, **fields}):
             return
         self._greeted[who] = now
         self._greeted.move_to_end(who)
@@ -246,7 +260,7 @@ class Recorder:
         self._count("auth.refused", {"reason": reason}, None)
         self._look()
         if self._in_full("auth.refused", fields["token"]) if proven else self._stranger(source(address), fields):
-            if not self._write(("auth.refused", {"client_ip": address, "reason": reason, **fields})):
+            if not self._write("auth.refused", {"client_ip": address, "reason": reason, **fields}):
                 self._lose(self._audit.time())
             if not locked:  # the address last: see docs/monitoring.md
                 extra = {"about": {"client_ip": address, **fields}}

@@ -116,13 +116,15 @@ class AuditLog:
         self._lock = self._file = -1
         self._left = []
         self._end = None
+        self._digests.clear()
 
-    def statement_hmac(self, statement: str) -> str:
-        """The keyed digest that stands for a statement whose text is not kept."""
+    def statement_hmac(self, statement: str, *, keep: bool = False) -> str:
+        """The keyed digest that stands for a statement whose text is not kept. `keep` it in memory for the next time,
+        which must not be where the text may hold a password."""
         known = self._digests.get(statement)
         if known is None:
             known = self._hmac(b"statement\0" + statement.encode("utf-8", "replace"))
-            if len(statement) <= _SHORT:
+            if keep and len(statement) <= _SHORT:
                 if len(self._digests) >= _REMEMBERED:
                     self._digests.clear()
                 self._digests[statement] = known

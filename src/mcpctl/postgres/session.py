@@ -39,6 +39,7 @@ class Connection(AsyncConnection[Any]):
     """What loads the rows that come by it."""
 
     async def close(self) -> None:
+        self.loaders = None  # which know it
         if self.wire is not None:
             self.wire.close()
         await super().close()
@@ -127,6 +128,7 @@ class Session:
     def close(self) -> None:
         """Close the socket, now."""
         self.rest()
+        self.conn.loaders = None
         if self.conn.wire is not None:
             self.conn.wire.close()
         self.pgconn.finish()

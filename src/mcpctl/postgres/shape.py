@@ -126,9 +126,10 @@ class Loaders:
         if ready is not None and self._shape is shape:
             ready.set_pgresult(result, set_loaders=False)
             return ready
-        ready = self._ready = Transformer(_On(connection, _quick().adapters))
-        self._shape = shape
+        ready = Transformer(_On(connection, _quick().adapters))
         ready.set_pgresult(result)
+        if len(shape.json) <= _LONG:  # else it is made anew each time, too
+            self._ready, self._shape = ready, shape
         return ready
 
     def rest(self) -> None:

@@ -23,7 +23,7 @@ from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS, LATEST_HANDSHAKE_VERS
 from pydantic import ValidationError
 
 from mcpctl import __version__
-from mcpctl.calls import Answer
+from mcpctl.facts import Answer
 
 Headers = Sequence[tuple[bytes, bytes]]
 Route = tuple[bool, str]

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from msgspec.structs import replace
 
-from mcpctl.calls import Answer, Calls, UnknownToolError
+from mcpctl.calls import Calls, UnknownToolError
 from mcpctl.config_keys import Settings
 from mcpctl.errors import Error, LimitedError, LockedError, UnauthorizedError, UnavailableError, UsageError
-from mcpctl.facts import Request
+from mcpctl.facts import Answer, Request
 from mcpctl.identity.authenticate import Authenticator
 from mcpctl.identity.principal import Principal
 from mcpctl.policy.scopes import Scopes
@@ -194,6 +194,7 @@ class Http:
                         return False
                     status, body = express.answer(call, answer)
                 except UnknownToolError as problem:
+                    self._still(principal)
                     status, body = express.unknown_tool(call, problem.message)
                 reply = Reply(status, body, request_id, found.more)
                 if len(reply.body) <= PIECE and not asking.flow.write_paused:
@@ -259,13 +260,20 @@ class Http:
                 if self._parts.authenticator.still_valid(principal):
                     raise UnavailableError(CANCELLED + self._parts.calls.ends) from None
                 raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
-            if not self._parts.authenticator.still_valid(principal):
-                raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
+            self._still(principal)
             return answer
         except UnauthorizedError:
             if self._parts.authenticator.locked:
                 raise LockedError from None
             raise
+
+    def _still(self, principal: Principal) -> None:
+        """Raises UnauthorizedError, or LockedError, where its token is no longer valid."""
+        door = self._parts.authenticator
+        if not door.still_valid(principal):
+            if door.locked:
+                raise LockedError
+            raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
 
     def _may_leave(self, principal: Principal, request: Request) -> bool:
         """Whether an answer may still leave: its caller has the rights that it was made with."""

@@ -15,10 +15,10 @@ from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any
 
 from mcpctl import __version__
-from mcpctl.calls import Answer, Calls
+from mcpctl.calls import Calls
 from mcpctl.config_keys import Tracing
 from mcpctl.errors import ConfigError, Error
-from mcpctl.facts import Facts, Request
+from mcpctl.facts import Answer, Facts, Request
 from mcpctl.identity.principal import Principal
 from mcpctl.tools.table import TOOLS
 
