@@ -152,7 +152,7 @@ def test_an_answer_of_which_a_part_comes_later_is_the_same(newest_shop: Shop, qu
 def test_a_conversation_that_is_out_of_step_is_answered_by_nobody(newest_shop: Shop) -> None:
     async def run() -> None:
         async with _pool(newest_shop) as pool:
-            for kept in (8, 13):  # the results of the sync points behind the statement and at the end
+            for kept in (9, 11):  # the results of ROLLBACK and of the sync point
                 session = await pool.take()
                 await statement.run(session, "select 7", BOUNDS)
                 with _Libpq(session, kept=kept).in_place(session), pytest.raises(ConnectionLostError):

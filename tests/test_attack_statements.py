@@ -303,12 +303,12 @@ def test_a_superusers_login_is_seen_to_breach(targets: dict[str, Target]) -> Non
 
 _WEAKENED = """
 import inspect, sys
-from mcpctl.postgres import frame, statement
+from mcpctl.postgres import frame, framed
 frame.BEGIN, frame.END = b"BEGIN READ WRITE", b"COMMIT"
-text = inspect.getsource(statement)
+text = inspect.getsource(framed)
 assert "return self._clean and self._leaves_nothing" in text
 text = text.replace("return self._clean and self._leaves_nothing", "return True")
-exec(compile(text, statement.__file__, "exec"), statement.__dict__)
+exec(compile(text, framed.__file__, "exec"), framed.__dict__)
 from mcpctl.cli.main import run
 sys.argv[1:] = sys.argv[4:]
 run()

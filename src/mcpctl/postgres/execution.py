@@ -20,6 +20,7 @@ from mcpctl.postgres.answer import Answer, Bounds, Rows
 from mcpctl.postgres.said import StatementError, cells, error, withheld
 from mcpctl.postgres.session import Session
 from mcpctl.postgres.statement import Exchange, NotAQuestionError
+from mcpctl.postgres.verdicts import CHUNK
 from mcpctl.postgres.wire import TooLargeError, Wire
 
 _PREPARE = b"prepare x as\n"
@@ -51,8 +52,10 @@ class _Execution(Exchange):
             accepted, _ = await self.judge(wire, text, _PREPARE)
             if not accepted:
                 raise NotAQuestionError("PostgreSQL would not PREPARE this statement, so it was not run", _TAKEN)
+            await self.ready(wire)
             self.refresh(wire)
-            self.begin(wire, b"BEGIN READ WRITE", [(text, ()), (_DEFERRED, ()), (frame.SEEN, ())])
+            self.begin(b"BEGIN READ WRITE", [(text, ()), (_DEFERRED, ()), (frame.SEEN, ())])
+            wire.sync()
             await wire.flush()
             await self.begun(wire)
             try:
@@ -70,7 +73,7 @@ class _Execution(Exchange):
         """The statement's rows, as many as an answer may hold, and what it locked. Raises what PostgreSQL said, and
         for what made a table."""
         answer = Answer(self._types, self.bounds)
-        self._pgconn.set_chunked_rows_mode(min(statement.CHUNK, self.bounds.rows + 1))
+        self._pgconn.set_chunked_rows_mode(min(CHUNK, self.bounds.rows + 1))
         failed: StatementError | None = None
         wanted, tag = True, b""
         while (result := await wire.result()) is not None:

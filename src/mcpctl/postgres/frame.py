@@ -1,19 +1,22 @@
 """The statements of ours: those around a caller's statement, and those that ask what it reads and what it leaves."""
 
 BEGIN, END = b"BEGIN READ ONLY", b"ROLLBACK"
-LIMITS = b"mcpctl limits"
-"""The name of the one statement that each connection has prepared, with its first exchange. What a function may
-have put in its place runs in the READ ONLY transaction; in place of the others it would run outside of one."""
-SET_LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, true),
- pg_catalog.set_config('lock_timeout', $1, true), pg_catalog.pg_backend_pid()"""
-LIMITS_AND_TRACE = SET_LIMITS + b", pg_catalog.set_config('application_name', $2, true)"
+SET_LIMITS = b"""SELECT pg_catalog.set_config('statement_timeout', $1, false),
+ pg_catalog.set_config('lock_timeout', $1, false)"""
+"""Until others are set: what a transaction changes of them, its ROLLBACK undoes."""
+SNAPSHOT, UNLOCK = b"mcpctl snapshot", b"mcpctl unlock"
+"""The names of the two statements that each connection has prepared, with its first exchange. What a function may
+have put in their place runs in the READ ONLY transaction; in place of the others it would decide how that goes."""
+WHO = b"SELECT pg_catalog.pg_backend_pid()"
+WHO_AND_TRACE = WHO + b", pg_catalog.set_config('application_name', $1, true)"
 """The same, and until the transaction's end the trace that it belongs to, without a further round trip."""
-UNLOCK = b"SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.setseed($1)"
+UNLOCK_ALL = b"SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.setseed($1)"
 LOOK = (
-    UNLOCK + b", (SELECT pg_catalog.sum(CASE WHEN from_sql THEN 2 ELSE 1 END) FROM pg_catalog.pg_prepared_statement())"
+    UNLOCK_ALL
+    + b", (SELECT pg_catalog.sum(CASE WHEN from_sql THEN 9 ELSE 1 END) FROM pg_catalog.pg_prepared_statement())"
 )
-AS_IT_WAS = b"1"
-"""What that counts where nothing is prepared but LIMITS, and by nobody else."""
+AS_IT_WAS = b"2"
+"""What that counts where nothing is prepared but SNAPSHOT and UNLOCK, and by nobody else."""
 FRESH = 150000, b"SELECT pg_catalog.pg_stat_force_next_flush()"
 """From that version on, before SEEN, so that what it counts is of one transaction alone: PostgreSQL gathers it for
 seconds."""

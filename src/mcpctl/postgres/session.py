@@ -75,12 +75,12 @@ class Use(Struct, eq=False):
 
 class Session:
     """One backend that has logged in, and who uses it now: `use` is of the call that has it. `lingers`: it was told to
-    end, and has not yet. `framed`: it has the statements of the frame prepared. `passes_on`: nothing runs on it, and a
-    pooler gives it to somebody else when it is closed."""
+    end, and has not yet. `passes_on`: nothing runs on it, and a pooler gives it to somebody else when it is closed.
+    `seconds`: what a statement may take on it; None until the frame was made ready."""
 
     __slots__ = (
-        "conn", "cut", "framed", "lingers", "login", "passes_on", "pgconn", "pid", "place", "pool", "pooled", "started",
-        "task", "until", "use", "used",
+        "conn", "cut", "lingers", "login", "passes_on", "pgconn", "pid", "place", "pool", "pooled", "seconds",
+        "started", "task", "until", "use", "used",
     )  # fmt: skip
 
     def __init__(
@@ -95,7 +95,7 @@ class Session:
         self.place = place(conn)
         self.cut = False
         self.lingers = False
-        self.framed = False
+        self.seconds: float | None = None
         self.used = monotonic()
         self.until = inf
         self.pooled = self.passes_on = pooled

@@ -1,63 +1,44 @@
 """One statement: one read-only transaction, bounded rows, bytes and time, and nothing of it left behind.
 
 A text is asked about before it runs (Parse and Describe; PostgreSQL's word decides, never ours), and what PostgreSQL
-said is remembered. A known question is then one flush and one round trip in libpq's pipeline:
-
-    BEGIN READ ONLY · limits, which also take the snapshot · the statement · sync
-    ROLLBACK · unlock, a new seed, and look for what would outlive it · sync
-
-The second segment stands behind its own sync, since an error aborts the rest of its segment. A SELECT of ours stands
-before the statement, since SET TRANSACTION READ WRITE works until a query has taken the snapshot. It ends with
-ROLLBACK, never COMMIT: that undoes what PostgreSQL lets a read-only transaction write, and every setting. What a
-rollback cannot undo goes with the connection, which is closed unless PostgreSQL says that the text leaves nothing.
-Of such a text, and of a new one, the locks are looked at before the ROLLBACK: what functions read is in no plan.
+said is remembered. A known question is then one packet and one round trip, in the frame that framed.py puts around it.
+That ends with ROLLBACK, never COMMIT: it undoes what PostgreSQL lets a read-only transaction write, and every setting.
+What a rollback cannot undo goes with the connection, which is closed unless PostgreSQL says that the text leaves
+nothing. Of such a text, and of a new one, the locks are looked at before the ROLLBACK: what functions read is in no
+plan.
 """
 
 import asyncio
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import replace
-from functools import lru_cache
-from math import inf
-from random import random
 from time import monotonic
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg import pq
 
-from mcpctl.errors import Error, ForbiddenError
+from mcpctl.errors import Error
 from mcpctl.postgres import cutting, frame
 from mcpctl.postgres.answer import Answer, Bounds, Rows
-from mcpctl.postgres.login import SHARED_BACKENDS
+from mcpctl.postgres.framed import Framed
 from mcpctl.postgres.said import StatementError, cells, error, withheld
 from mcpctl.postgres.session import Session
 from mcpctl.postgres.values import UnknownType
-from mcpctl.postgres.verdicts import Key, Verdict, Verdicts
+from mcpctl.postgres.verdicts import ALL, CHUNK, FEW, SMALL_CHUNK, Key, Verdict
 from mcpctl.postgres.wire import COPIES, ConnectionLostError, TooLargeError, Wire
 
 T = TypeVar("T")
-Statement = tuple[bytes, Sequence[bytes | None]]
 _Status = pq.ExecStatus
-_IDLE = pq.TransactionStatus.IDLE
-_DONE, _TUPLES, _SYNC = int(_Status.COMMAND_OK), int(_Status.TUPLES_OK), int(_Status.PIPELINE_SYNC)
-_BEGUN = (_DONE, None, _TUPLES, None)
-"""The results of BEGIN and of the limits."""
-_ENDED = (_SYNC, _DONE, None, _TUPLES, None, _SYNC)
-"""Those of what stands behind a statement: its sync point, ROLLBACK, UNLOCK or LOOK, and theirs."""
 _ROWS = frozenset(map(int, (_Status.TUPLES_CHUNK, _Status.TUPLES_OK, _Status.COMMAND_OK, _Status.SINGLE_TUPLE)))
 _CURSOR = b"declare c no scroll cursor for\n"
-CHUNK = 16
-"""Rows that libpq gathers before we see one: few, since each may be as large as an answer."""
-_SMALL_CHUNK = 256
-"""The same of a text whose rows were small when it ran last; if they are not any more, libpq's growth bounds them."""
-_GROWTH = 24 << 20
-"""How much libpq may grow for one answer, unless an answer may have more than a fifth of it."""
-_AT_ONCE = 10 << 20
-"""How much it may grow at once: its buffer doubles until a row has room, so one of 8 MiB makes it grow by 16."""
 _KEPT = 4 << 20
 """How much libpq may have grown for a connection that is used again: it never gives its buffer back."""
 AFTER = 1.0
 """Seconds beyond statement_timeout after which our own deadline ends it."""
+_GROWN = (
+    "the answer has become far larger than it was when this was asked last, seconds ago; nothing of it was taken",
+    "ask again",
+)
 
 
 class NotAQuestionError(Error):
@@ -144,30 +125,8 @@ async def despite_cancel(work: Awaitable[Any]) -> None:
     task.result()
 
 
-class Exchange:
+class Exchange(Framed):
     """One statement's conversation on one connection."""
-
-    _leaves_nothing = _clean = True
-    _known = _refreshed = False
-
-    def __init__(self, session: Session, bounds: Bounds) -> None:
-        self.session = session
-        self._pgconn = session.pgconn
-        self.bounds = bounds
-        self._verdicts: Verdicts = session.pool.verdicts
-        self._types = self._verdicts.types
-
-    @property
-    def clean(self) -> bool:
-        """Whether the connection is as it was when it was new."""
-        return self._clean and self._leaves_nothing
-
-    def wire(self, seconds: float = inf) -> Wire:
-        """The connection's wire, for this exchange; in so many seconds it has to be over."""
-        most, wire = self.bounds.bytes, self.session.conn.wire
-        if wire is None:
-            raise ConnectionLostError("the connection to the database was lost")
-        return wire.exchange(max(_GROWTH, 5 * most), max(_AT_ONCE, 2 * most + (1 << 20)), seconds)
 
     async def run(self, text: bytes, params: Sequence[bytes | None] | None) -> Rows:
         with self.wire(self.bounds.seconds + AFTER) as wire:
@@ -183,24 +142,22 @@ class Exchange:
             look = guarded or use.unseen
             self._known = verdict.seen and not look
             try:
-                rows = await self._framed(wire, text, (), look=look, must=must, small=verdict.small)
+                rows = await self._framed(wire, text, (), look=look, must=must, chunk=verdict.chunk)
             except TooLargeError:
-                self._verdicts.amend(key, verdict, replace(verdict, small=False))
+                self._verdicts.amend(key, verdict, replace(verdict, chunk=CHUNK))
+                if verdict.chunk == ALL:
+                    raise TooLargeError(*_GROWN) from None
                 raise
             unknown = None if rows.shape is None else rows.shape.unknown
-            if not (verdict.seen or use.unseen) or verdict.small != rows.even:
+            chunk = _chunk(rows)
+            if not (verdict.seen or use.unseen) or verdict.chunk != chunk:
                 seen, relations = (True, use.relations) if not use.unseen else (verdict.seen, verdict.relations)
-                self._verdicts.amend(key, verdict, replace(verdict, relations=relations, seen=seen, small=rows.even))
+                self._verdicts.amend(key, verdict, replace(verdict, relations=relations, seen=seen, chunk=chunk))
             if unknown and self._clean:  # made anew since the text was judged
                 await self._learn(wire, unknown)
                 rows = await self._framed(wire, text, (), look=look, must=must)
             self._clean = self._clean and wire.grown <= _KEPT
             return rows
-
-    async def leave(self) -> None:
-        """Close a connection that is not as it was when it was new; its conversation is over."""
-        if not self.clean:
-            await self.session.leave()
 
     async def ask(self, text: bytes) -> bool:
         """Whether the text is a question, without running it."""
@@ -289,107 +246,6 @@ class Exchange:
         )
         return Verdict(True, relations, not isinstance(plan, StatementError) and plan[0][0] == b"Gather")
 
-    async def _ours(self, wire: Wire, *statements: Statement) -> list[list[tuple[bytes, ...]] | StatementError]:
-        """The cells of statements of ours, as they came, run in one transaction up to the first that fails."""
-        self._send(wire, statements)
-        await wire.flush()
-        await self.begun(wire)
-        results = await wire.commands(len(statements))
-        await self._ended(wire)
-        return [cells(result) for result in results]
-
-    # -- the frame -------------------------------------------------------------------------------------------
-
-    def begin(self, wire: Wire, begin: bytes, statements: Sequence[Statement]) -> None:
-        """Queue the first segment of a frame: a transaction, begun so, its limits, and these."""
-        pgconn = self._pgconn
-        if not self.session.framed:
-            pgconn.send_prepare(frame.LIMITS, frame.SET_LIMITS)
-            wire.sync()  # what is parsed takes a snapshot, and behind one nothing can be READ WRITE
-        pgconn.send_query_params(begin, None)
-        if (trace := self.session.use.trace) is None:
-            pgconn.send_query_prepared(frame.LIMITS, _limits(self.bounds.seconds))
-        else:
-            named = f"mcpctl {self.session.pool.short} {trace}".encode()
-            pgconn.send_query_params(frame.LIMITS_AND_TRACE, (*_limits(self.bounds.seconds), named))
-        for text, params in statements:
-            pgconn.send_query_params(text, params or None)
-        wire.sync()
-
-    def _send(self, wire: Wire, statements: Sequence[Statement]) -> None:
-        if not self._clean:
-            raise ConnectionLostError("the connection to the database was lost")
-        self.begin(wire, frame.BEGIN, statements)
-        pgconn = self._pgconn
-        pgconn.send_query_params(frame.END, None)
-        seed = b"%.9f" % (2 * random() - 1)  # noqa: S311 - no secret
-        pgconn.send_query_params(frame.UNLOCK if self._known else frame.LOOK, (seed,))
-        wire.sync()
-
-    def refresh(self, wire: Wire) -> None:
-        """Have PostgreSQL count anew what a transaction reads, before the frame of one that it is asked of."""
-        since, flush = frame.FRESH
-        if self._pgconn.server_version >= since:
-            self._refreshed = True
-            self._pgconn.send_query_params(flush, None)
-            wire.sync()
-
-    async def begun(self, wire: Wire) -> None:
-        """See that the first segment has begun as it should."""
-        if self._refreshed:
-            self._refreshed = False
-            await wire.commands(1)
-            await wire.synced()
-        prepared = []
-        if not self.session.framed:
-            prepared = await wire.commands(1)
-            await wire.synced()
-        begin, limits = await wire.commands(2)
-        failed = next((one for one in (*prepared, begin) if one.status != _Status.COMMAND_OK), None)
-        if failed is not None or limits.status != _Status.TUPLES_OK:
-            self._clean = False
-            raise error(limits if failed is None else failed)
-        self.session.framed = True
-        self._see_backend(limits)
-
-    def _begun_at_once(self, wire: Wire) -> bool:
-        """`begun`, where all of it is there, and nothing but what there is mostly."""
-        found = None if self._refreshed or not self.session.framed else wire.at_once(_BEGUN)
-        if found is not None:
-            self._see_backend(found[2])
-        return found is not None
-
-    def _see_backend(self, limits: Any) -> None:
-        """See that it is the session's own backend that has answered: a pooler gives its clients any by now."""
-        session = self.session
-        if limits.get_value(0, 2) != b"%d" % session.pid:
-            session.close()
-            raise ForbiddenError(f"database {session.pool.login.name!r} is not served: {SHARED_BACKENDS}")
-
-    async def _ended(self, wire: Wire) -> None:
-        """Take the rest of the frame, and see whether it is as it should be."""
-        await wire.synced()
-        rollback, unlock = await wire.commands(2)
-        await wire.synced()
-        self._clean = (  # else a late cancel hit the frame
-            rollback.status == _Status.COMMAND_OK
-            and unlock.status == _Status.TUPLES_OK
-            and self._leaves_as_it_was(unlock)
-        )
-
-    def _ended_at_once(self, wire: Wire) -> bool:
-        """`_ended`, where all of it is there, and as it should be."""
-        found = wire.at_once(_ENDED)
-        if found is not None:
-            wire.owed -= 2
-            self._clean = self._leaves_as_it_was(found[3])
-        return found is not None
-
-    def _leaves_as_it_was(self, unlock: Any) -> bool:
-        """Whether the frame's end leaves no transaction, and no prepared statement that would outlive the call."""
-        as_it_was = self._known or unlock.get_value(0, 2) == frame.AS_IT_WAS
-        return as_it_was and self._pgconn.transaction_status == _IDLE
-
     async def _framed(
         self,
         wire: Wire,
@@ -398,10 +254,12 @@ class Exchange:
         *,
         look: bool = False,
         must: bool = False,
-        small: bool = False,
+        chunk: int = CHUNK,
     ) -> Rows:
         """The statement's rows. `look`: at what it has read, functions too, which is more than its plan says; `must`:
-        without that it is not answered. `small`: its rows were small the last time."""
+        without that it is not answered. `chunk`: see Verdict."""
+        if self.session.seconds != self.bounds.seconds:
+            await self.ready(wire)
         asked = frame.LOCKED if self._leaves_nothing else frame.SEEN
         if look and asked is frame.SEEN:
             self.refresh(wire)
@@ -409,8 +267,9 @@ class Exchange:
         await (wire.come() if wire.sent() else wire.flush())
         if not self._begun_at_once(wire):
             await self.begun(wire)
-        answer = Answer(self._types, self.bounds, self.session.conn.loaders, trusted=small)
-        self._pgconn.set_chunked_rows_mode(min(_SMALL_CHUNK if small else CHUNK, self.bounds.rows + 1))
+        answer = Answer(self._types, self.bounds, self.session.conn.loaders, trusted=chunk != CHUNK)
+        if chunk != ALL:
+            self._pgconn.set_chunked_rows_mode(min(chunk, self.bounds.rows + 1))
         take = self._pgconn.get_result
         failed: StatementError | None = None
         stop: asyncio.Task[None] | None = None
@@ -429,7 +288,7 @@ class Exchange:
                         failed = error(result)
             locked = cells(await wire.command()) if look else []
             if not self._ended_at_once(wire):
-                await self._ended(wire)
+                await self._ended(wire, stop)
         except TooLargeError:
             if must or answer.shape is None:
                 raise
@@ -487,10 +346,11 @@ class Exchange:
         await self.session.leave()
 
 
-@lru_cache(maxsize=64)
-def _limits(seconds: float) -> tuple[bytes]:
-    """What the limits are set to; the config knows few."""
-    return (b"%d" % int(seconds * 1000),)
+def _chunk(rows: Rows) -> int:
+    """How many rows of the same text libpq is to gather the next time."""
+    if not rows.even:
+        return CHUNK
+    return ALL if rows.count <= FEW and rows.note is None else SMALL_CHUNK
 
 
 def elapsed(since: float) -> float:

@@ -12,6 +12,13 @@ MOST = 4096
 _SHORT = 1024
 SECONDS = 5.0
 """How long a verdict is believed: a view may be replaced, a partition added, row security changed meanwhile."""
+CHUNK = 16
+"""Rows that libpq gathers of a text that did not run yet, or had large ones: each may be as large as an answer."""
+SMALL_CHUNK = 256
+"""The same of a text whose rows were small when it ran last; if they are not any more, libpq's growth bounds them."""
+ALL = 0
+"""All of them, of a text that had few rows, and small ones, when it ran last: one result instead of two."""
+FEW = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +28,14 @@ class Verdict:
     `relations` are the tables in PostgreSQL's plan for it, and those that it has read beside when it ran first,
     schema-qualified; None where it made none. `seen`: it has been looked at what it reads beside. `leaves_nothing`:
     PostgreSQL finds nothing in it that is PARALLEL UNSAFE, which is what may change the
-    session for good (CREATE FUNCTION in its manual). `small`: its rows were small when it ran last.
+    session for good (CREATE FUNCTION in its manual). `chunk`: how many rows libpq gathers before we see them.
     """
 
     question: bool
     relations: tuple[str, ...] | None
     leaves_nothing: bool
     seen: bool = False
-    small: bool = False
+    chunk: int = CHUNK
 
 
 @dataclass

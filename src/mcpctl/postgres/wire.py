@@ -223,9 +223,9 @@ class Wire:
             raise ConnectionLostError(_LOST)
         self._consume(more=self._fed)
 
-    def sync(self) -> None:
-        """Queue a sync point, where libpq can; else what is queued is sent with it."""
-        if _queue_sync is None:
+    def sync(self, *, last: bool = False) -> None:
+        """Queue a sync point, where libpq can; else, or where it is the `last`, what is queued is sent with it."""
+        if last or _queue_sync is None:
             self._pgconn.pipeline_sync()
         elif not _queue_sync(self._pgconn.pgconn_ptr):  # type: ignore[attr-defined]
             raise ConnectionLostError(_LOST)
