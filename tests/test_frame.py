@@ -23,11 +23,11 @@ CREATE TABLE written (x int);
 GRANT SELECT, INSERT ON written TO shop_reader;
 """
 _IN_PLACE_OF_OURS = """do $$declare one record; begin
-for one in select * from pg_prepared_statements where not from_sql and name ~ '(limits|unlock)$' loop
+for one in select * from pg_prepared_statements where not from_sql and name ~ '(snapshot|unlock)$' loop
  execute format('deallocate %I', one.name);
- execute format('prepare %I(%s) as select 1, 2, pg_backend_pid(), case current_setting(''transaction_read_only'')
+ execute format('prepare %I as select pg_backend_pid(), 2, 3, case current_setting(''transaction_read_only'')
   when ''off'' then run(''insert into written values (1)'') end, set_config(''default_transaction_read_only'', ''off'',
-  false)', one.name, array_to_string(one.parameter_types, ','));
+  false)', one.name);
 end loop; end$$"""
 
 

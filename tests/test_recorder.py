@@ -17,7 +17,7 @@ import pytest
 from chain import KEY, lines, verify
 from mcpctl.audit.log import AuditLog
 from mcpctl.config_keys import Limits
-from mcpctl.errors import LimitedError, UnavailableError
+from mcpctl.errors import Error, LimitedError, UnavailableError
 from mcpctl.policy.limits import LINES, TOKEN_LINES, Limiter
 from mcpctl.recorder import AGAIN, STRANGERS_IN_FULL, Recorder
 from mcpctl.shared_counters import Counters
@@ -315,10 +315,10 @@ class Counting(AuditLog):
         self.writes.append(len(lines))
 
 
-async def at_once(book: Book, names: Iterable[str]) -> list[BaseException | None]:
+async def at_once(book: Book, names: Iterable[str]) -> list[Error | None]:
     """What calls that end in one turn of the event loop are told."""
     ending = [book.recorder.ended("tool.called", {"user": name, "outcome": "ok"}) for name in names]
-    return await asyncio.gather(*ending, return_exceptions=True)
+    return await asyncio.gather(*ending)
 
 
 def test_the_lines_of_calls_that_end_together_are_written_at_once_and_in_their_order(path: Path) -> None:
@@ -338,7 +338,7 @@ def test_the_lines_of_calls_that_end_together_are_written_at_once_and_in_their_o
 
 
 def test_none_of_the_calls_that_end_together_is_answered_where_their_lines_cannot_be_written(book: Book) -> None:
-    async def work() -> list[BaseException | None]:
+    async def work() -> list[Error | None]:
         assert await at_once(book, "a") == [None]
         book.path.chmod(0o644)
         book.log.close()
@@ -359,10 +359,10 @@ def test_a_line_that_is_none_keeps_no_other_call_from_its_answer(path: Path) -> 
     count = lambda event, fields, written: counted.append((event, fields.get("user"), written))  # noqa: E731
     recorder = Recorder(log, "full", refuse=True, count=count)
 
-    async def work() -> list[BaseException | None]:
+    async def work() -> list[Error | None]:
         ending = [recorder.ended("tool.called", {"user": name, "rows": rows}) for name, rows in
                   (("a", 1), ("b", object()), ("c", 3))]  # fmt: skip
-        return await asyncio.gather(*ending, return_exceptions=True)
+        return await asyncio.gather(*ending)
 
     told = asyncio.run(work())
     assert [type(one) for one in told] == [type(None), UnavailableError, type(None)]
@@ -383,10 +383,9 @@ def test_what_may_hold_a_password_is_not_kept_in_memory(book: Book) -> None:
     assert not book.log._digests
 
 
-async def two(book: Book) -> list[asyncio.Task[None]]:
+def two(book: Book) -> list[asyncio.Future[Error | None]]:
     """Two calls whose lines wait to be written."""
-    ending = [asyncio.create_task(book.recorder.ended("tool.called", {"user": name})) for name in "ab"]
-    await asyncio.sleep(0)
+    ending = [book.recorder.ended("tool.called", {"user": name}) for name in "ab"]
     assert len(lines(book.path)) == 1
     return ending
 
@@ -394,7 +393,7 @@ async def two(book: Book) -> list[asyncio.Task[None]]:
 def test_a_call_that_is_cancelled_while_its_line_is_written_has_it_all_the_same(book: Book) -> None:
     async def work() -> None:
         book.log.append("audit.rotated")
-        first, second = await two(book)
+        first, second = two(book)
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
@@ -407,7 +406,7 @@ def test_a_call_that_is_cancelled_while_its_line_is_written_has_it_all_the_same(
 def test_lines_that_wait_to_be_written_together_are_not_lost_with_the_recorder(book: Book) -> None:
     async def work() -> None:
         book.log.append("audit.rotated")
-        ending = await two(book)
+        ending = two(book)
         book.recorder.close()
         assert [line.get("user") for line in lines(book.path)] == [None, "a", "b"]
         await asyncio.gather(*ending)

@@ -207,7 +207,8 @@ class Calls:
         """Have the line of a call that went well written with those of the others that end now. What ends meanwhile
         keeps its answer back, which another line says: what is returned, or raised as `Pools.check` does."""
         try:
-            await self._recorder.ended("tool.called", line, facts.trace)
+            if (unwritten := await self._recorder.ended("tool.called", line, facts.trace)) is not None:
+                raise unwritten
             for database in facts.uses:
                 self._pools.check(principal, database)
             return None

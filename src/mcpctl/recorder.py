@@ -83,7 +83,7 @@ class Recorder:
         self._minute = self._looked = clock()
         self._uncounted = 0
         self._late = Late() if late is None else late
-        self._together: list[tuple[str, dict[str, Any], asyncio.Future[bool]]] = []
+        self._together: list[tuple[str, dict[str, Any], asyncio.Future[Error | None]]] = []
         """Lines of calls that have ended in this turn of the event loop, and who waits for each."""
 
     def note(self, event: str, **fields: Any) -> None:
@@ -105,17 +105,17 @@ class Recorder:
             if self._refuse:
                 raise _no_log()
 
-    async def ended(self, event: str, fields: dict[str, Any], trace: str | None = None) -> None:
+    def ended(self, event: str, fields: dict[str, Any], trace: str | None = None) -> asyncio.Future[Error | None]:
         """`call`, where others run that may end in the same turn of the event loop: their lines are written together,
-        by one lock and one write. The line stands when this returns, also for who was cancelled meanwhile."""
+        by one lock and one write. When what this returns is done, the line stands, also that of who was cancelled
+        meanwhile; its result is what `call` would have raised."""
         _say(event, fields, trace)
         loop = asyncio.get_running_loop()
         if not self._together:
             loop.call_soon(self._write_together)
-        written: asyncio.Future[bool] = loop.create_future()
+        written: asyncio.Future[Error | None] = loop.create_future()
         self._together.append((event, fields, written))
-        if not await written and self._refuse:
-            raise _no_log()
+        return written
 
     def _write_together(self) -> None:
         """Write the lines of all calls that have ended in this turn."""
@@ -131,7 +131,7 @@ class Recorder:
             if not stands:
                 self._lose(self._audit.time())
             if not written.done():
-                written.set_result(stands)
+                written.set_result(_no_log() if self._refuse and not stands else None)
         for (event, fields, _), stands in zip(together, done, strict=True):
             self._count(event, fields, stands)
 

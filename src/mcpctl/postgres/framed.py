@@ -12,7 +12,6 @@ ours stands before what is asked, since SET TRANSACTION READ WRITE works until a
 import asyncio
 from collections.abc import Sequence
 from math import inf
-from random import random
 from typing import Any
 
 from psycopg import pq
@@ -118,9 +117,9 @@ class Framed:
             raise ConnectionLostError("the connection to the database was lost")
         self.begin(frame.BEGIN, statements)
         if self._known:
-            self._pgconn.send_query_prepared(frame.UNLOCK, (_seed(),))
+            self._pgconn.send_query_prepared(frame.UNLOCK, None)
         else:
-            self._pgconn.send_query_params(frame.LOOK, (_seed(),))
+            self._pgconn.send_query_params(frame.LOOK, None)
         self._pgconn.send_query_params(frame.END, None)
         wire.sync(last=True)
 
@@ -168,7 +167,7 @@ class Framed:
                 await asyncio.shield(stop)
             self._known = False
             self._pgconn.send_query_params(frame.END, None)
-            self._pgconn.send_query_params(frame.LOOK, (_seed(),))
+            self._pgconn.send_query_params(frame.LOOK, None)
             wire.sync()
             await wire.flush()
             rollback, unlock = await wire.commands(2)
@@ -190,8 +189,3 @@ class Framed:
         """Whether the frame's end leaves no transaction, and no prepared statement that would outlive the call."""
         as_it_was = self._known or unlock.get_value(0, 2) == frame.AS_IT_WAS
         return as_it_was and self._pgconn.transaction_status == _IDLE
-
-
-def _seed() -> bytes:
-    """What the next call's random() begins with."""
-    return b"%.9f" % (2 * random() - 1)  # noqa: S311 - no secret

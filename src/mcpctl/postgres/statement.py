@@ -55,7 +55,7 @@ def run(
     Cancelled, or past its deadline, it makes sure that the backend stops: cancel, then terminate, then close.
     """
     exchange = Exchange(session, bounds)
-    return _ending(exchange, exchange.run(encode(text), params))
+    return exchange.run(encode(text)) if params is None else _ending(exchange, exchange.ours(encode(text), params))
 
 
 async def is_question(session: Session, text: str, bounds: Bounds) -> bool:
@@ -78,28 +78,9 @@ async def _ending(exchange: "Exchange", work: Coroutine[Any, Any, T]) -> T:
     """`guarded`, for what waits for nothing but its exchange, which has its deadline itself."""
     try:
         done = await work
-    except TimeoutError:
-        await despite_cancel(exchange.stop())
-        raise StatementError(
-            f"canceling statement due to statement timeout ({exchange.bounds.seconds:g} s)", {"sqlstate": "57014"}
-        ) from None
-    except asyncio.CancelledError:
-        await despite_cancel(exchange.stop())
-        raise
-    except TooLargeError:
-        await despite_cancel(cutting.end(exchange.session))
-        raise
-    except ConnectionLostError:
-        exchange.session.close()
-        raise
-    except psycopg.Error as problem:  # libpq has nobody to say it to any more
-        exchange.session.close()
-        raise ConnectionLostError("the connection to the database was lost") from problem
-    except Error:
-        await exchange.leave()
-        raise
-    if not exchange.clean:
-        await exchange.leave()
+    except _WRONG as problem:
+        raise await exchange.over(problem) from None
+    await exchange.leave()
     return done
 
 
@@ -111,6 +92,10 @@ def encode(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as problem:
         raise StatementError(f"the statement is not valid Unicode at character {problem.start}", {}) from None
+
+
+_WRONG = (TimeoutError, asyncio.CancelledError, psycopg.Error, Error)
+"""How an exchange goes wrong."""
 
 
 async def despite_cancel(work: Awaitable[Any]) -> None:
@@ -128,36 +113,64 @@ async def despite_cancel(work: Awaitable[Any]) -> None:
 class Exchange(Framed):
     """One statement's conversation on one connection."""
 
-    async def run(self, text: bytes, params: Sequence[bytes | None] | None) -> Rows:
+    async def run(self, text: bytes) -> Rows:
+        """Answer a question of the caller's, and see what is known of it."""
+        try:
+            with self.wire(self.bounds.seconds + AFTER) as wire:
+                use = self.session.use
+                key, known = self._verdicts.of(self.session.login, text)
+                verdict = known or await self._judged(wire, text, key)
+                self._note(verdict)
+                self._leaves_nothing = verdict.leaves_nothing
+                guarded = use.guard is not None  # then each run is looked at: a function may read another table then
+                must = guarded and not (verdict.leaves_nothing and verdict.relations is not None)
+                look = guarded or use.unseen
+                self._known = verdict.seen and not look
+                try:
+                    rows = await self._framed(wire, text, (), look=look, must=must, chunk=verdict.chunk)
+                except TooLargeError:
+                    self._verdicts.amend(key, verdict, replace(verdict, chunk=CHUNK))
+                    if verdict.chunk == ALL:
+                        raise TooLargeError(*_GROWN) from None
+                    raise
+                unknown = None if rows.shape is None else rows.shape.unknown
+                chunk = _chunk(rows)
+                if not (verdict.seen or use.unseen) or verdict.chunk != chunk:
+                    seen, relations = (True, use.relations) if not use.unseen else (verdict.seen, verdict.relations)
+                    self._verdicts.amend(key, verdict, replace(verdict, relations=relations, seen=seen, chunk=chunk))
+                if unknown and self._clean:  # made anew since the text was judged
+                    await self._learn(wire, unknown)
+                    rows = await self._framed(wire, text, (), look=look, must=must)
+                self._clean = self._clean and wire.grown <= _KEPT
+        except _WRONG as problem:
+            raise await self.over(problem) from None
+        if not self.clean:
+            await self.session.leave()
+        return rows
+
+    async def ours(self, text: bytes, params: Sequence[bytes | None]) -> Rows:
+        """Answer a question of ours."""
         with self.wire(self.bounds.seconds + AFTER) as wire:
-            if params is not None:
-                return await self._framed(wire, text, params)
-            use = self.session.use
-            key, known = self._verdicts.of(self.session.login, text)
-            verdict = known or await self._judged(wire, text, key)
-            self._note(verdict)
-            self._leaves_nothing = verdict.leaves_nothing
-            guarded = use.guard is not None  # then each run is looked at: a function may read another table each time
-            must = guarded and not (verdict.leaves_nothing and verdict.relations is not None)
-            look = guarded or use.unseen
-            self._known = verdict.seen and not look
-            try:
-                rows = await self._framed(wire, text, (), look=look, must=must, chunk=verdict.chunk)
-            except TooLargeError:
-                self._verdicts.amend(key, verdict, replace(verdict, chunk=CHUNK))
-                if verdict.chunk == ALL:
-                    raise TooLargeError(*_GROWN) from None
-                raise
-            unknown = None if rows.shape is None else rows.shape.unknown
-            chunk = _chunk(rows)
-            if not (verdict.seen or use.unseen) or verdict.chunk != chunk:
-                seen, relations = (True, use.relations) if not use.unseen else (verdict.seen, verdict.relations)
-                self._verdicts.amend(key, verdict, replace(verdict, relations=relations, seen=seen, chunk=chunk))
-            if unknown and self._clean:  # made anew since the text was judged
-                await self._learn(wire, unknown)
-                rows = await self._framed(wire, text, (), look=look, must=must)
-            self._clean = self._clean and wire.grown <= _KEPT
-            return rows
+            return await self._framed(wire, text, params)
+
+    async def over(self, problem: BaseException) -> BaseException:
+        """See that the backend ends, or is as it was, behind what went wrong; what whoever asked is to hear of it."""
+        if isinstance(problem, TimeoutError):
+            await despite_cancel(self.stop())
+            said = f"canceling statement due to statement timeout ({self.bounds.seconds:g} s)"
+            return StatementError(said, {"sqlstate": "57014"})
+        if isinstance(problem, asyncio.CancelledError):
+            await despite_cancel(self.stop())
+        elif isinstance(problem, TooLargeError):
+            await despite_cancel(cutting.end(self.session))
+        elif isinstance(problem, ConnectionLostError):
+            self.session.close()
+        elif isinstance(problem, psycopg.Error):  # libpq has nobody to say it to any more
+            self.session.close()
+            return ConnectionLostError("the connection to the database was lost")
+        else:
+            await self.leave()
+        return problem
 
     async def ask(self, text: bytes) -> bool:
         """Whether the text is a question, without running it."""
@@ -264,7 +277,11 @@ class Exchange(Framed):
         if look and asked is frame.SEEN:
             self.refresh(wire)
         self._send(wire, ((text, params), (asked, ())) if look else ((text, params),))
-        await (wire.come() if wire.sent() else wire.flush())
+        if wire.sent():
+            await wire.coming()
+            wire.came()
+        else:
+            await wire.flush()
         if not self._begun_at_once(wire):
             await self.begun(wire)
         answer = Answer(self._types, self.bounds, self.session.conn.loaders, trusted=chunk != CHUNK)

@@ -21,7 +21,7 @@ from mcpctl.postgres.wire import Wire
 
 log = logging.getLogger("mcpctl.pools")
 _LEFT = 1000
-_AT_HAND = 5.0
+_AT_HAND, _LATELY = 5.0, 0.05
 """Seconds that a connection is kept for the next call before psycopg_pool has it back."""
 _IDLE = pq.TransactionStatus.IDLE
 TELL = "tell the administrator"
@@ -255,7 +255,7 @@ class TokenPool:
     def take_at_hand(self, task: "asyncio.Task[object] | None" = None) -> Session | None:
         """One that a call gave back a moment ago, if there is any, without waiting for anything, for this task (None:
         the current one, which it takes a while to find)."""
-        if not self._hand or not self.terminator.sure(now := monotonic()) or (session := self._at_hand()) is None:
+        if not self._hand or not self.terminator.sure(now := monotonic()) or (session := self._at_hand(now)) is None:
             return None
         self.last_used = now
         self.out.add(session)
@@ -268,7 +268,7 @@ class TokenPool:
         """A live connection, waiting for one as long as the config says. Raises UnavailableError with the reason."""
         self.last_used = monotonic()
         try:
-            session = self._at_hand() or await self._turn() or await self._lent()
+            session = self._at_hand(self.last_used) or await self._turn() or await self._lent()
         except BaseException:
             self._make_turns()  # what it was to have had is another's
             raise
@@ -290,13 +290,14 @@ class TokenPool:
         session.use = Use()
         return session
 
-    def _at_hand(self) -> Session | None:
+    def _at_hand(self, now: float) -> Session | None:
         """A connection that a call has given back a moment ago. psycopg_pool's own lending costs as much as a call."""
         here = self.terminator.place
         while self._hand:
             session = self._hand.pop()
             wire = session.conn.wire
-            there = (wire is not None and wire.quiet) or alive(session.conn)
+            lately = now - session.used < _LATELY
+            there = (wire is not None and (wire.open if lately else wire.quiet)) or alive(session.conn)
             if there and (session.place == here or not session.astray):
                 return session
             session.close()

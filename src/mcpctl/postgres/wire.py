@@ -159,6 +159,7 @@ class Wire:
 
     def __exit__(self, *_: object) -> None:
         self._asked = False
+        self._waiter = None  # of who was cancelled
         self._until = inf
 
     def _look(self) -> None:
@@ -201,6 +202,11 @@ class Wire:
                 self.see()
 
     @property
+    def open(self) -> bool:
+        """Whether the event loop has not heard yet that it has ended."""
+        return self._fd >= 0
+
+    @property
     def quiet(self) -> bool:
         """Whether it is as it was after the last exchange: nothing has come since, and not its end. False where nobody
         can say so without reading."""
@@ -208,15 +214,21 @@ class Wire:
 
     async def come(self) -> None:
         """Wait until something comes, and read it."""
+        await self.coming()
+        self.came()
+
+    def coming(self) -> asyncio.Future[None]:
+        """What is done when something has come, which is then to be read: see `came`."""
         if self._late:
             raise TimeoutError
         if self._fd < 0:
             raise ConnectionLostError(_LOST)
         self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
+
+    def came(self) -> None:
+        """Read what has come."""
+        self._waiter = None
         if self._late:
             raise TimeoutError
         if self._fd < 0:

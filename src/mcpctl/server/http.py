@@ -189,13 +189,18 @@ class Http:
                 request = Request(request_id, address, "http", call.id, asking.answering, True, carried=around)
                 express, work = self._begin(call, principal, request)
                 try:
-                    answer = await self._guarded(principal, request, asking.gone, work)
-                    if answer is None:
-                        return False
+                    answer = await work
+                    self._still(principal)
                     status, body = express.answer(call, answer)
                 except UnknownToolError as problem:
                     self._still(principal)
                     status, body = express.unknown_tool(call, problem.message)
+                except asyncio.CancelledError:
+                    if asking.gone():
+                        return False
+                    raise self._cut(principal, request) from None
+                except UnauthorizedError as problem:
+                    raise self._as_locked(problem) from None
                 reply = Reply(status, body, request_id, found.more)
                 if len(reply.body) <= PIECE and not asking.flow.write_paused:
                     return asking.write(reply)
@@ -247,33 +252,39 @@ class Http:
     async def _guarded(
         self, principal: Principal, request: Request, gone: Callable[[], bool], work: Awaitable[T]
     ) -> T | None:
-        """What a call answers, if its caller's token is still valid then; None where its client has gone. Where all
-        calls were ended by a lockdown, that is the reason."""
+        """What a call answers, if its caller's token is still valid then; None where its client has gone."""
         try:
-            try:
-                answer = await work
-            except asyncio.CancelledError:
-                if gone():
-                    return None
-                if request.task is not None:
-                    request.task.uncancel()
-                if self._parts.authenticator.still_valid(principal):
-                    raise UnavailableError(CANCELLED + self._parts.calls.ends) from None
-                raise UnauthorizedError("the token ended while the call ran", token_id=principal.token) from None
+            answer = await work
             self._still(principal)
             return answer
-        except UnauthorizedError:
-            if self._parts.authenticator.locked:
-                raise LockedError from None
-            raise
+        except asyncio.CancelledError:
+            if gone():
+                return None
+            raise self._cut(principal, request) from None
+        except UnauthorizedError as problem:
+            raise self._as_locked(problem) from None
+
+    def _cut(self, principal: Principal, request: Request) -> Error:
+        """Why a call was cancelled whose client has not gone."""
+        if request.task is not None:
+            request.task.uncancel()
+        if self._parts.authenticator.still_valid(principal):
+            return UnavailableError(CANCELLED + self._parts.calls.ends)
+        return self._ended(principal)
+
+    def _as_locked(self, problem: Error) -> Error:
+        """What ended a call; where all calls were ended by a lockdown, that is the reason."""
+        unauthorized = isinstance(problem, UnauthorizedError)
+        return LockedError() if unauthorized and self._parts.authenticator.locked else problem
+
+    def _ended(self, principal: Principal) -> Error:
+        """What a caller is told whose token is no longer valid."""
+        return self._as_locked(UnauthorizedError("the token ended while the call ran", token_id=principal.token))
 
     def _still(self, principal: Principal) -> None:
         """Raises UnauthorizedError, or LockedError, where its token is no longer valid."""
-        door = self._parts.authenticator
-        if not door.still_valid(principal):
-            if door.locked:
-                raise LockedError
-            raise UnauthorizedError("the token ended while the call ran", token_id=principal.token)
+        if not self._parts.authenticator.still_valid(principal):
+            raise self._ended(principal)
 
     def _may_leave(self, principal: Principal, request: Request) -> bool:
         """Whether an answer may still leave: its caller has the rights that it was made with."""
