@@ -16,7 +16,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist worksteal -q)
 
 bench: $(STAMP)
-	@benchmarks/setup.sh || test $$? -eq 3
+	@VENV=$(VENV) benchmarks/setup.sh || test $$? -eq 3
 	$(BIN)/python benchmarks/peers.py --tokens --workers 2 --report benchmarks/RESULTS.md $(ARGS)
 	$(BIN)/python benchmarks/tenants.py
 	$(BIN)/python benchmarks/commands.py

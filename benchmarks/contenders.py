@@ -26,6 +26,10 @@ POOL = 16
 """Connections to PostgreSQL that each may hold."""
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("MCPCTL_BENCH_DIR", HERE.parent / ".bench"))
+_SYSTEMS = PEERS / "python" / "bin" / "python"
+PYTHON = str(_SYSTEMS) if _SYSTEMS.exists() else sys.executable
+"""What runs the servers that are written in Python: the operating system's own, as in mcpctl's Debian package, where
+setup.sh found one; the one that runs this may have been built without a profile."""
 _SECONDS_TO_START = 30.0
 
 
@@ -131,7 +135,7 @@ def mcpctl(
     at.user(user)
     at.grant(user, "--schema", "public")
     texts = [at.token(user)[1] for _ in range(tokens)]
-    at.start("--workers", str(workers), anew=True)
+    at.start("--workers", str(workers), anew=True, python=PYTHON)
     try:
         assert at.process is not None
         port = int(at.url.split(":")[2].split("/")[0])
@@ -142,8 +146,15 @@ def mcpctl(
 
 def _version(source: Path | None) -> str:
     environment = site.environment() if source is None else site.environment(PYTHONPATH=str(source / "src"))
-    command = [sys.executable, "-c", "import mcpctl; print(mcpctl.__version__)"]
+    command = [PYTHON, "-c", "import mcpctl; print(mcpctl.__version__)"]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def python() -> str:
+    """The version of `PYTHON`, and which it is."""
+    command = [PYTHON, "-c", "import platform; print(platform.python_version())"]
+    number = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return f"{number} ({'the operating system' if sys.executable != PYTHON else 'the virtual environment'}'s)"
 
 
 # -- the others -------------------------------------------------------------------------------------------------------
@@ -220,7 +231,7 @@ def dbhub(folder: Path, shop: site.Shop) -> Iterator[Contender]:
 def bare_sdk(folder: Path, shop: site.Shop) -> Iterator[Contender]:
     """The least that can be built on the official SDK for Python, without authentication."""
     port = free_port()
-    command = [sys.executable, str(HERE / "bare_sdk.py"), str(port), str(POOL)]
+    command = [PYTHON, str(HERE / "bare_sdk.py"), str(port), str(POOL)]
     with running(port, command, folder, BENCH_DSN=_dsn(shop)) as process:
         yield Contender("bare SDK", version("mcp"), port, process, r"rows\":[[1]]")
 

@@ -179,7 +179,7 @@ def main() -> None:
         raise SystemExit(f"--loads: none of {', '.join(one.name for one in LOADS)}")
     chance = random.Random()
     with tempfile.TemporaryDirectory() as folder, postgresql() as bench, contextlib.ExitStack() as stack:
-        table = Table(str(bench.shop.cluster.binaries), asked.rounds, asked.seconds)
+        table = Table(str(bench.shop.cluster.binaries), contenders.python(), asked.rounds, asked.seconds)
         running: list[Contender] = []
         for name, entry in entered(Path(folder), bench.shop, asked).items():
             try:

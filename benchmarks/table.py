@@ -69,6 +69,7 @@ class Table:
     """The report. `left_out` are lines on servers that could not be had."""
 
     postgresql: str
+    python: str
     rounds: int
     seconds: float
     left_out: list[str] = field(default_factory=list)
@@ -81,7 +82,7 @@ class Table:
         lines = [
             "# mcpctl beside other servers",
             "",
-            f"{time.strftime('%Y-%m-%d', time.gmtime())}; {self.postgresql}, Python {platform.python_version()},"
+            f"{time.strftime('%Y-%m-%d', time.gmtime())}; {self.postgresql}, Python {self.python},"
             f" Linux {platform.release()}, {os.cpu_count()} cores. {self.rounds} rounds of slices of {self.seconds:g}"
             " s, all servers in turn. Made by `benchmarks/peers.py`.",
             "",

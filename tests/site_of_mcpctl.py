@@ -190,13 +190,16 @@ class Site:
             raise AssertionError(f"mcpctl {arguments}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
-    def start(self, *arguments: str, wait: bool = True, before: Sequence[str] = (), anew: bool = False) -> Site:
-        """`anew`: by a new interpreter, as an administrator starts it, which takes two seconds more; for who looks at
-        the process itself, at its memory, command line or environment."""
+    def start(
+        self, *arguments: str, wait: bool = True, before: Sequence[str] = (), anew: bool = False,
+        python: str = sys.executable,
+    ) -> Site:  # fmt: skip
+        """`anew`: by a new interpreter (`python`), as an administrator starts it, which takes two seconds more; for who
+        looks at the process itself, at its memory, command line or environment."""
         given = ["--config", str(self.config), "serve", "--port", "0", *arguments]
         if anew or before:
             self.process = subprocess.Popen(
-                [*before, *COMMAND, *given],
+                [*before, python, *COMMAND[1:], *given],
                 stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(**self.limits),
             )  # fmt: skip
         else:

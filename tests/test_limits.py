@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from mcpctl.config_keys import Limits
 from mcpctl.errors import ConfigError, LimitedError
 from mcpctl.identity.principal import LOCAL, Principal
 from mcpctl.policy.limits import WINDOW, Limiter, gcra, running
-from mcpctl.shared_counters import Counters
+from mcpctl.shared_counters import PLACES, PRINCIPALS, Counters, Slot
 
 ALICE = Principal("alice001", "alice", "x", tenant="acme")
 HERE, THERE = "192.0.2.1", "192.0.2.2"
@@ -123,10 +124,10 @@ def test_a_torn_time_in_the_table_refuses_nobody_and_is_written_over(rotten: flo
 
 
 def test_who_was_evicted_is_looked_up_again_and_what_was_its_place_is_left_alone() -> None:
-    house = House(Limits())
+    house = House(Limits(), workers=2)
     first = house.enter()
     counters, subjects = house.limiter._counters, house.limiter._of(ALICE, HERE).all
-    for slot in first:  # as another worker does it
+    for slot in first:  # as the other worker does it
         counters.memory[slot.key : slot.key + 16] = slot.digest[:4] + bytes(12)
         counters.take(slot, 7.0)
     house.limiter.leave(house.enter())
@@ -137,6 +138,42 @@ def test_who_was_evicted_is_looked_up_again_and_what_was_its_place_is_left_alone
     assert [counters.running(slot) for slot in first] == [1] * 4
     assert [counters.running(one.slot) for one in subjects] == [0] * 4
     assert [round(counters.taken(one.slot), 6) for one in subjects] == [1000.1, 1000.1, 1000.1, 1000.2]
+    counters.close()
+
+
+def _fill_the_bucket_of(counters: Counters, slot: Slot) -> None:
+    """Have names come that are counted beside that one, and of more worth, until its place is another's."""
+    names = (counters.digest(f"token:{number}") for number in itertools.count())
+    beside = (one for one in names if int.from_bytes(one[:4], "little") % 2048 == slot.runs // (8 * PLACES))
+    for one in itertools.islice(beside, 8):
+        counters.take(counters.slot(PRINCIPALS, one), 5000.0)
+
+
+def test_who_was_evicted_by_its_own_process_is_looked_up_again() -> None:
+    house = House(Limits())
+    counters, subject = house.limiter._counters, house.limiter._of(ALICE, HERE).all[0]
+    house.limiter.leave(house.enter())
+    first = subject.slot
+    _fill_the_bucket_of(counters, first)
+    assert first.gone
+    running = house.enter()
+    assert not any(one.gone for one in running)
+    assert [counters.running(one) for one in running] == [1] * 4
+    assert counters.memory[subject.slot.key : subject.slot.key + 16] == subject.digest
+    house.limiter.leave(running)
+    assert [counters.running(one) for one in running] == [0] * 4
+
+
+def test_who_leaves_a_place_that_was_given_away_takes_nothing_from_who_has_it_now() -> None:
+    house = House(Limits())
+    counters, subject = house.limiter._counters, house.limiter._of(ALICE, HERE).all[0]
+    running = house.enter()
+    counters.counts[subject.slot.runs] = 0  # as if nothing ran there: so it is put out
+    _fill_the_bucket_of(counters, subject.slot)
+    assert running[0].gone
+    counters.counts[running[0].runs] = 5
+    house.limiter.leave(running)
+    assert counters.counts[running[0].runs] == 5
 
 
 def test_the_defaults_are_20_at_once_and_10_a_second_for_each_who_counts(make: Callable[[str], House]) -> None:

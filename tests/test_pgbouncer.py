@@ -135,7 +135,7 @@ def test_a_connection_that_a_pooler_gives_another_backend_is_served_no_more(
 
             assert "it" in await ask()
             [session] = [one for pool in core.pools.all for one in pool.sessions.values()]
-            session.pid += 1
+            session.number = b"1"
             assert "pool_mode transaction" in await ask()
             assert session.conn.closed
             assert "it" in await ask()

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import monotonic
@@ -129,7 +129,7 @@ class Calls:
         event, outcome, reason, narrowed = "tool.called", "ok", None, None
         if entry is not None:
             self._running.add(entry)
-        slots: list[Slot] = []
+        slots: Sequence[Slot] = ()
         try:
             if request.transport != "http":
                 slots = self.limiter.enter(principal, request.client_ip, visited=request.transport == "sse")

@@ -57,6 +57,8 @@ _RECORD = Struct(f"<B{KEY}s{_VALUES}s")
 _BUCKET = _EIGHT * (KEY + _VALUES)
 _SLOTS = _EIGHT * sum(_BUCKETS)
 _RUNNING_AT = _START + _BUCKET * sum(_BUCKETS)
+MOST = 0xFFFF
+"""Calls of one name that can be counted as running in a worker."""
 _COUNTS = PLACES * 2
 """Bytes in which it is counted what of one name runs: 16 bits a worker."""
 SIZE = _RUNNING_AT + _SLOTS * _COUNTS
@@ -71,13 +73,15 @@ _WITHOUT = 10.0
 @dataclass(slots=True)
 class Slot:
     """One name's place in a table: where its digest stands, that digest, and where its values are, all in bytes; which
-    of `Counters.times` is the end of what its rate has taken, and which of `Counters.counts` is its first."""
+    of `Counters.times` is the end of what its rate has taken, and which of `Counters.counts` is its first. `gone`: this
+    process has given it to another name, or has not found it yet; another worker's doing it does not say."""
 
     key: int
     digest: bytes
     values: int
     until: int
     runs: int
+    gone: bool = False
 
 
 class Counters:
@@ -95,6 +99,8 @@ class Counters:
     def __init__(self, path: Path | None = None, *, workers: int = 1, booted: float | None = None) -> None:
         self._path = path if fcntl is not None else None
         self._place = 0
+        self.moves = 0
+        """How often this process has given a slot to a name. As often as before: none is `gone` since."""
         self.alone = workers == 1
         self._workers = Struct(f"{workers}H")
         self.memory = mmap.mmap(-1, SIZE)
@@ -210,14 +216,14 @@ class Counters:
         """The slot of a name; an empty one, or that of least worth in its bucket, where it has none yet."""
         known = self._slots.get(digest)
         if known is None or self.memory[known.key : known.key + KEY] != digest:
-            if len(self._slots) >= _SLOTS:
-                self._slots.clear()
             known = self._slots[digest] = self._find(table, digest)
         return known
 
     def nowhere(self, digest: bytes) -> Slot:
         """What a name has that has not been looked up: a place that is another's, as after an eviction."""
-        return _place(0, 0, digest)
+        found = _place(0, 0, digest)
+        found.gone = True
+        return found
 
     def _find(self, table: int, digest: bytes) -> Slot:
         bucket = int.from_bytes(digest[:4], "little") % _BUCKETS[table] + table * _BUCKETS[0]
@@ -226,6 +232,10 @@ class Counters:
         index = (found - keys) // KEY
         if found < 0 or (found - keys) % KEY:
             slot = min((_place(bucket, one, digest) for one in range(_EIGHT)), key=self._worth)
+            before = self._slots.pop(self.memory[slot.key : slot.key + KEY], None)
+            if before is not None:
+                before.gone = True
+            self.moves += 1
             runs = _RUNNING_AT + 2 * slot.runs
             self.memory[runs : runs + _COUNTS] = bytes(_COUNTS)
             self.memory[slot.values : slot.values + _VALUES] = bytes(_VALUES)
@@ -274,13 +284,19 @@ class Counters:
     def run(self, slots: Iterable[Slot], by: int) -> None:
         """Note that so many more, or fewer, of each run in this worker; nothing of one whose place is another's by
         now."""
-        memory, counts = self.memory, self.counts
+        memory, counts, place = self.memory, self.counts, self._place
+        if self.alone:
+            for slot in slots:
+                if not slot.gone:
+                    with_these = counts[slot.runs] + by
+                    if 0 <= with_these <= MOST:
+                        counts[slot.runs] = with_these
+            return
         for slot in slots:
             if memory[slot.key : slot.key + KEY] == slot.digest:
-                at = slot.runs + self._place
-                count = counts[at] + by
-                if 0 <= count <= 0xFFFF:
-                    counts[at] = count
+                count = counts[slot.runs + place] + by
+                if 0 <= count <= MOST:
+                    counts[slot.runs + place] = count
 
 
 def _place(bucket: int, index: int, digest: bytes) -> Slot:

@@ -7,7 +7,7 @@ running hour and day of UTC, so that it can be said when they end. The clocks ar
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from ipaddress import ip_address, ip_network
 from operator import add
@@ -17,7 +17,7 @@ from mcpctl.config_keys import Allowance, Budget, Budgets, Kind, Limits
 from mcpctl.config_values import Network
 from mcpctl.errors import LimitedError
 from mcpctl.identity.principal import Principal
-from mcpctl.shared_counters import ADDRESSES, KEY, PRINCIPALS, Counters, Slot, source
+from mcpctl.shared_counters import ADDRESSES, KEY, MOST, PRINCIPALS, Counters, Slot, source
 
 WINDOW = 900.0
 """Seconds in which an address's refused credentials are counted, from the first on."""
@@ -102,14 +102,19 @@ class Subject:
         return f"the {self.kind} {self.name}" if self.name != "local" else "the local user"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Caller:
-    """All who count in one call, the address among them, those who have budgets, and the smallest of their bounds."""
+    """All who count in one call, the address among them, those who have budgets, and the smallest of their bounds.
+    Of a process that is alone also where each of them is counted (its rate and what runs), and their slots, which is
+    so as long as there were only so many `Counters.moves`."""
 
     all: tuple[Subject, ...]
     address: Subject | None
     budgeted: tuple[Subject, ...]
     bounds: tuple[int, int, float]
+    moves: int = -1
+    places: tuple[tuple[Subject, int, int], ...] = ()
+    slots: Sequence[Slot] = ()
 
 
 class Limiter:
@@ -161,7 +166,7 @@ class Limiter:
                     shown = str(network)  # else it would count for all of its /64, by the limits of one
             digest, its = self._counters.digest(f"{kind}:{shown}"), rule(self._limits, group, own)
             found = self._subjects[kind, name] = Subject(
-                kind, shown, its, table, digest, self._counters.nowhere(digest), its.interval, its.concurrent
+                kind, shown, its, table, digest, self._counters.nowhere(digest), its.interval, min(its.concurrent, MOST)
             )
         return found
 
@@ -202,7 +207,7 @@ class Limiter:
             counters.hold()
         try:
             slot = subject.slot
-            if counters.memory[slot.key : slot.key + KEY] != slot.digest:
+            if slot.gone or not (counters.alone or counters.memory[slot.key : slot.key + KEY] == slot.digest):
                 slot = subject.slot = counters.slot(subject.table, subject.digest)
             taken = counters.times[slot.until]
             if taken <= now:
@@ -216,13 +221,15 @@ class Limiter:
         if wait:
             raise _too_fast(subject, wait)
 
-    def enter(self, principal: Principal, address: str | None, *, visited: bool) -> list[Slot]:
+    def enter(self, principal: Principal, address: str | None, *, visited: bool) -> Sequence[Slot]:
         """Count one call against the rates of all who count, and against what they may have running; what `leave`
         takes. Nothing is counted where one of them says no. `visited`: the address has paid its rate."""
         caller = self._callers.get((principal.token, principal.user, principal.tenant, address))
         if caller is None:
             caller = self._of(principal, address)
         counters, now, paid = self._counters, self._clock(), caller.address if visited else None
+        if counters.alone and (caller.moves == counters.moves or self._settled(caller)):
+            return self._enter_alone(caller, now, paid)
         memory, times, counts, alone = counters.memory, counters.times, counters.counts, counters.alone
         slots: list[Slot] = []
         rates: list[tuple[int, float]] = []
@@ -231,7 +238,7 @@ class Limiter:
         try:
             for subject in caller.all:
                 slot = subject.slot
-                if memory[slot.key : slot.key + KEY] != slot.digest:
+                if slot.gone or not (alone or memory[slot.key : slot.key + KEY] == slot.digest):
                     slot = subject.slot = counters.slot(subject.table, subject.digest)
                 if subject is not paid:
                     taken = times[slot.until]
@@ -253,7 +260,41 @@ class Limiter:
                 counters.let_go()
         return slots
 
-    def leave(self, slots: list[Slot]) -> None:
+    def _settled(self, caller: _Caller) -> bool:
+        """Find all who count in a caller's calls, unless they have no room beside each other."""
+        counters = self._counters
+        for subject in caller.all:
+            subject.slot = counters.slot(subject.table, subject.digest)
+        if any(subject.slot.gone for subject in caller.all):
+            return False
+        caller.places = tuple((subject, subject.slot.until, subject.slot.runs) for subject in caller.all)
+        caller.slots = tuple(subject.slot for subject in caller.all)
+        caller.moves = counters.moves
+        return True
+
+    def _enter_alone(self, caller: _Caller, now: float, paid: Subject | None) -> Sequence[Slot]:
+        """`enter`, where it is known where they are, and no other worker counts there."""
+        times, counts = self._counters.times, self._counters.counts
+        rates: list[tuple[int, float]] = []
+        for subject, until, runs in caller.places:
+            if subject is not paid:
+                taken = times[until]
+                if taken <= now:
+                    taken = now + subject.interval
+                else:
+                    taken, wait = gcra(taken, now, subject.interval, subject.rule.burst)
+                    if wait:
+                        raise _too_fast(subject, wait)
+                rates.append((until, taken))
+            if counts[runs] >= subject.concurrent:
+                raise _too_many(subject)
+        for until, taken in rates:
+            times[until] = taken
+        for _, _, runs in caller.places:
+            counts[runs] += 1
+        return caller.slots
+
+    def leave(self, slots: Sequence[Slot]) -> None:
         """The call that entered has ended."""
         counters = self._counters
         if counters.alone:

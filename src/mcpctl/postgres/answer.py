@@ -189,6 +189,25 @@ class Answer:
         return Rows(self._count, json, self.note, self.shape, self._even)
 
 
+def whole(types: Types, loaders: Loaders, bounds: Bounds, result: Any) -> Rows | None:
+    """What `Answer` makes of the one result of a trusted text, where its rows can be converted at once and all have
+    room; else None, and nothing was taken."""
+    shape, count = types.shape(result), result.ntuples
+    if not shape.plain or count > bounds.rows:
+        return None
+    json = b"[]"
+    if count:
+        try:
+            json = shape.encoded(loaders.of(shape, result).load_rows(0, count, tuple))
+        except UnicodeDecodeError:  # of a database whose encoding is SQL_ASCII
+            return None
+        finally:
+            loaders.rest()
+        if len(json) > bounds.bytes:
+            return None
+    return Rows(count, json, None, shape, len(json) - 2 <= _EVEN * count)
+
+
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(list[tuple[Any, ...]]).decode
 

@@ -29,10 +29,12 @@ Statement = tuple[bytes, Sequence[bytes | None]]
 _Status = pq.ExecStatus
 _IDLE, _FAILED = pq.TransactionStatus.IDLE, pq.TransactionStatus.INERROR
 _DONE, _TUPLES, _SYNC = int(_Status.COMMAND_OK), int(_Status.TUPLES_OK), int(_Status.PIPELINE_SYNC)
-_BEGUN = (_DONE, None, _TUPLES, None)
+_BEGUN = (_DONE, _TUPLES)
 """The results of BEGIN and of the snapshot."""
-_ENDED = (_TUPLES, None, _DONE, None, _SYNC)
+_ENDED = (_TUPLES, _DONE, _SYNC)
 """Those of what stands behind a statement: UNLOCK or LOOK, ROLLBACK, and the sync point."""
+_ALL = (*_BEGUN, _TUPLES, *_ENDED)
+"""Those of a frame with a question whose rows come as one result."""
 _GROWTH = 24 << 20
 """How much libpq may grow for one answer, unless an answer may have more than a fifth of it."""
 _AT_ONCE = 10 << 20
@@ -145,15 +147,22 @@ class Framed:
 
     def _begun_at_once(self, wire: Wire) -> bool:
         """`begun`, where all of it is there, and nothing but what there is mostly."""
-        found = None if self._refreshed else wire.at_once(_BEGUN)
+        found = None if self._refreshed else wire.at_once(_BEGUN, 4)
         if found is not None:
             self._see_backend(found[2])
         return found is not None
 
+    def _at_once(self, wire: Wire) -> list[Any] | None:
+        """The results of all of a frame whose rows are one, where all of it is there, and as it is mostly."""
+        found = None if self._refreshed else wire.at_once(_ALL, 11)
+        if found is not None:
+            self._see_backend(found[2])
+        return found
+
     def _see_backend(self, snapshot: Any) -> None:
         """See that it is the session's own backend that has answered: a pooler gives its clients any by now."""
         session = self.session
-        if snapshot.get_value(0, 0) != b"%d" % session.pid:
+        if snapshot.get_value(0, 0) != session.number:
             session.close()
             raise ForbiddenError(f"database {session.pool.login.name!r} is not served: {SHARED_BACKENDS}")
 
@@ -179,11 +188,14 @@ class Framed:
 
     def _ended_at_once(self, wire: Wire) -> bool:
         """`_ended`, where all of it is there, and as it should be."""
-        found = wire.at_once(_ENDED)
+        found = wire.at_once(_ENDED, 5)
         if found is not None:
-            wire.owed -= 1
-            self._clean = self._leaves_as_it_was(found[0])
+            self._ended_so(wire, found[0])
         return found is not None
+
+    def _ended_so(self, wire: Wire, unlock: Any) -> None:
+        wire.owed -= 1
+        self._clean = self._leaves_as_it_was(unlock)
 
     def _leaves_as_it_was(self, unlock: Any) -> bool:
         """Whether the frame's end leaves no transaction, and no prepared statement that would outlive the call."""

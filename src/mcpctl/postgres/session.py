@@ -79,7 +79,7 @@ class Session:
     `seconds`: what a statement may take on it; None until the frame was made ready."""
 
     __slots__ = (
-        "conn", "cut", "lingers", "login", "passes_on", "pgconn", "pid", "place", "pool", "pooled", "seconds",
+        "conn", "cut", "lingers", "login", "number", "passes_on", "pgconn", "pid", "place", "pool", "pooled", "seconds",
         "started", "task", "until", "use", "used",
     )  # fmt: skip
 
@@ -90,6 +90,7 @@ class Session:
         self.pgconn: pq.abc.PGconn = conn.pgconn  # libpq's own connection, in pipeline mode
         self.pool = pool
         self.pid = pid
+        self.number = b"%d" % pid  # as PostgreSQL says it
         self.started = started
         self.login = login
         self.place = place(conn)

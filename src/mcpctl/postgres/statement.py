@@ -9,7 +9,7 @@ plan.
 """
 
 import asyncio
-from collections.abc import Awaitable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from time import monotonic
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from psycopg import pq
 
 from mcpctl.errors import Error
 from mcpctl.postgres import cutting, frame
-from mcpctl.postgres.answer import Answer, Bounds, Rows
+from mcpctl.postgres.answer import Answer, Bounds, Rows, whole
 from mcpctl.postgres.framed import Framed
 from mcpctl.postgres.said import StatementError, cells, error, withheld
 from mcpctl.postgres.session import Session
@@ -55,7 +55,18 @@ def run(
     Cancelled, or past its deadline, it makes sure that the backend stops: cancel, then terminate, then close.
     """
     exchange = Exchange(session, bounds)
-    return exchange.run(encode(text)) if params is None else _ending(exchange, exchange.ours(encode(text), params))
+    if params is None:
+        return exchange.run(encode(text), _as_they_are)
+    return _ending(exchange, exchange.ours(encode(text), params))
+
+
+def answered(session: Session, text: str, bounds: Bounds, made: Callable[[Rows, float], T]) -> Coroutine[Any, Any, T]:
+    """`run`, for what is `made` of a caller's rows and the milliseconds that they took."""
+    return Exchange(session, bounds).run(encode(text), made)
+
+
+def _as_they_are(rows: Rows, elapsed: float) -> Rows:
+    return rows
 
 
 async def is_question(session: Session, text: str, bounds: Bounds) -> bool:
@@ -113,8 +124,9 @@ async def despite_cancel(work: Awaitable[Any]) -> None:
 class Exchange(Framed):
     """One statement's conversation on one connection."""
 
-    async def run(self, text: bytes) -> Rows:
+    async def run(self, text: bytes, made: Callable[[Rows, float], T]) -> T:
         """Answer a question of the caller's, and see what is known of it."""
+        begun = monotonic()
         try:
             with self.wire(self.bounds.seconds + AFTER) as wire:
                 use = self.session.use
@@ -146,7 +158,7 @@ class Exchange(Framed):
             raise await self.over(problem) from None
         if not self.clean:
             await self.session.leave()
-        return rows
+        return made(rows, elapsed(begun))
 
     async def ours(self, text: bytes, params: Sequence[bytes | None]) -> Rows:
         """Answer a question of ours."""
@@ -282,6 +294,8 @@ class Exchange(Framed):
             wire.came()
         else:
             await wire.flush()
+        if chunk == ALL and not look and (rows := self._answered_at_once(wire)) is not None:
+            return rows
         if not self._begun_at_once(wire):
             await self.begun(wire)
         answer = Answer(self._types, self.bounds, self.session.conn.loaders, trusted=chunk != CHUNK)
@@ -326,6 +340,18 @@ class Exchange(Framed):
         if look:
             self.see(locked, must=must)
         return answer.done()
+
+    def _answered_at_once(self, wire: Wire) -> Rows | None:
+        """Take all of a frame with a small answer, where all of it is there, and as it is mostly; else none of it."""
+        loaders = self.session.conn.loaders
+        if loaders is None or (found := self._at_once(wire)) is None:
+            return None
+        result, unlock = found[4], found[6]
+        if (rows := whole(self._types, loaders, self.bounds, result)) is None:
+            wire.give_back(found)
+        else:
+            self._ended_so(wire, unlock)
+        return rows
 
     def see(self, locked: list[tuple[bytes, ...]] | StatementError, *, must: bool = True) -> None:
         """Note what a statement has locked beside what its plan reads, and let the session's guard hear of it; where

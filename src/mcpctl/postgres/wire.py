@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from math import inf
+from operator import attrgetter
 from typing import Any
 
 from psycopg import pq
@@ -37,6 +38,7 @@ COPIES = frozenset(map(int, (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.E
 """The results of a connection on which PostgreSQL has gone over to COPY."""
 _WIDENINGS = 4
 """How often libpq's buffer may be doubled for a connection whose answers are long: from 16 to 256 KiB."""
+_status = attrgetter("status")
 _LOST = "the connection to the database was lost"
 
 
@@ -342,25 +344,28 @@ class Wire:
         odd = self._back or self._late or self._full or self._size < 0 or not self._fed
         return not (odd or self._pgconn.is_busy())
 
-    def at_once(self, statuses: Sequence[int | None]) -> list[Any] | None:
-        """The next results, where all of them are `whole` by now and have these statuses; None stands for the end of a
-        command's. Else None, and `result` gives what has come of them."""
+    def at_once(self, statuses: Sequence[int], count: int) -> list[Any] | None:
+        """The next `count` results, where all of them are `whole` by now: those with these statuses, and between them
+        the None that is the end of a command's. Else None, and `result` gives what has come of them."""
         if not self.whole():
             return None
         found: list[Any] = []
-        busy, get = self._pgconn.is_busy, self._pgconn.get_result
-        for status in statuses:
+        add, busy, get = found.append, self._pgconn.is_busy, self._pgconn.get_result
+        for _ in range(count):
             if found and busy():
                 break
-            result = get()
-            found.append(result)
-            if (None if result is None else result.status) != status:
-                break
+            add(get())
         else:
-            return found
+            with contextlib.suppress(AttributeError):  # None where a result should be
+                if tuple(map(_status, found[::2])) == statuses and not any(found[1::2]):
+                    return found
         self.see()
         self._back = found
         return None
+
+    def give_back(self, found: list[Any]) -> None:
+        """Have `result` give what `at_once` has found."""
+        self._back = found
 
     def see(self) -> None:
         """Let go of a socket that libpq has closed by itself."""

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 from mcp_types.version import MODERN_PROTOCOL_VERSIONS
 from msgspec.structs import replace
@@ -41,7 +41,6 @@ from mcpctl.server.tracing import of_headers, of_message
 from mcpctl.shared_counters import Slot
 
 log = logging.getLogger("mcpctl.http")
-T = TypeVar("T")
 _READY_FOR = 2.0
 _NOTHING: dict[str, Any] = {}
 _NOBODY = (None, "")
@@ -146,7 +145,7 @@ class Http:
         finally:
             self._parts.calls.limiter.leave(slots)
 
-    def _enter(self, principal: Principal, address: str | None, request_id: str) -> list[Slot]:
+    def _enter(self, principal: Principal, address: str | None, request_id: str) -> Sequence[Slot]:
         """One of the calls at once, or a refusal."""
         try:
             return self._parts.calls.limiter.enter(principal, address, visited=True)
@@ -236,33 +235,23 @@ class Http:
         watcher = asyncio.create_task(exchange.watch(receive, task, gone))
         request = replace(request, task=task)
         try:
-            work = self._answer(scope, principal, request, body)
-            found = await self._guarded(principal, request, gone.is_set, work)
-        finally:
-            watcher.cancel()
-        if found is not None:
-            await exchange.answer(
-                send,
-                *found[:2],
-                request.id,
-                [*found[2], *self._cors.headers(scope["headers"])],
-                wanted=lambda: self._may_leave(principal, request),
-            )
-
-    async def _guarded(
-        self, principal: Principal, request: Request, gone: Callable[[], bool], work: Awaitable[T]
-    ) -> T | None:
-        """What a call answers, if its caller's token is still valid then; None where its client has gone."""
-        try:
-            answer = await work
+            found = await self._answer(scope, principal, request, body)
             self._still(principal)
-            return answer
         except asyncio.CancelledError:
-            if gone():
-                return None
+            if gone.is_set():
+                return
             raise self._cut(principal, request) from None
         except UnauthorizedError as problem:
             raise self._as_locked(problem) from None
+        finally:
+            watcher.cancel()
+        await exchange.answer(
+            send,
+            *found[:2],
+            request.id,
+            [*found[2], *self._cors.headers(scope["headers"])],
+            wanted=lambda: self._may_leave(principal, request),
+        )
 
     def _cut(self, principal: Principal, request: Request) -> Error:
         """Why a call was cancelled whose client has not gone."""

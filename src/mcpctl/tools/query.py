@@ -1,6 +1,6 @@
 """query_database and explain_query: a statement in, its rows or its plan out."""
 
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from time import monotonic
 from typing import Any
 
@@ -19,13 +19,11 @@ MOST = 20
 """Databases that one call may ask."""
 
 
-async def _query(session: Session, arguments: dict[str, Any], bounds: Bounds) -> Result:
-    begun = monotonic()
+def _query(session: Session, arguments: dict[str, Any], bounds: Bounds) -> Coroutine[Any, Any, Result]:
     limit = arguments.get("limit")
     if limit is not None and limit < bounds.rows:
         bounds = Bounds(limit, bounds.bytes, bounds.seconds)
-    found = await statement.run(session, arguments["query"], bounds)
-    return as_result(found, statement.elapsed(begun))
+    return statement.answered(session, arguments["query"], bounds, as_result)
 
 
 def as_result(found: Rows, elapsed: float, before: Mapping[str, Any] = {}) -> Result:
