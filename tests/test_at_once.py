@@ -41,7 +41,7 @@ def _peeked(there: socket.socket) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def _pool(shop: Shop) -> AsyncIterator[TokenPool]:
+async def a_pool(shop: Shop) -> AsyncIterator[TokenPool]:
     async def room(pool: TokenPool) -> None:
         pool.connecting += 1
 
@@ -108,7 +108,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_small_answer_is_waited_for_once(newest_shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     async def run() -> None:
-        async with _pool(newest_shop) as pool:
+        async with a_pool(newest_shop) as pool:
             session = await pool.take()
             for _ in range(2):  # judged, and looked at what it reads
                 await statement.run(session, "select 7", BOUNDS)
@@ -132,7 +132,7 @@ def test_an_answer_of_which_a_part_comes_later_is_the_same(newest_shop: Shop, qu
                 await statement.run(session, query, BOUNDS)
 
     async def run() -> None:
-        async with _pool(newest_shop) as pool:
+        async with a_pool(newest_shop) as pool:
             session = await pool.take()
             with contextlib.suppress(StatementError):
                 await statement.run(session, query, BOUNDS)
@@ -151,7 +151,7 @@ def test_an_answer_of_which_a_part_comes_later_is_the_same(newest_shop: Shop, qu
 
 def test_a_conversation_that_is_out_of_step_is_answered_by_nobody(newest_shop: Shop) -> None:
     async def run() -> None:
-        async with _pool(newest_shop) as pool:
+        async with a_pool(newest_shop) as pool:
             for kept in (9, 11):  # the results of ROLLBACK and of the sync point
                 session = await pool.take()
                 await statement.run(session, "select 7", BOUNDS)
@@ -167,7 +167,7 @@ def test_a_connection_that_has_ended_is_not_at_hand(newest_shop: Shop) -> None:
     """Its end is seen without the event loop, which has not run since it came."""
 
     async def run() -> None:
-        async with _pool(newest_shop) as pool:
+        async with a_pool(newest_shop) as pool:
             session = await pool.take()
             await pool.give_back(session)
             assert pool.take_at_hand() is session
@@ -189,7 +189,7 @@ def test_a_connection_that_has_ended_is_not_at_hand(newest_shop: Shop) -> None:
 
 def test_a_connection_to_another_host_than_that_which_could_end_it_is_not_at_hand(newest_shop: Shop) -> None:
     async def run() -> None:
-        async with _pool(newest_shop) as pool:
+        async with a_pool(newest_shop) as pool:
             await pool.give_back(session := await pool.take())
             here, pool.terminator.place = pool.terminator.place, ("elsewhere", "192.0.2.1", "5432")
             assert pool.take_at_hand() is None

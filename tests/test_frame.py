@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import mmap
 import sys
 from collections.abc import Callable, Iterator
@@ -58,6 +59,26 @@ def test_what_is_prepared_in_place_of_ours_is_noticed(a: Client) -> None:
     before = a.rows("select pg_backend_pid()")
     a.rows(f"select run($run${_IN_PLACE_OF_OURS}$run$)")
     assert a.rows("select pg_backend_pid()") != before
+
+
+@pytest.mark.parametrize("query", [
+    "select pg_advisory_lock(7), 1 / (count(*) - 1) from (values (1)) x",
+    "select run('select pg_advisory_lock(7)'), 1 / (count(*) - 1) from (values (1)) x",
+    "select pg_advisory_lock(7), repeat('x', 1000) from generate_series(1, 100000)",
+    "select pg_advisory_lock(7), setseed(0.5), pg_sleep(0)",
+])  # fmt: skip
+def test_an_error_leaves_nothing_and_the_connection_goes_on(a: Client, query: str) -> None:
+    """What ends a call early keeps PostgreSQL from the rest of the frame."""
+    [[before]] = a.rows("select pg_backend_pid()")
+    for _ in range(3):
+        a.call("query_database", {"query": query})
+        [[after, locks]] = a.rows(
+            "select pg_backend_pid(), count(*) from pg_locks where locktype = 'advisory' and pid = pg_backend_pid()"
+        )
+        assert locks == 0
+        assert after == before or "generate_series" in query  # a cancel that comes too late closes it
+    seen = [a.rows("select random()") for _ in range(3) if a.call("query_database", {"query": query})]
+    assert len({json.dumps(one) for one in seen}) == 3
 
 
 _LET_IN = b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I"
