@@ -193,6 +193,11 @@ class Framed:
             self._ended_so(wire, found[0])
         return found is not None
 
+    def _taken_back(self, wire: Wire, found: list[Any]) -> None:
+        """Have what was `_at_once` be taken one by one."""
+        wire.give_back(found)
+        wire.owed += 1
+
     def _ended_so(self, wire: Wire, unlock: Any) -> None:
         wire.owed -= 1
         self._clean = self._leaves_as_it_was(unlock)

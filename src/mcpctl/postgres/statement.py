@@ -347,10 +347,9 @@ class Exchange(Framed):
         if loaders is None or (found := self._at_once(wire)) is None:
             return None
         result, unlock = found[4], found[6]
+        self._ended_so(wire, unlock)
         if (rows := whole(self._types, loaders, self.bounds, result)) is None:
-            wire.give_back(found)
-        else:
-            self._ended_so(wire, unlock)
+            self._taken_back(wire, found)
         return rows
 
     def see(self, locked: list[tuple[bytes, ...]] | StatementError, *, must: bool = True) -> None:
