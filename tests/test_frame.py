@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import mmap
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,7 @@ import psycopg
 import pytest
 
 import site_of_mcpctl as site
+from mcpctl.postgres import frame
 from mcpctl.postgres.embedded import Binaries
 from mcpctl.postgres.wire import Wire
 from site_of_mcpctl import Client, Shop, Site
@@ -79,6 +81,34 @@ def test_an_error_leaves_nothing_and_the_connection_goes_on(a: Client, query: st
         assert after == before or "generate_series" in query  # a cancel that comes too late closes it
     seen = [a.rows("select random()") for _ in range(3) if a.call("query_database", {"query": query})]
     assert len({json.dumps(one) for one in seen}) == 3
+
+
+@pytest.mark.parametrize("text", [frame.SET_LIMITS, frame.WHO_AND_TRACE, frame.UNLOCK_ALL, frame.LOOK])
+def test_what_always_runs_is_pg_catalogs_alone(text: bytes) -> None:
+    """What is looked for in the path may be anybody's: it would run in each call, and behind an error outside of the
+    transaction that is READ ONLY."""
+    bare = re.sub(r"'[^']*'|\$\d+", "", text.decode())
+    called = re.findall(r"([\w.]+)\s*\(", bare)
+    assert [name for name in called if not name.startswith("pg_catalog.")] == []
+    assert [name for name in re.findall(r"FROM\s+([\w.]+)", bare) if not name.startswith("pg_catalog.")] == []
+    assert re.findall(r"[-+*/<>=~!@#%^&|`?:]", bare) == []
+
+
+def test_an_operator_in_the_path_is_not_run_by_the_frame(a: Client, trapped: Shop) -> None:
+    """`float8 / int4` is not in pg_catalog, so that one of the path would be the best there is."""
+    with trapped.admin() as admin:
+        admin.execute(
+            "CREATE FUNCTION evil(float8, int) RETURNS float8 LANGUAGE plpgsql AS $$BEGIN "
+            "PERFORM pg_advisory_lock(4711), set_config('my.own', 'left', false); RETURN 0.5; END$$; "
+            "CREATE OPERATOR / (leftarg = float8, rightarg = int, function = evil)"
+        )
+    for query in ("select 7", "select 1 / (count(*) - count(*)) from products"):
+        for _ in range(2):
+            a.call("query_database", {"query": query})
+            left = a.rows("select current_setting('my.own', true), count(*) from pg_locks where locktype = 'advisory'")
+            assert left == [[None, 0]]
+    with trapped.admin() as admin:
+        admin.execute("DROP OPERATOR / (float8, int); DROP FUNCTION evil")
 
 
 _LET_IN = b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I"

@@ -8,6 +8,7 @@ import pytest
 
 from mcpctl.postgres import statement, verdicts
 from mcpctl.postgres.answer import Bounds
+from mcpctl.postgres.shape import Shape
 from mcpctl.postgres.wire import TooLargeError
 from site_of_mcpctl import Shop
 from test_at_once import BOUNDS, a_pool
@@ -87,3 +88,33 @@ def test_what_a_statement_may_take_is_what_its_caller_may(newest_shop: Shop) -> 
     asyncio.run(run())
     with newest_shop.admin() as admin:
         admin.execute("DROP FUNCTION lifts(text)")
+
+
+def test_a_value_that_cannot_be_read_takes_its_connection_and_nothing_else_with_it(
+    newest_shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server may send it that is not PostgreSQL. Whoever is cancelled afterwards waits for no other."""
+
+    def refuse(*_: object) -> None:
+        raise ValueError("an int4 that says 77x7777")
+
+    async def run() -> None:
+        async with a_pool(newest_shop) as pool:
+            session = await pool.take()
+            for _ in range(2):
+                await statement.run(session, "select 7", BOUNDS)
+            with monkeypatch.context() as patched, pytest.raises(ValueError, match="77x7777"):
+                patched.setattr(Shape, "encoded", refuse)
+                await statement.run(session, "select 7", BOUNDS)
+            assert session.conn.closed
+            await pool.give_back(session)
+            session = await pool.take()
+            assert session.conn.wire is not None
+            session.conn.wire.owed = 1  # as if one had been lost all the same
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await statement.run(session, "select pg_sleep(30)", BOUNDS)
+            assert session.conn.closed
+            await pool.give_back(session)
+
+    asyncio.run(run())

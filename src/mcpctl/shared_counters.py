@@ -216,6 +216,8 @@ class Counters:
         """The slot of a name; an empty one, or that of least worth in its bucket, where it has none yet."""
         known = self._slots.get(digest)
         if known is None or self.memory[known.key : known.key + KEY] != digest:
+            if len(self._slots) >= _SLOTS and not self.alone:  # another worker puts out what is remembered here
+                self._slots.clear()
             known = self._slots[digest] = self._find(table, digest)
         return known
 

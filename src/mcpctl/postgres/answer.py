@@ -89,7 +89,7 @@ class Answer:
         self.heavy = False
         room = self._bounds.rows - self._count
         count = min(result.ntuples, room)
-        if count and self._is_small(shape, result) and self._add_all(shape, result, count):
+        if count and self._is_small(shape, result, count) and self._add_all(shape, result, count):
             count = 0
         for row in range(count):
             self._even, self.heavy = False, True
@@ -100,15 +100,15 @@ class Answer:
             self.note = _note(f"at {self._bounds.rows} rows")
         return self.note is None
 
-    def _is_small(self, shape: Shape, result: Any) -> bool:
-        """Whether all rows can be converted at once."""
+    def _is_small(self, shape: Shape, result: Any, count: int) -> bool:
+        """Whether so many rows can be converted at once."""
         if self._trusted and shape.plain:  # what is made of many costs many times its text
             return True
         size = marks = 0
         value = result.get_value
         for column in shape.varying:
             nested = column in shape.nested
-            for row in range(result.ntuples):
+            for row in range(count):
                 text = value(row, column)
                 if text is not None:
                     size += len(text)

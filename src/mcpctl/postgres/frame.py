@@ -10,9 +10,10 @@ have put in their place runs in the READ ONLY transaction; in place of the other
 WHO = b"SELECT pg_catalog.pg_backend_pid()"
 WHO_AND_TRACE = WHO + b", pg_catalog.set_config('application_name', $1, true)"
 """The same, and until the transaction's end the trace that it belongs to, without a further round trip."""
-UNLOCK_ALL = b"""SELECT pg_catalog.pg_advisory_unlock_all(),
- pg_catalog.setseed(pg_catalog.date_part('microseconds', pg_catalog.clock_timestamp()) / 60000001)"""
-"""The seed is no secret: one call's random() is only not to follow from what another has set."""
+UNLOCK_ALL = b"""SELECT pg_catalog.pg_advisory_unlock_all(), pg_catalog.setseed(
+ pg_catalog.float8div(pg_catalog.date_part('microseconds', pg_catalog.clock_timestamp()), 60000001))"""
+"""The seed is no secret: one call's random() is only not to follow from what another has set. No operator: whoever may
+make one in a schema of the path would have us run a function."""
 LOOK = (
     UNLOCK_ALL
     + b", (SELECT pg_catalog.sum(CASE WHEN from_sql THEN 9 ELSE 1 END) FROM pg_catalog.pg_prepared_statement())"

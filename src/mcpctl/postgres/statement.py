@@ -156,6 +156,9 @@ class Exchange(Framed):
                 self._clean = self._clean and wire.grown <= _KEPT
         except _WRONG as problem:
             raise await self.over(problem) from None
+        except Exception:  # a fault of ours, or of what PostgreSQL has sent: what else is wrong nobody knows
+            self.session.close()
+            raise
         if not self.clean:
             await self.session.leave()
         return made(rows, elapsed(begun))
@@ -378,6 +381,7 @@ class Exchange(Framed):
                 await self.session.cancel(0.4)
                 with self.wire() as wire:
                     while wire.owed > 0:
+                        await asyncio.sleep(0)  # of a conversation that is out of step, libpq says None for ever
                         result = await wire.result()
                         if result is not None and result.status == _Status.PIPELINE_SYNC:
                             wire.owed -= 1
@@ -392,7 +396,8 @@ def _chunk(rows: Rows) -> int:
     """How many rows of the same text libpq is to gather the next time."""
     if not rows.even:
         return CHUNK
-    return ALL if rows.count <= FEW and rows.note is None else SMALL_CHUNK
+    few = rows.count <= FEW and rows.note is None and rows.shape is not None and rows.shape.plain
+    return ALL if few else SMALL_CHUNK
 
 
 def elapsed(since: float) -> float:
