@@ -399,7 +399,7 @@ class Standing:
         name = principal.token
         if self.locked or name is None:
             return not self.locked
-        return principal.edition == self._editions.get(name, 0) and (self._known_open(name) or self._opens(name))
+        return principal.edition == self._editions.get(name, 0) and self._opens(name)
 
     def in_force(self, principal: Principal, database: str) -> bool:
         """Whether what was opened as this principal in that database may go on: its token is valid, and its user has
@@ -413,21 +413,15 @@ class Standing:
             return True
         return all(now.get(name, 0) == then.get(name, 0) for name in (EVERYWHERE, database))
 
-    def _known_open(self, name: str) -> bool:
-        """Whether the token of that id is known to open something now. Each call asks several times: what the files say
-        of a token that does is remembered until one of them changes, and only its time and who is kept out are looked
-        at."""
-        end = self._open.get(name)
-        if end is None or name in self._over:
-            return False
-        if end != inf:
-            now = time() if self._now is tokens.utcnow else self._now().timestamp()  # a sixth of what a datetime takes
-            if end <= now:
-                return False
-        return not any(self._kept_out.values()) or not any(name in ids for ids in self._kept_out.values())
-
     def _opens(self, name: str) -> bool:
-        """Whether it opens something, by what the files say."""
+        """Whether the token of that id opens something now. Each call asks several times: what the files say of a token
+        that does is remembered until one of them changes, and only its time and who is kept out are looked at."""
+        end = self._open.get(name)
+        if end is not None and name not in self._over:
+            now = time() if self._now is tokens.utcnow else self._now().timestamp()  # a sixth of what a datetime takes
+            kept = self._kept_out.values()
+            if end > now and not (any(kept) and any(name in ids for ids in kept)):
+                return True
         token = self._seen.get(name)
         if token is None or self._why_not(token) is not None:
             return False
