@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 import site_of_mcpctl as site
@@ -217,6 +218,26 @@ def test_what_was_learnt_of_a_database_is_forgotten_when_all_its_connections_wer
             while len(told) < 2:
                 assert await terminator.ready()
         await terminator.close()
+
+    asyncio.run(run())
+
+
+def test_a_login_that_is_tried_is_the_one_that_asks_though_somebody_needs_it_while_the_old_one_closes(
+    newest_shop: Shop,
+) -> None:
+    class Needed(Terminator):
+        async def close(self) -> None:
+            await super().close()
+            self.begin()
+            await asyncio.sleep(0)  # it connects from here on
+
+    async def run() -> None:
+        dsn = newest_shop.cluster.dsn_for("postgres", newest_shop.cluster.superuser_password, "shop")
+        terminator = Needed(Login("shop", Database(dsn=dsn), NO_KEYS))
+        await terminator.try_anew(5.0, "-c statement_timeout=20s")
+        with pytest.raises(psycopg.errors.QueryCanceled, match="statement timeout"):
+            await terminator.try_anew(5.0, "-c statement_timeout=20ms")
+        await Terminator.close(terminator)
 
     asyncio.run(run())
 

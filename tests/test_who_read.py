@@ -138,7 +138,8 @@ def test_functions_in_what_was_cut_off_or_failed_may_have_read_anything(at: Site
     alice.error("select 1 / (sales.count_them() - 2)")
     alice.ask("select name from sales.secret, generate_series(1, 3000)")
     lines = [line["relations"] for line in at.audit() if line["event"] == "tool.called"]
-    assert all(line in (["?"], ["sales.secret"]) for line in lines[:3])
+    # whether the first had come to its end before it was cut off, is known of the second
+    assert all(line in (["?"], ["sales.secret"], ["sales.secret", "?"]) for line in lines[:3]), lines
     assert lines[3][0] == "sales.secret"  # and more, unless it was at its end before it was cut off
     assert "statements the log does not say" in at.run("audit", "who-read", "sales.secret").stderr
     found = who(at, "sales.secret")

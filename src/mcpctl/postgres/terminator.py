@@ -171,9 +171,9 @@ class Terminator:
         """Make it anew, as a new login that has room for certain and asks for these options of libpq's, and have it
         come to a first, slow statement; a step may take that many seconds. Raises what goes wrong; then it is closed.
         """
-        await self.close()
-        self._asked = asked
+        self._asked = asked  # at once: whoever needs it while it closes has it made, and that one is tried then
         try:
+            await self.close()
             async with asyncio.timeout(seconds):
                 await self.ready()
             conn = self._conn
