@@ -242,6 +242,33 @@ def test_a_login_that_is_tried_is_the_one_that_asks_though_somebody_needs_it_whi
     asyncio.run(run())
 
 
+def test_what_ends_backends_is_not_closed_while_the_loop_waits_for_it(other: Shop) -> None:
+    """The next client may be given its descriptor's number, which the loop would not take a second time."""
+
+    async def run() -> None:
+        dsn = other.cluster.dsn_for("postgres", other.cluster.superuser_password, "shop")
+        terminator = Terminator(Login("shop", Database(dsn=dsn), NO_KEYS))
+        assert await terminator.ready()
+        conn, loop = terminator._conn, asyncio.get_running_loop()
+        assert conn is not None
+        number, pid = conn.fileno(), await terminator.backend(5.0)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            asking = asyncio.create_task(terminator.terminate([(0, "")], 0.3))
+            while not conn.lock.locked():
+                await asyncio.sleep(0)
+            closing = asyncio.create_task(terminator.close())
+            while not conn.closed:
+                await asyncio.sleep(0)
+            assert not loop.remove_reader(number)
+            assert await asking is None
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        await closing
+
+    asyncio.run(run())
+
+
 async def _room(pool: TokenPool) -> None:
     pool.connecting += 1
 

@@ -232,14 +232,18 @@ class Terminator:
             return None
 
     async def close(self) -> None:
-        """Close it, until somebody needs it again."""
+        """Close it when nobody asks by it, until somebody needs it again."""
         if self._opening is not None and not self._opening.done():
             self._opening.cancel()
             await asyncio.wait({self._opening})
         conn, self._conn = self._conn, None
         if conn is not None:
-            ended = ending(conn)
-            await conn.close()
+            # Behind whoever asks by it: the loop waits for his socket, and a client who comes is given a closed one's
+            # number, and is turned away while that is waited for.
+            with bounded(conn, _SOON):
+                async with conn.lock:
+                    ended = ending(conn)
+                    await conn.close()
             await ended
 
 
