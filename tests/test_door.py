@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import ssl
 import threading
@@ -335,3 +336,48 @@ def test_the_door_is_asked_on_libuv_too() -> None:
 
     loop.run(main())
     assert found == ["uvloop"]
+
+
+def test_workers_take_in_as_many_each_and_who_is_stuck_keeps_nobody_out() -> None:
+    """Two workers of one door, in one loop; then one of them takes nobody any more."""
+    transports: list[asyncio.BaseTransport] = []
+
+    class Quiet(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            transports.append(transport)
+
+    async def main() -> None:
+        crowd = [entrance.Crowd(2), entrance.Crowd(2)]
+        crowd[1]._counts, crowd[1].place = crowd[0]._counts, 1  # as after a fork
+        with door.Door() as bound, contextlib.ExitStack() as wires:
+            bound.bind(("127.0.0.1", 0))
+            doors = [bound, wires.enter_context(door.Door(fileno=os.dup(bound.fileno())))]
+            visitors, takings = [door.Visitor.of(1 << 20), door.Visitor.of(1 << 20)], []
+            for one, theirs, which in zip(doors, visitors, crowd, strict=True):
+                one.visitors = theirs
+                takings.append(entrance.Entrance(one, Quiet, None, which))
+
+            async def come(count: int) -> list[int]:
+                total = len(transports) + count
+                for _ in range(count):
+                    wires.enter_context(socket.create_connection(bound.getsockname(), timeout=10))
+                async with asyncio.timeout(20):
+                    while len(transports) < total:
+                        await asyncio.sleep(0)
+                return [len(theirs.here) for theirs in visitors]
+
+            assert min(await come(30)) >= 11
+            takings[1].close()
+            first, second = await come(20)
+            assert second <= 19
+            assert first + second == 50
+            for taking in takings:
+                taking.close()
+                await taking.wait_closed()
+            for theirs in visitors:
+                for coming in theirs.here.values():
+                    coming.patience.cancel()
+            for transport in transports:
+                transport.abort()
+
+    loop.run(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from mcpctl.audit.log import AuditLog
 from mcpctl.config_keys import Limits
 from mcpctl.errors import Error, LimitedError, UnavailableError
 from mcpctl.policy.limits import LINES, TOKEN_LINES, Limiter
+from mcpctl.private_file import lock, unlock
 from mcpctl.recorder import AGAIN, STRANGERS_IN_FULL, Recorder
 from mcpctl.shared_counters import Counters
 
@@ -310,8 +312,8 @@ class Counting(AuditLog):
         super().__init__(path, KEY, lambda: NOW)
         self.writes: list[int] = []
 
-    def add(self, *lines: tuple[str, dict[str, Any]]) -> None:
-        super().add(*lines)
+    def add(self, *lines: tuple[str, dict[str, Any]], at_once: bool = False) -> None:
+        super().add(*lines, at_once=at_once)
         self.writes.append(len(lines))
 
 
@@ -335,6 +337,36 @@ def test_the_lines_of_calls_that_end_together_are_written_at_once_and_in_their_o
     assert "".join(line["user"] for line in lines(path)) == "abcde"
     assert verify(path) == 5
     log.close()
+
+
+def test_lines_of_calls_wait_for_who_writes_and_nobody_else_does(book: Book) -> None:
+    """Another worker, or a command; where it has stopped, they are told so."""
+    book.recorder.call("tool.called", {"user": "first"})
+    held = os.open(f"{book.path}.lock", os.O_RDWR)
+
+    async def work() -> None:
+        lock(held)
+        ending = [book.recorder.ended("tool.called", {"user": name}) for name in "ab"]
+        for _ in range(5):
+            await asyncio.sleep(0.002)  # it has been tried, and the loop goes on
+        assert not any(one.done() for one in ending)
+        ending.append(book.recorder.ended("tool.called", {"user": "c"}))
+        unlock(held)
+        assert await asyncio.gather(*ending) == [None] * 3
+        lock(held)
+        late = book.recorder.ended("tool.called", {"user": "d"})
+        await asyncio.sleep(0.002)
+        assert not late.done()
+        book.now = 0.3
+        assert isinstance(await late, UnavailableError)
+        unlock(held)
+        assert await book.recorder.ended("tool.called", {"user": "e"}) is None
+
+    asyncio.run(work())
+    os.close(held)
+    users = [line.get("user", line["event"]) for line in lines(book.path)]
+    assert users == ["first", "a", "b", "c", "audit.lost", "e"]
+    assert verify(book.path) == 6
 
 
 def test_none_of_the_calls_that_end_together_is_answered_where_their_lines_cannot_be_written(book: Book) -> None:

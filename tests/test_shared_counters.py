@@ -330,3 +330,25 @@ def test_without_fcntl_one_process_counts_without_a_lock(path: Path, monkeypatch
 )
 def test_who_counts_as_one(address: str | None, counts_as: str | None) -> None:
     assert source(address) == counts_as
+
+
+def test_a_place_that_another_worker_takes_in_the_middle_counts_nothing_for_who_has_it_then() -> None:
+    """A call that ends counts without holding the others."""
+
+    class Taken:
+        """Memory in which the place has another's name from the second look on."""
+
+        looks = 0
+
+        def __getitem__(self, at: slice) -> bytes:
+            self.looks += 1
+            return here.digest if self.looks == 1 else bytes(16)
+
+    with opened(None, workers=2) as counters:
+        here = slot(counters, "alice")
+        counters.run([here], 2)
+        assert counters.running(here) == 2
+        memory, counters.memory = counters.memory, Taken()  # type: ignore[assignment]
+        counters.run([here], -1)
+        counters.memory = memory
+        assert counters.running(here) == 0

@@ -187,7 +187,7 @@ class Calls:
                 try:
                     facts.values.update(elapsed_ms=elapsed(begun), outcome=outcome, reason=facts.reason(reason))
                     line = {**base, **facts.values}
-                    if outcome == "ok" and self._running:
+                    if outcome == "ok" and (self._running or self._recorder.shared):
                         narrowed = await self._write(principal, line, facts)
                     else:
                         self._recorder.call(event, line, facts.trace, facts.refusal)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from mcpctl.audit.log import AuditLog
+from mcpctl.audit.log import AuditLog, BusyError
 from mcpctl.errors import Error, LimitedError, UnavailableError
 from mcpctl.metrics import REFUSED
 from mcpctl.shared_counters import source
@@ -26,6 +26,8 @@ _CREDENTIALS = 10_000
 Count = Callable[[str, Mapping[str, Any], "bool | None"], None]
 Greeted = OrderedDict[tuple[str | None, str | None], float]
 """When the use of a credential from an address was noted last."""
+_MOMENT, _PATIENCE = 0.001, 0.25
+"""Seconds after which lines are tried again that were put off, and for which they may be."""
 LATE = 1000
 """Lines that are kept while the log cannot be written, the newest; of older ones only their number is."""
 
@@ -69,6 +71,8 @@ class Recorder:
         late: Late | None = None,
     ) -> None:
         self._audit = audit
+        self.shared = audit.shared
+        """Whether other workers write the same log."""
         self._statements = statements
         self._refuse = refuse
         self._clock = clock
@@ -85,6 +89,8 @@ class Recorder:
         self._late = Late() if late is None else late
         self._together: list[tuple[str, dict[str, Any], asyncio.Future[Error | None]]] = []
         """Lines of calls that have ended in this turn of the event loop, and who waits for each."""
+        self._until: float | None = None
+        """Until when they may be put off, since others write."""
 
     def note(self, event: str, **fields: Any) -> None:
         """Write a line, or keep it until the log can be written. What must happen anyway (a revocation) uses this."""
@@ -117,16 +123,24 @@ class Recorder:
         self._together.append((event, fields, written))
         return written
 
-    def _write_together(self) -> None:
-        """Write the lines of all calls that have ended in this turn."""
+    def _write_together(self, *, at_once: bool = True) -> None:
+        """Write the lines of all calls that have ended in this turn. `at_once`: a moment later, where others write at
+        this one: who waits for a lock keeps all from their answers, who waits for a turn nobody."""
         together, self._together = self._together, []
         if not together:
             return
+        at_once = at_once and (self._until is None or self._clock() < self._until)
         try:
-            done = [self._add(*[(event, fields) for event, fields, _ in together])] * len(together)
+            done = [self._add(*[(event, fields) for event, fields, _ in together], at_once=at_once)] * len(together)
+        except BusyError:
+            self._together = together
+            self._until = self._until or self._clock() + _PATIENCE
+            asyncio.get_running_loop().call_later(_MOMENT, self._write_together)
+            return
         except Exception:  # a fault of ours in one of them is not the others'
             log.exception("lines of the audit log could not be made together")
             done = [self._alone(event, fields) for event, fields, _ in together]
+        self._until = None
         for (_, _, written), stands in zip(together, done, strict=True):
             if not stands:
                 self._lose(self._audit.time())
@@ -149,12 +163,12 @@ class Recorder:
         self._count(event, fields, written)
         return written
 
-    def _add(self, *lines: tuple[str, dict[str, Any]]) -> bool:
-        """Write what was kept, and these lines; whether they were."""
+    def _add(self, *lines: tuple[str, dict[str, Any]], at_once: bool = False) -> bool:
+        """Write what was kept, and these lines; whether they were. `at_once`: BusyError where others write."""
         try:
             if self._late.lines or self._late.lost:
                 self._write_late()
-            self._audit.add(*lines)
+            self._audit.add(*lines, at_once=at_once)
         except UnavailableError as problem:
             if not self.failing:
                 log.error("%s%s", problem.message, f" ({problem.hint})" if problem.hint else "")
@@ -191,7 +205,7 @@ class Recorder:
 
     def catch_up(self) -> None:
         """Write what was kept, here and by commands, if the log can be written again."""
-        self._write_together()
+        self._write_together(at_once=False)
         try:
             self._audit.catch_up()
             self._write_late()

@@ -239,6 +239,7 @@ class Counters:
                 before.gone = True
             self.moves += 1
             runs = _RUNNING_AT + 2 * slot.runs
+            self.memory[slot.key : slot.key + KEY] = bytes(KEY)  # before the counts: see `run`
             self.memory[runs : runs + _COUNTS] = bytes(_COUNTS)
             self.memory[slot.values : slot.values + _VALUES] = bytes(_VALUES)
             self.memory[slot.key : slot.key + KEY] = digest
@@ -285,7 +286,7 @@ class Counters:
 
     def run(self, slots: Iterable[Slot], by: int) -> None:
         """Note that so many more, or fewer, of each run in this worker; nothing of one whose place is another's by
-        now."""
+        now. Fewer without holding: no other worker writes there, but to take the place."""
         memory, counts, place = self.memory, self.counts, self._place
         if self.alone:
             for slot in slots:
@@ -299,6 +300,8 @@ class Counters:
                 count = counts[slot.runs + place] + by
                 if 0 <= count <= MOST:
                     counts[slot.runs + place] = count
+                    if memory[slot.key : slot.key + KEY] != slot.digest:  # taken between: of who has it none runs here
+                        counts[slot.runs + place] = 0
 
 
 def _place(bucket: int, index: int, digest: bytes) -> Slot:

@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mcpctl import private_file
 from mcpctl.audit import files, late
+from mcpctl.audit.end import End, SharedEnd
 from mcpctl.errors import ConfigError, Error, FullError, NotFoundError, UnavailableError, masked
 
 FIRST = "0" * 64
@@ -59,15 +60,6 @@ _MILLISECONDS = tuple(f"{number:03d}Z" for number in range(1000))
 _logger = logging.getLogger("mcpctl.audit")
 
 
-class End(NamedTuple):
-    """Where the chain ends: the file's identity and size, the last line's number and hash."""
-
-    inode: int
-    size: int
-    seq: int
-    hash: str
-
-
 _REMEMBERED, _SHORT = 1000, 1000
 """Statements whose digests are kept, and the characters of the longest of them."""
 _PATIENCE = 0.25
@@ -76,14 +68,21 @@ Sync = Callable[[int], None]
 _fdatasync: Sync = getattr(os, "fdatasync", os.fsync)  # macOS and Windows have only the other
 
 
+class BusyError(Exception):
+    """Another writes a line at this very moment."""
+
+
 class AuditLog:
     """Appends to one log. Not for threads; processes may share the file. `spare` is a folder for lines that there is no
-    room for beside the log; it is the same for all who write."""
+    room for beside the log; it is the same for all who write. `others`: what those who share it tell each other."""
 
     def __init__(
-        self, path: Path, key: bytes, now: Callable[[], datetime], sync: Sync = _fdatasync, spare: Path | None = None
-    ) -> None:
+        self, path: Path, key: bytes, now: Callable[[], datetime], sync: Sync = _fdatasync, spare: Path | None = None,
+        others: SharedEnd | None = None,
+    ) -> None:  # fmt: skip
         self.path = path
+        self._others = others
+        self.shared = others is not None
         self._spare = spare
         self.key = key
         self.key_id = key_id(key)
@@ -142,16 +141,16 @@ class AuditLog:
         """Write one line. Raises UnavailableError when it could not be written whole; then nothing was."""
         self.add((event, fields))
 
-    def add(self, *lines: tuple[str, dict[str, Any]]) -> None:
+    def add(self, *lines: tuple[str, dict[str, Any]], at_once: bool = False) -> None:
         """`append` of lines, (event, fields) each, whose fields are together already and stay as they are: all of them
-        by one write, or none."""
+        by one write, or none. `at_once`: raise BusyError where another writes, rather than wait for him."""
         for event, fields in lines:
             if event not in _KNOWN_EVENTS:
                 raise ValueError(f"{event} is no audit event")
             if not _KNOWN_FIELDS.issuperset(fields):
                 raise ValueError(f"no such audit fields: {sorted(fields.keys() - _KNOWN_FIELDS)}")
         try:  # what `_locked` does, which would cost as much again as the lock
-            self._take_lock()
+            self._take_lock(at_once=at_once)
             try:
                 for place in self._late:
                     if late.is_there(place):
@@ -235,12 +234,17 @@ class AuditLog:
             return problem
         return UnavailableError(f"the audit log cannot be written: {problem.message}", problem.hint)
 
-    def _take_lock(self) -> None:
+    def _take_lock(self, *, at_once: bool = False) -> None:
         while True:
             if self._lock < 0:
                 self._lock = private_file.open_checked(Path(self._lock_name), os.O_RDWR | os.O_CREAT)
                 self._lock_inode = os.fstat(self._lock).st_ino
-            private_file.lock(self._lock, _PATIENCE)
+            try:
+                private_file.lock(self._lock, 0.0 if at_once else _PATIENCE)
+            except TimeoutError:
+                if at_once:
+                    raise BusyError from None
+                raise
             try:
                 inode = os.stat(self._lock_name).st_ino
             except OSError:
@@ -265,6 +269,8 @@ class AuditLog:
             os.ftruncate(self._file, end.size)
             raise self._full()
         self._end = self.written = End(end.inode, end.size + size, seq, digest)
+        if self._others is not None:
+            self._others.tell(self.path, self._end)
 
     def sync(self) -> None:
         """Return when all that this process has written is on disk. Raises UnavailableError."""
@@ -357,8 +363,14 @@ class AuditLog:
             found = os.stat(self._name)
         except FileNotFoundError:
             end = None
-        if end is not None and self._file >= 0 and found.st_size == end.size and found.st_ino == end.inode:
-            return end
+        if end is not None and self._file >= 0 and found.st_ino == end.inode:
+            if found.st_size == end.size:
+                return end
+            told = self._others.of(self.path) if self._others is not None else None
+            if told is not None and told.inode == end.inode and told.seq > end.seq:
+                self._end = told  # what is cut off of it shows, too
+                if found.st_size == told.size:
+                    return told
         cut = self._cut()
         found = self._open()
         size = found.st_size

@@ -296,12 +296,7 @@ class Limiter:
 
     def leave(self, slots: Sequence[Slot]) -> None:
         """The call that entered has ended."""
-        counters = self._counters
-        if counters.alone:
-            counters.run(slots, -1)
-            return
-        with counters:
-            counters.run(slots, -1)
+        self._counters.run(slots, -1)
 
     # -- budgets -----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 from typing import Any
 
 import msgspec
@@ -154,22 +155,16 @@ class Shape:
         self._mends = [(column, mend) for column, mend in mends if mend is not None]
 
     def encoded(self, rows: list[tuple[Any, ...]]) -> bytes:
-        """Rows, one at least, as a JSON array. A time that all of them have, as now() is, is mended in the JSON."""
+        """Rows, one at least, as a JSON array. A time that all of them have, as now() is, is mended once."""
         mended: Sequence[Row] = rows
-        same: dict[int, str] = {}
         for place, mend in self._mends:
             column = [row[place] for row in rows]
             first = column[0]
             if mend is _times and first is not None and column.count(first) == len(column):
-                same[place] = first
+                mended = _with(mended, place, repeat(timestamp(first), len(column)))
             elif (found := mend(column)) is not None:
                 mended = _with(mended, place, found)
-        json = _encode(mended)
-        if same and (done := _mended_in(json, list(same.values()), len(rows))) is not None:
-            return done
-        for place, text in same.items():
-            mended = _with(mended, place, [timestamp(text)] * len(rows))
-        return _encode(mended) if same else json
+        return _encode(mended)
 
 
 def _with(rows: Sequence[Row], place: int, cells: Iterable[Any]) -> Sequence[Row]:
@@ -178,23 +173,6 @@ def _with(rows: Sequence[Row], place: int, cells: Iterable[Any]) -> Sequence[Row
     for row, cell in zip(changed, cells, strict=True):
         row[place] = cell
     return changed
-
-
-def _mended_in(json: bytes, times: list[str], rows: int) -> bytes | None:
-    """Rows as JSON with each of these times mended, which stand in all of them; None where a text holds one too.
-
-    What is mended is a time, so nothing in it is escaped, and all cells of it are found, apart from each other: where
-    there are as many as there should be, there are no others.
-    """
-    for text in set(times):
-        before, after = _encode(text), _encode(timestamp(text))
-        if before != after:
-            done, longer = json.replace(before, after), len(after) - len(before)
-            found = (len(done) - len(json)) // longer if longer else json.count(before)
-            if found != times.count(text) * rows:
-                return None
-            json = done
-    return json
 
 
 class Types(Values):

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import mmap
 import socket
 import ssl
 from collections.abc import Callable
@@ -11,15 +12,40 @@ from mcpctl.server.door import Door
 
 log = logging.getLogger("mcpctl.http")
 _BACKLOG, _AT_ONCE, _PAUSE = 2048, 16, 1.0
+_MOMENT, _FEW = 0.001, 4
+"""Seconds for which others may come first, and how many are taken then whom they have left."""
+
+
+class Crowd:
+    """How many visitors each worker of a server has, in memory that they share. Made before they are forked."""
+
+    def __init__(self, workers: int) -> None:
+        self._counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")
+        self.place = 0
+        """Which of them this process is."""
+
+    def has_more(self, count: int) -> bool:
+        """Note how many this one has; whether another has fewer, as far as that one has said."""
+        self._counts[self.place] = count
+        return count > min(self._counts)
 
 
 class Entrance:
-    """Takes in those who come to a door; closed as an asyncio server is. Under TLS `tls` makes the connection."""
+    """Takes in those who come to a door; closed as an asyncio server is. Under TLS `tls` makes the connection. Where a
+    worker of the `crowd` has fewer visitors, he may come first, for a moment: else the one that wakes first has all
+    who come together, and the others nothing to do."""
 
-    def __init__(self, door: Door, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None) -> None:
+    def __init__(
+        self,
+        door: Door,
+        protocol: Callable[[], asyncio.Protocol],
+        tls: ssl.SSLContext | None,
+        crowd: Crowd | None = None,
+    ) -> None:
         self._door = door
         self._protocol = protocol
         self._tls = tls
+        self._crowd = crowd
         self._loop = asyncio.get_running_loop()
         self._entering: set[asyncio.Task[Any]] = set()
         door.setblocking(False)
@@ -29,22 +55,42 @@ class Entrance:
     def _take(self) -> None:
         """Take in those who are there, and the others their turn before too many of them."""
         for _ in range(_AT_ONCE):
-            try:
-                conn, _ = self._door.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return  # nobody is there, or was turned away: the loop comes again where somebody is
-            except OSError as problem:
-                self._pause(problem)
+            if self._gives_way():
+                self._pause(_MOMENT, self._late)
                 return
-            task = self._loop.create_task(self._enter(conn))
-            self._entering.add(task)
-            task.add_done_callback(self._entering.discard)
+            if not self._took():
+                return
 
-    def _pause(self, problem: OSError) -> None:
-        """Take nobody for a second: the system gives us no further descriptor."""
-        log.error("no connection can be accepted: %s", problem)
+    def _gives_way(self) -> bool:
+        visitors = self._door.visitors
+        return self._crowd is not None and visitors is not None and self._crowd.has_more(len(visitors.here))
+
+    def _late(self) -> None:
+        """Take in some whom no other worker has taken."""
+        self._again()
+        for _ in range(_FEW):
+            if not self._took():
+                return
+
+    def _took(self) -> bool:
+        """Take in one; False where nobody is there, or nobody can be taken."""
+        try:
+            conn, _ = self._door.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return False  # nobody is there, or was turned away: the loop comes again where somebody is
+        except OSError as problem:  # the system gives us no further descriptor
+            log.error("no connection can be accepted: %s", problem)
+            self._pause(_PAUSE, self._again)
+            return False
+        task = self._loop.create_task(self._enter(conn))
+        self._entering.add(task)
+        task.add_done_callback(self._entering.discard)
+        return True
+
+    def _pause(self, seconds: float, then: Callable[[], None]) -> None:
+        """Take nobody for so long."""
         self._loop.remove_reader(self._door.fileno())
-        self._loop.call_later(_PAUSE, self._again)
+        self._loop.call_later(seconds, then)
 
     def _again(self) -> None:
         if self._door.fileno() >= 0:

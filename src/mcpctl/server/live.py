@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mcpctl import __version__
+from mcpctl.audit.end import SharedEnd
 from mcpctl.backup.names import newest
 from mcpctl.calls import Calls
 from mcpctl.config_keys import Settings
@@ -55,11 +56,13 @@ class Place:
 class Process:
     """What a process keeps while its config changes. `lag()` is how many seconds the event loop was late, `counters`
     what the limits count: all workers of a server have the same, and `told`, whom a command has told one of them to
-    keep out although no file says so, {token: why}, "" for all. `kept_out` is who is let in by no generation, see
-    Authenticator, and `outlived` which backends have outlived a cut, of any generation's."""
+    keep out although no file says so, {token: why}, "" for all, and `chain`, where the audit log ends. `kept_out` is
+    who is let in by no generation, see Authenticator, and `outlived` which backends have outlived a cut, of any
+    generation's."""
 
-    def __init__(self, place: Place, counters: Counters | None = None) -> None:
+    def __init__(self, place: Place, counters: Counters | None = None, chain: SharedEnd | None = None) -> None:
         self.place = place
+        self.chain = chain
         self.counters = counters or Counters()
         self.counters.as_worker(place.worker)
         self.metrics = Metrics()

@@ -93,7 +93,8 @@ async def running(
     elif process.begins or again:  # who takes a dead worker's place refuses calls meanwhile, as the others do
         logins.check_sealed(authenticator.read().people)
     key = audit_log.read_key(settings.audit.key_file)
-    book = audit_log.AuditLog(settings.audit.file, key, utcnow, spare=auth.token_file.parent)
+    spare = auth.token_file.parent
+    book = audit_log.AuditLog(settings.audit.file, key, utcnow, spare=spare, others=process.chain)
     if process.begins or again:
         book.check_key()
     refuse = settings.audit.on_failure == "refuse"

@@ -22,6 +22,7 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
 
 from mcpctl import certificates
+from mcpctl.audit.end import SharedEnd
 from mcpctl.errors import Error
 from mcpctl.facts import Request
 from mcpctl.identity import browsers
@@ -32,7 +33,7 @@ from mcpctl.server import authorization as oauth
 from mcpctl.server import loop, metrics, protocol
 from mcpctl.server.credentials import Gatekeeper
 from mcpctl.server.door import Door, Visitor
-from mcpctl.server.entrance import Entrance
+from mcpctl.server.entrance import Crowd, Entrance
 from mcpctl.server.exchange import App, Caller, Receive, Scope, Send
 from mcpctl.server.hangup import Hangup
 from mcpctl.server.http import Http, Parts
@@ -62,6 +63,8 @@ class _Shared:
     calls: Door
     metrics: socket.socket | None
     counters: Counters
+    chain: SharedEnd
+    crowd: Crowd
     systemd: Notifier
 
 
@@ -88,7 +91,7 @@ def serve(
     bound = handed or bind(settings.server.host, settings.server.port)
     port = bound.getsockname()[1]
     scraped = metrics.bind(settings.metrics) if settings.metrics.port is not None else None
-    shared = _Shared(bound, scraped, _counters(listening), systemd)
+    shared = _Shared(bound, scraped, _counters(listening), SharedEnd(), Crowd(settings.server.workers), systemd)
     listening = replace(listening, port=port)
     shown = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
     url = settings.server.public_url or f"{'https' if listening.tls else 'http'}://{shown}:{port}"
@@ -152,8 +155,10 @@ class _Uvicorn(uvicorn.Server):
         started: Callable[[], None],
         signals: Iterable[int],
         ends: Callable[[], None] = lambda: None,
+        crowd: Crowd | None = None,
     ) -> None:
         super().__init__(config)
+        self._crowd = crowd
         self._tell = started
         self._ends = ends
         self.servers = []
@@ -173,7 +178,8 @@ class _Uvicorn(uvicorn.Server):
         for one in sockets or []:
             if not isinstance(one, Door):
                 raise TypeError("a listening socket that is no door")
-            self.servers.append(Entrance(one, self._protocol, self.config.ssl))  # type: ignore[arg-type]
+            entrance = Entrance(one, self._protocol, self.config.ssl, self._crowd)
+            self.servers.append(entrance)  # type: ignore[arg-type]
         self.started = True
         self._tell()
 
@@ -236,9 +242,10 @@ async def _alone(
 
 async def _worker(shared: _Shared, first: Place, listening: Listening, link: Link, number: int) -> None:
     """One of several processes, which all have a place of their own."""
-    process = Process(replace(first, worker=number), shared.counters)
+    process = Process(replace(first, worker=number), shared.counters, shared.chain)
+    shared.crowd.place = number
     serving, config = _prepared(shared.calls, process)
-    server = _Uvicorn(config, link.up, [signal.SIGTERM])
+    server = _Uvicorn(config, link.up, [signal.SIGTERM], crowd=shared.crowd)
     process.begins = link.first
     serving.reload = link.outcome
     serving.taken = link.taken

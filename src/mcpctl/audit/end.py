@@ -1,0 +1,46 @@
+"""Where the audit log's chain ends, and what the workers of one server tell each other of it."""
+
+import mmap
+import zlib
+from pathlib import Path
+from struct import Struct
+from typing import NamedTuple
+
+_TOLD = Struct("<QQQ64s")
+_CHECK = Struct("<I")
+
+
+class End(NamedTuple):
+    """Where the chain ends: the file's identity and size, the last line's number and hash."""
+
+    inode: int
+    size: int
+    seq: int
+    hash: str
+
+
+class SharedEnd:
+    """Where a worker's last line has left the chain, in memory that all workers of a server share. Made before they are
+    forked; read and written under the log's lock. It saves each of them from reading what another has written: it is
+    believed where the file ends just there, as a writer believes itself, and one that was killed while he told it has
+    told nothing."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _TOLD.size + _CHECK.size)
+
+    def tell(self, path: Path, end: End) -> None:
+        """Tell the others that the log of that path ends there."""
+        data = _TOLD.pack(end.inode, end.size, end.seq, end.hash.encode("ascii"))
+        self._memory[:] = data + _CHECK.pack(_check(path, data))
+
+    def of(self, path: Path) -> End | None:
+        """Where the log of that path ended; None where nobody has told it."""
+        data = self._memory[: _TOLD.size]
+        if self._memory[_TOLD.size :] != _CHECK.pack(_check(path, data)):
+            return None
+        inode, size, seq, digest = _TOLD.unpack(data)
+        return End(inode, size, seq, digest.decode("ascii"))
+
+
+def _check(path: Path, data: bytes) -> int:
+    return zlib.crc32(data, zlib.crc32(str(path).encode("utf-8", "surrogateescape")))
