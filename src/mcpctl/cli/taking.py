@@ -66,14 +66,21 @@ def taking(found: "Settings", names: list[str], why: str, path: Path | None = No
 
 
 def revoked(
-    found: "Settings", names: list[str], why: str, *, every: bool = False, but: "Collection[str]" = ()
+    found: "Settings",
+    names: list[str],
+    why: str,
+    *,
+    file: "EntryFile[Token] | None" = None,
+    every: bool = False,
+    but: "Collection[str]" = (),
 ) -> "tuple[list[tuple[Token, bool]], str, dict[str, Any] | None]":
     """Revoke these tokens, which are all but `but` where it is `every` one; write it down; have the servers cut what
-    they have open. The entries, with whether each was alive, and what the servers did, as words and as values."""
+    they have open. The entries, with whether each was alive, and what the servers did, as words and as values.
+    `file`: that of the tokens, where it was read before, so that no line of it is read twice."""
     from mcpctl.identity import tokens
 
     with taking(found, names, why):
-        file = tokens.token_file(found.auth.token_file)
+        file = file or tokens.token_file(found.auth.token_file)
         done = tokens.revoke(file, None if every else names, tokens.utcnow(), but)
     fresh = [entry for entry, alive in done if alive]
     # The servers see the file by themselves meanwhile; whoever interrupts the wait for their proof leaves a record.

@@ -349,7 +349,7 @@ def revoke(
     file = tokens.token_file(found.auth.token_file)
     missing = Failures()
     known = [name for name in file.current() if name not in (but or ())] if all_ else known_of(file, ids or [], missing)
-    done, words, values = revoked(found, known, by_whom(context, reason), every=all_, but=but or ())
+    done, words, values = revoked(found, known, by_whom(context, reason), file=file, every=all_, but=but or ())
     if json:
         already = [entry.id for entry, alive in done if not alive]
         output.put_json({"revoked": [entry.id for entry, _ in done], "already": already, "cut": values})
