@@ -60,25 +60,26 @@ def test_workers_read_none_of_each_other_s_lines(made: Made, path: Path) -> None
     one, two, apart = made(others), made(others), made(None)
     for log in (one, two, one, two):
         write(log, "a", "b")
-    assert (one.reads, two.reads) == (0, 1)
+    assert (one.reads, two.reads) == (0, 0)
     write(apart, "c")
     write(one, "a")
     write(two, "b")
-    assert (one.reads, two.reads) == (1, 1)
+    assert (one.reads, two.reads) == (1, 0)
     assert "".join(line["user"] for line in lines(path)) == "abababab" + "cab"
     assert verify(path) == 11
 
 
 def test_what_is_told_is_of_one_log_and_whole(tmp_path: Path) -> None:
     told, here, there = SharedEnd(), tmp_path / "a", tmp_path / "b"
-    assert told.of(here) is None
-    told.tell(here, END)
-    assert (told.of(here), told.of(there)) == (END, None)
+    assert told.of(here, "key", 7) is None
+    told.tell(here, "key", END)
+    others = [told.of(there, "key", 7), told.of(here, "another", 7), told.of(here, "key", 8)]
+    assert others == [None] * 3
     for place in (0, 8, 16, 30, 87):  # who told it was killed in the middle
         told._memory[place] ^= 1
-        assert told.of(here) is None
+        assert told.of(here, "key", 7) is None
         told._memory[place] ^= 1
-    assert told.of(here) == END
+    assert told.of(here, "key", 7) == END
 
 
 def test_a_line_cut_off_that_another_worker_has_written_is_missed(made: Made, path: Path) -> None:
@@ -105,6 +106,21 @@ def test_a_line_cut_off_is_missed_though_a_command_has_written_on(made: Made, pa
     write(two, "e")
     with pytest.raises(AssertionError):
         verify(path)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_line_cut_off_is_missed_by_a_worker_that_has_not_seen_it(made: Made, path: Path, anew: bool) -> None:
+    """Also by one that has just begun. It would tell the others of an end behind what they know."""
+    others = SharedEnd()
+    one, two = made(others), made(others)
+    write(one, "a")
+    write(two, "b")
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    write(made(others) if anew else one, "c", "d")
+    write(two, "e")
+    with pytest.raises(AssertionError):
+        verify(path)
+    assert audit_verify.verify(path, KEY).fault
 
 
 @pytest.mark.parametrize("how", ["copied", "moved"])

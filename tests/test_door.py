@@ -19,6 +19,7 @@ import pytest
 import uvicorn
 
 from mcpctl.server import door, entrance, http, loop, run
+from mcpctl.server.crowd import Crowd
 from site_of_mcpctl import Shop, Site, eventually, in_background
 from visiting import answer, unauthorized, visited
 
@@ -347,15 +348,15 @@ def test_workers_take_in_as_many_each_and_who_is_stuck_keeps_nobody_out() -> Non
             transports.append(transport)
 
     async def main() -> None:
-        crowd = [entrance.Crowd(2), entrance.Crowd(2)]
-        crowd[1]._counts, crowd[1].place = crowd[0]._counts, 1  # as after a fork
+        crowds = [Crowd(2), Crowd(2)]
+        crowds[1]._counts, crowds[1].place = crowds[0]._counts, 1  # as after a fork
         with door.Door() as bound, contextlib.ExitStack() as wires:
             bound.bind(("127.0.0.1", 0))
             doors = [bound, wires.enter_context(door.Door(fileno=os.dup(bound.fileno())))]
             visitors, takings = [door.Visitor.of(1 << 20), door.Visitor.of(1 << 20)], []
-            for one, theirs, which in zip(doors, visitors, crowd, strict=True):
+            for one, theirs, theirs.crowd in zip(doors, visitors, crowds, strict=True):
                 one.visitors = theirs
-                takings.append(entrance.Entrance(one, Quiet, None, which))
+                takings.append(entrance.Entrance(one, Quiet, None))
 
             async def come(count: int) -> list[int]:
                 total = len(transports) + count
@@ -376,8 +377,67 @@ def test_workers_take_in_as_many_each_and_who_is_stuck_keeps_nobody_out() -> Non
                 await taking.wait_closed()
             for theirs in visitors:
                 for coming in theirs.here.values():
+                    assert isinstance(coming, door._Coming)
                     coming.patience.cancel()
             for transport in transports:
                 transport.abort()
 
     loop.run(main())
+
+
+def test_a_door_that_is_closed_while_others_come_first_takes_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        faults: list[Any] = []
+        here = asyncio.get_running_loop()
+        here.set_exception_handler(lambda _, fault: faults.append(fault))
+        crowd = Crowd(2)
+        for left_open in (False, True):
+            visitor = door.Visitor.of(1 << 20)
+            visitor.crowd = crowd
+            with door.Door() as bound, socket.socket() as first:
+                bound.bind(("127.0.0.1", 0))
+                bound.visitors = visitor
+                coming = door._Coming(first, ("127.0.0.1", 1), 20.0)
+                visitor.here[-1] = coming  # this worker has one, the other none
+                taking = entrance.Entrance(bound, asyncio.Protocol, None)
+                with socket.create_connection(bound.getsockname(), timeout=10):
+                    async with asyncio.timeout(10):
+                        while taking._paused is None:
+                            await asyncio.sleep(0)
+                    taking.close()
+                    if not left_open:
+                        bound.close()
+                    await asyncio.sleep(0.01)  # the time for which others come first is over
+                    assert list(visitor.here.values()) == [coming]
+                coming.patience.cancel()
+        assert not faults
+
+    asyncio.run(main())
+    loop.run(main())
+    assert not caplog.records
+
+
+def test_who_agrees_on_no_tls_is_counted_no_longer(certificates: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "cert.pem", certificates / "key.pem")
+    visitor = door.Visitor.of(1 << 20)
+    visitor.crowd = Crowd(2)
+
+    async def main() -> None:
+        with door.Door() as bound:
+            bound.bind(("127.0.0.1", 0))
+            bound.visitors = visitor
+            taking = entrance.Entrance(bound, asyncio.Protocol, context)
+            with socket.create_connection(bound.getsockname(), timeout=10) as wire:
+                wire.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                async with asyncio.timeout(10):
+                    while not visitor.here:
+                        await asyncio.sleep(0)
+                    while visitor.here:
+                        await asyncio.sleep(0)
+            taking.close()
+            await taking.wait_closed()
+
+    loop.run(main())
+    assert visitor.crowd is not None
+    assert list(visitor.crowd._counts) == [0, 0]

@@ -269,6 +269,37 @@ def test_what_ends_backends_is_not_closed_while_the_loop_waits_for_it(other: Sho
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("by", ["its time", "a cancel"])
+def test_closing_what_ends_backends_waits_a_second_at_most(other: Shop, by: str) -> None:
+    """Also where psycopg waits for five, to cancel for who was cancelled; and where it is cancelled itself."""
+
+    async def run() -> None:
+        dsn = other.cluster.dsn_for("postgres", other.cluster.superuser_password, "shop")
+        terminator = Terminator(Login("shop", Database(dsn=dsn), NO_KEYS))
+        assert await terminator.ready()
+        conn = terminator._conn
+        assert conn is not None
+        with _frozen(other):
+            asking = asyncio.create_task(terminator.backend(30.0))
+            while not conn.lock.locked():
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.sleep(0.01)
+            assert not asking.done()
+            begun = time.monotonic()
+            closing = asyncio.create_task(terminator.close())
+            if by == "a cancel":
+                await asyncio.sleep(0.01)
+                closing.cancel()
+            await asyncio.wait({closing})
+            while not conn.closed:
+                await asyncio.sleep(0.001)
+            assert time.monotonic() - begun < (0.5 if by == "a cancel" else 2.0)
+        await asyncio.gather(asking, return_exceptions=True)
+
+    asyncio.run(run())
+
+
 async def _room(pool: TokenPool) -> None:
     pool.connecting += 1
 

@@ -369,6 +369,23 @@ def test_lines_of_calls_wait_for_who_writes_and_nobody_else_does(book: Book) -> 
     assert verify(book.path) == 6
 
 
+def test_what_is_noted_while_lines_wait_stands_behind_them(book: Book) -> None:
+    book.recorder.call("tool.called", {"user": "first"})
+    held = os.open(f"{book.path}.lock", os.O_RDWR)
+
+    async def work() -> None:
+        lock(held)
+        ending = book.recorder.ended("tool.called", {"user": "a"})
+        await asyncio.sleep(0.002)
+        unlock(held)
+        book.recorder.note("tool.refused", user="a")
+        assert await ending is None
+
+    asyncio.run(work())
+    os.close(held)
+    assert [line["event"] for line in lines(book.path)] == ["tool.called", "tool.called", "tool.refused"]
+
+
 def test_none_of_the_calls_that_end_together_is_answered_where_their_lines_cannot_be_written(book: Book) -> None:
     async def work() -> list[Error | None]:
         assert await at_once(book, "a") == [None]

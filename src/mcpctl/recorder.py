@@ -158,7 +158,8 @@ class Recorder:
             return False
 
     def _write(self, event: str, fields: dict[str, Any]) -> bool:
-        """Write what was kept, and this line; whether it was. It is counted."""
+        """Write what was kept, and this line, behind those that wait; whether it was. It is counted."""
+        self._write_together(at_once=False)
         written = self._add((event, fields))
         self._count(event, fields, written)
         return written
@@ -167,7 +168,7 @@ class Recorder:
         """Write what was kept, and these lines; whether they were. `at_once`: BusyError where others write."""
         try:
             if self._late.lines or self._late.lost:
-                self._write_late()
+                self._write_late(at_once=at_once)
             self._audit.add(*lines, at_once=at_once)
         except UnavailableError as problem:
             if not self.failing:
@@ -195,12 +196,12 @@ class Recorder:
         since, until, count = self._late.lost or (when, when, 0)
         self._late.lost = (min(since, when), max(until, when), count + 1)
 
-    def _write_late(self) -> None:
+    def _write_late(self, *, at_once: bool = False) -> None:
         while self._late.lines:
-            self._audit.add(self._late.lines[0])
+            self._audit.add(self._late.lines[0], at_once=at_once)
             self._late.lines.popleft()
         if self._late.lost:
-            self._audit.add(("audit.lost", {"reason": _lost(*self._late.lost)}))
+            self._audit.add(("audit.lost", {"reason": _lost(*self._late.lost)}), at_once=at_once)
             self._late.lost = None
 
     def catch_up(self) -> None:

@@ -28,19 +28,19 @@ class SharedEnd:
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _TOLD.size + _CHECK.size)
 
-    def tell(self, path: Path, end: End) -> None:
-        """Tell the others that the log of that path ends there."""
+    def tell(self, path: Path, key_id: str, end: End) -> None:
+        """Tell the others that the log of that path, which is written with that key, ends there."""
         data = _TOLD.pack(end.inode, end.size, end.seq, end.hash.encode("ascii"))
-        self._memory[:] = data + _CHECK.pack(_check(path, data))
+        self._memory[:] = data + _CHECK.pack(_check(path, key_id, data))
 
-    def of(self, path: Path) -> End | None:
-        """Where the log of that path ended; None where nobody has told it."""
+    def of(self, path: Path, key_id: str, inode: int) -> End | None:
+        """Where the log of that path and that key ended, which is in that file; None where nobody has told it."""
         data = self._memory[: _TOLD.size]
-        if self._memory[_TOLD.size :] != _CHECK.pack(_check(path, data)):
+        if self._memory[_TOLD.size :] != _CHECK.pack(_check(path, key_id, data)):
             return None
-        inode, size, seq, digest = _TOLD.unpack(data)
-        return End(inode, size, seq, digest.decode("ascii"))
+        found, size, seq, digest = _TOLD.unpack(data)
+        return End(inode, size, seq, digest.decode("ascii")) if found == inode else None
 
 
-def _check(path: Path, data: bytes) -> int:
-    return zlib.crc32(data, zlib.crc32(str(path).encode("utf-8", "surrogateescape")))
+def _check(path: Path, key_id: str, data: bytes) -> int:
+    return zlib.crc32(data, zlib.crc32(f"{key_id} {path}".encode("utf-8", "surrogateescape")))

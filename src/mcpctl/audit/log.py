@@ -270,7 +270,7 @@ class AuditLog:
             raise self._full()
         self._end = self.written = End(end.inode, end.size + size, seq, digest)
         if self._others is not None:
-            self._others.tell(self.path, self._end)
+            self._others.tell(self.path, self.key_id, self._end)
 
     def sync(self) -> None:
         """Return when all that this process has written is on disk. Raises UnavailableError."""
@@ -358,25 +358,17 @@ class AuditLog:
 
     def _find_end(self) -> End:
         """The chain's end, under the lock. Opens the file again where it has been moved away."""
-        end = self._end
         try:
             found = os.stat(self._name)
+            self._hear(found.st_ino)
+            end = self._end
         except FileNotFoundError:
             end = None
-        if end is not None and self._file >= 0 and found.st_ino == end.inode:
-            if found.st_size == end.size:
-                return end
-            told = self._others.of(self.path) if self._others is not None else None
-            if told is not None and told.inode == end.inode and told.seq > end.seq:
-                self._end = told  # what is cut off of it shows, too
-                if found.st_size == told.size:
-                    return told
+        if end is not None and self._file >= 0 and found.st_size == end.size and found.st_ino == end.inode:
+            return end
         cut = self._cut()
         found = self._open()
-        size = found.st_size
-        last = None
-        if size:
-            last, size = self._last_line(size)
+        last, size = self._last_line(found.st_size) if found.st_size else (None, 0)
         if last is None:
             last = files.end_before(self.path, self._ours, self._end.seq if self._end is not None else 0)
         seq, digest = last or (0, FIRST)
@@ -384,6 +376,13 @@ class AuditLog:
             seq, digest = self._end.seq, self._end.hash  # moved away and packed, or cut: we still know where we were
         self._end = End(found.st_ino, size, seq, digest)
         return self._end
+
+    def _hear(self, inode: int) -> None:
+        """Go on from where another worker has left the file, as if we had: what was cut off of it shows here, too."""
+        told = self._others.of(self.path, self.key_id, inode) if self._others is not None else None
+        known = self._end
+        if told and (known.inode == inode and known.seq < told.seq if known else self._open().st_ino == inode):
+            self._end = told
 
     def _last_line(self, size: int) -> tuple[tuple[int, str] | None, int]:
         """Number and hash of the file's last line, and where it ends, once what a crash left there is mended."""

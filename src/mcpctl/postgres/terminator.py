@@ -237,13 +237,21 @@ class Terminator:
             self._opening.cancel()
             await asyncio.wait({self._opening})
         conn, self._conn = self._conn, None
-        if conn is not None:
-            # Behind whoever asks by it: the loop waits for his socket, and a client who comes is given a closed one's
-            # number, and is turned away while that is waited for.
-            with bounded(conn, _SOON):
-                async with conn.lock:
-                    ended = ending(conn)
-                    await conn.close()
+        if conn is None:
+            return
+        # Behind whoever asks by it: the loop waits for his socket, and a client who comes is given a closed one's
+        # number, and is turned away while that is waited for.
+        try:
+            with bounded(conn, _SOON), contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SOON + _LEAST), conn.lock:
+                    pass
+        finally:
+            if conn.lock.locked():  # he was cancelled, and psycopg has the server cancel for him; or we were
+                shut(conn)
+                asyncio.get_running_loop().call_later(_LEAST, conn.pgconn.finish)
+        if not conn.lock.locked():
+            ended = ending(conn)
+            await conn.close()
             await ended
 
 

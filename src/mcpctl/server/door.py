@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
+from mcpctl.server.crowd import Crowd
 from mcpctl.server.exchange import PIECE
 from mcpctl.server.held import SMALL, Budget
 from mcpctl.server.hot import Apart, Lane, Lanes, Reply
@@ -83,6 +84,10 @@ class _Coming:
         self.source = source(address[0])
         self.patience = asyncio.get_running_loop().call_later(patience, self.abort)
 
+    def is_of(self, conn: socket.socket) -> bool:
+        """Whether it is this connection."""
+        return self._conn is conn
+
     def abort(self) -> None:
         """Have asyncio find that he has gone, and close the socket, which is its own."""
         with contextlib.suppress(OSError):  # he has, by himself
@@ -105,6 +110,8 @@ class Visitor(Requests):
     """What all visitors of the process may have sent together, beyond what is small."""
     here: ClassVar["dict[int, _Coming | Visitor]"] = {}
     """All of the process by their descriptors' numbers, the one that has been there for longest first."""
+    crowd: ClassVar[Crowd | None] = None
+    """What all workers of the server have, where there are several."""
     source: str | None = None
     ahead = 64 << 10
     """Bytes of further requests that may come before the answer to the one before."""
@@ -154,6 +161,20 @@ class Visitor(Requests):
         if isinstance(before, _Coming):
             before.patience.cancel()
         cls.here[conn.fileno()] = _Coming(conn, address, cls.patience)
+
+    @classmethod
+    def turn_back(cls, number: int, conn: socket.socket) -> None:
+        """Who was accepted, with a descriptor of that number, has gone before he was a visitor."""
+        coming = cls.here.get(number)
+        if isinstance(coming, _Coming) and coming.is_of(conn):
+            coming.patience.cancel()
+            del cls.here[number]
+            cls._note_crowd()
+
+    @classmethod
+    def _note_crowd(cls) -> None:
+        if cls.crowd is not None:
+            cls.crowd.note(len(cls.here))
 
     @classmethod
     def make_room(cls) -> bool:
@@ -447,6 +468,7 @@ class Visitor(Requests):
             self.answering.add_done_callback(self.tasks.discard)  # it may not have begun
         if self.here.get(self._number) is self:
             del self.here[self._number]
+            self._note_crowd()
         self._gone.set()
         self.waiting.clear()
         self._count(0)

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import mmap
 import socket
 import ssl
 from collections.abc import Callable
@@ -16,36 +15,16 @@ _MOMENT, _FEW = 0.001, 4
 """Seconds for which others may come first, and how many are taken then whom they have left."""
 
 
-class Crowd:
-    """How many visitors each worker of a server has, in memory that they share. Made before they are forked."""
-
-    def __init__(self, workers: int) -> None:
-        self._counts = memoryview(mmap.mmap(-1, 4 * workers)).cast("I")
-        self.place = 0
-        """Which of them this process is."""
-
-    def has_more(self, count: int) -> bool:
-        """Note how many this one has; whether another has fewer, as far as that one has said."""
-        self._counts[self.place] = count
-        return count > min(self._counts)
-
-
 class Entrance:
-    """Takes in those who come to a door; closed as an asyncio server is. Under TLS `tls` makes the connection. Where a
-    worker of the `crowd` has fewer visitors, he may come first, for a moment: else the one that wakes first has all
-    who come together, and the others nothing to do."""
+    """Takes in those who come to a door; closed as an asyncio server is. Under TLS `tls` makes the connection. Where
+    another worker has fewer visitors, it may come first, for a moment: else the one that wakes first has all who come
+    together, and the others nothing to do."""
 
-    def __init__(
-        self,
-        door: Door,
-        protocol: Callable[[], asyncio.Protocol],
-        tls: ssl.SSLContext | None,
-        crowd: Crowd | None = None,
-    ) -> None:
+    def __init__(self, door: Door, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None) -> None:
         self._door = door
         self._protocol = protocol
         self._tls = tls
-        self._crowd = crowd
+        self._paused: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._entering: set[asyncio.Task[Any]] = set()
         door.setblocking(False)
@@ -63,7 +42,8 @@ class Entrance:
 
     def _gives_way(self) -> bool:
         visitors = self._door.visitors
-        return self._crowd is not None and visitors is not None and self._crowd.has_more(len(visitors.here))
+        crowd = visitors.crowd if visitors is not None else None
+        return visitors is not None and crowd is not None and crowd.has_more(len(visitors.here))
 
     def _late(self) -> None:
         """Take in some whom no other worker has taken."""
@@ -90,22 +70,27 @@ class Entrance:
     def _pause(self, seconds: float, then: Callable[[], None]) -> None:
         """Take nobody for so long."""
         self._loop.remove_reader(self._door.fileno())
-        self._loop.call_later(seconds, then)
+        self._paused = self._loop.call_later(seconds, then)
 
     def _again(self) -> None:
-        if self._door.fileno() >= 0:
-            self._loop.add_reader(self._door.fileno(), self._take)
+        self._paused = None
+        self._loop.add_reader(self._door.fileno(), self._take)
 
     async def _enter(self, conn: socket.socket) -> None:
         conn.setblocking(False)
+        number, visitors = conn.fileno(), self._door.visitors
         try:
             await self._loop.connect_accepted_socket(self._protocol, conn, ssl=self._tls)
         except (OSError, ssl.SSLError) as problem:  # he went away, or speaks no TLS
             log.debug("a connection was not made: %r", problem)
             conn.close()
+            if visitors is not None:
+                visitors.turn_back(number, conn)
 
     def close(self) -> None:
         """Take in nobody any more."""
+        if self._paused is not None:
+            self._paused.cancel()
         if self._door.fileno() >= 0:
             self._loop.remove_reader(self._door.fileno())
         for task in self._entering:

@@ -32,8 +32,9 @@ from mcpctl.policy.access import Access
 from mcpctl.server import authorization as oauth
 from mcpctl.server import loop, metrics, protocol
 from mcpctl.server.credentials import Gatekeeper
+from mcpctl.server.crowd import Crowd
 from mcpctl.server.door import Door, Visitor
-from mcpctl.server.entrance import Crowd, Entrance
+from mcpctl.server.entrance import Entrance
 from mcpctl.server.exchange import App, Caller, Receive, Scope, Send
 from mcpctl.server.hangup import Hangup
 from mcpctl.server.http import Http, Parts
@@ -155,10 +156,8 @@ class _Uvicorn(uvicorn.Server):
         started: Callable[[], None],
         signals: Iterable[int],
         ends: Callable[[], None] = lambda: None,
-        crowd: Crowd | None = None,
     ) -> None:
         super().__init__(config)
-        self._crowd = crowd
         self._tell = started
         self._ends = ends
         self.servers = []
@@ -178,8 +177,7 @@ class _Uvicorn(uvicorn.Server):
         for one in sockets or []:
             if not isinstance(one, Door):
                 raise TypeError("a listening socket that is no door")
-            entrance = Entrance(one, self._protocol, self.config.ssl, self._crowd)
-            self.servers.append(entrance)  # type: ignore[arg-type]
+            self.servers.append(Entrance(one, self._protocol, self.config.ssl))  # type: ignore[arg-type]
         self.started = True
         self._tell()
 
@@ -244,8 +242,8 @@ async def _worker(shared: _Shared, first: Place, listening: Listening, link: Lin
     """One of several processes, which all have a place of their own."""
     process = Process(replace(first, worker=number), shared.counters, shared.chain)
     shared.crowd.place = number
-    serving, config = _prepared(shared.calls, process)
-    server = _Uvicorn(config, link.up, [signal.SIGTERM], crowd=shared.crowd)
+    serving, config = _prepared(shared.calls, process, shared.crowd)
+    server = _Uvicorn(config, link.up, [signal.SIGTERM])
     process.begins = link.first
     serving.reload = link.outcome
     serving.taken = link.taken
@@ -288,9 +286,10 @@ def _soon(here: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
         here.call_soon_threadsafe(work)
 
 
-def _prepared(bound: Door, process: Process) -> tuple[Serving, uvicorn.Config]:
+def _prepared(bound: Door, process: Process, crowd: Crowd | None = None) -> tuple[Serving, uvicorn.Config]:
     """What a process serves with, and what uvicorn has to know of it."""
     visitor = Visitor.of(0)
+    visitor.crowd = crowd
     bound.visitors = visitor
     process.turned_away = lambda: bound.turned_away
 
