@@ -240,7 +240,8 @@ class Site:
         return code
 
     def audit(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "audit.jsonl").read_bytes().splitlines()]
+        data = (self.folder / "audit.jsonl").read_bytes()
+        return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]  # one may be written just now
 
     def client(self, token: str, **options: Any) -> Client:
         return Client(self.url, token, **options)

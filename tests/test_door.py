@@ -417,6 +417,39 @@ def test_a_door_that_is_closed_while_others_come_first_takes_nobody(caplog: pyte
     assert not caplog.records
 
 
+def test_who_asked_in_time_is_answered_by_a_server_that_was_late() -> None:
+    """A timer that is over comes before what the loop has yet to read."""
+    visitor = door.Visitor.of(1 << 20)
+    request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    async def main() -> None:
+        with door.Door() as bound:
+            bound.bind(("127.0.0.1", 0))
+            bound.visitors = visitor
+            server = run._Uvicorn(uvicorn.Config(unauthorized, http=visitor, ws="none", lifespan="off"), int, [])
+            serving = asyncio.create_task(server.serve([bound]))
+            async with asyncio.timeout(10):
+                while not server.started:
+                    await asyncio.sleep(0)
+            with await asyncio.to_thread(socket.create_connection, bound.getsockname(), 10) as wire:
+                for late in (False, True):
+                    wire.sendall(request)
+                    if late:
+                        [here] = visitor.here.values()
+                        assert isinstance(here, door.Visitor)
+                        here._answered_at = asyncio.get_running_loop().time() - 60
+                        here.timeout_keep_alive_handler()
+                    assert b" 401 " in (await asyncio.to_thread(answer, wire))[0]
+                here._answered_at = asyncio.get_running_loop().time() - 60
+                here._unset_keepalive_if_required()
+                here.timeout_keep_alive_handler()
+                assert await asyncio.to_thread(wire.recv, 1) == b""  # who asked nothing more goes
+            server.should_exit = True
+            await serving
+
+    loop.run(main())
+
+
 def test_who_agrees_on_no_tls_is_counted_no_longer(certificates: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificates / "cert.pem", certificates / "key.pem")

@@ -305,12 +305,12 @@ def test_what_writes_has_a_line_before_it_stays_and_else_does_not_stay(
         with at.shop.admin() as admin:
             return len(admin.execute("SELECT FROM franks.others WHERE body = 'nina'").fetchall())
 
-    def adding(log: AuditLog, *lines: tuple[str, dict[str, Any]]) -> None:
+    def adding(log: AuditLog, *lines: tuple[str, dict[str, Any]], at_once: bool = False) -> None:
         for event, _ in lines:
             seen.append((event, rows()))
             if full and event == "tool.begun":
                 raise UnavailableError("the disk is full")
-        add(log, *lines)
+        add(log, *lines, at_once=at_once)
 
     async def insert() -> None:
         principal = await core.authenticator.authenticate(text, "127.0.0.1")

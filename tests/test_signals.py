@@ -22,7 +22,7 @@ def refuses(at: Site) -> bool:
     """Whether nobody takes a new connection any more."""
     try:
         socket.create_connection(("127.0.0.1", urlsplit(at.url).port or 0), 5).close()
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):  # the other, where the socket is closed meanwhile
         return True
     return False
 

@@ -30,7 +30,7 @@ _TURNS = 16
 _NEWCOMERS = 16
 """Descriptors for those for whom others have to go, whose own are free only when the event loop comes to it."""
 _LINGER_SECONDS, _LINGER_BYTES = 2.0, 16 << 20
-_AT_ONCE_SECONDS = 0.05
+_AT_ONCE_SECONDS, _MOMENT = 0.05, 0.01
 _ANSWERED = object()
 """What was seen last of somebody who was answered since."""
 _SAID_FOR = 60.0
@@ -352,6 +352,9 @@ class Visitor(Requests):
         left = self._answered_at + self.timeout_keep_alive - self.loop.time()
         if self.answering is not None:
             return
+        if left < -_AT_ONCE_SECONDS:  # the loop was late, and timers come first: it has yet to read what came in time
+            self._answered_at -= left - _MOMENT
+            left = _MOMENT
         if left > 0:
             self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
         else:
