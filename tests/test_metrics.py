@@ -152,7 +152,7 @@ def test_every_refusal_of_the_authenticator_has_a_kind_of_its_own() -> None:
 
 def test_every_refused_credential_is_counted_however_few_are_listed(tmp_path: Path) -> None:
     class Book:
-        lines, shared = 0, False
+        lines, others = 0, None
 
         def add(self, *lines: tuple[str, dict[str, Any]], at_once: bool = False) -> None:
             self.lines += len(lines)
@@ -171,7 +171,7 @@ def test_refused_sign_ins_are_told_on_stderr_with_the_address_last_and_boundedly
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Book:
-        shared = False
+        others = None
 
         def add(self, *lines: tuple[str, dict[str, Any]], at_once: bool = False) -> None:
             pass

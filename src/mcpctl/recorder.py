@@ -71,7 +71,7 @@ class Recorder:
         late: Late | None = None,
     ) -> None:
         self._audit = audit
-        self.shared = audit.shared
+        self.shared = audit.others is not None
         """Whether other workers write the same log."""
         self._statements = statements
         self._refuse = refuse

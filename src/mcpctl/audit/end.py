@@ -21,9 +21,8 @@ class End(NamedTuple):
 
 class SharedEnd:
     """Where a worker's last line has left the chain, in memory that all workers of a server share. Made before they are
-    forked; read and written under the log's lock. It saves each of them from reading what another has written: it is
-    believed where the file ends just there, as a writer believes itself, and one that was killed while he told it has
-    told nothing."""
+    forked; read and written under the log's lock. Each goes on from there as if the line were its own: it need not read
+    what another has written, and sees what was cut off since. One that was killed while it told has told nothing."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _TOLD.size + _CHECK.size)

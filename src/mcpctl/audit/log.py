@@ -7,7 +7,7 @@ itself: a process that still runs goes on from where it was, so that the gap sho
 another has written on; else a copy elsewhere shows it.
 
 One chain, many writers (workers, commands): an append takes the lock file's lock, looks whether the file's end is
-where this writer left it, reads the last line only if not, and writes one line with one write(2).
+where this writer, or another worker, left it, reads the last line only if not, and writes with one write(2).
 """
 
 import contextlib
@@ -81,8 +81,7 @@ class AuditLog:
         others: SharedEnd | None = None,
     ) -> None:  # fmt: skip
         self.path = path
-        self._others = others
-        self.shared = others is not None
+        self.others = others
         self._spare = spare
         self.key = key
         self.key_id = key_id(key)
@@ -269,8 +268,8 @@ class AuditLog:
             os.ftruncate(self._file, end.size)
             raise self._full()
         self._end = self.written = End(end.inode, end.size + size, seq, digest)
-        if self._others is not None:
-            self._others.tell(self.path, self.key_id, self._end)
+        if self.others is not None:
+            self.others.tell(self.path, self.key_id, self._end)
 
     def sync(self) -> None:
         """Return when all that this process has written is on disk. Raises UnavailableError."""
@@ -379,7 +378,7 @@ class AuditLog:
 
     def _hear(self, inode: int) -> None:
         """Go on from where another worker has left the file, as if we had: what was cut off of it shows here, too."""
-        told = self._others.of(self.path, self.key_id, inode) if self._others is not None else None
+        told = self.others.of(self.path, self.key_id, inode) if self.others is not None else None
         known = self._end
         if told and (known.inode == inode and known.seq < told.seq if known else self._open().st_ino == inode):
             self._end = told

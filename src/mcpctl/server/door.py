@@ -80,18 +80,14 @@ class _Coming:
     known, idle = None, True
 
     def __init__(self, conn: socket.socket, address: Any, patience: float) -> None:
-        self._conn = conn
+        self.conn = conn
         self.source = source(address[0])
         self.patience = asyncio.get_running_loop().call_later(patience, self.abort)
-
-    def is_of(self, conn: socket.socket) -> bool:
-        """Whether it is this connection."""
-        return self._conn is conn
 
     def abort(self) -> None:
         """Have asyncio find that he has gone, and close the socket, which is its own."""
         with contextlib.suppress(OSError):  # he has, by himself
-            self._conn.shutdown(socket.SHUT_RDWR)
+            self.conn.shutdown(socket.SHUT_RDWR)
 
 
 def _crowd(whose: Mapping[int, str | None]) -> list[int]:
@@ -166,7 +162,7 @@ class Visitor(Requests):
     def turn_back(cls, number: int, conn: socket.socket) -> None:
         """Who was accepted, with a descriptor of that number, has gone before he was a visitor."""
         coming = cls.here.get(number)
-        if isinstance(coming, _Coming) and coming.is_of(conn):
+        if isinstance(coming, _Coming) and coming.conn is conn:
             coming.patience.cancel()
             del cls.here[number]
             cls._note_crowd()

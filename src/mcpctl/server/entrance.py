@@ -42,8 +42,7 @@ class Entrance:
 
     def _gives_way(self) -> bool:
         visitors = self._door.visitors
-        crowd = visitors.crowd if visitors is not None else None
-        return visitors is not None and crowd is not None and crowd.has_more(len(visitors.here))
+        return visitors is not None and visitors.crowd is not None and visitors.crowd.has_more(len(visitors.here))
 
     def _late(self) -> None:
         """Take in some whom no other worker has taken."""
