@@ -14,6 +14,7 @@ from chain import KEY, lines, verify
 from mcpctl.audit import verify as audit_verify
 from mcpctl.audit.end import End, SharedEnd
 from mcpctl.audit.log import AuditLog, BusyError
+from mcpctl.errors import UnavailableError
 from mcpctl.private_file import lock, unlock
 
 NOW = datetime(2026, 11, 29, 12, 0, 0, tzinfo=UTC)
@@ -156,3 +157,23 @@ def test_who_would_have_to_wait_for_another_s_line_is_told_and_has_written_nothi
     log.add(("tool.called", fields), at_once=True)
     os.close(held)
     assert verify(path) == 2
+
+
+@pytest.mark.parametrize("written_on", [False, True])
+def test_a_log_that_comes_back_to_its_place_goes_on(made: Made, path: Path, written_on: bool) -> None:
+    """Another one, with another key, was there for a while: what is written now is not to go into that."""
+    log = made(None)
+    write(log, "a")
+    aside = path.with_name("aside")
+    path.rename(aside)
+    other = AuditLog(path, bytes(32), lambda: NOW)
+    write(other, "x")
+    other.close()
+    with pytest.raises(UnavailableError):
+        write(log, "b")
+    aside.rename(path)
+    if written_on:
+        write(made(None), "c")
+    write(log, "d")
+    write(log, "e")
+    assert verify(path) == 3 + written_on

@@ -99,6 +99,7 @@ class AuditLog:
         self._lock = -1
         self._lock_inode = 0
         self._file = -1
+        self._opened = 0  # its inode; `_end` may be in another: one that was put in its place for a while
         self._end: End | None = None
         self._left: list[int] = []
         self._doubtful = False
@@ -363,7 +364,7 @@ class AuditLog:
             end = self._end
         except FileNotFoundError:
             end = None
-        if end is not None and self._file >= 0 and found.st_size == end.size and found.st_ino == end.inode:
+        if end is not None and found.st_size == end.size and found.st_ino == end.inode == self._opened:
             return end
         cut = self._cut()
         found = self._open()
@@ -396,7 +397,7 @@ class AuditLog:
     def _cut(self) -> bool:
         """Whether the line that stood last when we looked last is gone from where it stood, although others may have
         written on since. A file that was copied and emptied (copytruncate) begins behind that line."""
-        if self._end is None or self._file < 0 or not self._end.size:
+        if self._end is None or self._opened != self._end.inode or not self._end.size:
             return False
         mark = b'"' + self._end.hash.encode("ascii") + b'"}\n'
         if files.read_at(self._file, len(mark), max(0, self._end.size - len(mark))) == mark:
@@ -409,6 +410,7 @@ class AuditLog:
         opened = private_file.open_checked(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         before, self._file = self._file, opened
         found = os.fstat(self._file)
+        self._opened = found.st_ino
         if before >= 0:
             if self.written is not None and self.synced < self.written.seq and os.fstat(before).st_ino != found.st_ino:
                 self._left.append(before)  # moved away with lines that are not yet known to be on disk

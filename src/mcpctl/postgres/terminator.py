@@ -245,6 +245,10 @@ class Terminator:
             with bounded(conn, _SOON), contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_SOON + _LEAST), conn.lock:
                     pass
+        except asyncio.CancelledError:
+            if not conn.lock.locked():
+                await conn.close()
+            raise
         finally:
             if conn.lock.locked():  # he was cancelled, and psycopg has the server cancel for him; or we were
                 shut(conn)

@@ -349,10 +349,16 @@ class Visitor(Requests):
         if self.answering is not None:
             return
         if left < -_AT_ONCE_SECONDS:  # the loop was late, and timers come first: it has yet to read what came in time
-            self._answered_at -= left - _MOMENT
-            left = _MOMENT
-        if left > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(_MOMENT, self._leave, self._answered_at)
+        elif left > 0:
             self.timeout_keep_alive_task = self.loop.call_later(left, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _leave(self, answered_at: float) -> None:
+        """Close it, unless there was a call since that time."""
+        if self.answering is not None or self._answered_at != answered_at:
+            self.timeout_keep_alive_handler()
         else:
             super().timeout_keep_alive_handler()
 
